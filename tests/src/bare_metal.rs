@@ -12,10 +12,10 @@ use crate::paths::workspace;
 use crate::vmm::Vmm;
 use crate::wait::wait_for;
 
-/// Where KVM emulates guest code a scenario takes seconds; a busy machine makes it minutes.
+/// If KVM emulates guest code, a scenario takes seconds, and minutes on a busy machine.
 pub const SCENARIO_DEADLINE: Duration = Duration::from_secs(300);
 
-/// False where there is no KVM; the test is then marked as skipped.
+/// False if there is no KVM; the test is then marked as skipped.
 pub fn kvm_opens() -> bool {
     match File::options().read(true).write(true).open("/dev/kvm") {
         Ok(_) => true,
@@ -29,18 +29,18 @@ pub fn kvm_opens() -> bool {
 /// Builds the guest and returns its image.
 ///
 /// # Errors
-/// It does not build.
+/// The build failed.
 pub fn image() -> Result<PathBuf> {
     let folder = workspace().join("tests/guest/bare-metal");
     let output = Command::new("cargo")
         .args(["build", "--release", "--quiet"])
         .current_dir(&folder)
-        // Flags meant for the host's programs would break a program without a host.
+        // Flags for programs of the host would break a program without an operating system.
         .env_remove("RUSTFLAGS")
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .env_remove("CARGO_BUILD_TARGET")
         .env("CARGO_TARGET_DIR", folder.join("target"))
-        // Its warnings, about a target without vector registers, are no news.
+        // Its warnings about a target without vector registers are expected.
         .output()
         .context("run cargo")?;
     ensure!(
@@ -51,8 +51,8 @@ pub fn image() -> Result<PathBuf> {
     Ok(folder.join("target/x86_64-unknown-linux-gnu/release/bare-metal-guest"))
 }
 
-/// Starts a machine that runs `scenario`, with `arguments` for the VMM. Their
-/// own command line or memory take the place of the usual ones.
+/// Starts a machine that runs `scenario`, with `arguments` for the VMM. A command line or memory option there replaces
+/// the default.
 ///
 /// # Errors
 /// The VMM does not start.
@@ -77,12 +77,12 @@ pub fn start(scenario: &str, arguments: &[&str]) -> Result<Vmm> {
 /// Waits for the closing line and requires that no check failed.
 ///
 /// # Errors
-/// A check failed, or the guest did not come to its end.
+/// A check failed, or the guest did not finish.
 pub fn expect_all_passed(vmm: &mut Vmm) -> Result<()> {
     expect_all_passed_while(vmm, |_| Ok(()))
 }
 
-/// As [`expect_all_passed`]; at every look `meanwhile` does something to the machine.
+/// As [`expect_all_passed`]; calls `meanwhile` at every poll.
 ///
 /// # Errors
 /// As above, or `meanwhile` failed.
@@ -91,7 +91,7 @@ pub fn expect_all_passed_while(
     mut meanwhile: impl FnMut(&Vmm) -> Result<()>,
 ) -> Result<()> {
     let text = wait_for("the guest's closing line", SCENARIO_DEADLINE, || {
-        // In this order: what the guest prints last is there when the VMM has ended.
+        // In this order: the guest's last output is complete when the VMM has ended.
         let ended = vmm.has_ended()?;
         let text = vmm.text("serial");
         let done = text.contains("DONE ");

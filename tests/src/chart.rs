@@ -1,4 +1,4 @@
-//! Host memory over time, as an SVG.
+//! Draws host memory over time as an SVG.
 
 use chart::{Frame, Sheet};
 
@@ -8,10 +8,10 @@ const LEFT: f64 = 80.0;
 const RIGHT: f64 = 20.0;
 const TOP: f64 = 50.0;
 const BOTTOM: f64 = 60.0;
-/// Where the legend stands.
+/// Vertical position of the legend.
 const LEGEND: f64 = HEIGHT - 14.0;
 
-/// A sheet with one frame, on which curves of bytes over seconds are drawn.
+/// A sheet with one frame for curves of bytes over seconds.
 #[derive(Debug)]
 pub struct Chart {
     sheet: Sheet,
@@ -41,7 +41,7 @@ impl Chart {
         self.sheet.curve(&self.frame, &points, colour, width);
     }
 
-    /// Names a moment.
+    /// Marks a time with a label.
     pub fn moment(&mut self, seconds: f64, words: &str) {
         let x = self.frame.x(seconds);
         let dashed = "stroke=\"#888888\" stroke-width=\"2\" stroke-dasharray=\"4 3\"";
@@ -49,7 +49,7 @@ impl Chart {
         self.sheet.label(x + 5.0, TOP + 12.0, words);
     }
 
-    /// Says below the chart what the curves of this colour are, `across` the sheet.
+    /// Adds a legend for curves of this colour below the chart, at the horizontal position `across`.
     pub fn legend(&mut self, across: f64, colour: &str, words: &str) {
         self.sheet.legend(LEFT + across, LEGEND, colour, words);
     }
@@ -59,7 +59,7 @@ impl Chart {
         self.sheet.label(LEFT, LEGEND, words);
     }
 
-    /// The file.
+    /// The content of the SVG file.
     pub fn svg(self) -> String {
         self.sheet.svg()
     }

@@ -1,6 +1,6 @@
-//! What a test hands to a VMM as open descriptors: a pseudo-terminal, a tap.
+//! Open descriptors that a test passes to a VMM: a pseudo-terminal, a tap.
 
-// UNSAFETY: these are made by requests and flags that the standard library does not know.
+// UNSAFETY: they are created by requests and flags that the standard library does not support.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -14,7 +14,7 @@ use anyhow::{Context, Result, ensure};
 /// A new pseudo-terminal: the master, which does not block, and the path of the other side.
 ///
 /// # Errors
-/// There is none left.
+/// No pseudo-terminal is available.
 pub fn open_terminal() -> Result<(File, PathBuf)> {
     let master = File::options()
         .read(true)
@@ -38,7 +38,7 @@ pub fn open_terminal() -> Result<(File, PathBuf)> {
 /// A new tap of this name, with headers of virtio-net before each frame.
 ///
 /// # Errors
-/// It cannot be made; it takes root.
+/// The tap cannot be created, which requires root.
 pub fn open_tap(name: &str) -> Result<File> {
     ensure!(name.len() < libc::IFNAMSIZ, "{name} is too long a name");
     let tap = File::options()
@@ -61,7 +61,7 @@ pub fn open_tap(name: &str) -> Result<File> {
     Ok(tap)
 }
 
-/// Lets programs started from now on have this descriptor under the same number.
+/// Makes programs started from now on inherit this descriptor under the same number.
 ///
 /// # Errors
 /// Never with an open file.

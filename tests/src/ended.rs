@@ -1,4 +1,4 @@
-//! A program that is run to its end, and what it said.
+//! Runs a program to its end and captures its output.
 
 use std::fs::{self, File};
 use std::os::unix::process::ExitStatusExt;
@@ -9,29 +9,29 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::wait::wait_for;
 
-/// For a program that should end at once.
+/// Time limit for a program that should end at once.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 /// How a program ended.
 #[derive(Debug)]
 pub struct Ended {
-    /// Exit status; `None` when a signal ended it.
+    /// Exit status; `None` if a signal ended it.
     pub code: Option<i32>,
-    /// What it printed.
+    /// Its standard output.
     pub stdout: String,
-    /// What it printed as errors.
+    /// Its standard error.
     pub stderr: String,
 }
 
 impl Ended {
-    /// Runs `command` without input until it ends by itself.
+    /// Runs `command` without input until it exits.
     ///
     /// # Errors
-    /// It cannot be started, or does not end: then it is killed.
+    /// It cannot be started, or does not end and is killed.
     pub fn run(command: &mut Command) -> Result<Ended> {
         let folder = tempfile::tempdir()?;
         let (stdout, stderr) = (folder.path().join("stdout"), folder.path().join("stderr"));
-        // Files rather than pipes: nobody has to read while it runs.
+        // Files instead of pipes, because they need no reader while it runs.
         let mut child = command
             .stdin(Stdio::null())
             .stdout(File::create(&stdout)?)
@@ -57,10 +57,10 @@ impl Ended {
         })
     }
 
-    /// The links of the chain of errors, which must be all that was printed, with exit status 1.
+    /// The links of the chain of errors, which must be the only output, with exit status 1.
     ///
     /// # Errors
-    /// It ended otherwise or printed something else.
+    /// It ended with another status or printed something else.
     pub fn chain(&self, program: &str) -> Result<Vec<String>> {
         ensure!(self.code == Some(1), "{self:?}");
         ensure!(self.stdout.is_empty(), "{self:?}");
@@ -81,10 +81,10 @@ impl Ended {
         Ok(links)
     }
 
-    /// What it printed, after ending well.
+    /// Its output, if it succeeded.
     ///
     /// # Errors
-    /// It did not end well, or had something to complain about.
+    /// It failed, or printed errors.
     pub fn output(&self) -> Result<&str> {
         ensure!(self.code == Some(0) && self.stderr.is_empty(), "{self:?}");
         Ok(&self.stdout)

@@ -1,4 +1,4 @@
-//! The fleet agent with real guests, on a host that is a control group.
+//! Runs the fleet agent with real guests, on a host that is a control group.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::paths;
 use crate::wait::wait_for;
 
-/// An emulated host on a machine that is busy itself takes its time.
+/// Generous, because an emulated host on a busy machine is slow.
 const DEADLINE: Duration = Duration::from_secs(180);
 
 /// The control group that is the host; it is removed when dropped.
@@ -19,10 +19,10 @@ const DEADLINE: Duration = Duration::from_secs(180);
 pub struct Group(PathBuf);
 
 impl Group {
-    /// A host of this size: above it the kernel kills.
+    /// Creates a host of this size, above which the kernel kills.
     ///
     /// # Errors
-    /// The group cannot be made.
+    /// The group cannot be created.
     pub fn new(bytes: u64) -> Result<Group> {
         let folder = PathBuf::from(format!("/sys/fs/cgroup/fleet-{}", std::process::id()));
         fs::create_dir(&folder).with_context(|| folder.display().to_string())?;
@@ -31,13 +31,13 @@ impl Group {
         Ok(group)
     }
 
-    /// As the agent's settings have it.
+    /// The group's name in the agent's settings.
     fn name(&self) -> String {
         let name = self.0.file_name().unwrap_or_default();
         format!("/{}", name.to_string_lossy())
     }
 
-    /// Takes a process in.
+    /// Moves a process into the group.
     ///
     /// # Errors
     /// There is no such process.
@@ -45,10 +45,10 @@ impl Group {
         fs::write(self.0.join("cgroup.procs"), pid.to_string()).context("cgroup.procs")
     }
 
-    /// How many processes the kernel has killed for lack of memory.
+    /// Number of processes that the kernel killed because it was out of memory.
     ///
     /// # Errors
-    /// It does not tell.
+    /// The figure cannot be read.
     pub fn oom_kills(&self) -> Result<u64> {
         let text = fs::read_to_string(self.0.join("memory.events"))?;
         let count = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
@@ -60,7 +60,7 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // Only a group whose guests could not be ended stays, and those have been told of.
+        // Fails only if guests in the group could not be ended, which has been reported.
         let _ = fs::remove_dir(&self.0);
     }
 }
@@ -74,15 +74,15 @@ pub struct Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        // Already ended is as good as killed.
+        // It may have ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
 impl Agent {
-    /// Starts it with its places in `folder` and with more `settings`, of tables other than those of
-    /// the places. Metrics and page are at `listen`, if that is given.
+    /// Starts it with its files in `folder` and with additional `settings`, which must not be of the same tables.
+    /// Metrics and page are served at `listen`, if given.
     ///
     /// # Errors
     /// The program does not start.
@@ -115,7 +115,7 @@ impl Agent {
         })
     }
 
-    /// A question by command line.
+    /// Runs a query by the command line.
     ///
     /// # Errors
     /// The program does not start.
@@ -129,10 +129,10 @@ impl Agent {
             .context("starting ch-fleet")
     }
 
-    /// Waits until the agent lets a guest start.
+    /// Waits until the agent admits a guest.
     ///
     /// # Errors
-    /// It does not in time.
+    /// This does not happen in time.
     pub fn admit(&self, name: &str, memory: &str) -> Result<()> {
         let mut last = String::new();
         wait_for(&format!("a place for {name}"), DEADLINE, || {
@@ -152,7 +152,7 @@ impl Agent {
     /// Waits until the agent's status meets a condition.
     ///
     /// # Errors
-    /// It does not in time.
+    /// This does not happen in time.
     pub fn wait<T>(&self, what: &str, condition: impl Fn(&Value) -> Option<T>) -> Result<T> {
         let mut last = Value::Null;
         wait_for(what, DEADLINE, || {

@@ -1,4 +1,4 @@
-//! Huge pages of the host, for guests and memory that are to lie on them.
+//! Huge pages of the host, for guests and memory backed by them.
 
 use std::fs;
 use std::path::PathBuf;
@@ -6,33 +6,33 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use parking_lot::{Mutex, MutexGuard};
 
-/// One test at a time, so that each can tell its own pages by counting.
+/// Serializes tests, so that each can count its own pages.
 static TURN: Mutex<()> = Mutex::new(());
 
 /// Huge pages reserved on the host until it is dropped.
 #[derive(Debug)]
 pub struct ReservedHugePages {
-    /// What the kernel tells of pages of this size, and takes.
+    /// The kernel's folder with the settings for pages of this size.
     pool: PathBuf,
     before: String,
     _turn: MutexGuard<'static, ()>,
 }
 
 impl ReservedHugePages {
-    /// Pages of 2 MiB. `None` when the host does not give so many.
+    /// Reserves pages of 2 MiB. `None` if the host does not have enough.
     ///
     /// # Errors
-    /// The kernel's answer is not a number.
+    /// The kernel's figure is not a number.
     pub fn new(count: u64) -> Result<Option<Self>> {
         Self::of(2 << 20, count)
     }
 
-    /// Pages of `page_bytes`. `None` when the host has no such pages, or does not give so many.
+    /// Reserves pages of `page_bytes`. `None` if the host has no such pages, or not enough.
     ///
     /// # Errors
     /// As [`ReservedHugePages::new`].
     pub fn of(page_bytes: u64, count: u64) -> Result<Option<Self>> {
-        // A test that panicked has put the pages back all the same.
+        // A test that panicked has released its pages nevertheless.
         let turn = TURN.lock();
         let name = format!("/sys/kernel/mm/hugepages/hugepages-{}kB", page_bytes / 1024);
         let pool = PathBuf::from(name);
@@ -41,7 +41,7 @@ impl ReservedHugePages {
             return Ok(None);
         };
         let wanted = before.trim().parse::<u64>()? + count;
-        // Caches lie in the way of large pages; without this there are only fewer of them.
+        // Caches obstruct the allocation of huge pages; without this there are fewer of them.
         drop(fs::write("/proc/sys/vm/drop_caches", "3"));
         if fs::write(&file, wanted.to_string()).is_err() {
             return Ok(None);
@@ -55,7 +55,7 @@ impl ReservedHugePages {
         Ok((got >= wanted).then_some(reserved))
     }
 
-    /// Pages nobody has.
+    /// Number of free pages.
     ///
     /// # Errors
     /// As [`ReservedHugePages::new`].

@@ -1,6 +1,5 @@
-//! What the tests that run whole machines share: a VMM as a child process, its
-//! serial console, waiting for conditions, and a client that reads answers the
-//! way upstream's does.
+//! Shared code of tests that run whole machines: a VMM as a child process, its serial console, waiting for conditions,
+//! and a client that parses responses like upstream's.
 
 pub mod bare_metal;
 pub mod chart;

@@ -1,4 +1,4 @@
-//! A Linux guest that is steered over its serial port.
+//! A Linux guest that is controlled over its serial port.
 
 use std::env;
 use std::path::Path;
@@ -13,12 +13,12 @@ use crate::serial::Serial;
 use crate::vmm::{PROCESS_DEADLINE, Vmm};
 use crate::{paths, shared};
 
-/// From the start of the VMM to the guest's init, under emulation, on a busy machine.
+/// Time from the start of the VMM to the guest's init, under emulation on a busy machine.
 pub const BOOT_DEADLINE: Duration = Duration::from_secs(120);
-/// For one command in the guest: touching memory is slow under emulation.
+/// Time for one command in the guest: touching memory is slow under emulation.
 pub const COMMAND_DEADLINE: Duration = Duration::from_secs(120);
 
-/// What to boot; every field has the plainest value.
+/// The machine to boot; every field has a default.
 #[derive(Debug, Clone)]
 pub struct Machine<'a> {
     /// The VMM's program, if not the one under test.
@@ -33,18 +33,18 @@ pub struct Machine<'a> {
     pub serial: &'a str,
     /// `--console`.
     pub console: &'a str,
-    /// More options for the VMM; `@/` stands for the test's folder.
+    /// Additional options for the VMM; `@/` stands for the test's folder.
     pub arguments: &'a [&'a str],
-    /// More for the kernel command line.
+    /// Additional kernel parameters.
     pub command_line: &'a str,
-    /// What the guest's init runs; the default serves commands on the serial port.
+    /// The script of the guest's init; the default serves commands on the serial port.
     pub script: &'a str,
-    /// What it does when the script has ended: `poweroff`, `reboot` or `stay`.
+    /// Its action after the script: `poweroff`, `reboot` or `stay`.
     pub end: &'a str,
 }
 
 impl Machine<'_> {
-    /// The plainest machine.
+    /// The default machine.
     pub const DEFAULT: Self = Self {
         vmm: None,
         kernel: "vmlinux",
@@ -106,7 +106,7 @@ impl Machine<'_> {
         Ok(all)
     }
 
-    /// Starts the VMM with this machine and waits for nothing but its API.
+    /// Starts the VMM with this machine and waits only for its API.
     ///
     /// # Errors
     /// The VMM did not come up.
@@ -140,7 +140,7 @@ impl Machine<'_> {
         Ok(guest)
     }
 
-    /// Boots and waits until the guest answers commands.
+    /// Boots and waits until the guest responds to commands.
     ///
     /// # Errors
     /// It did not come up.
@@ -167,10 +167,10 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// A guest that is steered over a socket of this name in the test's folder.
+    /// A guest that is controlled over a socket of this name in the test's folder.
     ///
     /// # Errors
-    /// Nobody listens there.
+    /// There is no listener.
     pub fn on_socket(mut vmm: Vmm, name: &str) -> Result<Guest> {
         let serial = Serial::connect(&vmm.folder().join(name), BOOT_DEADLINE)
             .with_context(|| vmm.last_words())?;
@@ -185,13 +185,13 @@ impl Guest {
         self.expect("guest: init", BOOT_DEADLINE).map(drop)
     }
 
-    /// Waits until the command server answers.
+    /// Waits until the command server responds.
     ///
     /// # Errors
     /// It does not.
     pub fn wait_serving(&mut self) -> Result<()> {
-        // What is sent before the terminal is raw may be echoed or lost: ask
-        // until the first answer.
+        // Data sent before the terminal is raw may be echoed or lost, so the request is repeated until the first
+        // response.
         for _ in 0..40 {
             self.send("ping")?;
             if self
@@ -205,11 +205,10 @@ impl Guest {
         self.expect("ok ping", Duration::from_secs(1)).map(drop)
     }
 
-    /// Waits for a line on the serial port, as [`Serial::expect`] does; a
-    /// failure shows what the VMM had to say.
+    /// Waits for a line on the serial port, as [`Serial::expect`] does; a failure shows the VMM's output.
     ///
     /// # Errors
-    /// No such line came in time.
+    /// No such line arrived in time.
     pub fn expect(&mut self, pattern: &str, deadline: Duration) -> Result<String> {
         let found = self.serial.expect(pattern, deadline);
         found.with_context(|| self.vmm.last_words())
@@ -220,15 +219,15 @@ impl Guest {
         sent.with_context(|| self.vmm.last_words())
     }
 
-    /// Has the guest carry out one command; its answer without the `ok`.
+    /// Makes the guest execute one command; returns its response without the `ok`.
     ///
     /// # Errors
-    /// The guest answered with an error or not at all.
+    /// The guest responded with an error or not at all.
     pub fn command(&mut self, line: &str) -> Result<String> {
         self.command_within(line, COMMAND_DEADLINE)
     }
 
-    /// As [`Guest::command`], for one that may take longer.
+    /// As [`Guest::command`], for a command that may take longer.
     ///
     /// # Errors
     /// As [`Guest::command`].
@@ -239,7 +238,7 @@ impl Guest {
         answer.with_context(|| self.vmm.last_words())
     }
 
-    /// Runs a shell command in the guest that must succeed; all it printed.
+    /// Runs a shell command in the guest that must succeed; returns its output.
     ///
     /// # Errors
     /// It failed.
@@ -254,10 +253,10 @@ impl Guest {
         Ok(self.serial.text()[before..].to_owned())
     }
 
-    /// One figure in bytes out of the guest's `mem` answer: `total`, `free` or `available`.
+    /// One figure in bytes from the guest's response to `mem`: `total`, `free` or `available`.
     ///
     /// # Errors
-    /// The guest does not answer.
+    /// The guest does not respond.
     pub fn memory_bytes(&mut self, name: &str) -> Result<u64> {
         let answer = self.command("mem")?;
         answer
@@ -267,10 +266,10 @@ impl Guest {
             .with_context(|| format!("no {name} in {answer:?}"))
     }
 
-    /// Has the guest power off and waits for the VMM to end cleanly.
+    /// Makes the guest power off and waits for the VMM to exit cleanly.
     ///
     /// # Errors
-    /// Either does not, or the VMM ends otherwise.
+    /// The guest or the VMM does not end, or the VMM fails.
     pub fn end_cleanly(&mut self) -> Result<()> {
         self.end()?;
         let ended = self.vmm.expect_clean_exit(PROCESS_DEADLINE);
@@ -280,7 +279,7 @@ impl Guest {
     /// Ends the command server, after which the guest's init ends the machine.
     ///
     /// # Errors
-    /// The guest does not answer.
+    /// The guest does not respond.
     pub fn end(&mut self) -> Result<()> {
         self.command("exit").map(drop)
     }

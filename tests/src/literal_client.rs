@@ -1,11 +1,9 @@
-//! An HTTP client that reads answers exactly as upstream's `ch-remote` does.
+//! An HTTP client that parses responses exactly like upstream's `ch-remote`.
 //!
-//! An ordinary HTTP library would hide the differences that break upstream's
-//! tools, so this one keeps their rules: the status is the text between
-//! `HTTP/1.1 ` and the first carriage return, parsed as a number (a reason
-//! phrase breaks it); `Content-Length: ` is matched with this very case; without
-//! it there is no body; bytes are taken in blocks of 256, each of which must be
-//! UTF-8 by itself; the request goes out in several writes.
+//! An ordinary HTTP library would hide differences that break upstream's tools, so this client follows their rules: the
+//! status is the text between `HTTP/1.1 ` and the first carriage return, parsed as a number (a reason phrase breaks
+//! it); `Content-Length: ` is matched case-sensitively; without it there is no body; bytes are read in blocks of 256,
+//! each of which must be valid UTF-8; the request is sent in several writes.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -17,12 +15,12 @@ use anyhow::{Context, Result, bail, ensure};
 const BLOCK_BYTES: usize = 256;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// An answer: status and body.
+/// A response: status and body.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
     /// HTTP status code.
     pub status: u16,
-    /// Body, when there was a `Content-Length`.
+    /// Body, if there was a `Content-Length`.
     pub body: Option<String>,
 }
 
@@ -37,10 +35,10 @@ impl Answer {
     }
 }
 
-/// Sends one request to `/api/v1/{endpoint}` on a connection of its own.
+/// Sends one request to `/api/v1/{endpoint}` on a separate connection.
 ///
 /// # Errors
-/// The connection failed, or the answer breaks one of the rules.
+/// The connection failed, or the response violates one of the rules.
 pub fn request(socket: &Path, method: &str, endpoint: &str, body: Option<&str>) -> Result<Answer> {
     let mut stream =
         UnixStream::connect(socket).with_context(|| format!("connect to {}", socket.display()))?;
@@ -60,10 +58,10 @@ pub fn request(socket: &Path, method: &str, endpoint: &str, body: Option<&str>) 
     read_answer(&mut stream).with_context(|| format!("{method} {endpoint}"))
 }
 
-/// Reads one answer by the rules above.
+/// Reads one response by the rules above.
 ///
 /// # Errors
-/// The connection failed, or the answer breaks one of the rules.
+/// The connection failed, or the response violates one of the rules.
 pub fn read_answer(stream: &mut UnixStream) -> Result<Answer> {
     let mut text = String::new();
     let mut expected = None;

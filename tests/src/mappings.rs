@@ -1,4 +1,4 @@
-//! What a VMM has mapped beside its guest's RAM, out of `/proc/PID/smaps`.
+//! A VMM's mappings other than guest RAM, from `/proc/PID/smaps`.
 
 use std::fs;
 
@@ -7,21 +7,21 @@ use anyhow::{Result, ensure};
 /// One entry of `/proc/PID/smaps`.
 #[derive(Debug)]
 pub struct Mapping {
-    /// File, or `[heap]` and the like.
+    /// File, or a name such as `[heap]`.
     pub name: String,
     /// Address space, bytes.
     pub size: u64,
-    /// Of it in memory, bytes.
+    /// Resident part, bytes.
     pub resident: u64,
-    /// Of that not backed by a file, bytes.
+    /// Resident part not backed by a file, bytes.
     pub anonymous: u64,
 }
 
-/// The mappings of process `pid` but for guest RAM, of which there are `guest_bytes`
-/// in mappings that are each larger than everything else.
+/// The mappings of process `pid` except guest RAM, which consists of `guest_bytes` in mappings that are each larger
+/// than all others.
 ///
 /// # Errors
-/// The process is gone or somebody else's, or has no guest RAM mapped.
+/// The process has ended or belongs to another user, or has no guest RAM mapped.
 pub fn beside_guest_ram(pid: u32, guest_bytes: u64) -> Result<Vec<Mapping>> {
     let (guest, own): (Vec<Mapping>, Vec<Mapping>) = mappings(pid)?
         .into_iter()

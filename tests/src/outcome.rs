@@ -1,8 +1,8 @@
-//! Tests as a program: chosen, listed and run by `libtest-mimic`, a few at a time.
+//! Test programs: `libtest-mimic` selects, lists and runs the tests, a few at a time.
 //!
-//! What is printed is ours. libtest starts a line before the test and ends it after, tells why a test failed when all
-//! have ended, and times none; a host that hangs would take all of it along. Here each test ends with one whole line, with
-//! time and reason, which `cargo xtask` reads while the others run.
+//! The output format is our own. libtest starts a line before a test and completes it afterwards, prints reasons of
+//! failures after all tests, and measures no times; if a host hangs, all of that is lost. Here each test prints one
+//! complete line with time and reason, which `cargo xtask` reads while the others run.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -18,12 +18,12 @@ use libtest_mimic::{Completion, Failed, Trial};
 
 use crate::shared;
 
-/// How a test ended when it did not fail.
+/// Result of a test that did not fail.
 #[derive(Debug)]
 pub enum Outcome {
-    /// Everything held.
+    /// The test passed.
     Passed,
-    /// It could not be run here, and why.
+    /// It could not run here, with the reason.
     Skipped(String),
 }
 
@@ -72,17 +72,17 @@ struct Options {
     filters: Vec<String>,
 }
 
-/// How many tests run at a time: one for each processor, since a guest's tests
-/// are as much waiting as work, but not so many that their deadlines suffer.
+/// Maximum number of concurrent tests: one per processor, because a guest's tests mostly wait, but not so many that
+/// deadlines are missed.
 const JOBS_MAX: usize = 4;
 
-/// Does what the command line says, with a few tests at a time.
+/// Runs the tests selected on the command line, a few at a time.
 pub fn main(tests: Vec<Test>) -> ExitCode {
     let jobs = available_parallelism().map_or(1, usize::from).min(JOBS_MAX);
     main_with_jobs(tests, jobs)
 }
 
-/// The same, one test after the other.
+/// The same, one test after another.
 pub fn main_in_order(tests: Vec<Test>) -> ExitCode {
     main_with_jobs(tests, 1)
 }
@@ -103,10 +103,10 @@ fn main_with_jobs(tests: Vec<Test>, jobs: usize) -> ExitCode {
     } = run(options, tests, is_second_try_fair());
     shared::end_idle();
     println!("ran for {} s", start.elapsed().as_secs());
-    // Read by machines, so these stand alone.
+    // Machine-readable, so it is on a separate line.
     println!("{passed} passed, {failed} failed, {skipped} skipped");
     println!("{retried} retried");
-    // A filter that fits nothing is a mistake.
+    // A filter that matches nothing is a mistake.
     if failed > 0 || passed + skipped == 0 {
         return ExitCode::FAILURE;
     }
@@ -127,7 +127,7 @@ fn listed(options: &mut Options, tests: &[Test]) -> Vec<Trial> {
         .collect()
 }
 
-/// How many tests ended how.
+/// Number of tests by result.
 #[derive(Debug, PartialEq, Eq)]
 struct Tally {
     passed: u64,
@@ -142,7 +142,7 @@ fn run(mut options: Options, tests: Vec<Test>, second_try: bool) -> Tally {
         .into_iter()
         .map(|test| trial(test, second_try, Arc::clone(&retried)));
     let trials = chosen(&mut options, trials);
-    // Its lines would stand between ours.
+    // Its lines would be mixed with ours.
     options.libtest.logfile = Some("/dev/null".to_owned());
     let ended = libtest_mimic::run(&options.libtest, trials);
     Tally {
@@ -153,7 +153,7 @@ fn run(mut options: Options, tests: Vec<Test>, second_try: bool) -> Tally {
     }
 }
 
-/// The trials that one of the filters lets through; `libtest-mimic` itself knows one filter alone.
+/// The trials that match one of the filters; `libtest-mimic` itself supports only one filter.
 fn chosen(options: &mut Options, trials: impl Iterator<Item = Trial>) -> Vec<Trial> {
     let libtest = &mut options.libtest;
     let Some(first) = libtest.filter.take() else {
@@ -171,21 +171,20 @@ fn chosen(options: &mut Options, trials: impl Iterator<Item = Trial>) -> Vec<Tri
         .collect()
 }
 
-/// An emulated host loses interrupts and takes seconds for what a processor does in
-/// milliseconds when the machine around it is busy. A failure there is shown and tried once
-/// more; a fault of ours fails twice.
+/// If the machine around it is busy, an emulated host loses interrupts and is slower by orders of magnitude. A failed
+/// test there is shown and retried once; a real bug fails twice.
 fn is_second_try_fair() -> bool {
     std::env::var("TESTBED").is_ok_and(|testbed| testbed == "emulated")
 }
 
-/// Runs the test, prints its line and tells `libtest-mimic` how it ended.
+/// Runs the test, prints its line and returns the result to `libtest-mimic`.
 fn trial(test: Test, second_try: bool, retried: Arc<AtomicU64>) -> Trial {
     let Test { name, run, .. } = test;
     Trial::ignorable_test(name, move || {
         let start = Instant::now();
         let attempt = || catch_unwind(AssertUnwindSafe(&run));
         let mut result = attempt();
-        // A panic is a mismatch of data or a mistake of the test: never tried again.
+        // A panic is a data mismatch or a bug of the test, and is never retried.
         if let Ok(Err(error)) = &result
             && second_try
         {

@@ -1,4 +1,4 @@
-//! What the VMM itself takes of the host's memory, with an idle guest that has balloon, disk and net.
+//! Memory that the VMM itself uses, with an idle guest that has balloon, disk and network.
 
 use std::fs::File;
 use std::path::Path;
@@ -15,7 +15,7 @@ const DISK_BYTES: u64 = 64 << 20;
 /// A sparse disk of 64 MiB and its option; the folder must outlive the guest.
 ///
 /// # Errors
-/// There is no place for it.
+/// The file cannot be created.
 pub fn disk_image() -> Result<(TempDir, String)> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("disk.raw");
@@ -29,14 +29,14 @@ pub fn disk_image() -> Result<(TempDir, String)> {
 pub struct Overhead {
     /// Bytes of the host's memory.
     pub resident: u64,
-    /// Of them not backed by a file.
+    /// Part of it that is not backed by a file.
     pub anonymous: u64,
-    /// Where they are.
+    /// The mappings.
     pub maps: Vec<Mapping>,
 }
 
 impl Overhead {
-    /// Of `vmm`, or of the VMM under test.
+    /// Measures `vmm`, or the VMM under test.
     ///
     /// # Errors
     /// The guest does not boot.

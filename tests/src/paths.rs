@@ -1,4 +1,4 @@
-//! Where the programs, kernels and images under test are.
+//! Paths of the programs, kernels and images under test.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ pub fn workspace() -> PathBuf {
         .to_path_buf()
 }
 
-/// Names a VMM with our command line and API that is used in place of ours, to compare with.
+/// The variable that names a VMM with our command line and API to use instead of ours, for comparisons.
 pub const OTHER_VMM: &str = "OTHER_VMM";
 
 /// One of our programs: from `PATH` inside the testbed, else the release build.
@@ -32,7 +32,7 @@ pub fn program(name: &str) -> Result<PathBuf> {
         .map(|folder| folder.join(name))
         .find(|file| file.is_file());
     let built = workspace().join("target/release").join(name);
-    // Outside the testbed a program of that name in PATH is somebody else's.
+    // Outside the testbed, a program of that name in PATH is not ours.
     let choice = if env::var_os("TESTBED").is_some() {
         in_path
     } else {
@@ -44,7 +44,7 @@ pub fn program(name: &str) -> Result<PathBuf> {
     }
 }
 
-/// What boots as a kernel without a folder: `GUEST_KERNEL` in the environment.
+/// Whether `GUEST_KERNEL` in the environment selects this kernel for names without a folder.
 fn guest_kernel_is(choice: &str) -> bool {
     env::var_os("GUEST_KERNEL").is_some_and(|chosen| chosen == choice)
 }
@@ -59,7 +59,7 @@ pub fn guest_kernel_is_debian() -> bool {
     guest_kernel_is("debian")
 }
 
-/// What a kernel without a folder needs on its command line to be the chosen one.
+/// Kernel parameters that make a kernel without a folder the selected one.
 pub fn guest_kernel_arguments() -> &'static str {
     if guest_kernel_is("mainline") {
         "page_reporting.tracker=mainline"
@@ -68,9 +68,9 @@ pub fn guest_kernel_arguments() -> &'static str {
     }
 }
 
-/// A guest image: `initramfs.cpio.gz`, `vmlinux` or `bzImage`, one of the latter two under
-/// `patched/`, or `debian/{vmlinux,vmlinuz}`. A kernel without a folder is the one that `GUEST_KERNEL` chooses:
-/// `stock`, `patched`, `mainline` (the patched one with [`guest_kernel_arguments`]) or `debian`.
+/// A guest image: `initramfs.cpio.gz`, `vmlinux` or `bzImage`, one of the latter two under `patched/`, or
+/// `debian/{vmlinux,vmlinuz}`. `GUEST_KERNEL` selects the kernel for names without a folder: `stock`, `patched`,
+/// `mainline` (the patched one with [`guest_kernel_arguments`]) or `debian`.
 ///
 /// # Errors
 /// There is no such image.
@@ -94,8 +94,8 @@ pub fn guest(name: &str) -> Result<PathBuf> {
     .with_context(|| format!("no guest {name}: run `cargo xtask guest build`"))
 }
 
-/// The initramfs for a kernel that [`guest`] has found: the one beside it, which has its modules,
-/// or else the common one.
+/// The initramfs for a kernel that [`guest`] has found: the one in its folder, which has its modules, otherwise the
+/// common one.
 ///
 /// # Errors
 /// There is neither.

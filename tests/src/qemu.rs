@@ -1,5 +1,5 @@
-//! A Linux guest under QEMU's emulation, without our VMM: a second host, which has memory
-//! hotplug and virtio-mem of its own, for our kernel patches.
+//! A Linux guest under QEMU's emulation, without our VMM: a second host for our kernel patches, with its own memory
+//! hot-plug and virtio-mem.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -30,8 +30,8 @@ pub struct QemuGuest {
 }
 
 impl QemuGuest {
-    /// Boots `kernel` with QEMU's `arguments` and more words for its command line, and waits
-    /// until the guest answers commands.
+    /// Boots `kernel` with QEMU's `arguments` and more words for its command line, and waits until the guest responds
+    /// to commands.
     ///
     /// # Errors
     /// It did not come up.
@@ -51,8 +51,8 @@ impl QemuGuest {
             .arg(fs::canonicalize(paths::guest("initramfs.cpio.gz")?)?)
             .args([
                 "-append",
-                // On a busy machine the timer may not tick within the kernel's test of it, and a
-                // processor that waits for a one-shot timer may wait for good; ticks end that.
+                // On a busy machine, the timer may not tick within the kernel's timer test, and a processor that waits
+                // for a one-shot timer may wait forever; periodic ticks prevent that.
                 &format!(
                     "console=ttyS0 panic=-1 no_timer_check highres=off nohz=off {command_line} \
                      guest.run={script}"
@@ -85,17 +85,17 @@ impl QemuGuest {
         Ok(guest)
     }
 
-    /// Has the guest carry out one command; its answer.
+    /// Makes the guest execute one command; returns its response.
     ///
     /// # Errors
-    /// The guest answered with an error or not at all.
+    /// The guest responded with an error or not at all.
     pub fn command(&mut self, line: &str) -> Result<String> {
         let verb = line.split(' ').next().unwrap_or(line);
         self.serial.send(line)?;
         self.serial.expect_answer(verb, COMMAND_DEADLINE)
     }
 
-    /// Runs a shell command in the guest that must succeed; all it printed.
+    /// Runs a shell command in the guest that must succeed; returns its output.
     ///
     /// # Errors
     /// It failed.
@@ -110,7 +110,7 @@ impl QemuGuest {
     /// A figure of `/sys/kernel/mm/page_reporting`.
     ///
     /// # Errors
-    /// There is none of that name.
+    /// There is no figure of that name.
     pub fn figure(&mut self, name: &str) -> Result<u64> {
         let said = self.shell(&format!("cat /sys/kernel/mm/page_reporting/{name}"))?;
         said.lines()
@@ -121,12 +121,12 @@ impl QemuGuest {
     /// One command of the QEMU Machine Protocol.
     ///
     /// # Errors
-    /// QEMU refused it.
+    /// QEMU rejected it.
     pub fn control(&mut self, command: &str, arguments: &Value) -> Result<Value> {
         self.control.execute(command, arguments)
     }
 
-    /// Bytes that QEMU holds of the host's memory now; its own tens of MiB are among them.
+    /// Resident bytes of QEMU, including some tens of MiB of its own.
     ///
     /// # Errors
     /// The process is gone.
@@ -138,7 +138,7 @@ impl QemuGuest {
         Ok(kib << 10)
     }
 
-    /// Lines in which the guest's kernel says that something is wrong with it.
+    /// Console lines in which the guest's kernel reports an error.
     pub fn complaints(&self) -> Vec<String> {
         const WORDS: &[&str] = &[
             "BUG: ",
@@ -157,19 +157,19 @@ impl QemuGuest {
 
 impl Drop for QemuGuest {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // It may have ended already.
         self.child.kill().ok();
         self.child.wait().ok();
     }
 }
 
-/// A child that is not yet a guest's.
+/// A child process that does not belong to a guest yet.
 struct Killed(Option<Child>);
 
 impl Drop for Killed {
     fn drop(&mut self) {
         if let Some(child) = &mut self.0 {
-            // It may have ended by itself.
+            // It may have ended already.
             child.kill().ok();
             child.wait().ok();
         }
@@ -209,7 +209,7 @@ impl Control {
         stream.write_all(format!("{request}\n").as_bytes())?;
         loop {
             let mut answer = self.line()?;
-            // Events come in between.
+            // Events may arrive before the response.
             if let Some(value) = answer.get_mut("return") {
                 return Ok(value.take());
             }

@@ -1,4 +1,4 @@
-//! Talking to a guest over a serial port or console.
+//! Communicates with a guest over a serial port or console.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
@@ -12,10 +12,10 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::wait::wait_for;
 
-/// The guest takes a line at once, or the VMM keeps some of it.
+/// Time limit for sending a line, which the guest reads or the VMM buffers.
 const SEND_DEADLINE: Duration = Duration::from_secs(30);
 
-/// The host's end of a guest's serial port; keeps all that was read.
+/// The host's end of a guest's serial port; stores everything that was read.
 #[derive(Debug)]
 pub struct Serial {
     /// A socket or a terminal that does not block.
@@ -29,7 +29,7 @@ impl Serial {
     /// Connects; the VMM must have created the socket.
     ///
     /// # Errors
-    /// Nobody listens within the deadline.
+    /// There is no listener within the deadline.
     pub fn connect(path: &Path, deadline: Duration) -> Result<Serial> {
         let stream = wait_for("serial socket", deadline, || {
             Ok(UnixStream::connect(path).ok())
@@ -53,7 +53,7 @@ impl Serial {
         Ok(Self::over(file))
     }
 
-    /// Talks over something that is open already and does not block.
+    /// Uses an open non-blocking descriptor.
     pub fn over(stream: File) -> Serial {
         Serial {
             stream,
@@ -62,22 +62,20 @@ impl Serial {
         }
     }
 
-    /// Waits for a complete line that contains `pattern`, behind what was
-    /// expected before, and returns it.
+    /// Waits for a complete line that contains `pattern`, after the previously expected text, and returns it.
     ///
     /// # Errors
-    /// No such line came in time; the end of what did come is shown.
+    /// No such line arrived in time; the error shows the end of the received text.
     pub fn expect(&mut self, pattern: &str, deadline: Duration) -> Result<String> {
         self.expect_line(&format!("{pattern:?}"), deadline, |line| {
             line.contains(pattern)
         })
     }
 
-    /// Waits for the command server's answer to `verb`: `ok VERB …`, with whatever
-    /// the command printed before it, or `err …`.
+    /// Waits for the command server's response to `verb`: `ok VERB …` after the command's output, or `err …`.
     ///
     /// # Errors
-    /// It is an error, or none came in time.
+    /// The response is an error, or none arrived in time.
     pub fn expect_answer(&mut self, verb: &str, deadline: Duration) -> Result<String> {
         let good = format!("ok {verb}");
         let line = self.expect_line(&format!("{good:?}"), deadline, |line| {
@@ -104,10 +102,10 @@ impl Serial {
         found.with_context(|| self.last_words())
     }
 
-    /// Waits for text that need not end a line, such as a prompt, behind what was expected before.
+    /// Waits for text that need not end a line, such as a prompt, after the previously expected text.
     ///
     /// # Errors
-    /// It did not come in time; the end of what did come is shown.
+    /// It did not arrive in time; the error shows the end of the received text.
     pub fn expect_text(&mut self, text: &str, deadline: Duration) -> Result<()> {
         let found = wait_for(&format!("{text:?} on the serial port"), deadline, || {
             let open = self.read_available()?;
@@ -126,7 +124,7 @@ impl Serial {
     /// Sends one line.
     ///
     /// # Errors
-    /// The guest's side is gone or does not read.
+    /// The guest's side is closed or does not read.
     pub fn send(&mut self, line: &str) -> Result<()> {
         let bytes = format!("{line}\n").into_bytes();
         let mut sent = 0;
@@ -145,14 +143,14 @@ impl Serial {
         &self.text
     }
 
-    /// For the message of a test that fails: what the guest printed at last.
+    /// The guest's last output, for the message of a failed test.
     pub fn last_words(&mut self) -> String {
-        // What cannot be read any more is not news.
+        // Errors do not matter here.
         let _ = self.read_available();
         format!("the guest printed: …{}", tail(&self.text))
     }
 
-    /// Takes what has come; false when nothing will come any more.
+    /// Reads available data; false at the end of the stream.
     fn read_available(&mut self) -> Result<bool> {
         let mut block = [0u8; 4096];
         loop {
@@ -168,7 +166,7 @@ impl Serial {
         }
     }
 
-    /// The first complete line not seen before that is wanted.
+    /// The first new complete line that matches `wanted`.
     fn take_line(&mut self, wanted: &impl Fn(&str) -> bool) -> Option<String> {
         let mut at = self.seen;
         while let Some(length) = self.text[at..].find('\n') {

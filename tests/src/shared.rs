@@ -16,7 +16,7 @@ impl Machine<'_> {
     /// guest. If `work` fails or panics, the guest is ended.
     ///
     /// # Errors
-    /// The guest does not boot, `work` fails, or it leaves the guest without answers or the VM different.
+    /// The guest does not boot, `work` fails, or the guest no longer responds or the VM's state changed.
     pub fn share<T>(&self, work: impl FnOnce(&mut Guest) -> Result<T>) -> Result<T> {
         let mut guest = self.take_over()?;
         let before = guest.vmm.get("vm.info")?;

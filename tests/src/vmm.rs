@@ -15,13 +15,13 @@ use crate::literal_client::{Answer, request};
 use crate::paths;
 use crate::wait::wait_for;
 
-/// For a process to start listening or to end: generous, machines are shared.
+/// Time for a process to start listening or to end; generous, because machines are shared.
 pub const PROCESS_DEADLINE: Duration = Duration::from_secs(60);
 
-/// Who closed the serial port may be about to tell why.
+/// Time for a process that closed the serial port to print the reason.
 const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(1);
 
-/// A running VMM with a folder of its own; killed when dropped.
+/// A running VMM with its own folder; killed when dropped.
 #[derive(Debug)]
 pub struct Vmm {
     child: Child,
@@ -33,7 +33,7 @@ impl Vmm {
     /// for the test's own folder. Waits for the socket.
     ///
     /// # Errors
-    /// The program is not there, or ended before it listened.
+    /// The program does not exist, or ended before it listened.
     pub fn start(arguments: &[&str]) -> Result<Vmm> {
         let mut vmm = Self::spawn(arguments)?;
         vmm.wait_api()?;
@@ -58,7 +58,7 @@ impl Vmm {
         Self::spawn_program(&program, arguments, set_up)
     }
 
-    /// As [`Vmm::spawn_with`], of another program with the same command line.
+    /// As [`Vmm::spawn_with`], for another program with the same command line.
     ///
     /// # Errors
     /// The program cannot be started.
@@ -92,7 +92,7 @@ impl Vmm {
         Ok(Vmm { child, folder })
     }
 
-    /// Waits until the API answers.
+    /// Waits until the API responds.
     ///
     /// # Errors
     /// The process ended, or does not listen.
@@ -116,20 +116,19 @@ impl Vmm {
         self.folder.path()
     }
 
-    /// What a file in the test's folder holds, lossily; empty when it is not there.
+    /// Content of a file in the test's folder, lossily decoded; empty if it does not exist.
     pub fn text(&self, name: &str) -> String {
         fs::read(self.folder.path().join(name))
             .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
             .unwrap_or_default()
     }
 
-    /// What the VMM printed to its error output.
+    /// The VMM's standard error.
     pub fn stderr(&self) -> String {
         self.text("stderr")
     }
 
-    /// For the message of a test that fails: what the VMM printed, and how it
-    /// ended or what its threads do.
+    /// The VMM's output, and its exit status or the state of its threads, for the message of a failed test.
     pub fn last_words(&mut self) -> String {
         let child = &mut self.child;
         let ended = wait_for("end", LAST_WORDS_DEADLINE, || Ok(child.try_wait()?));
@@ -148,25 +147,25 @@ impl Vmm {
     /// One API request.
     ///
     /// # Errors
-    /// The wire broke; an error status is an answer.
+    /// The connection failed; an error status is not an error here.
     pub fn request(&self, method: &str, endpoint: &str, body: Option<&str>) -> Result<Answer> {
         request(&self.socket(), method, endpoint, body)
     }
 
-    /// A GET that must answer 200 with JSON.
+    /// Sends a GET that must return 200 with JSON.
     ///
     /// # Errors
-    /// It did not.
+    /// The request failed.
     pub fn get(&self, endpoint: &str) -> Result<Value> {
         let answer = self.request("GET", endpoint, None)?;
         ensure!(answer.status == 200, "GET {endpoint}: {answer:?}");
         answer.json()
     }
 
-    /// A PUT that must succeed.
+    /// Sends a PUT that must succeed.
     ///
     /// # Errors
-    /// It did not.
+    /// The request failed.
     pub fn put(&self, endpoint: &str, body: Option<&str>) -> Result<Answer> {
         let answer = self.request("PUT", endpoint, body)?;
         ensure!(
@@ -176,10 +175,10 @@ impl Vmm {
         Ok(answer)
     }
 
-    /// Whether the process has ended, however.
+    /// Whether the process has ended, for any reason.
     ///
     /// # Errors
-    /// The system does not tell.
+    /// The status cannot be read.
     pub fn has_ended(&mut self) -> Result<bool> {
         Ok(self.child.try_wait()?.is_some())
     }
@@ -197,7 +196,7 @@ impl Vmm {
     /// Waits for the end and requires exit status 0.
     ///
     /// # Errors
-    /// It ended otherwise.
+    /// It ended with another status.
     pub fn expect_clean_exit(&mut self, deadline: Duration) -> Result<()> {
         let status = self.wait_exit(deadline)?;
         ensure!(
@@ -213,7 +212,7 @@ impl Vmm {
     /// Sends a signal to the process.
     ///
     /// # Errors
-    /// The process is gone.
+    /// The process has ended.
     pub fn signal(&self, signal: &str) -> Result<()> {
         let status = Command::new("kill")
             .args([format!("-{signal}"), self.pid().to_string()])
@@ -222,24 +221,23 @@ impl Vmm {
         Ok(())
     }
 
-    /// Kills the process when it is called, from any thread and while somebody waits for an answer.
+    /// Returns a function that kills the process, callable from any thread, even while another waits for a response.
     pub fn killer(&self) -> impl FnOnce() + Send + use<> {
         let pid = self.pid().to_string();
         move || {
-            // A process that has ended is as good as killed.
+            // The process may have ended already.
             let _ = Command::new("kill").args(["-KILL", &pid]).status();
         }
     }
 
-    /// Number of descriptors and names of threads, to see that none are left behind.
-    /// Without sockets, because the last client's may still be there, and without
-    /// the threads that KVM makes in a process.
+    /// Number of descriptors and names of threads, to check that none are left behind. Sockets are excluded, because
+    /// the last client's may still exist, and so are threads that KVM creates in a process.
     ///
     /// # Errors
-    /// The process is gone.
+    /// The process has ended.
     pub fn possessions(&self) -> Result<(usize, BTreeSet<String>)> {
         let proc = PathBuf::from(format!("/proc/{}", self.pid()));
-        // What is closed or ends meanwhile cannot be read any more.
+        // Descriptors and threads that disappear meanwhile are skipped.
         let threads = fs::read_dir(proc.join("task"))?
             .filter_map(|task| fs::read_to_string(task.ok()?.path().join("comm")).ok())
             .map(|name| name.trim().to_owned())
@@ -255,12 +253,12 @@ impl Vmm {
     /// Resident set of the process in bytes, guest RAM included.
     ///
     /// # Errors
-    /// The process is gone.
+    /// The process has ended.
     pub fn resident_bytes(&self) -> Result<u64> {
         self.memory_bytes("VmRSS:")
     }
 
-    /// The most memory the process has ever had resident.
+    /// Peak resident set of the process.
     pub fn peak_resident_bytes(&self) -> Result<u64> {
         self.memory_bytes("VmHWM:")
     }
@@ -278,13 +276,13 @@ impl Vmm {
 
 impl Drop for Vmm {
     fn drop(&mut self) {
-        // Already ended is as good as killed.
+        // It may have ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// Each thread's name, state, clock ticks used so far, and system call, as proc(5) has them.
+/// Each thread's name, state, used clock ticks, and system call, in the format of proc(5).
 fn threads(pid: u32) -> String {
     let mut all = String::new();
     let tasks = fs::read_dir(format!("/proc/{pid}/task"));

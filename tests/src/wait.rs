@@ -1,14 +1,13 @@
-//! Waiting for a condition with a deadline, never for a fixed time.
+//! Waits for a condition with a deadline, never for a fixed time.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-/// Between two looks at a condition. Short beside anything waited for, long
-/// beside what a look costs.
+/// Polling interval: short compared with any wait, long compared with the cost of a check.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Asks `condition` until it answers `Some`, for at most `deadline`.
+/// Calls `condition` until it returns `Some`, for at most `deadline`.
 ///
 /// # Errors
 /// The condition failed, or the deadline passed; `what` names it.

@@ -1,6 +1,5 @@
-//! Every request of the API in every state of a machine, by a client that reads
-//! answers literally as upstream's `ch-remote` does, and by a client generated
-//! from upstream's own API description.
+//! Tests every request of the API in every state of a machine, with a client that parses responses like upstream's
+//! `ch-remote`, and with a client generated from upstream's API description.
 
 use std::path::Path;
 use std::time::Duration;
@@ -13,7 +12,7 @@ use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
 use integration_tests::wait::wait_for;
 use serde_json::{Value, json};
 
-/// A guest that never ends by itself and never answers.
+/// A guest that never ends and never responds.
 fn config(kernel: &Path) -> String {
     json!({
         "payload": { "kernel": kernel, "cmdline": "scenario=spin" },
@@ -27,7 +26,7 @@ fn config(kernel: &Path) -> String {
     .to_string()
 }
 
-/// One request and the status it must get.
+/// One request and its expected status.
 type Step<'a> = (&'a str, &'a str, Option<&'a str>, u16);
 
 fn walk(vmm: &Vmm, state: &str, steps: &[Step<'_>]) -> Result<()> {
@@ -81,7 +80,7 @@ const WITHOUT_CONFIG: &[Step<'_>] = &[
     ("PUT", "vm.create", None, 400),
     ("PUT", "vm.create", Some("{"), 400),
     ("PUT", "vm.boot", Some("{}"), 400),
-    // Whether it could be booted is asked at boot, not here.
+    // The configuration is validated at boot, not here.
     ("PUT", "vm.create", Some("{}"), 204),
     ("PUT", "vm.boot", None, 400),
     ("PUT", "vm.delete", None, 204),
@@ -176,7 +175,7 @@ fn every_request_in_every_state_answers_as_upstream_does() -> Result<()> {
     Ok(())
 }
 
-/// Every figure is measured here by the thread that does so in earnest, under its filter.
+/// The real thread measures every figure here, under its seccomp filter.
 #[test]
 fn alerts_on_a_running_machine_cross_once_and_outlive_a_reboot() -> Result<()> {
     if !kvm_opens() {

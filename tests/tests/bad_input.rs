@@ -1,5 +1,5 @@
-//! Bad input on the command line and on the API socket: one clear chain of
-//! errors, exit status 1 or 4xx, and nothing left behind.
+//! Tests bad input on the command line and on the API socket: each causes one clear chain of errors, exit status 1 or
+//! 4xx, and leaves nothing behind.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -22,31 +22,31 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use test_skip::skip;
 
-/// A folder of files to boot from, most of them bad.
+/// A folder of files to boot from, most of them invalid.
 struct Files {
     folder: TempDir,
 }
 
-/// What a program finds at `/dev/kvm`.
+/// The file at `/dev/kvm` for a program.
 #[derive(Debug, Clone, Copy)]
 enum KvmDevice {
-    /// What this machine has there, which may be nothing.
+    /// This machine's own device, if there is one.
     Own,
-    /// Something that is no KVM.
+    /// A file that is not KVM.
     Hidden,
 }
 
 const HIDE_KVM: &str = "mount --bind /dev/null /dev/kvm && exec \"$@\"";
 
 impl KvmDevice {
-    /// No KVM: what must be found out before it is touched is found out all the same.
+    /// Without KVM: errors that must be detected before KVM is opened are still detected.
     fn none() -> Self {
         let hidden = Command::new("unshare")
             .args(["--mount", "sh", "-c", HIDE_KVM, "sh", "true"])
             .output();
         match hidden {
             Ok(output) if output.status.success() => Self::Hidden,
-            // There is none to hide, or no mount namespace of one's own.
+            // There is no device to hide, or no mount namespace can be created.
             _ => Self::Own,
         }
     }
@@ -82,7 +82,7 @@ impl Files {
         names(self.folder.path())
     }
 
-    /// Runs the VMM in this folder with an API socket until it ends by itself, where `/dev/kvm` is `kvm`.
+    /// Runs the VMM in this folder with an API socket until it exits, with `kvm` as `/dev/kvm`.
     fn run(&self, kvm: KvmDevice, arguments: &str) -> Result<Ended> {
         let program = paths::program("cloud-hypervisor")?;
         let mut command = match kvm {
@@ -109,7 +109,7 @@ fn names(folder: &Path) -> Result<BTreeSet<String>> {
         .collect()
 }
 
-/// The kernel with the name of its note's owner made another.
+/// The kernel with a changed owner name in its note.
 fn without_note(kernel: &[u8]) -> Result<Vec<u8>> {
     let mut other = kernel.to_vec();
     let at = kernel
@@ -123,7 +123,7 @@ fn without_note(kernel: &[u8]) -> Result<Vec<u8>> {
 /// Arguments, and texts that the chain must have in this order.
 type Case<'a> = (&'a str, &'a [&'a str]);
 
-/// Nothing of this may depend on KVM.
+/// None of this may depend on KVM.
 fn each_ends_in_one_chain(cases: &[Case<'_>]) -> Result<()> {
     each_ends_with(KvmDevice::none(), cases)
 }
@@ -266,7 +266,7 @@ fn ram_that_kvm_refuses_ends_in_one_chain() -> Result<()> {
     if !kvm_opens() {
         return Ok(());
     }
-    // More than any host has, and more than KVM takes in one slot.
+    // More than any host has, and more than KVM accepts in one slot.
     let arguments = "--kernel kernel --memory size=30000G";
     each_ends_with(
         KvmDevice::Own,
@@ -307,7 +307,7 @@ fn bad_zones_end_in_one_chain() -> Result<()> {
             &zones("id=a,size=1G --numa guest_numa_id=0,memory_zones=[b]"),
             &["Invalid NUMA configuration", "zone \"b\""],
         ),
-        // What only the host knows.
+        // Errors that only the host can detect.
         (
             &zones("id=a,size=512M,file=none"),
             &cannot_make("Cannot open none"),
@@ -441,7 +441,7 @@ fn unknown_keys_of_every_option_end_in_one_chain() -> Result<()> {
     Ok(())
 }
 
-/// The tap is made before the boot fails, and the threads are started.
+/// The tap is created and the threads are started before the boot fails.
 #[test]
 fn boot_that_fails_late_leaves_no_tap_behind() -> Result<()> {
     if !Path::new("/dev/net/tun").exists() {
@@ -585,7 +585,7 @@ fn bad_configurations_over_the_api_are_refused_at_boot_and_leave_nothing() -> Re
             expect_error_chain(&answer)?;
         }
         vmm.put("vm.delete", None)?;
-        // Threads that have ended leave the list a moment later.
+        // Ended threads disappear from the list with a delay.
         wait_for("threads and descriptors gone", PROCESS_DEADLINE, || {
             Ok((vmm.possessions()? == before).then_some(()))
         })
@@ -611,7 +611,7 @@ fn expect_error_chain(answer: &Answer) -> Result<()> {
     Ok(())
 }
 
-/// Writes `bytes`, reads one answer.
+/// Writes `bytes`, and reads one response.
 fn raw(vmm: &Vmm, bytes: &[u8]) -> Result<Answer> {
     let mut stream = UnixStream::connect(vmm.socket())?;
     stream.set_read_timeout(Some(PROCESS_DEADLINE))?;
@@ -666,13 +666,13 @@ fn body_of_five_mebibytes_is_refused_and_one_of_three_is_read() -> Result<()> {
     let answer = vmm.request("PUT", "vm.create", Some(&padded(5 << 20)))?;
     ensure!((400..500).contains(&answer.status), "{}", answer.status);
     vmm.put("vm.create", Some(&padded(3 << 20)))?;
-    // What it took for that is given back.
+    // The memory used for that has been freed.
     let peak = vmm.resident_bytes()?;
     ensure!(peak < 16 << 20, "{peak}");
     Ok(())
 }
 
-/// The body may have 4 MiB, and the process a few times that: nothing in the body is multiplied.
+/// The body may have 4 MiB, and the process may grow by a few times that: parsing must not multiply memory use.
 #[test]
 fn body_of_many_small_values_does_not_grow_the_vmm() -> Result<()> {
     let vmm = Vmm::start(&[])?;
@@ -695,7 +695,7 @@ fn body_of_many_small_values_does_not_grow_the_vmm() -> Result<()> {
         let cause = answer.json()?[1].to_string();
         ensure!(cause.contains("the body has more than"), "{cause}");
     }
-    // As much as is taken. The second one is refused for being the second.
+    // The maximum that is accepted. The second one is rejected only because a configuration already exists.
     vmm.put("vm.create", Some(&disks("{\"path\":\"/d\"}", 8192)))?;
     let answer = vmm.request("PUT", "vm.create", Some(&affinity(31, 8192)))?;
     ensure!(answer.status == 500, "{answer:?}");
@@ -745,7 +745,7 @@ fn clients_that_stop_half_way_delay_nobody_and_are_dropped() -> Result<()> {
         vmm.get("vmm.ping")?;
     }
     ensure!(started.elapsed() < Duration::from_secs(2), "{started:?}");
-    // One gives up, the others are given up: each is closed, with or without a word.
+    // One client gives up, the others time out: each connection is closed, with or without a response.
     halves[3].shutdown(Shutdown::Write)?;
     for stream in &mut halves[1..] {
         stream.set_read_timeout(Some(PROCESS_DEADLINE))?;
@@ -760,11 +760,11 @@ fn clients_that_stop_half_way_delay_nobody_and_are_dropped() -> Result<()> {
     Ok(())
 }
 
-/// A `/dev` of its own with what a program needs, and `kvm` made by `kvm`.
+/// A private `/dev` with the devices that a program needs, and a `kvm` created by the command `kvm`.
 fn in_a_dev_where(kvm: &str, user: &str) -> Result<Option<Ended>> {
     let files = Files::new()?;
     let program = paths::program("cloud-hypervisor")?;
-    // A place and files that any user may read.
+    // A folder and files that any user may read.
     fs::copy(program, files.path("program"))?;
     fs::set_permissions(files.folder.path(), fs::Permissions::from_mode(0o777))?;
     let script = format!(

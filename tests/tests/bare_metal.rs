@@ -1,5 +1,4 @@
-//! The machine and the balloon driven by a guest without an operating system,
-//! directly on this machine's KVM.
+//! Tests the machine and the balloon with a guest without an operating system, directly on this machine's KVM.
 
 use std::fs::File;
 use std::time::Duration;
@@ -12,7 +11,7 @@ use integration_tests::vmm::Vmm;
 use integration_tests::wait::wait_for;
 use serde_json::{Value, json};
 
-/// Balloon with reporting, as most scenarios want it.
+/// Balloon with reporting, as most scenarios need it.
 const BALLOON: &[&str] = &["--balloon", "size=0,free_page_reporting=on"];
 
 /// Runs a scenario to its end: all checks pass, the guest powers off, the VMM exits 0.
@@ -47,7 +46,7 @@ fn balloon_shared_memory_discards_exactly() -> Result<()> {
 
 #[test]
 fn hostile_guest_private_memory_is_contained_and_counted() -> Result<()> {
-    /// One counter for each kind of lie that a device can tell from a truth.
+    /// One counter for each kind of protocol violation that a device can detect.
     const COUNTED: &[&str] = &[
         "actual_beyond_ram",
         "chains_empty",
@@ -77,16 +76,16 @@ fn hostile_guest_private_memory_is_contained_and_counted() -> Result<()> {
     lies_are_counted(&mut vmm, COUNTED)
 }
 
-/// A machine whose guest has told all its lies: each kind shows, and the VMM ends well.
+/// A machine whose guest has committed all violations: each kind is counted, and the VMM exits cleanly.
 fn lies_are_counted(vmm: &mut Vmm, names: &[&str]) -> Result<()> {
     let counters = vmm.get("vm.counters")?;
     for name in names {
         let count = counters["__balloon"][name].as_u64();
         ensure!(count.is_some_and(|count| count > 0), "{name}: {counters:#}");
     }
-    // However often it lies, the log has a line for the device, not for each lie.
+    // The log has one line for the device, not one per violation.
     let log = vmm.stderr();
-    // Requests that were refused are the host's own.
+    // Rejected requests are the host's own.
     let lines = log.lines().filter(|line| !line.contains("/api/"));
     ensure!(lines.count() < 10, "{log}");
     vmm.put("vmm.shutdown", None)?;
@@ -132,7 +131,7 @@ fn hostile_hints(memory: &str) -> Result<()> {
     let mut vmm = start("hinting", &arguments)?;
     vmm.wait_api()?;
     expect_all_passed_while(&mut vmm, |vmm| {
-        // Run after run; refused as long as there is one, or no driver.
+        // Starts run after run; a request is rejected while a run is in progress, or without a driver.
         vmm.request("PUT", "vm.balloon-hinting", Some("{\"action\":\"start\"}"))
             .map(drop)
     })?;
@@ -152,7 +151,7 @@ fn noise_at_every_register_is_contained() -> Result<()> {
     runs("registers", BALLOON)
 }
 
-/// Every kind of device at once; the tap is one of the VMM's own making.
+/// Runs with every kind of device; the VMM creates the tap.
 fn runs_with_every_device(scenario: &str) -> Result<()> {
     if let Err(error) = File::options().read(true).write(true).open("/dev/net/tun") {
         test_skip::skip(format!("/dev/net/tun does not open: {error}"));
@@ -181,12 +180,12 @@ fn hostile_guest_of_every_device_is_contained() -> Result<()> {
     runs_with_every_device("hostile")
 }
 
-/// Both ask for a reset, so the guest starts anew for ever: seen by its boot count.
+/// Both scenarios request a reset, so the guest restarts forever, which its boot count shows.
 fn starts_again_after(scenario: &str) -> Result<()> {
     if !kvm_opens() {
         return Ok(());
     }
-    // A disk, because its image is locked: the next machine needs it free.
+    // With a disk, because its image is locked: the next machine needs the lock released.
     let image = tempfile::NamedTempFile::new()?;
     image.as_file().set_len(1 << 20)?;
     let disk = format!("path={},image_type=raw", image.path().display());
@@ -272,7 +271,7 @@ fn debug_console_on_another_port_writes_to_the_terminal_of_the_console() -> Resu
     if !kvm_opens() {
         return Ok(());
     }
-    // The scenario finds nothing at 0xe9, and the VMM runs all the same.
+    // The scenario finds nothing at 0xe9, and the VMM continues to run.
     let arguments = ["--debug-console", "tty,iobase=0xe8", "--console", "tty"];
     let mut vmm = start("spin", &arguments)?;
     vmm.wait_api()?;
@@ -306,7 +305,7 @@ fn reboots_leave_no_descriptor_and_no_thread_behind() -> Result<()> {
     for _ in 0..4 {
         vmm.put("vm.reboot", None)?;
     }
-    // Threads take a moment to bear their names, or to be gone.
+    // Threads need a moment to get their names, or to disappear.
     wait_for("what one machine has", Duration::from_secs(60), || {
         Ok((vmm.possessions()? == before).then_some(()))
     })
@@ -348,11 +347,11 @@ fn reclaim_stats_after_balloon_scenario_add_up() -> Result<()> {
     ensure!(calls == [1, 1] || calls == [8, 256], "{calls:?}");
     ensure!(figure("/configured_bytes") == Some(256 << 20), "{stats:#}");
     let resident = figure("/resident_bytes").context("resident_bytes")?;
-    // The guest touched well under 64 MiB and gave most of it back.
+    // The guest touched well under 64 MiB and returned most of it.
     ensure!(resident > 0 && resident < 64 << 20, "{stats:#}");
 
-    // Every answer is a fresh one, the first not what the guest left at start: it
-    // has one byte less each time it is asked, by us or by the VMM itself.
+    // Every response is fresh, and the first is not the sample from the start: the guest reports one byte less for each
+    // request, by us or by the VMM itself.
     let mut last = 123_456_788;
     for _ in 0..3 {
         let guest = vmm.get("vm.balloon-stats")?;
@@ -377,8 +376,7 @@ fn spinning_guest_delays_no_request() -> Result<()> {
         Ok(info.filter(|info| info["state"] == "Running"))
     })?;
     let started = std::time::Instant::now();
-    // This guest will never send statistics: the request must end by itself,
-    // and meanwhile others must be served.
+    // This guest never sends statistics: the request must time out, and others must be served meanwhile.
     std::thread::scope(|scope| -> Result<()> {
         let slow = scope.spawn(|| vmm.request("GET", "vm.balloon-stats", None));
         for _ in 0..20 {

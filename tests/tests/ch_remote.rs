@@ -1,4 +1,4 @@
-//! `ch-remote` against the VMM: what each command prints and how it ends.
+//! Tests `ch-remote` with the VMM: output and exit status of each command.
 
 use std::fs;
 use std::path::Path;
@@ -12,7 +12,7 @@ use integration_tests::paths;
 use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
 use serde_json::{Value, json};
 
-/// One VMM and the program that steers it.
+/// One VMM and the program that controls it.
 struct Remote<'a> {
     socket: &'a Path,
 }
@@ -42,7 +42,7 @@ impl Remote<'_> {
         Ok(serde_json::from_str(output)?)
     }
 
-    /// A command that the VMM refuses with this status and, at the end of its chain, this text.
+    /// A command that the VMM rejects with this status and, at the end of its chain, this text.
     fn refused(&self, words: &str, status: &str, why: &str) -> Result<()> {
         let chain = self.run(words)?.chain("ch-remote")?;
         ensure!(
@@ -68,7 +68,7 @@ fn keys(value: &Value) -> Vec<&str> {
         .unwrap_or_default()
 }
 
-/// A guest whose balloon answers, as JSON for `create`.
+/// A guest with a responsive balloon, as JSON for `create`.
 fn write_config(vmm: &Vmm, command_line: &str) -> Result<String> {
     let config = json!({
         "payload": { "kernel": bare_metal::image()?, "cmdline": command_line },
@@ -153,7 +153,7 @@ fn every_command_steers_a_whole_life() -> Result<()> {
     vmm.expect_clean_exit(PROCESS_DEADLINE)
 }
 
-/// Everything that is measured, of a guest that has reported and inflated.
+/// Checks all figures of a guest that has reported and inflated.
 fn look_at_figures(remote: &Remote<'_>) -> Result<()> {
     let info = remote.json("info")?;
     // 256 pages are in the balloon.
@@ -241,7 +241,7 @@ fn no_vmm_or_no_sense_is_told_as_such() -> Result<()> {
     Ok(())
 }
 
-/// A VMM that is stopped, as seen from outside: connects, and never answers.
+/// A stopped VMM, as seen by a client: it accepts a connection, but never responds.
 #[test]
 fn timeout_ends_the_wait_for_a_vmm_that_does_not_answer() -> Result<()> {
     let vmm = Vmm::start(&[])?;

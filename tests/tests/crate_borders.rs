@@ -1,4 +1,4 @@
-//! Which crate of the workspace may use which other, as ARCHITECTURE.md has it.
+//! Checks which crates of the workspace may depend on which others, as described in ARCHITECTURE.md.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use integration_tests::paths::workspace;
 use serde_json::Value;
 
-/// Every crate of the workspace with those it may use. What stands below uses nothing that stands above.
+/// Every crate of the workspace with its allowed dependencies. A crate does not use any crate listed above it.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("api-macros", &[]),
     ("api", &["api-macros", "device-facts"]),
@@ -29,7 +29,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "virtio-devices",
         ],
     ),
-    // The server is for its fake VMMs, which only tests have.
+    // The test server is for its fake VMMs, which only tests use.
     ("fleet", &["api", "chart", "device-facts", "test-server"]),
     ("cloud-hypervisor", &["api", "program-docs", "vmm"]),
     ("ch-remote", &["api", "program-docs"]),
@@ -56,7 +56,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("guest-programs", &[]),
     ("xtask", &["api", "device-facts", "test-skip"]),
 ];
-/// The modules of `vmm`, from the ground up: each uses only what stands before it.
+/// The modules of `vmm`, bottom-up: each uses only modules listed before it.
 const VMM_MODULES: &[&str] = &[
     "device_ids",
     "inherited_fd",
@@ -78,11 +78,11 @@ const VMM_MODULES: &[&str] = &[
     "control",
     "api",
 ];
-/// What would be a way around the border: HTTP, JSON, command lines and confinement are the business of who runs the
-/// machine.
+/// Crates that would bypass the border: HTTP, JSON, command lines and confinement are the responsibility of the program
+/// that runs the machine.
 const NOT_IN_THE_MACHINE: &[&str] = &["dbs-uhttp", "clap", "seccompiler", "landlock", "serde_json"];
 
-/// What each crate of the workspace depends on, without what only its tests use.
+/// Dependencies of each crate of the workspace, without dev-dependencies.
 fn dependencies() -> Result<BTreeMap<String, BTreeSet<String>>> {
     let output = Command::new("cargo")
         .args(["metadata", "--no-deps", "--offline", "--format-version=1"])
@@ -140,7 +140,7 @@ fn sources(place: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
     Ok(())
 }
 
-/// The modules of the crate that a source names, comments and unit tests left out.
+/// The modules of the crate that a source file names, outside comments and unit tests.
 fn modules_used(source: &str) -> BTreeSet<&str> {
     let product = source.split("\n#[cfg(test)]\nmod tests {").next();
     product

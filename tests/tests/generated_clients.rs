@@ -1,5 +1,5 @@
-//! Clients that two generators make from our OpenAPI file, each with a VMM: progenitor in Rust, openapi-python-client
-//! in Python.
+//! Tests clients that two generators create from our OpenAPI file, each with a VMM: progenitor in Rust,
+//! openapi-python-client in Python.
 
 use std::process::{Command, Output};
 use std::time::Duration;
@@ -12,7 +12,7 @@ use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
 use test_skip::skip;
 
 const RAM_BYTES: i64 = 256 << 20;
-/// For a life of the VM, of which the boot is the longest part.
+/// Time for a VM's whole life cycle, of which the boot is the longest part.
 const LIFE_DEADLINE: Duration = Duration::from_secs(300);
 /// Generates Python without ruff, which would only format it.
 const PYTHON_SETTINGS: &str = "post_hooks: []\n";
@@ -92,7 +92,7 @@ fn client_that_openapi_python_client_generates_steers_a_whole_life() -> Result<(
     if !kvm_opens() {
         return Ok(());
     }
-    // A virtual environment, which has what the client imports, too.
+    // A virtual environment, which also has the client's dependencies.
     let programs = workspace().join("target/openapi-python-client/bin");
     if !programs.join("openapi-python-client").is_file() {
         skip("openapi-python-client is not installed: run `cargo xtask test-tools`");

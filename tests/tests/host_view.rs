@@ -1,5 +1,4 @@
-//! A running VMM as the host sees it: its threads, what they may do and where
-//! they run, and the events it tells of.
+//! Tests a running VMM from the host's point of view: its threads, their permissions and affinity, and its events.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,8 +10,7 @@ use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
 use integration_tests::wait::wait_for;
 use serde_json::{Value, json};
 
-/// A field of `/proc/PID/task/TID/status`, by the thread's name. A thread that ends
-/// while it is looked at is left out.
+/// A field of `/proc/PID/task/TID/status`, by the thread's name. A thread that ends meanwhile is omitted.
 fn of_each_thread(vmm: &Vmm, field: &str) -> Result<BTreeMap<String, String>> {
     let mut fields = BTreeMap::new();
     for task in fs::read_dir(format!("/proc/{}/task", vmm.pid()))? {
@@ -32,8 +30,8 @@ fn of_each_thread(vmm: &Vmm, field: &str) -> Result<BTreeMap<String, String>> {
     Ok(fields)
 }
 
-/// As [`of_each_thread`], once all of `names` are among the threads: a thread bears its
-/// creator's name until it has run for the first time.
+/// As [`of_each_thread`], once all of `names` are among the threads: a thread has its creator's name until it has run
+/// for the first time.
 fn of_named_threads(vmm: &Vmm, field: &str, names: &[&str]) -> Result<BTreeMap<String, String>> {
     wait_for("the threads' names", PROCESS_DEADLINE, || {
         let threads = of_each_thread(vmm, field)?;
@@ -42,7 +40,7 @@ fn of_named_threads(vmm: &Vmm, field: &str, names: &[&str]) -> Result<BTreeMap<S
     })
 }
 
-/// A guest that computes for ever, seen running.
+/// Starts a guest that computes forever, and waits until it runs.
 fn start_spinning(arguments: &[&str]) -> Result<Vmm> {
     let vmm = start("spin", arguments)?;
     wait_for("running guest", SCENARIO_DEADLINE, || {
@@ -81,7 +79,7 @@ fn seccomp_confines_every_thread_unless_told_not_to() -> Result<()> {
             Ok(all.then_some(()))
         })
         .with_context(|| format!("{setting}: {:?}", of_each_thread(&vmm, "Seccomp")))?;
-        // Each of these makes threads or descriptors under the filters.
+        // Each of these creates threads or descriptors under the filters.
         for endpoint in ["vm.pause", "vm.resume", "vm.power-button", "vm.reboot"] {
             vmm.put(endpoint, None)?;
         }
@@ -260,7 +258,7 @@ fn event_monitor_tells_of_drivers_by_device() -> Result<()> {
     Ok(())
 }
 
-/// Nobody reads: events are lost, and nothing else is.
+/// Without a reader, only events are lost.
 #[test]
 fn event_monitor_that_nobody_reads_delays_nothing() -> Result<()> {
     if !kvm_opens() {
@@ -281,8 +279,7 @@ fn event_monitor_that_nobody_reads_delays_nothing() -> Result<()> {
     end(vmm)
 }
 
-/// The figure is printed, for machines differ; the bound only tells an answer
-/// from a wait.
+/// The figure is only printed, because machines differ; the bound only distinguishes a response from a wait.
 #[test]
 fn spinning_guest_leaves_the_api_its_latency() -> Result<()> {
     const REQUESTS: usize = 500;

@@ -1,4 +1,5 @@
-//! Devices that come to and go from a running machine, with a guest without an operating system.
+//! Tests devices that are hot-plugged into and unplugged from a running machine, with a guest without an operating
+//! system.
 
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -84,7 +85,7 @@ fn disk_and_balloon_come(
     }
 
     wait_ready(&mut vmm, "balloon")?;
-    // Threads take a moment to bear their names.
+    // Threads need a moment to get their names.
     wait_for("the disk's thread", Duration::from_secs(60), || {
         let (_, threads) = vmm.possessions()?;
         Ok(threads.contains("d_q0").then_some(()))
@@ -106,13 +107,13 @@ fn disk_and_balloon_come(
     let stats = vmm.get("vm.reclaim-stats")?;
     ensure!(stats["inflate"]["discarded_bytes"] == 65536, "{stats:#}");
     ensure!(stats["ballooned_bytes"] == 65536, "{stats:#}");
-    // Tells the guest to go on; it deflates all.
+    // Signals the guest to continue; it deflates completely.
     resize_balloon(&vmm, 4096)?;
     wait_for("an empty balloon", SCENARIO_DEADLINE, || {
         let stats = vmm.get("vm.reclaim-stats")?;
         Ok((stats["ballooned_bytes"] == 0).then_some(()))
     })?;
-    // It is still asked for a page.
+    // The balloon's target is still one page.
     expect(&remove()?, 400)?;
     resize_balloon(&vmm, 0)?;
     expect(&remove()?, 204)?;
@@ -128,7 +129,7 @@ fn disk_and_balloon_come(
     Ok(())
 }
 
-/// Nothing of a device that could not be added stays: no thread, no descriptor, no line in the configuration.
+/// A device that could not be added leaves nothing behind: no thread, no descriptor, no entry in the configuration.
 fn refused_additions_leave_nothing(vmm: &Vmm, image: &str) -> Result<()> {
     let state = || -> Result<_> { Ok((vmm.possessions()?, vmm.get("vm.info")?)) };
     let before = state()?;
@@ -188,11 +189,11 @@ fn device_that_the_guest_does_not_let_go_is_gone_after_a_reboot() -> Result<()> 
     ensure!(cause.contains("still being removed"), "{cause}");
     vmm.put("vm.reboot", None)?;
     expect(&remove()?, 404)?;
-    // Its image is free again; a machine that is paused takes it as well.
+    // Its image is free again; a paused machine accepts it as well.
     vmm.put("vm.pause", None)?;
     expect(&put(&vmm, "vm.add-disk", &disk)?, 200)?;
     vmm.put("vm.resume", None)?;
-    // Until there is no slot left: the bridge, the random numbers and 30 disks.
+    // Until no slot is left: the bridge, the entropy device and 30 disks.
     let image = image.path().display().to_string();
     expect(&remove()?, 204)?;
     vmm.put("vm.reboot", None)?;
@@ -237,7 +238,7 @@ fn tap_that_came_with_its_descriptor_is_kept_for_reboots_and_closed_with_the_dev
     let info = vmm.get("vm.info")?;
     ensure!(info["device_tree"]["n"].is_object(), "{info:#}");
     ensure!(interface.exists());
-    // This guest lets go of nothing; with the next machine there is no such device.
+    // This guest releases nothing; the next machine does not have the device.
     expect(&put(&vmm, "vm.remove-device", &json!({"id": "n"}))?, 204)?;
     vmm.put("vm.reboot", None)?;
     wait_for("the tap to go", Duration::from_secs(60), || {

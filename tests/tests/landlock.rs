@@ -1,4 +1,4 @@
-//! A whole machine whose VMM may use only the files that its options name.
+//! Tests a whole machine whose VMM may use only the files that its options name.
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::bare_metal::{SCENARIO_DEADLINE, kvm_opens, start};
@@ -53,7 +53,7 @@ fn machine_with_every_console_boots_reboots_and_grows_by_its_rules_alone() -> Re
     let inside = extra.path().join("disk");
     let added = add_disk(&vmm, inside.to_str().context("a path")?)?;
     ensure!(added.status == 200, "{added:?}");
-    // Measures memory, opens everything again, and measures once more.
+    // Measures memory, reopens everything with a reboot, and measures again.
     vmm.get("vm.reclaim-stats")?;
     vmm.put("vm.reboot", None)?;
     vmm.get("vm.reclaim-stats")?;

@@ -1,4 +1,4 @@
-//! Tests with the real programs, as one program: a file each.
+//! Tests with the real programs, compiled as one test program.
 
 mod api_life;
 mod bad_input;
@@ -18,7 +18,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-/// Cargo looks for no other files here, so one that is forgotten above would never run.
+/// Cargo does not search for other files here, so a file that is missing above would never run.
 #[test]
 fn every_file_of_tests_is_a_module_of_this_program() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");

@@ -1,5 +1,5 @@
-//! Steering a guest's reporting: the guest without an operating system follows a policy,
-//! knows nothing of one, or lies about it.
+//! Tests control of a guest's reporting: the guest without an operating system follows a policy, does not support one,
+//! or lies about it.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ const PAUSE: &str = r#"{"action": "pause"}"#;
 const RESUME: &str = r#"{"action": "resume"}"#;
 const REPORT_NOW: &str = r#"{"action": "report-now"}"#;
 
-/// Starts it and waits until its driver has started so many times.
+/// Starts it and waits until its driver has started this many times.
 fn started(scenario: &str, arguments: &[&str]) -> Result<Vmm> {
     let arguments = [arguments, &["--event-monitor", "path=@/events"]].concat();
     let mut vmm = start(scenario, &arguments)?;
@@ -52,7 +52,7 @@ fn stats_when(vmm: &Vmm, what: &str, condition: impl Fn(&Value) -> bool) -> Resu
     .with_context(|| format!("{:#}", vmm.get("vm.reclaim-stats").unwrap_or_default()))
 }
 
-/// Waits for another report to arrive, whatever becomes of it.
+/// Waits for another report, whether it is discarded or not.
 fn next_report(vmm: &Vmm) -> Result<Value> {
     let before = figure(&vmm.get("vm.reclaim-stats")?, "/report/requested_bytes");
     stats_when(vmm, "another report", |stats| {
@@ -74,7 +74,7 @@ fn in_effect(vmm: &Vmm) -> Result<()> {
     })
 }
 
-/// Waits for an event: the balloon is looked at once per second.
+/// Waits for an event; the balloon is evaluated once per second.
 fn event_told(vmm: &Vmm, event: &str) -> Result<()> {
     wait_for(event, Duration::from_secs(60), || {
         Ok(vmm.text("events").contains(event).then_some(()))
@@ -117,7 +117,7 @@ fn guest_that_takes_a_policy_is_steered_and_kept_so_over_a_reboot() -> Result<()
     ensure!(paused["paused_by"] == "guest", "{paused:#}");
     event_told(&vmm, "reporting-paused")?;
     let still = figure(&vmm.get("vm.reclaim-stats")?, "/report/requested_bytes");
-    // It goes around twice to follow this, and reports nothing.
+    // It needs two iterations to follow this, and reports nothing.
     set_policy(&vmm, 80)?;
     set_policy(&vmm, 90)?;
     let stats = vmm.get("vm.reclaim-stats")?;
@@ -149,7 +149,7 @@ fn guest_that_takes_a_policy_is_steered_and_kept_so_over_a_reboot() -> Result<()
     ends(vmm)
 }
 
-/// `report-now` is the caller's mistake here.
+/// `report-now` is a client error here.
 fn refused(vmm: &Vmm) -> Result<()> {
     let answer = vmm.request("PUT", "vm.balloon-reporting", Some(REPORT_NOW))?;
     ensure!(answer.status == 400, "{answer:?}");
@@ -175,7 +175,7 @@ fn guest_without_a_policy_is_paused_by_the_device() -> Result<()> {
     ends(vmm)
 }
 
-/// While reports go on arriving.
+/// Checks that nothing is discarded while reports keep arriving.
 fn nothing_is_discarded(vmm: &Vmm) -> Result<()> {
     let before = figure(&vmm.get("vm.reclaim-stats")?, "/report/discarded_bytes");
     next_report(vmm)?;
@@ -197,7 +197,7 @@ fn guest_that_lies_about_the_policy_is_contained_and_counted() -> Result<()> {
     let vmm = started("policy-lies", POLICY)?;
     set_policy(&vmm, 70)?;
     next_report(&vmm)?;
-    // It confirms, and goes on reporting.
+    // It confirms, but continues to report.
     let paused = steer(&vmm, PAUSE)?;
     ensure!(paused["state"] == "paused", "{paused:#}");
     nothing_is_discarded(&vmm)?;

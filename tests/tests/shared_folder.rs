@@ -1,4 +1,4 @@
-//! Shared folders whose back end is not there, goes away, or never answers. What a back end does with a guest is tested in
+//! Tests shared folders whose back end does not exist, ends, or never responds. Tests of a working back end are in
 //! `virtio-devices/src/vhost_user/tests/`.
 
 use std::io::Read;
@@ -12,7 +12,7 @@ use serde_json::json;
 /// The first message of the VMM: `VHOST_USER_GET_FEATURES`, version 1, without a body.
 const GREETING: [u8; 12] = [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
 
-/// The VMM's next connection, after its first message, which is never answered.
+/// The VMM's next connection, after its first message, which gets no response.
 fn greeted(listener: &UnixListener) -> Result<UnixStream> {
     let (mut stream, _) = listener.accept()?;
     stream.set_read_timeout(Some(SCENARIO_DEADLINE))?;
@@ -40,14 +40,14 @@ fn back_end_that_is_gone_or_silent_holds_up_no_request() -> Result<()> {
     let shared = ["--memory", "size=256M,shared=on", "--fs", &option];
     let mut vmm = start("spin", &shared)?;
     vmm.wait_api()?;
-    // It is sought again after its end.
+    // The VMM reconnects after the back end's end.
     drop(greeted(&listener)?);
     let silent = greeted(&listener)?;
     let absent = json!({"tag": "b", "socket": path("absent"), "id": "b"}).to_string();
     expect(&vmm, "vm.add-fs", Some(&absent), 200)?;
     expect(&vmm, "vm.pause", None, 204)?;
     expect(&vmm, "vm.resume", None, 204)?;
-    // The pause has cut the greeting short.
+    // The pause interrupted the handshake.
     let again = greeted(&listener)?;
     expect(&vmm, "vm.remove-device", Some(r#"{"id":"b"}"#), 204)?;
     expect(&vmm, "vm.reboot", None, 204)?;

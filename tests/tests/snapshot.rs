@@ -1,4 +1,4 @@
-//! A VM is saved, its process ends, and a new process continues it.
+//! Tests saving a VM, ending its process, and continuing it in a new process.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -11,7 +11,7 @@ use integration_tests::wait::wait_for;
 use serde_json::json;
 use test_skip::skip;
 
-/// Enough that an export takes a while, and none of it data.
+/// Enough memory that saving takes a while, without any data in it.
 const LARGE: &[&str] = &["--memory", "size=1G,prefault=on"];
 const BALLOON: &[&str] = &["--balloon", "size=0,free_page_reporting=on"];
 
@@ -52,7 +52,7 @@ fn guest_saved_at_work_finishes_in_another_process() -> Result<()> {
     ensure!(!before.contains("DONE "), "it was to be saved at work");
     let restore = format!("source_url={url},resume=on");
     let mut second = Vmm::start(&["--restore", &restore])?;
-    // The file of the serial port is emptied, as at a boot.
+    // The file of the serial port is truncated, as at boot.
     let text = wait_for("the guest's closing line", SCENARIO_DEADLINE, || {
         let ended = second.has_ended()?;
         // The save may have cut a line in two.
@@ -101,7 +101,7 @@ fn restored_guest_answers_and_what_it_gave_back_stays_given_back() -> Result<()>
             "{memory}: {after} of {resident}"
         );
         second.put("vm.resume", None)?;
-        // The driver's queue, its interrupt and the guest itself go on.
+        // The driver's queue, its interrupt and the guest itself continue to work.
         second.get("vm.balloon-stats")?;
         let now = second.get("vm.counters")?;
         for name in ["report_discarded_bytes", "inflate_discarded_bytes"] {
@@ -140,7 +140,7 @@ fn damaged_snapshot_ends_the_process_with_its_name() -> Result<()> {
     Ok(())
 }
 
-/// A guest that has done its work and stays, in a pause.
+/// A paused guest that has completed its scenario and stays.
 fn paused(arguments: &[&str]) -> Result<Vmm> {
     let cmdline = ["--cmdline", "scenario=balloon stay"];
     let mut vmm = start("balloon", &[BALLOON, &cmdline, arguments].concat())?;
@@ -159,7 +159,7 @@ fn process_killed_during_the_export_leaves_no_snapshot_or_a_whole_one() -> Resul
     let url = format!("file://{}", folder.path().display());
     let body = json!({"destination_url": url}).to_string();
     std::thread::scope(|scope| -> Result<()> {
-        // The answer never comes, or says that it is done.
+        // There is no response, or it reports success.
         let request = scope.spawn(|| vmm.request("PUT", "vm.snapshot", Some(&body)).is_ok());
         wait_for("the memory file", SCENARIO_DEADLINE, || {
             Ok(folder.path().join("memory-0").exists().then_some(()))
@@ -212,7 +212,7 @@ fn save_to_full_disk(folder: &Path) -> Result<()> {
     ensure!(causes.contains("No space left on device"), "{causes}");
     ensure!(std::fs::read_dir(folder)?.next().is_none());
     ensure!(vmm.text("events").contains("snapshot-failed"));
-    // The VM is as before.
+    // The VM is unchanged.
     let other = tempfile::tempdir()?;
     let body = json!({"destination_url": format!("file://{}", other.path().display())}).to_string();
     vmm.put("vm.snapshot", Some(&body))?;
@@ -242,7 +242,7 @@ fn restored_vm_with_landlock_confines_every_thread_and_reads_no_other_folder() -
     // Without a filter of system calls, only Landlock takes the right to gain privileges from a thread.
     let restore = format!("source_url={},resume=on", url(&folder));
     let mut second = Vmm::start(&["--seccomp", "false", "--restore", &restore])?;
-    // The main thread comes last.
+    // The main thread is confined last.
     wait_for("rules on every thread", PROCESS_DEADLINE, || {
         ensure!(!second.has_ended()?, "{}", second.stderr());
         let mut all = true;

@@ -1,4 +1,4 @@
-//! Connections between programs of the host and a guest without an operating system.
+//! Tests connections between programs of the host and a guest without an operating system.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -8,7 +8,7 @@ use std::thread;
 use anyhow::{Result, ensure};
 use integration_tests::bare_metal::{SCENARIO_DEADLINE, expect_all_passed, kvm_opens, start};
 
-/// Answers the guest on the port it connects to, then connects to the guest's.
+/// Responds to the guest on the port to which it connects, then connects to the guest's port.
 fn converse(listener: &UnixListener, socket: &Path) -> Result<()> {
     let (mut stream, _) = listener.accept()?;
     stream.set_read_timeout(Some(SCENARIO_DEADLINE))?;

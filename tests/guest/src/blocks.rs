@@ -71,7 +71,7 @@ impl Picked {
         Ok(Self { blocks, runs })
     }
 
-    /// How much they are.
+    /// Their size.
     pub(crate) fn bytes(&self) -> u64 {
         let pages: usize = self.runs.iter().map(ExactSizeIterator::len).sum();
         pages as u64 * PAGE_BYTES
@@ -108,7 +108,7 @@ mod tests {
         // Blocks 4 to 7 of two frames each; the last has no buddy here.
         let frames = [8, 9, 10, 11, 12, 13, 14, 16, 17];
         assert_eq!(picked(&frames, 2), (2, vec![0..2, 4..6]));
-        // Of block 2 a frame is missing.
+        // Block 2 lacks a frame.
         assert_eq!(picked(&[4, 8, 10, 9, 11], 2), (1, vec![1..2, 3..4]));
         // Another process has the buddy.
         assert_eq!(picked(&[8, 9, 14, 15], 2), (0, vec![]));
@@ -116,7 +116,7 @@ mod tests {
 
     #[test]
     fn picked_pages_in_any_order_make_runs_of_the_region() {
-        // 8 to 11 are one block of four frames, in pieces and backwards.
+        // 8 to 11 are one block of four frames, scattered and in reverse order.
         let frames = [9, 8, 12, 0, 10, 11];
         assert_eq!(picked(&frames, 4), (1, vec![0..2, 4..6]));
         let picked = Picked::every_other(&frames, 4 * PAGE_BYTES).unwrap();

@@ -6,11 +6,11 @@
 //!
 //! | Slot | Step |
 //! | --- | --- |
-//! | empty | map memory, touch every page, see that the rest of each page reads zero, fill it |
-//! | filled | see that it is whole; then, by chance, unmap it, give pages of it back and fill them again, or write it anew |
+//! | empty | map memory, touch every page, check that the rest of each page reads zero, fill it |
+//! | filled | check its contents; then, at random, unmap it, return some of its pages and fill them again, or rewrite it |
 //!
-//! No memory is freed or overwritten before it is checked, so that a wrong byte cannot vanish unseen. The first one
-//! ends everything and is reported.
+//! No memory is freed or overwritten before it is checked, so that every wrong byte is detected. The first one ends the
+//! run and is reported.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -158,7 +158,7 @@ impl<'a> Worker<'a> {
         };
         filled.verify(self.tally)?;
         match self.random.below(4) {
-            // Unmapped here and now.
+            // The memory is unmapped when dropped here.
             0 | 1 => return Ok(()),
             2 => {
                 let pages = filled.mapping.words().len() / PAGE_WORDS;
@@ -203,8 +203,8 @@ impl Filled {
         self.fill_fresh(first, count, tally)
     }
 
-    /// Fills pages never written before. Looked at only after a write, for an untouched page
-    /// reads zero without being anybody's memory.
+    /// Fills pages never written before. Checked only after a write, because an untouched page reads zero without being
+    /// allocated.
     fn fill_fresh(&mut self, first: usize, count: usize, tally: &Tally) -> Result<(), String> {
         let from = first * PAGE_WORDS;
         let words = &mut self.mapping.words_mut()[from..from + count * PAGE_WORDS];

@@ -73,7 +73,7 @@ const COMPACT: &str = "/proc/sys/vm/compact_memory";
 const CONTIGUOUS: &str = "/sys/kernel/debug/cma";
 const EVENTS: &str = "/sys/kernel/tracing/events/page_reporting/enable";
 
-/// Sizes of files, so many at once.
+/// Maximum size of a file, and maximum number of files at a time.
 const FILE_BYTES_MAX: usize = 8 << 20;
 const FILES_MAX: usize = 8;
 /// Pages of the contiguous area taken by one act.
@@ -81,7 +81,7 @@ const CONTIGUOUS_PAGES_MAX: usize = 1024;
 /// Maximum time until free memory is reported; a busy emulator is slow.
 const REPORT_DEADLINE: Duration = Duration::from_secs(120);
 
-/// Each setting with values worth trying, the default first. A `paused` of 1 is taken back.
+/// Each setting with values worth trying, the default first. A `paused` of 1 is reset.
 const SETTINGS: &[(&str, &[&str])] = &[
     ("order", &["0", "9", "10"]),
     ("pending_blocks", &["16", "1", "64"]),
@@ -127,7 +127,7 @@ fn one_of<'a, T: ?Sized>(random: &mut Random, list: &[&'a T]) -> &'a T {
     list[random.below(list.len())]
 }
 
-/// Files in memory are created, read back and removed.
+/// Creates files in memory, reads them back and removes them.
 fn files(random: &mut Random, state: &mut State) -> Result<Done, String> {
     if state.files.len() < FILES_MAX && random.below(2) == 0 {
         let name = format!("/tmp/stress-{:016x}", random.next());
@@ -145,7 +145,7 @@ fn files(random: &mut Random, state: &mut State) -> Result<Done, String> {
     Ok(Done::Yes)
 }
 
-/// Page tables, stacks and everything else a process is made of.
+/// Starts processes, which allocate page tables, stacks and other memory.
 fn processes(_: &mut Random, _: &mut State) -> Result<Done, String> {
     let status = Command::new("/bin/true")
         .stdin(Stdio::null())
@@ -194,7 +194,7 @@ fn offline(random: &mut Random, _: &mut State) -> Result<Done, String> {
     Ok(done)
 }
 
-/// The bitmap half of the time, so that it has something to do.
+/// Selects the bitmap tracker half of the time, so that it has work.
 fn tracker(random: &mut Random, _: &mut State) -> Result<Done, String> {
     let path = Path::new(REPORTING).join("tracker");
     if !path.exists() {
@@ -256,7 +256,7 @@ fn compact(_: &mut Random, _: &mut State) -> Result<Done, String> {
     write(COMPACT, "1").map(|()| Done::Yes)
 }
 
-/// Takes pages out of the contiguous memory area, or gives some back.
+/// Takes pages from the contiguous memory area, or returns some.
 fn contiguous(random: &mut Random, state: &mut State) -> Result<Done, String> {
     let Some(area) = fs::read_dir(CONTIGUOUS)
         .ok()
@@ -278,7 +278,7 @@ fn contiguous(random: &mut Random, state: &mut State) -> Result<Done, String> {
     Ok(done)
 }
 
-/// Everything that tells figures is read, and trace events come and go.
+/// Reads all statistics, and turns trace events on and off.
 fn figures(random: &mut Random, _: &mut State) -> Result<Done, String> {
     for path in ["/proc/vmstat", "/proc/buddyinfo", "/proc/zoneinfo"] {
         read(path)?;
@@ -337,8 +337,8 @@ fn free_bytes() -> Result<u64, String> {
         .ok_or_else(|| "no MemFree".into())
 }
 
-/// After the stress nothing is in the way: half of what is free must come to be reported. The rest
-/// may be in small blocks, or kept for the low watermark.
+/// After the stress, at least half of the free memory must be reported. The rest may be in small blocks, or reserved by
+/// the low watermark.
 pub(crate) fn everything_free_is_reported() -> Result<(), String> {
     if !Path::new(REPORTING).exists() || balloons().is_empty() {
         return Ok(());
@@ -362,7 +362,7 @@ pub(crate) fn everything_free_is_reported() -> Result<(), String> {
 
 /// Makes the kernel print blocked tasks and their reasons on its console.
 pub(crate) fn tell_blocked_tasks() {
-    // Helps to understand; a kernel without the keys has told nothing wrong.
+    // Only helps to diagnose failures; a kernel without the keys is not an error.
     write("/proc/sysrq-trigger", "w").ok();
 }
 

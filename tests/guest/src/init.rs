@@ -79,7 +79,7 @@ fn uptime() -> String {
 }
 
 fn mark_debug_port() {
-    // Absent on kernels without CONFIG_DEVPORT: then nobody is told, which is all it is for.
+    // Absent on kernels without CONFIG_DEVPORT; the time stamp is then missing, which is harmless.
     if let Ok(mut port) = OpenOptions::new().write(true).open("/dev/port")
         && port.seek(SeekFrom::Start(DEBUG_PORT)).is_ok()
         && let Err(error) = port.write_all(&[DEBUG_USER_SPACE])

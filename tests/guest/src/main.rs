@@ -1,8 +1,7 @@
 //! The static program inside test guests and inside the testbed's outer machine.
 //!
-//! As process 1 it is the init of one of the two, told apart by [`outer::MARK`], which
-//! only the outer machine's initramfs has. Under the name `guest-mem` it is the tool that
-//! allocates, frees and verifies memory for a test.
+//! As process 1 it is the init of one of the two, distinguished by [`outer::MARK`], which only the outer machine's
+//! initramfs has. Under the name `guest-mem` it is the tool that allocates, frees and verifies memory for a test.
 
 mod blocks;
 mod churn;

@@ -45,8 +45,8 @@ impl Region {
         })
     }
 
-    /// Chooses what [`Region::give_back`] gives back: every other block of this many bytes of
-    /// physical memory, or with `None` all.
+    /// Chooses the memory that [`Region::give_back`] returns: every other block of this many bytes of physical memory,
+    /// or all if `None`.
     pub(crate) fn pick(&mut self, block_bytes: Option<u64>) -> Result<&Picked, String> {
         let words = self.mapping.words();
         let pages = words.len() / PAGE_WORDS;

@@ -1,4 +1,4 @@
-//! Kernel modules in the initramfs, which a distribution's kernel has its drivers in.
+//! Kernel modules in the initramfs; a distribution's kernel has its drivers as modules.
 //!
 //! The creator of the initramfs has put them under `/modules`, named so that the order of their names is the order of
 //! their dependencies.
@@ -11,7 +11,7 @@ const FOLDER: &str = "/modules";
 
 /// Loads all of them; one that cannot be loaded is named on the console and skipped.
 pub(crate) fn load() {
-    // A kernel of ours has everything built in, and its initramfs no such folder.
+    // Our own kernels have all drivers built in, and their initramfs has no such folder.
     let Ok(entries) = fs::read_dir(FOLDER) else {
         return;
     };

@@ -15,7 +15,7 @@ const USAGE: &str = "usage: guest-mem net-bench send|receive|ask ADDRESS:PORT --
 const CHUNK_BYTES: usize = 64 << 10;
 /// Bytes per message.
 const MESSAGE_BYTES: usize = 64;
-/// Without a single byte: the other end is gone.
+/// Time without a single byte after which the other end is considered gone.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 
 /// Runs one of the three and prints its duration.

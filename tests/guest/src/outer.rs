@@ -1,5 +1,5 @@
-//! Process 1 of the testbed's outer machine: runs one command on a root that looks like the
-//! host's, and hands its output and status back.
+//! Process 1 of the testbed's outer machine: runs one command on a root that looks like the host's, and returns its
+//! output and status.
 //!
 //! ```text
 //! 9p "root" (the host's /, read-only) ─┐
@@ -11,8 +11,8 @@
 //!                                  └ virtio port "testbed.status": "ready", "start SECONDS", "exit N"
 //! ```
 //!
-//! The plan comes after the boot, because the host saves the machine when it is ready and starts
-//! later ones from there. Until then nothing may depend on what is run or on the host's files.
+//! The plan comes after the boot, because the host saves the machine when it is ready and starts later ones from there.
+//! Until then, nothing may depend on the command or on the host's files.
 //!
 //! The command writes to pipes and not to the ports themselves, because a port can be opened
 //! once only and scripts reopen /dev/stdout.
@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 
 use crate::{modules, sys};
 
-/// Only the outer machine's initramfs has it.
+/// A marker that only the outer machine's initramfs has.
 pub(crate) const MARK: &str = "/testbed";
 
 const ROOT: &str = "/newroot";
@@ -36,13 +36,13 @@ const BIN_DIR: &str = "/opt/vmm/bin";
 /// The command's TMPDIR, in memory.
 const TMPDIR: &str = "/run/tmp";
 
-/// How long a virtio port may take to appear, and between two looks.
+/// Maximum time until a virtio port appears, and the polling interval.
 const PORT_DEADLINE: Duration = Duration::from_secs(30);
 const PORT_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Bytes moved from a pipe to a port at once.
 const PUMP_BYTES: usize = 64 * 1024;
-/// How long a poll waits for output before it looks whether the command has ended.
+/// How long a poll waits for output before it checks whether the command has ended.
 const POLL_MS: i32 = 20;
 
 /// Never returns: process 1 must not end.
@@ -89,8 +89,8 @@ fn step<T>(what: &str, result: io::Result<T>) -> io::Result<T> {
     result.map_err(|error| io::Error::new(error.kind(), format!("{what}: {error}")))
 }
 
-/// What the host wants, sent as parts of the form `NAME LENGTH\n` and that many bytes; the part
-/// `end` is the last. Lists have a NUL after each item.
+/// The host's request, sent as parts of the form `NAME LENGTH\n` and that many bytes; the part `end` is the last. Lists
+/// have a NUL after each item.
 #[derive(Debug, Default)]
 struct Plan {
     /// The command and its arguments.
@@ -103,8 +103,8 @@ struct Plan {
     bins: Vec<String>,
     /// What `/guest` links to, `NAME=PATH`.
     guest: Vec<String>,
-    /// `/guest` has copies in memory and not links: reading through 9p while the clock counts
-    /// instructions would add the host's delays to the count.
+    /// `/guest` has copies in memory instead of links: while the clock counts instructions, reading through 9p would
+    /// add the host's delays to the count.
     copy_guest: bool,
     /// Seconds since 1970 and random bytes: a machine that was saved has old ones.
     time: Option<i64>,
@@ -141,7 +141,7 @@ impl Plan {
         }
     }
 
-    /// Sets what this machine would otherwise share with others that began from the same saved one.
+    /// Sets the state that this machine would otherwise share with others started from the same saved one.
     fn start_afresh(&self) -> io::Result<()> {
         if let Some(time) = self.time {
             step("clock", sys::set_clock(time))?;
@@ -232,7 +232,7 @@ fn fill_root(plan: &Plan) -> io::Result<()> {
 fn environment_for_kvm() -> io::Result<()> {
     step("hostname", sys::set_hostname("testbed"))?;
     step("loopback", sys::loopback_up())?;
-    // The host attaches a disk only as swap, and has written the header.
+    // The host attaches a disk only as swap, with the header already written.
     if Path::new("/dev/vda").exists() {
         step("swapon", sys::swapon("/dev/vda"))?;
     }
@@ -250,8 +250,8 @@ fn port_to_write(name: &str) -> io::Result<File> {
     open_port(name, OpenOptions::new().write(true))
 }
 
-/// Opens a virtio port by name; udev, which would make the link, does not run here. The driver
-/// learns of its ports from the device a moment after it has started.
+/// Opens a virtio port by name; udev, which would make the link, does not run here. The driver learns about its ports
+/// from the device shortly after its start.
 fn open_port(name: &str, how: &OpenOptions) -> io::Result<File> {
     let begin = Instant::now();
     loop {
@@ -302,7 +302,7 @@ fn run(plan: &Plan, stdout: File, stderr: File) -> io::Result<i32> {
         Err(error) => {
             let mut stderr = stderr;
             stderr.write_all(format!("testbed: {program}: {error}\n").as_bytes())?;
-            // As a shell says it: 127 not found, 126 found but not executable.
+            // As in a shell: 127 not found, 126 found but not executable.
             return Ok(if error.kind() == io::ErrorKind::NotFound {
                 127
             } else {

@@ -1,8 +1,8 @@
 //! Repeatable contents: a word stream in which every word can be computed separately, so that any part can be checked
 //! without the parts before it.
 
-/// Word number `index` of the stream `seed` (the finaliser of SplitMix64). Never zero for two
-/// neighbouring words at once, so memory that came back empty cannot pass.
+/// Word number `index` of the stream `seed` (the finaliser of SplitMix64). Two neighbouring words are never both zero,
+/// so zeroed memory cannot pass.
 pub(crate) fn word(seed: u64, index: u64) -> u64 {
     let mut z = seed.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

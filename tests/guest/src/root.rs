@@ -1,4 +1,4 @@
-//! From the initramfs to the system on a disk.
+//! Switches from the initramfs to the system on a disk.
 
 use std::convert::Infallible;
 use std::io;
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::sys;
 
 const ROOT: &str = "/root";
-/// The path of this program there: the system on the disk does not know it.
+/// The path of this program in the new root, which does not include it.
 const TOOL: &str = "/run/guest-mem";
 /// Maximum time until a disk appears, and the polling interval.
 const DISK_DEADLINE: Duration = Duration::from_secs(30);

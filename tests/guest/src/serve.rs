@@ -9,17 +9,17 @@
 //! | `verify [ID]` | `ok verify BYTES bytes` |
 //! | `free [ID]` | `ok free BYTES bytes` |
 //! | `pick ID BYTES\|all` | `ok pick BLOCKS BYTES bytes`: every other block of that size, see [`crate::blocks`] |
-//! | `drop ID` | `ok drop BYTES bytes US us`: gives back what was picked |
-//! | `refill ID` | `ok refill BYTES bytes US us`: touches it again, with the contents it had |
+//! | `drop ID` | `ok drop BYTES bytes US us`: returns the picked memory |
+//! | `refill ID` | `ok refill BYTES bytes US us`: touches it again, with its previous contents |
 //! | `mem` | `ok mem total=… free=… available=…` (bytes) |
 //! | `disk-fill PATH BYTES SEED`, `disk-verify PATH BYTES SEED` | `ok disk-fill BYTES bytes` … |
 //! | `churn-start BYTES [seed=N] [threads=N]` | `ok churn-start SEED`: see [`crate::churn`] |
-//! | `churn-status` | `ok churn-status steps=… verified=… zero=…`, or what is wrong |
-//! | `churn-stop` | the same figures, when everything held has been checked |
+//! | `churn-status` | `ok churn-status steps=… verified=… zero=…`, or the error |
+//! | `churn-stop` | the same figures, after all remaining memory has been checked |
 //! | `sh COMMAND…` | the command's output, then `ok sh STATUS` |
 //! | `exit` | `ok exit`, and the server ends |
 //!
-//! Without an ID `verify` and `free` mean every region.
+//! Without an ID, `verify` and `free` apply to all regions.
 
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, Write};
@@ -33,10 +33,10 @@ use crate::mem::{Allocation, Region};
 use crate::size;
 use crate::sys::HugePages;
 
-/// Longest command accepted; a longer line is an error of the test.
+/// Maximum length of a command; a longer line is an error of the test.
 const LINE_BYTES_MAX: u64 = 64 * 1024;
 
-/// The regions a test holds, by the number it was told.
+/// The regions that a test holds, by their numbers.
 #[derive(Debug, Default)]
 pub(crate) struct Server {
     regions: BTreeMap<u64, Region>,
@@ -181,7 +181,7 @@ impl Server {
     }
 }
 
-/// Reads `alloc`'s words.
+/// Parses the arguments of `alloc`.
 pub(crate) fn allocation(bytes: &str, options: &[&str]) -> Result<Allocation, String> {
     let mut allocation = Allocation {
         bytes: size::parse(bytes)?,
@@ -200,7 +200,7 @@ pub(crate) fn allocation(bytes: &str, options: &[&str]) -> Result<Allocation, St
     Ok(allocation)
 }
 
-/// Reads `churn-start`'s words.
+/// Parses the arguments of `churn-start`.
 fn plan(bytes: &str, options: &[&str]) -> Result<Plan, String> {
     let mut plan = Plan {
         bytes: size::parse(bytes)?,

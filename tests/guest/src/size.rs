@@ -1,4 +1,4 @@
-//! Sizes as people write them: `4096`, `512K`, `700M`, `2G`.
+//! Human-readable sizes: `4096`, `512K`, `700M`, `2G`.
 
 /// Parses a number with an optional binary suffix K, M, G or T into bytes.
 pub(crate) fn parse(text: &str) -> Result<u64, String> {

@@ -1,8 +1,7 @@
-//! `guest-mem stress`: everything that may meet page reporting, at once and for a while.
+//! `guest-mem stress`: everything that may interact with page reporting, concurrently.
 //!
-//! Memory churns and is checked byte by byte ([`crate::churn`]), and beside it each
-//! [disturbance](crate::disturb) does one thing over and over. In the end all is put back, and what
-//! is free then must be reported.
+//! Memory churns and is checked byte by byte ([`crate::churn`]), while each [disturbance](crate::disturb) repeats one
+//! action. At the end, everything is restored, and free memory must be reported.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,9 +17,9 @@ use crate::size;
 const USAGE: &str =
     "usage: guest-mem stress --seconds N --seed N --bytes SIZE [--threads N] [--without NAME]…";
 
-/// How often it says that it is still at work.
+/// Interval of progress messages.
 const LOG_SECONDS: u64 = 30;
-/// What a disturbance may take to see that it shall end; a busy emulator is slow.
+/// Maximum time for a disturbance to notice that it must end; a busy emulator is slow.
 const END_DEADLINE: Duration = Duration::from_secs(240);
 
 #[derive(Debug, PartialEq, Eq)]
@@ -30,7 +29,7 @@ struct Plan {
     without: Vec<String>,
 }
 
-/// What one disturbance did.
+/// The results of one disturbance.
 #[derive(Debug, Default)]
 struct Count {
     done: AtomicU64,
@@ -38,7 +37,7 @@ struct Count {
     absent: AtomicBool,
 }
 
-/// Runs everything and prints what was done.
+/// Runs everything and prints the results.
 pub(crate) fn run(arguments: &[&str]) -> Result<(), String> {
     let plan = plan(arguments)?;
     disturb::prepare();
@@ -98,7 +97,7 @@ fn plan(arguments: &[&str]) -> Result<Plan, String> {
     Ok(plan)
 }
 
-/// Has everything chosen at work for the time of the plan; tells the first thing that went wrong.
+/// Runs all selected disturbances for the time of the plan; returns the first error.
 fn disturb_for(
     plan: &Plan,
     chosen: &[&'static Disturbance],
@@ -109,11 +108,11 @@ fn disturb_for(
     let (ended, ends) = mpsc::channel();
     for (number, what) in chosen.iter().copied().enumerate() {
         let (stop, counts, ended) = (Arc::clone(&stop), Arc::clone(&counts), ended.clone());
-        // Streams of choices after those of the churn.
+        // The random streams follow those of the churn.
         let random = Random::new(plan.churn.seed, plan.churn.threads + number as u64);
         thread::spawn(move || {
             let result = repeat(what, random, &stop, &counts[number]);
-            // The other end is gone only when the process is about to end.
+            // The receiver is dropped only when the process is about to end.
             ended.send((what.name, result)).ok();
         });
     }
@@ -141,7 +140,7 @@ fn disturb_for(
     wrong.map_or(Ok(counts), Err)
 }
 
-/// Waits until the time is over or something is wrong.
+/// Waits until the time is over or an error occurs.
 fn wait(
     plan: &Plan,
     churn: &Churn,
@@ -166,7 +165,7 @@ fn wait(
                 left.retain(|other| *other != name);
                 result.map_err(|error| format!("{name}: {error}"))?;
             }
-            // Everything is absent from this kernel: the memory churns on.
+            // This kernel supports no disturbance; the memory continues to churn.
             Err(RecvTimeoutError::Disconnected) => thread::sleep(Duration::from_secs(1)),
             Err(RecvTimeoutError::Timeout) => (),
         }

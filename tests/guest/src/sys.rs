@@ -1,4 +1,4 @@
-//! The few system calls of an init that std does not offer, with their errors as `io::Error`.
+//! System calls of an init that std does not offer, with errors as `io::Error`.
 #![allow(unsafe_code)]
 // UNSAFETY: mount, reboot, waitpid, chroot, ioctl and AF_VSOCK have no safe wrapper in std.
 
@@ -54,7 +54,7 @@ pub(crate) fn mount(
     Ok(())
 }
 
-/// finit_module(2) without parameters; a module that is there already is no error.
+/// finit_module(2) without parameters; a module that is already loaded is not an error.
 pub(crate) fn load_module(file: &File) -> io::Result<()> {
     // SAFETY: the descriptor is open and the parameters are a NUL-terminated constant.
     let result =
@@ -68,7 +68,7 @@ pub(crate) fn load_module(file: &File) -> io::Result<()> {
     }
 }
 
-/// The links in /dev that shells take for granted and no kernel makes.
+/// Creates links in /dev that shells expect and no kernel creates.
 pub(crate) fn link_standard_streams(dev: &str) -> io::Result<()> {
     for (name, target) in [
         ("fd", "fd"),
@@ -89,7 +89,7 @@ pub(crate) fn chroot(path: &str) -> io::Result<()> {
     std::env::set_current_dir("/")
 }
 
-/// Writes dirty data out and ends the machine. Returns only if the kernel refuses.
+/// Writes dirty data to disk and ends the machine. Returns only if the kernel refuses.
 pub(crate) fn end_machine(how: libc::c_int) -> io::Error {
     // SAFETY: both calls take no pointers.
     unsafe {
@@ -99,7 +99,7 @@ pub(crate) fn end_machine(how: libc::c_int) -> io::Error {
     io::Error::last_os_error()
 }
 
-/// Reaps children until `pid` has ended and returns its status as a shell would say it.
+/// Reaps children until `pid` has ended and returns its status as a shell reports it.
 pub(crate) fn reap_until(pid: u32) -> i32 {
     loop {
         let mut status = 0;
@@ -122,13 +122,13 @@ pub(crate) fn reap_one() -> Option<(u32, i32)> {
     (ended > 0).then(|| (ended.cast_unsigned(), shell_status(status)))
 }
 
-/// Reaps whatever ends, for ever.
+/// Reaps all children that end, forever.
 pub(crate) fn reap_for_ever() -> ! {
     loop {
         // SAFETY: waitpid accepts a null status pointer; pause takes nothing.
         unsafe {
             if libc::waitpid(-1, ptr::null_mut(), 0) < 0 {
-                // No child is left: one may still be handed over later.
+                // No child is left, but orphans may be assigned to this process later.
                 libc::usleep(100_000);
             }
         }
@@ -175,7 +175,7 @@ pub(crate) fn loopback_up() -> io::Result<()> {
 /// A stream socket of the family that connects a guest to its host.
 fn vsock_socket() -> io::Result<OwnedFd> {
     let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC;
-    // SAFETY: socket takes no pointer, and nobody else owns the new descriptor.
+    // SAFETY: socket takes no pointer, and the new descriptor has no other owner.
     unsafe {
         let fd = check(libc::socket(libc::AF_VSOCK, kind, 0))?;
         Ok(OwnedFd::from_raw_fd(fd))
@@ -216,7 +216,7 @@ pub(crate) fn vsock_connect(port: u32) -> io::Result<OwnedFd> {
 
 /// Waits for the next connection.
 pub(crate) fn accept(listener: &OwnedFd) -> io::Result<OwnedFd> {
-    // SAFETY: accept4 may be called without room for the address; nobody else owns the new descriptor.
+    // SAFETY: accept4 may be called without a buffer for the address; the new descriptor has no other owner.
     unsafe {
         let fd = check(libc::accept4(
             listener.as_raw_fd(),
@@ -246,7 +246,7 @@ pub(crate) fn set_clock(seconds: i64) -> io::Result<()> {
     Ok(())
 }
 
-/// Adds `seed` to the kernel's entropy and makes its generator take it at once.
+/// Adds `seed` to the kernel's entropy and reseeds its generator at once.
 pub(crate) fn reseed(seed: &[u8]) -> io::Result<()> {
     let mut random = File::options().write(true).open("/dev/urandom")?;
     random.write_all(seed)?;
@@ -263,7 +263,7 @@ pub(crate) fn swapon(device: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// Lines in, lines out, nothing echoed: a terminal that a test on the other end steers.
+/// Makes a terminal raw, without echo, for a test that controls the other end.
 pub(crate) fn make_terminal_raw(terminal: &File) -> io::Result<()> {
     // SAFETY: tcgetattr fills `attributes`, which is zeroed and large enough; tcsetattr reads it.
     unsafe {
@@ -279,8 +279,8 @@ pub(crate) fn make_terminal_raw(terminal: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// For a child before exec: a session of its own with `stdin` as its terminal, so that Ctrl-C
-/// works in the interactive shell.
+/// For a child before exec: creates a session with `stdin` as its terminal, so that Ctrl-C works in the interactive
+/// shell.
 pub(crate) fn own_session_on_stdin() -> io::Result<()> {
     // SAFETY: neither call takes a pointer.
     unsafe {
@@ -290,8 +290,8 @@ pub(crate) fn own_session_on_stdin() -> io::Result<()> {
     Ok(())
 }
 
-/// Waits until one of the files can be read or has hung up, or `timeout_ms` has passed.
-/// The answer says for each file whether it is ready.
+/// Waits until one of the files can be read or has hung up, or `timeout_ms` has passed. Returns for each file whether
+/// it is ready.
 pub(crate) fn wait_readable(
     files: &[Option<&dyn std::os::fd::AsRawFd>; 2],
     timeout_ms: i32,
@@ -340,7 +340,7 @@ impl Mapping {
             HugePages::Always => libc::MADV_HUGEPAGE,
             HugePages::Never => libc::MADV_NOHUGEPAGE,
         };
-        // SAFETY: exactly the new mapping, of which nothing but the paging changes.
+        // SAFETY: exactly the new mapping, of which only the paging changes.
         check(unsafe { libc::madvise(mapping.address.cast(), bytes, advice) })?;
         Ok(mapping)
     }
@@ -373,7 +373,7 @@ impl Mapping {
         })
     }
 
-    /// Gives a part back to the kernel; it reads zero afterwards.
+    /// Returns a part to the kernel; it reads zero afterwards.
     pub(crate) fn discard(&mut self, offset: usize, bytes: usize) -> io::Result<()> {
         assert!(offset <= self.bytes && bytes <= self.bytes - offset);
         let advice = match self.sharing {
@@ -432,7 +432,7 @@ impl Mapping {
 
     /// The mapping as bytes.
     pub(crate) fn bytes(&self) -> &[u8] {
-        // SAFETY: as in `words`; bytes have no alignment and no wrong values.
+        // SAFETY: as in `words`; bytes need no alignment, and all values are valid.
         unsafe { std::slice::from_raw_parts(self.address.cast(), self.bytes) }
     }
 

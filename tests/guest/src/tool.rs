@@ -79,7 +79,7 @@ fn serve_on(terminal: &str) -> Result<(), String> {
         .write(true)
         .open(terminal)
         .map_err(open)?;
-    // A pipe or a plain virtio port is no terminal and needs no settings.
+    // A pipe or a plain virtio port is not a terminal and needs no settings.
     if std::io::IsTerminal::is_terminal(&input) {
         sys::make_terminal_raw(&input)
             .map_err(|error| format!("settings of {terminal}: {error}"))?;

@@ -1,7 +1,7 @@
 //! `guest-mem vsock`: streams between the guest and programs of the host.
 //!
-//! Both ends prove that the two directions of a stream end separately. The server still has something to say after it
-//! has read to the end, and the client reads after it has ended its own direction.
+//! Both ends prove that the two directions of a stream end separately. The server still sends data after it has read to
+//! the end, and the client still reads after it has ended its own direction.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -15,7 +15,7 @@ const USAGE: &str = "usage: guest-mem vsock listen PORT | connect PORT --bytes S
 
 /// Bytes per read or write.
 const CHUNK_BYTES: usize = 64 << 10;
-/// Without a single byte: the other end is gone. An emulated guest on a busy host is slow.
+/// Time without a single byte after which the other end is considered gone. An emulated guest on a busy host is slow.
 const SILENCE_MAX: Duration = Duration::from_secs(300);
 
 /// Runs one of the two; `listen` runs until it is killed.
@@ -57,7 +57,7 @@ fn number(port: &str) -> Result<u32, String> {
     port.parse().map_err(|_| format!("{port:?} is no port"))
 }
 
-/// `std` has no type for sockets of this family; what is used here of a TCP stream is what all streams have.
+/// `std` has no type for sockets of this family; only operations that all streams have are used here.
 fn stream(connection: OwnedFd) -> io::Result<TcpStream> {
     let stream = TcpStream::from(connection);
     stream.set_read_timeout(Some(SILENCE_MAX))?;
@@ -65,7 +65,7 @@ fn stream(connection: OwnedFd) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// Returns each piece as it comes and, after the end, the number of bytes that came.
+/// Echoes each piece as it arrives and, after the end, sends the number of received bytes.
 fn answer(stream: &mut (impl Read + Write)) -> io::Result<()> {
     let mut chunk = vec![0; CHUNK_BYTES];
     let mut bytes = 0;

@@ -1,8 +1,8 @@
-//! `guest-mem workload`: what a page allocator is timed with.
+//! `guest-mem workload`: workloads to time a page allocator.
 //!
-//! The work of will-it-scale's page_fault1 and page_fault2, and a churn of one large region, each
-//! a fixed amount of it, so that its time (or, where the clock counts instructions, its
-//! instructions) can be compared between kernels.
+//! The work of will-it-scale's page_fault1 and page_fault2, a churn of one large region, and others. Each is a fixed
+//! amount of work, so that its time (or, if the clock counts instructions, its instructions) can be compared between
+//! kernels.
 
 use std::fs::{self, File};
 use std::io;
@@ -15,11 +15,11 @@ use crate::mem::{Allocation, Region};
 use crate::size;
 use crate::sys::{HugePages, Mapping};
 
-/// What one round of the fault workloads maps, as in will-it-scale.
+/// Bytes that one round of the fault workloads maps, as in will-it-scale.
 const FAULT_BYTES: usize = 128 << 20;
 const FILE_BYTES: usize = 8 << 20;
 const PAGE_BYTES: usize = 4096;
-/// Processes of one round of a build, and what each of them writes.
+/// Processes of one round of a build, and the bytes that each of them writes.
 const BUILD_PROCESSES: usize = 32;
 const OBJECT_BYTES: usize = 256 << 10;
 const WORD_BYTES: usize = size_of::<u64>();
@@ -32,12 +32,12 @@ enum Kind {
     PageFault1,
     /// The same with a private mapping of a file.
     PageFault2,
-    /// Map with huge pages as the system likes, touch, unmap: whole blocks come and go.
+    /// Map with the system's default for huge pages, touch, unmap: whole blocks are allocated and freed.
     Churn,
-    /// Write files in memory and remove them, evenly over a time: a burst of frees, quick or slow.
+    /// Write files in memory and remove them, evenly over a time: a fast or slow burst of frees.
     Remove,
-    /// What `make` does to memory: many short processes, each of which touches memory, writes an
-    /// object and ends; then all objects are read and made one, and everything is removed.
+    /// Memory use of `make`: many short processes, each of which touches memory, writes an object and ends; then all
+    /// objects are read and linked, and everything is removed.
     Build,
 }
 
@@ -50,7 +50,7 @@ struct Plan {
     over: Duration,
 }
 
-/// Runs a workload and prints how long each round of each task took, and all of it.
+/// Runs a workload and prints the duration of each round of each task, and the total.
 pub(crate) fn run(arguments: &[&str]) -> Result<(), String> {
     let plan = plan(arguments)?;
     let begin = Instant::now();
@@ -108,7 +108,7 @@ fn plan(arguments: &[&str]) -> Result<Plan, String> {
     Ok(plan)
 }
 
-/// The rounds of one task, and how long each of them took.
+/// Runs the rounds of one task and returns their durations.
 fn course(plan: Plan, task: u64) -> Result<Vec<Duration>, String> {
     let with_context = |error: io::Error| format!("task {task}: {error}");
     match plan.kind {
@@ -119,7 +119,7 @@ fn course(plan: Plan, task: u64) -> Result<Vec<Duration>, String> {
         Kind::PageFault2 => {
             let path = std::env::temp_dir().join(format!("page_fault2.{task}"));
             let file = File::create_new(&path).map_err(with_context)?;
-            // Gone with the descriptor, however this ends.
+            // The file disappears with the descriptor, however this ends.
             fs::remove_file(&path).map_err(with_context)?;
             file.set_len(plan.bytes as u64).map_err(with_context)?;
             timed(plan.rounds, || {
@@ -146,7 +146,7 @@ fn course(plan: Plan, task: u64) -> Result<Vec<Duration>, String> {
     }
 }
 
-/// Files of a few blocks, so that each leaves whole blocks free.
+/// Files of a few blocks, so that removing one frees whole blocks.
 fn remove(plan: Plan, task: u64) -> io::Result<()> {
     let count = plan.bytes.div_ceil(FILE_BYTES);
     let path = |file| std::env::temp_dir().join(format!("remove.{task}.{file}"));
@@ -162,7 +162,7 @@ fn remove(plan: Plan, task: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// One process after another, as one job of `make` has them, and the link.
+/// Runs one process after another, like one job of `make`, and the link.
 fn build(folder: &Path, bytes: usize) -> Result<(), String> {
     let with_context = |error: io::Error| format!("{}: {error}", folder.display());
     let objects: Vec<_> = (0..BUILD_PROCESSES)
@@ -189,7 +189,7 @@ fn build(folder: &Path, bytes: usize) -> Result<(), String> {
     fs::remove_file(&linked).map_err(with_context)
 }
 
-/// What each process of a build does.
+/// The work of each process of a build.
 pub(crate) fn build_step(object: &str, bytes: u64) -> Result<(), String> {
     let with_context = |error: io::Error| format!("{object}: {error}");
     let bytes = usize::try_from(bytes).map_err(|_| "too large")?;
@@ -210,7 +210,7 @@ fn timed(
         .collect()
 }
 
-/// One write in each page; the mapping ends here.
+/// Writes once to each page; the mapping is dropped here.
 fn touch(mut mapping: Mapping) {
     for word in mapping
         .words_mut()

@@ -1,5 +1,5 @@
-//! Our kernel patches under another host: QEMU, with its balloon, memory hotplug, virtio-mem
-//! and two NUMA nodes. `cargo xtask guest qemu-test` starts it.
+//! Tests our kernel patches with another host: QEMU, with its balloon, memory hot-plug, virtio-mem and two NUMA nodes.
+//! `cargo xtask guest qemu-test` starts it.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -13,7 +13,7 @@ use integration_tests::{paths, tests};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
-/// Mainline's tracker needs seconds, and machines are busy.
+/// Generous, because mainline's tracker needs seconds, and machines are busy.
 const DEADLINE: Duration = Duration::from_secs(180);
 
 const TWO_NODES: &[&str] = &[
@@ -42,7 +42,7 @@ const ROOM_TO_GROW: &[&str] = &[
     "virtio-balloon-pci,free-page-reporting=on",
 ];
 
-/// Little, so that it is soon full; the memory of one node, for one limit.
+/// A small guest, so that it is soon full; memory in one node, so that there is one limit.
 const SMALL: &[&str] = &[
     "-smp",
     "2",
@@ -71,7 +71,7 @@ fn kernel() -> Result<PathBuf> {
     paths::guest("patched/vmlinux")
 }
 
-/// Touches memory and frees it: QEMU must hold most of it, and then no longer.
+/// Touches memory and frees it: most of it must become resident in QEMU, and then return to the host.
 fn gives_back(guest: &mut QemuGuest, mib: u64) -> Result<()> {
     guest.command(&format!("alloc {mib}M seed=1"))?;
     guest.command("verify")?;
@@ -89,7 +89,7 @@ fn gives_back(guest: &mut QemuGuest, mib: u64) -> Result<()> {
             .shell("cd /sys/kernel/mm/page_reporting && grep . stats/*; cat /proc/buddyinfo")?;
         bail!("{error}: {} MiB → {now} MiB; {figures}", held / MIB);
     }
-    // And it can be used again.
+    // The memory can be used again.
     guest.command(&format!("alloc {mib}M seed=2"))?;
     guest.command("verify")?;
     guest.command("free")?;
@@ -110,7 +110,7 @@ fn nodes_both_give_memory_back() -> Result<Outcome> {
     let nodes =
         guest.shell("ls -d /sys/devices/system/node/node0 /sys/devices/system/node/node1")?;
     ensure!(nodes.contains("node1"), "{nodes}");
-    // More than one node has.
+    // More memory than one node has.
     gives_back(&mut guest, 560)?;
     let bytes = guest.figure("stats/bytes")?;
     ensure!(bytes > 500 * MIB, "{} MiB were reported", bytes / MIB);
@@ -139,7 +139,7 @@ fn tracker_changed_at_run_time_gives_memory_back() -> Result<Outcome> {
     end(&guest)
 }
 
-/// One must leave the queue and its interrupt as the other needs them.
+/// Each tracker must leave the queue and its interrupt in a state that the other can use.
 fn each_tracker_after_the_other_gives_memory_back() -> Result<Outcome> {
     let mut guest = QemuGuest::serve(&kernel()?, TWO_NODES, "page_reporting.tracker=bitmap")?;
     gives_back(&mut guest, 300)?;
@@ -165,7 +165,7 @@ fn wait_total(guest: &mut QemuGuest, what: &str, fits: impl Fn(u64) -> bool) -> 
     })
 }
 
-/// Gives the guest this DIMM of 512 MiB; returns what it had before.
+/// Adds this DIMM of 512 MiB to the guest; returns its previous memory.
 fn plug(guest: &mut QemuGuest, dimm: &Value) -> Result<u64> {
     let before = total_bytes(guest)?;
     let backend = json!({"qom-type": "memory-backend-ram", "id": "more", "size": 512 * MIB});
@@ -177,7 +177,7 @@ fn plug(guest: &mut QemuGuest, dimm: &Value) -> Result<u64> {
     Ok(before)
 }
 
-/// Takes it away again.
+/// Removes the DIMM again.
 fn unplug(guest: &mut QemuGuest, before: u64) -> Result<()> {
     guest.control("device_del", &json!({"id": "dimm"}))?;
     wait_total(guest, "the guest without the DIMM", |total| {
@@ -195,7 +195,7 @@ fn dimm_plugged_gives_memory_back_and_leaves() -> Result<Outcome> {
     let before = plug(&mut guest, &dimm)?;
     gives_back(&mut guest, 700)?;
     unplug(&mut guest, before)?;
-    // What is left works on.
+    // The remaining memory still works.
     gives_back(&mut guest, 250)?;
     end(&guest)
 }
@@ -228,7 +228,7 @@ fn virtio_mem_gives_memory_back_and_shrinks() -> Result<Outcome> {
     end(&guest)
 }
 
-/// 200 GiB of nothing lie between what the guest boots with and the DIMM.
+/// A hole of 200 GiB lies between the memory at boot and the DIMM.
 fn memory_far_above_a_hole_gives_memory_back() -> Result<Outcome> {
     const FAR: u64 = 204 << 30;
     let mut arguments = ROOM_TO_GROW.to_vec();
@@ -245,7 +245,7 @@ fn memory_far_above_a_hole_gives_memory_back() -> Result<Outcome> {
         "grep online /sys/devices/system/memory/memory{}/state",
         FAR >> 27
     ))?;
-    // Most of it can only come from there.
+    // Most of it can only be in that DIMM.
     gives_back(&mut guest, 700)?;
     unplug(&mut guest, before)?;
     gives_back(&mut guest, 250)?;
@@ -263,8 +263,8 @@ fn huge_pages_always_and_never_give_memory_back() -> Result<Outcome> {
     end(&guest)
 }
 
-/// What `cargo xtask guest sanitize` does for minutes, for seconds: memory blocks offline and
-/// online, trackers, settings and the driver changed, while every byte is checked.
+/// Does for seconds what `cargo xtask guest sanitize` does for minutes: takes memory blocks offline and online, and
+/// changes trackers, settings and the driver, while every byte is checked.
 fn everything_at_once_leaves_no_trace() -> Result<Outcome> {
     let mut guest = QemuGuest::serve(
         &kernel()?,
@@ -281,9 +281,9 @@ fn everything_at_once_leaves_no_trace() -> Result<Outcome> {
     end(&guest)
 }
 
-/// A program takes nearly all memory, ends, and the next one takes it while what the last one
-/// had is on its way to the host. With less and less left over somebody is killed at last: not
-/// sooner with the bitmap, which has blocks in flight at once, than with mainline's tracker.
+/// A program takes nearly all memory and ends, and the next one takes it while the first one's memory is being
+/// reported. With less and less memory left over, a program is eventually killed: this must not happen earlier with the
+/// bitmap, which has many blocks in flight, than with mainline's tracker.
 fn memory_filled_to_the_brim_survives_where_it_does_with_mainline() -> Result<Outcome> {
     const LEFT_MIB: &[u64] = &[40, 12];
     let mut guest = QemuGuest::serve(&kernel()?, SMALL, "page_reporting.tracker=mainline")?;
@@ -294,13 +294,13 @@ fn memory_filled_to_the_brim_survives_where_it_does_with_mainline() -> Result<Ou
         }
         passed.push(left);
     }
-    // As many reports in flight as there can be.
+    // The maximum number of reports in flight.
     guest.shell(
         "cd /sys/kernel/mm/page_reporting && echo bitmap > tracker && echo 0 > age_ms && \
          echo 1 > pending_blocks && echo 0 > backoff",
     )?;
     for &left in &passed {
-        // The edge is not sharp: the kernel itself needs a little more or less each time.
+        // The limit is not sharp, because the kernel's own use of memory varies.
         let survived = survives(&mut guest, left)? || survives(&mut guest, left)?;
         ensure!(
             survived,
@@ -312,7 +312,7 @@ fn memory_filled_to_the_brim_survives_where_it_does_with_mainline() -> Result<Ou
         !passed.is_empty(),
         "mainline's tracker does not survive either"
     );
-    // The brim is not where reporting ends.
+    // Reporting still works after memory was full.
     gives_back(&mut guest, 150)?;
     let complaints: Vec<String> = guest
         .complaints()
@@ -326,7 +326,7 @@ fn memory_filled_to_the_brim_survives_where_it_does_with_mainline() -> Result<Ou
     Ok(Outcome::Passed)
 }
 
-/// Whether programs can take all available memory but `left_mib`, one right after the other.
+/// Whether successive programs can take all available memory except `left_mib`.
 fn survives(guest: &mut QemuGuest, left_mib: u64) -> Result<bool> {
     let answer = guest.command(&format!(
         "sh echo 3 > /proc/sys/vm/drop_caches; \

@@ -42,7 +42,7 @@ pub fn install() {
     let mut pointer = [0u8; 10];
     pointer[..2].copy_from_slice(&((VECTORS * 16 - 1) as u16).to_le_bytes());
     pointer[2..].copy_from_slice(&table.to_le_bytes());
-    // SAFETY: `pointer` describes the table built above, which lives for ever.
+    // SAFETY: `pointer` describes the table built above, which is static.
     unsafe { asm!("lidt [{}]", in(reg) &pointer) }
 }
 

@@ -34,7 +34,7 @@ port_access!(outb, inb, u8, "al");
 port_access!(outw, inw, u16, "ax");
 port_access!(outl, inl, u32, "eax");
 
-/// The kernel command line; empty when there is none.
+/// The kernel command line; empty if there is none.
 pub fn command_line(start_info: u64) -> &'static str {
     if read::<u32>(start_info) != START_INFO_MAGIC {
         return "";
@@ -43,13 +43,13 @@ pub fn command_line(start_info: u64) -> &'static str {
     if address == 0 {
         return "";
     }
-    // SAFETY: the loader put a NUL-terminated string there and nobody overwrites it.
+    // SAFETY: the loader put a NUL-terminated string there and nothing overwrites it.
     unsafe { CStr::from_ptr(address as *const core::ffi::c_char) }
         .to_str()
         .unwrap_or("")
 }
 
-/// The value behind `key` in the command line.
+/// The value of `key` in the command line.
 pub fn option(command_line: &'static str, key: &str) -> Option<&'static str> {
     command_line
         .split(' ')

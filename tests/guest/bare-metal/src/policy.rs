@@ -20,7 +20,7 @@ const REPORT_NOW_DONE: u64 = 0x3c;
 const END: u64 = 0x40;
 
 const PAUSED: u32 = 1 << 0;
-/// Everything but `report_again`.
+/// All settings except `report_again`.
 const SETTINGS: u32 = 0x7f;
 
 /// Bytes of noise that a hostile driver writes between two reports.
@@ -86,7 +86,7 @@ impl Driver {
         write(self.balloon.device.config + offset, word);
     }
 
-    /// Once around: nothing is in flight at the end of it.
+    /// One iteration, at the end of which nothing is in flight.
     fn follow(&mut self, lying: bool) {
         let generation = self.field(GENERATION);
         let flags = self.field(HOST_FLAGS);

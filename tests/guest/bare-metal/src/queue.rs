@@ -41,7 +41,7 @@ impl Queue {
         };
         let entries = u64::from(size);
         fill(queue.descriptors(), entries * 16, 0);
-        // Two more words of 16 bits before the rings, one behind; to whole words of 32.
+        // Each ring has two more 16-bit words before its entries and one after them; rounded up to 32-bit words.
         fill(queue.available(), entries * 2 + 8, 0);
         fill(queue.used(), entries * 8 + 8, 0);
         queue

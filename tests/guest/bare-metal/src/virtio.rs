@@ -102,7 +102,7 @@ impl Device {
         write(self.common + 0x14, status);
     }
 
-    /// Writes 0 to the status and waits until it reads 0. False: it never did.
+    /// Writes 0 to the status and waits until it reads 0. False if it never did.
     pub fn reset(&self) -> bool {
         self.set_status(0);
         (0..POLLS_MAX).any(|_| self.status() == 0)
@@ -147,7 +147,7 @@ impl Device {
         write(self.common + 0x16, index);
     }
 
-    /// Maximum size of the selected queue; 0 when it does not exist.
+    /// Maximum size of the selected queue; 0 if it does not exist.
     pub fn queue_size(&self) -> u16 {
         read(self.common + 0x18)
     }

@@ -162,7 +162,7 @@ pub fn scenario(report: &mut Report) {
     let op = driver.wait().op;
     report.check("vsock_shutdown", op == RESET, format_args!("{op}"));
 
-    // Connected to by the host, which closes when it has read.
+    // The host connects, and closes the connection when it has read everything.
     let request = driver.wait();
     report.check(
         "vsock_guest_is_asked",

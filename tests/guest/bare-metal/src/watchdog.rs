@@ -7,7 +7,7 @@ use crate::virtio::{Device, F_VERSION_1};
 
 /// Device id, as Cloud Hypervisor gives it.
 const TYPE_WATCHDOG: u16 = 35;
-/// Where the answer to the ping goes.
+/// Buffer for the response to the ping.
 const ANSWER: u64 = 48 << 20;
 
 pub fn scenario(report: &mut Report) {

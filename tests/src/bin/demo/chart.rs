@@ -1,4 +1,4 @@
-//! The demonstration as a chart: a line a sample in the terminal, an SVG at the end.
+//! The demonstration as a chart: one line per sample in the terminal, and an SVG at the end.
 
 use integration_tests::chart::Chart;
 
@@ -29,7 +29,7 @@ pub(crate) fn terminal_line(sample: &Sample, full_bytes: u64, colour: bool) -> S
 /// Colour, name and value of a curve.
 type Series = (&'static str, &'static str, fn(&Sample) -> u64);
 
-/// Host memory over time, with the moment of the free.
+/// Host memory over time, with the time of the free marked.
 pub(crate) fn svg(recording: &Recording, result: &Outcome) -> String {
     let title = format!(
         "Host memory held by a 1 GiB guest: {} MiB came back in {:.1} s",

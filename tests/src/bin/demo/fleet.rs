@@ -14,20 +14,20 @@ use integration_tests::wait::wait_for;
 
 const MIB: u64 = 1 << 20;
 const NAMES: [&str; 3] = ["web", "build", "database"];
-/// Each guest's, 1536 MiB together.
+/// Memory of each guest; 1536 MiB together.
 const GUEST_MIB: u64 = 512;
-/// Above this the kernel kills.
+/// Limit of the host's memory, above which the kernel kills.
 const HOST_BYTES: u64 = 1200 * MIB;
-/// What a guest uses in its turn, in steps that can be watched.
+/// Memory that a guest uses in its turn, in visible steps.
 const STEP_BYTES: u64 = 75 * MIB;
 const STEPS: u64 = 4;
-/// How often each guest has its turn.
+/// Number of turns per guest.
 const ROUNDS: usize = 2;
 /// Mainline reports two seconds after a free, then a sixteenth every two seconds.
 const RECLAIM_DEADLINE: Duration = Duration::from_secs(120);
-/// A guest that has freed its memory is below this.
+/// Maximum resident memory of a guest that has freed its memory.
 const IDLE_BYTES: u64 = 260 * MIB;
-/// For the agent to serve its page, and for somebody to take a picture of it.
+/// Time for the agent to serve its page, and for a picture of it to be taken.
 const PAGE_DEADLINE: Duration = Duration::from_secs(120);
 
 const SETTINGS: &str = "\
@@ -42,20 +42,20 @@ min = '128MiB'
 floor = '128MiB'
 ";
 
-/// The emulated host's address in QEMU's own network, from where a port is forwarded.
+/// The emulated host's address in QEMU's own network, to which a port is forwarded.
 const EMULATED_ADDRESS: &str = "10.0.2.15";
 
-/// What to do when all have had their turns.
+/// What to do after all turns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Then<'a> {
     End,
-    /// Go on for ever.
+    /// Continue forever.
     Keep,
-    /// Go on until there is this file.
+    /// Continue until this file exists.
     Until(&'a Path),
 }
 
-/// Runs it with the page on `port`.
+/// Runs the demonstration with the page on `port`.
 pub(crate) fn run(port: &str, then: Then<'_>) -> Result<()> {
     let folder = tempfile::tempdir()?;
     fs::create_dir(folder.path().join("vms"))?;
@@ -115,7 +115,7 @@ fn turn(guests: &mut [Guest], number: usize) -> Result<()> {
     let before = (number + guests.len() - 1) % guests.len();
     guests[before].command("free")?;
     for step in 0..STEPS {
-        // Only so fast as the host gets memory back.
+        // Waits for returned memory before each step.
         wait_for("room on the host", RECLAIM_DEADLINE, || {
             let all = resident(guests)?;
             Ok((all + STEP_BYTES + 64 * MIB < HOST_BYTES).then_some(()))
@@ -151,7 +151,7 @@ fn start(name: &str, folder: &Path, group: &Group) -> Result<Guest> {
     let mut guest = Guest::on_socket(vmm, "serial.sock")?;
     guest.wait_init()?;
     guest.wait_serving()?;
-    // A second name of the socket: the agent follows no symbolic links.
+    // A hard link to the socket, because the agent follows no symbolic links.
     fs::hard_link(guest.vmm.socket(), folder.join(format!("vms/{name}.sock")))?;
     Ok(guest)
 }
@@ -160,7 +160,7 @@ fn resident(guests: &[Guest]) -> Result<u64> {
     guests.iter().map(|guest| guest.vmm.resident_bytes()).sum()
 }
 
-/// Where the agent listens: an emulated host gets its network from QEMU, and has it set up here.
+/// The address on which the agent listens. In an emulated host, QEMU provides the network, which is set up here.
 fn address() -> Result<&'static str> {
     if std::env::var_os("TESTBED").is_none_or(|testbed| testbed != "emulated") {
         return Ok("127.0.0.1");
@@ -173,6 +173,6 @@ fn address() -> Result<&'static str> {
 
 fn say(line: &str) {
     println!("{line}");
-    // Whoever reads has gone: no reason to end.
+    // The reader may have disconnected, which is not an error.
     std::io::stdout().flush().ok();
 }

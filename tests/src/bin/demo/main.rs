@@ -1,5 +1,5 @@
-//! The main job on real input: a Linux guest touches memory, frees it, and the
-//! host gets it back, seen through the REST API.
+//! Demonstrates the main function: a Linux guest touches memory and frees it, the memory returns to the host, and the
+//! REST API shows it.
 //!
 //! Runs where KVM boots Linux: `cargo xtask demo` starts it in the testbed with
 //! the folder for its results as the only argument; `demo --fleet PORT [keep | until FILE]` is the fleet's.
@@ -22,21 +22,20 @@ use recording::{Phase, Recording, Sample};
 use screen::Screen;
 
 const MIB: u64 = 1 << 20;
-/// What the guest has, and what it touches and frees.
+/// Memory of the guest, and memory that it touches and frees.
 const GUEST_BYTES: u64 = 1024 * MIB;
 const TOUCH_BYTES: u64 = 700 * MIB;
-/// Between two samples of the API.
+/// Interval between two samples of the API.
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(200);
-/// How long the guest is watched while nothing changes, before and at the top.
+/// How long the guest is sampled while nothing changes, before the touch and before the free.
 const CALM: Duration = Duration::from_secs(1);
-/// Mainline's reporting works every two seconds: no change for longer than
-/// that means that it has finished.
+/// Mainline's reporting works every two seconds: if nothing changes for longer than that, it has finished.
 const SETTLED: Duration = Duration::from_secs(4);
-/// With so little more than before the touch, nearly everything has come back, and nothing is left to wait for.
+/// If at most this much more is resident than before the touch, nearly everything has returned, and the wait ends.
 const REST_BYTES: u64 = TOUCH_BYTES / 20;
-/// After this the demonstration ends, settled or not.
+/// Time after which the demonstration ends, settled or not.
 const SETTLE_DEADLINE: Duration = Duration::from_secs(90);
-/// Changes of residency below this are the guest's own life.
+/// Smaller changes of residency are the guest's own activity.
 const NOISE_BYTES: u64 = 2 * MIB;
 
 fn main() -> Result<()> {
@@ -97,7 +96,7 @@ fn one_guest(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What is sampled, and how it is shown meanwhile.
+/// The samples, and their display.
 struct Monitor {
     recording: Recording,
     screen: Screen,
@@ -124,7 +123,7 @@ impl Monitor {
         }
     }
 
-    /// The guest works on its own while the API is watched.
+    /// Samples the API while the guest touches memory.
     fn touch(&mut self, guest: &mut Guest) -> Result<()> {
         let Guest { vmm, serial } = guest;
         std::thread::scope(|scope| {
@@ -143,7 +142,7 @@ impl Monitor {
         })
     }
 
-    /// Samples until residency has not fallen for a while, or is about what it was `before` the touch.
+    /// Samples until residency has not fallen for a while, or is nearly as low as `before` the touch.
     fn settle(&mut self, guest: &Guest, before: u64) -> Result<()> {
         let start = Instant::now();
         let (mut lowest, mut lowest_at) = (u64::MAX, Instant::now());

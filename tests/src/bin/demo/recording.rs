@@ -1,4 +1,4 @@
-//! The samples of one demonstration and what they amount to.
+//! The samples of one demonstration, and their evaluation.
 
 use std::time::Instant;
 
@@ -6,14 +6,14 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 const MIB: f64 = (1u64 << 20) as f64;
-/// The memory counts as back when this share of the fall has happened; the
-/// last blocks trickle in with the guest's own life.
+/// Fraction of the decrease after which the memory counts as returned; the last blocks depend on the guest's own
+/// activity.
 const BACK_SHARE: f64 = 0.95;
 
 /// Older samples of the page tables are not shown.
 const AGE_MS_MAX: u64 = 1000;
 
-/// What the guest is doing.
+/// The guest's current activity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr)]
 #[strum(serialize_all = "lowercase")]
 pub(crate) enum Phase {
@@ -29,15 +29,15 @@ impl Phase {
     }
 }
 
-/// One look at `vm.reclaim-stats`.
+/// One sample of `vm.reclaim-stats`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Sample {
     pub(crate) seconds: f64,
     pub(crate) phase: Phase,
     pub(crate) resident_bytes: u64,
     pub(crate) reported_bytes: u64,
-    /// Discarded by reports since the guest freed its memory; 0 before. What was
-    /// discarded earlier is the memory that the guest never used.
+    /// Discarded by reports since the guest freed its memory; 0 before. Memory discarded earlier was never used by the
+    /// guest.
     pub(crate) discarded_bytes: u64,
 }
 
@@ -53,12 +53,12 @@ pub(crate) struct Recording {
     last: Value,
 }
 
-/// What came back, and how fast.
+/// How much memory returned, and how fast.
 #[derive(Debug)]
 pub(crate) struct Outcome {
     pub(crate) peak_bytes: u64,
     pub(crate) floor_bytes: u64,
-    /// From the free in the guest to 95 % of the fall.
+    /// Time from the free in the guest to 95 % of the decrease.
     pub(crate) seconds: f64,
     pub(crate) reports: u64,
     pub(crate) report_p99_us: u64,
@@ -77,8 +77,8 @@ impl Recording {
         }
     }
 
-    /// Adds a sample. `process_bytes` is the resident set of the VMM's process, which stands in
-    /// where page tables are dear to read (Linux before 6.7): there the VMM looks at them seldom.
+    /// Adds a sample. `process_bytes` is the resident set of the VMM's process, which is used where reading page tables
+    /// is expensive (Linux before 6.7) and the VMM therefore reads them rarely.
     pub(crate) fn add(
         &mut self,
         phase: Phase,
@@ -112,13 +112,13 @@ impl Recording {
         Ok(sample)
     }
 
-    /// The guest has freed its memory now.
+    /// Records that the guest has now freed its memory.
     pub(crate) fn freed(&mut self) {
         self.freed_seconds = self.start.elapsed().as_secs_f64();
     }
 
     /// # Errors
-    /// Nothing came back: the demonstration failed.
+    /// No memory returned: the demonstration failed.
     pub(crate) fn result(&self) -> Result<Outcome> {
         let peak_bytes = self
             .samples
@@ -193,7 +193,7 @@ impl Recording {
 }
 
 impl Outcome {
-    /// The one line the demonstration ends with.
+    /// The final line of the demonstration.
     pub(crate) fn sentence(&self) -> String {
         let returned = (self.peak_bytes - self.floor_bytes) as f64 / MIB;
         format!(

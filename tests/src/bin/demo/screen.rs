@@ -1,5 +1,4 @@
-//! Where the demonstration shows its samples: one line that changes on a terminal, a line now and
-//! then in a log.
+//! Shows samples of the demonstration: one changing line on a terminal, an occasional line in a log.
 
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
@@ -7,20 +6,20 @@ use std::time::{Duration, Instant};
 use crate::chart::terminal_line;
 use crate::recording::Sample;
 
-/// Between two lines of a log.
+/// Interval between two lines of a log.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
 pub(crate) struct Screen {
-    /// Whether a person watches.
+    /// Whether the output is a terminal.
     terminal: bool,
-    /// The last line, which a terminal still changes and a log may have left out.
+    /// The last line, which a terminal may still change and a log may have omitted.
     last: Option<String>,
     written: Option<Instant>,
 }
 
 impl Screen {
     pub(crate) fn new() -> Self {
-        // The testbed's emulated host has a pipe in place of the terminal, and says so.
+        // The testbed's emulated host has a pipe in place of the terminal, and sets a variable.
         let terminal = std::io::stdout().is_terminal()
             || std::env::var_os("TESTBED_TERMINAL").is_some_and(|says| says == "yes");
         Self {
@@ -34,7 +33,7 @@ impl Screen {
         let line = terminal_line(sample, full_bytes, self.terminal);
         if self.terminal {
             print!("\r{line}");
-            // A terminal that is gone is no reason to end.
+            // A closed terminal is not an error.
             std::io::stdout().flush().ok();
             self.last = Some(line);
         } else if self.written.is_none_or(|at| at.elapsed() >= LINE_INTERVAL) {
@@ -46,13 +45,13 @@ impl Screen {
         }
     }
 
-    /// Leaves the last sample as it is and begins something new.
+    /// Ends the line of the last sample and prints a heading.
     pub(crate) fn headline(&mut self, words: &str) {
         self.end();
         println!("{words}");
     }
 
-    /// Leaves the last sample as it is.
+    /// Ends the line of the last sample.
     pub(crate) fn end(&mut self) {
         if let Some(line) = self.last.take() {
             if self.terminal {

@@ -1,7 +1,7 @@
 //! How fast bursts can follow each other: guests take turns in allocating most of their memory,
 //! holding it and freeing it, on a host with room for the idle guests and two bursts.
 //!
-//! The shorter the time a freed burst stays on the host, the sooner the next may come.
+//! The sooner the host gets the memory of a freed burst back, the shorter the interval can be.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -19,16 +19,16 @@ use crate::turns::{Progress, Turner};
 use crate::{Outcome, chart};
 
 const MIB: u64 = 1 << 20;
-/// Between which intervals the shortest is looked for, and how closely.
+/// Range of intervals in which the shortest is searched, and precision of the search.
 const INTERVAL_MS_MIN: f64 = 500.0;
 const INTERVAL_MS_MAX: f64 = 32_000.0;
 const TRIALS_MAX: u32 = 6;
-/// More turns than this that find their guest still busy, and the interval is not kept.
+/// Maximum fraction of turns that find their guest still busy; with more, the interval is not sustained.
 const LATE_SHARE_MAX: f64 = 0.05;
-/// How often a trial looks whether all is well while it waits.
+/// Interval at which a waiting trial checks for failures.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
-/// One interval, tried.
+/// The trial of one interval.
 #[derive(Clone, Debug, Serialize)]
 struct Trial {
     interval_ms: f64,
@@ -39,7 +39,7 @@ struct Trial {
     oom_kills: u64,
     seconds: f64,
     bursts_per_minute: f64,
-    /// Resident above what the guests themselves use, integrated over the trial.
+    /// Resident memory above the guests' own use, integrated over the trial.
     excess_gib_minutes: f64,
 }
 
@@ -96,7 +96,7 @@ pub(crate) fn run(plan: &Burst) -> Result<Outcome> {
     summary(plan, &host, &trials, &best, &samples)
 }
 
-/// The guests, with what is recorded of them.
+/// The guests and their recordings.
 struct Fleet {
     turners: Vec<Turner>,
     progress: Arc<Progress>,
@@ -117,7 +117,7 @@ impl Fleet {
         })
     }
 
-    /// Has the guests take turns until the time is over or one of them is lost.
+    /// Makes the guests take turns until the time is over or one of them fails.
     fn trial(
         &mut self,
         plan: &Burst,
@@ -170,7 +170,7 @@ impl Fleet {
     }
 }
 
-/// Which guest's turn it is, and how long until the next.
+/// The order of the guests' turns, and the time between them.
 struct Arrivals {
     interval_ms: f64,
     /// State of a xorshift generator; 0 for turns in order at fixed intervals.
@@ -210,7 +210,7 @@ impl Arrivals {
     }
 }
 
-/// The area between what is resident and what the guests use, from `begin` on.
+/// The area between the resident memory and the guests' own use, from `begin` on.
 fn excess_gib_minutes(samples: &[Sample], begin: f64) -> f64 {
     let area: f64 = samples
         .windows(2)

@@ -1,4 +1,4 @@
-//! Host memory over time: what is in use, and one line for each guest.
+//! Chart of host memory over time: memory in use, and one line per guest.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use integration_tests::chart::Chart;
 
 use crate::recorder::Sample;
 
-/// More points than a screen has columns only make the file large.
+/// Maximum number of points: more than a screen has columns only enlarge the file.
 const POINTS_MAX: usize = 800;
 
 /// The chart of a recording on a host of `total_bytes`.
@@ -23,7 +23,7 @@ pub(crate) fn svg(title: &str, total_bytes: u64, samples: &[Sample]) -> String {
         }
     }
     for (number, curve) in &guests {
-        // The golden angle keeps neighbours apart however many there are.
+        // The golden angle makes neighbouring colours distinct for any number of guests.
         let colour = format!("hsl({}, 60%, 45%)", number * 137 % 360);
         chart.curve(curve, &colour, 1.0);
     }

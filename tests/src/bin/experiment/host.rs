@@ -1,17 +1,17 @@
-//! The experiment's host: all of this machine, or a cgroup of the asked size where it is larger.
+//! The experiment's host: this machine, or a cgroup of the requested size if the machine is larger.
 
 use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 
-/// What a guest's VMM gets in place of this process's immunity.
+/// OOM score of a guest's VMM, which must not inherit this process's immunity.
 pub(crate) const OOM_SCORE_ADJ_DEFAULT: &str = "0";
 
-/// A machine counts as the host itself up to this much more than was asked for.
+/// Maximum size of a machine that is used as the host itself, as a percentage of the requested size.
 const LARGER_PERCENT_MAX: u64 = 110;
 
-/// Where memory is counted and ends.
+/// The host whose memory is measured and limited.
 #[derive(Clone, Debug)]
 pub(crate) enum Host {
     /// The machine.
@@ -21,8 +21,8 @@ pub(crate) enum Host {
 }
 
 impl Host {
-    /// A host of `bytes`, of which this process is part. The kernel shall choose guests, not this
-    /// process, when memory runs out, and cannot put the choice off by swapping.
+    /// A host of `bytes`, of which this process is part. If memory runs out, the kernel must kill guests, not this
+    /// process, and cannot delay this by swapping.
     pub(crate) fn enter(bytes: u64) -> Result<Host> {
         fs::write("/proc/self/oom_score_adj", "-1000").context("oom_score_adj")?;
         let machine_bytes = field("/proc/meminfo", "MemTotal:")? << 10;
@@ -47,7 +47,7 @@ impl Host {
         Ok(Host::Cgroup(folder))
     }
 
-    /// All there is.
+    /// Total memory.
     pub(crate) fn total_bytes(&self) -> Result<u64> {
         match self {
             Host::Machine => Ok(field("/proc/meminfo", "MemTotal:")? << 10),
@@ -55,7 +55,7 @@ impl Host {
         }
     }
 
-    /// What can be had without taking anything from anybody but the page cache.
+    /// Memory that is available without taking more than page cache.
     pub(crate) fn available_bytes(&self) -> Result<u64> {
         match self {
             Host::Machine => Ok(field("/proc/meminfo", "MemAvailable:")? << 10),
@@ -67,7 +67,7 @@ impl Host {
         }
     }
 
-    /// Processes that the kernel has killed for lack of memory.
+    /// Number of processes that the kernel killed because it was out of memory.
     pub(crate) fn oom_kills(&self) -> Result<u64> {
         match self {
             Host::Machine => field("/proc/vmstat", "oom_kill "),
@@ -76,7 +76,7 @@ impl Host {
     }
 }
 
-/// The number behind `name` at the start of a line.
+/// The number after `name` at the start of a line.
 fn field(path: impl Into<PathBuf>, name: &str) -> Result<u64> {
     let path = path.into();
     let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;

@@ -1,5 +1,5 @@
-//! The experiments that show what reclaimed memory is worth: how many guests a host holds, and
-//! how fast bursts of memory can follow each other.
+//! Experiments that measure the value of reclaimed memory: how many guests a host holds, and how fast bursts of memory
+//! can follow each other.
 //!
 //! Runs where KVM boots Linux, on a host whose memory is the experiment's: `cargo xtask
 //! experiment` starts it in the testbed with the experiment's name, its plan as JSON and the
@@ -37,7 +37,7 @@ fn main() -> Result<()> {
     }
 }
 
-/// What an experiment came to.
+/// The outcome of an experiment.
 struct Outcome {
     /// File name without extension.
     name: String,
@@ -47,7 +47,7 @@ struct Outcome {
     svg: String,
     /// The closing line.
     sentence: String,
-    /// Why it is a failure, when it is one.
+    /// The reason, if it failed.
     fault: Option<String>,
 }
 

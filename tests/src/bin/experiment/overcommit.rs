@@ -1,7 +1,7 @@
 //! How many guests a host holds: one after another starts, touches its memory, frees it, idles.
 //!
-//! The host is full when the next guest's peak costs any guest its life. What the figure is
-//! measured against is the arithmetic of idle guests: (host − one peak) / idle resident size.
+//! The host is full when the next guest's peak makes the kernel kill a guest. The result is compared with the number of
+//! idle guests that would fit: (host − one peak) / idle resident size.
 
 use std::thread;
 use std::time::Duration;
@@ -23,12 +23,12 @@ const MIB: u64 = 1 << 20;
 struct Row {
     guests: usize,
     seconds: f64,
-    /// Of the host, after this guest's free and settling.
+    /// Available memory of the host, after this guest's free and settling.
     available_bytes: u64,
-    /// Resident set at the top and after the free.
+    /// Resident set at the peak and after the free.
     peak_bytes: u64,
     idle_bytes: u64,
-    /// What this guest itself says it uses when idle.
+    /// The idle guest's own use, as it reports it.
     own_use_bytes: u64,
 }
 
@@ -82,18 +82,18 @@ pub(crate) fn run(plan: &Overcommit) -> Result<Outcome> {
     summary(plan, &host, begin_bytes, &recorder, &rows, &end)
 }
 
-/// Asks the guests again what they use. What a guest had isolated for a report, right after its
-/// free, it did not count as free.
+/// Queries the guests' own use again, because memory that a guest had isolated for a report right after its free did
+/// not count as free.
 fn own_use_when_idle(plan: &Overcommit, guests: &mut [Guest], rows: &mut [Row]) {
     for (guest, row) in guests.iter_mut().zip(rows) {
-        // A guest that was killed keeps the figure it gave while it lived.
+        // A killed guest keeps its last figure.
         if let Ok(free_bytes) = guest.memory_bytes("free") {
             row.own_use_bytes = plan.guest_bytes.saturating_sub(free_bytes);
         }
     }
 }
 
-/// Starts one more guest, has it touch and free, and lets it settle.
+/// Starts another guest, which touches and frees memory, and lets it settle.
 fn add(
     plan: &Overcommit,
     host: &Host,
@@ -187,8 +187,7 @@ fn summary(
     })
 }
 
-/// Resident sizes of the guests that were idle for longest when the last row was written: all but
-/// the last two.
+/// Resident sizes of the guests that had been idle longest when the last row was written: all except the last two.
 fn idle_sizes(samples: &[crate::recorder::Sample], rows: &[Row]) -> Vec<u64> {
     let Some(last) = rows.last() else {
         return Vec::new();

@@ -1,9 +1,9 @@
-//! What is asked of an experiment, and the machine that follows from it.
+//! The parameters of an experiment, and the resulting machine.
 
 use integration_tests::linux::Machine;
 use serde::{Deserialize, Serialize};
 
-/// How the guests give freed memory back.
+/// How the guests return freed memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Reporting {
@@ -25,7 +25,7 @@ impl Reporting {
         }
     }
 
-    /// What the guest's kernel is told of it; `order` is of the smallest block it reports.
+    /// Its parameters on the guest's kernel command line; `order` is that of the smallest reported block.
     pub(crate) fn command_line(self, order: Option<u32>) -> String {
         let tracker = match self {
             Self::Off | Self::Mainline => "",
@@ -37,7 +37,7 @@ impl Reporting {
         }
     }
 
-    /// A guest that reports this way; `memory` holds the option's text.
+    /// A guest that reports this way; `memory` stores the option's text.
     pub(crate) fn machine<'a>(self, memory: &'a str, command_line: &'a str) -> Machine<'a> {
         Machine {
             kernel: match self {
@@ -62,15 +62,15 @@ pub(crate) struct Overcommit {
     pub(crate) host_bytes: u64,
     /// Memory of each guest.
     pub(crate) guest_bytes: u64,
-    /// What each touches and frees.
+    /// Memory that each touches and frees.
     pub(crate) touch_bytes: u64,
-    /// Between one guest's free and the next guest's start.
+    /// Time between one guest's free and the next guest's start.
     pub(crate) settle_ms: u64,
     /// Guests after which the experiment ends.
     pub(crate) guests_max: usize,
     /// How they report.
     pub(crate) reporting: Reporting,
-    /// Smallest block they report, pages of its binary logarithm; absent, the kernel's own choice.
+    /// Order of the smallest reported block (2^order pages); if absent, the kernel's default.
     pub(crate) order: Option<u32>,
     /// Fewer guests than this are a failure.
     pub(crate) expect: usize,
@@ -83,20 +83,20 @@ pub(crate) struct Burst {
     pub(crate) host_bytes: u64,
     /// Memory of each guest.
     pub(crate) guest_bytes: u64,
-    /// What a turn allocates.
+    /// Memory that a turn allocates.
     pub(crate) burst_bytes: u64,
-    /// How many guests there are.
+    /// Number of guests.
     pub(crate) guests: usize,
     /// How long a turn holds its memory.
     pub(crate) hold_ms: u64,
-    /// How long an interval must be survived.
+    /// Time for which an interval must be sustained.
     pub(crate) duration_ms: u64,
-    /// Between the starts of two turns; absent, the shortest that lasts is looked for.
+    /// Time between the starts of two turns; if absent, the shortest sustained interval is searched.
     pub(crate) interval_ms: Option<u64>,
-    /// Seed of random arrivals with that mean interval; absent, turns come at fixed intervals.
+    /// Seed of random arrivals with that mean interval; if absent, turns start at fixed intervals.
     pub(crate) seed: Option<u64>,
     /// How they report.
     pub(crate) reporting: Reporting,
-    /// Smallest block they report, pages of its binary logarithm; absent, the kernel's own choice.
+    /// Order of the smallest reported block (2^order pages); if absent, the kernel's default.
     pub(crate) order: Option<u32>,
 }

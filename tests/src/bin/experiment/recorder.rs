@@ -1,4 +1,4 @@
-//! Host memory over time: a thread that samples what is available and what each guest's VMM holds.
+//! Records host memory over time: a thread samples available memory and the resident memory of each guest's VMM.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::host::Host;
 
-/// Between two samples: short beside a turn, long beside what a sample costs.
+/// Interval between two samples: short compared with a turn, long compared with the cost of a sample.
 const INTERVAL: Duration = Duration::from_millis(250);
 
 /// One moment.
@@ -21,9 +21,9 @@ pub(crate) struct Sample {
     pub(crate) seconds: f64,
     /// `MemAvailable` of the host.
     pub(crate) available_bytes: u64,
-    /// Resident set of each VMM by its number.
+    /// Resident set of each VMM by guest number.
     pub(crate) resident_bytes: BTreeMap<usize, u64>,
-    /// What the VMMs of guests whose own use is known hold beyond it.
+    /// Resident memory of VMMs beyond their guests' own use, for guests whose use is known.
     pub(crate) excess_bytes: u64,
 }
 
@@ -35,7 +35,7 @@ struct Shared {
     ended: bool,
 }
 
-/// A recording under way; ends when dropped.
+/// A running recording; ends when dropped.
 #[derive(Debug)]
 pub(crate) struct Recorder {
     begun: Instant,
@@ -63,28 +63,28 @@ impl Recorder {
         }
     }
 
-    /// Seconds since the beginning.
+    /// Seconds since the start.
     pub(crate) fn seconds(&self) -> f64 {
         self.begun.elapsed().as_secs_f64()
     }
 
-    /// Records one more VMM under this number.
+    /// Records another VMM under this number.
     pub(crate) fn watch(&self, number: usize, pid: u32) {
         self.lock().pids.insert(number, pid);
     }
 
-    /// A guest's own use of memory from now on.
+    /// Sets a guest's own use of memory from now on.
     pub(crate) fn own_use(&self, number: usize, bytes: u64) {
         self.lock().own_bytes.insert(number, bytes);
     }
 
-    /// What was seen so far.
+    /// The samples so far.
     pub(crate) fn samples(&self) -> Vec<Sample> {
         self.lock().samples.clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, Shared> {
-        // A thread that panicked left nothing half-done.
+        // The samples are consistent even if a thread panicked.
         self.shared.lock()
     }
 }
@@ -94,13 +94,13 @@ impl Drop for Recorder {
         self.lock().ended = true;
         if let Some(thread) = self.thread.take() {
             thread.thread().unpark();
-            // It ends by itself; that it panicked would have shown in the samples.
+            // It ends automatically; a panic would be visible in the samples.
             let _ = thread.join();
         }
     }
 }
 
-/// Takes one sample; false when the recording has ended.
+/// Takes one sample; false if the recording has ended.
 fn sample(host: &Host, shared: &Mutex<Shared>, begun: Instant) -> bool {
     let (pids, own_bytes) = {
         let shared = shared.lock();

@@ -1,4 +1,4 @@
-//! One guest of the burst experiment on a thread of its own: idle until it is told to take a turn.
+//! One guest of the burst experiment on a separate thread, idle until it is requested to take a turn.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,16 +13,16 @@ use crate::host::OOM_SCORE_ADJ_DEFAULT;
 use crate::plan::Burst;
 use crate::recorder::Recorder;
 
-/// What the guests' threads tell of themselves.
+/// Progress of the guests' threads.
 #[derive(Debug, Default)]
 pub(crate) struct Progress {
-    /// Turns that ended.
+    /// Number of completed turns.
     pub(crate) done: AtomicU64,
-    /// A guest stopped answering.
+    /// A guest stopped responding.
     pub(crate) broken: AtomicBool,
 }
 
-/// A guest that waits for its turn; ends when dropped.
+/// A guest waiting for its turn; ends when dropped.
 #[derive(Debug)]
 pub(crate) struct Turner {
     turn: Option<Sender<()>>,
@@ -78,12 +78,12 @@ impl Turner {
         })
     }
 
-    /// Starts a turn; false when the last one is not over.
+    /// Starts a turn; false if the last one has not ended.
     pub(crate) fn take_turn(&self) -> bool {
         if self.busy.swap(true, Ordering::SeqCst) {
             return false;
         }
-        // A thread that has ended has said so in its progress.
+        // A thread that has ended has recorded it in the progress.
         self.turn.as_ref().is_some_and(|turn| turn.send(()).is_ok())
     }
 }
@@ -92,7 +92,7 @@ impl Drop for Turner {
     fn drop(&mut self) {
         self.turn = None;
         if let Some(thread) = self.thread.take() {
-            // Whether it panicked changes nothing at the end.
+            // A panic does not matter at the end.
             let _ = thread.join();
         }
     }

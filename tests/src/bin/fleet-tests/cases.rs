@@ -1,4 +1,4 @@
-//! What must hold.
+//! The test cases of the fleet.
 
 use anyhow::{Context as _, Result, bail, ensure};
 use integration_tests::outcome::Outcome;
@@ -8,12 +8,12 @@ use serde_json::Value;
 use super::fake_vm::FakeVm;
 use super::fleet::{Answer, DEADLINE, Fleet, HOSTS, MEMBERS, PLACES};
 
-/// Patience of a placer that must get its place, seconds.
+/// Time limit of a placer that must succeed, seconds.
 const PATIENT: u64 = 60;
-/// And of one that is let down, seconds.
+/// Time limit of a placer that must fail, seconds.
 const HASTY: u64 = 4;
 
-/// Asks for more places than there are: exactly those that are there must be got, and by nobody more.
+/// Requests more places than exist: exactly the existing number of requests must succeed.
 fn sell_out(fleet: &Fleet, name: &str, placers: usize) -> Result<Vec<String>> {
     let all: Vec<Vec<String>> = (0..placers)
         .map(|number| fleet.place(&format!("{name}-{number}"), PATIENT))
@@ -64,7 +64,7 @@ fn release(fleet: &Fleet, ids: &[String]) -> Result<()> {
         })
         .collect();
     for answer in fleet.ask_many(&all)? {
-        // Given back already, because its deadline passed, is given back.
+        // A reservation that already expired counts as released.
         let gone = answer.told.contains("no host holds");
         ensure!(answer.code == 0 || gone, "release: {}", answer.told);
     }
@@ -100,7 +100,7 @@ pub(crate) fn placed_vm_that_starts_takes_its_promise_over(fleet: &mut Fleet) ->
         "drain says {}",
         drained.value
     );
-    // Every other place is taken and the drained host's is not.
+    // Every other place is taken; the drained host's places are not.
     let names: Vec<Vec<String>> = (0..20)
         .map(|number| fleet.place(&format!("other-{number}"), PATIENT))
         .collect();
@@ -124,7 +124,8 @@ pub(crate) fn placed_vm_that_starts_takes_its_promise_over(fleet: &mut Fleet) ->
         "advice says {advice:?}"
     );
     release(fleet, &[others, ids(&[last])].concat())?;
-    // The running VM's own promise ends with it, after a while; it is given back so that the next case need not wait.
+    // The running VM's reservation would end with it after a while; it is released explicitly so that the next case
+    // need not wait.
     let held = fleet.local(host, &["reservations"])?.unwrap_or_default();
     let id = held[0]["id"]
         .as_str()
@@ -134,7 +135,7 @@ pub(crate) fn placed_vm_that_starts_takes_its_promise_over(fleet: &mut Fleet) ->
     Ok(Outcome::Passed)
 }
 
-/// Asks for several places at once, and looks that nothing is sold twice.
+/// Requests several places concurrently, and checks that none is reserved twice.
 fn place_some(fleet: &Fleet, name: &str, count: usize, seconds: u64) -> Result<Vec<Answer>> {
     let all: Vec<Vec<String>> = (0..count)
         .map(|number| fleet.place(&format!("{name}-{number}"), seconds))
@@ -156,7 +157,7 @@ pub(crate) fn members_that_die_and_stall_cost_nothing_but_time(
         let stopped = place_some(fleet, &format!("stopped-{member}"), 2, PATIENT)?;
         fleet.members[stalled].stop(false)?;
         let all = [ids(&killed), ids(&stopped)].concat();
-        // Every placer had a majority to talk to for most of a minute.
+        // Every placer could reach a majority for most of a minute.
         ensure!(
             all.len() == 4,
             "{} of 4 placed: {} {}",
@@ -174,7 +175,7 @@ pub(crate) fn members_that_die_and_stall_cost_nothing_but_time(
 
 pub(crate) fn agents_that_die_and_stall_keep_their_word(fleet: &mut Fleet) -> Result<Outcome> {
     let before = sell_out(fleet, "before", 15)?;
-    // One dies and comes back at once: its promises are on its disk.
+    // One agent is killed and restarted at once: its reservations are on its disk.
     fleet.agents[0].kill()?;
     fleet.start_agent(0)?;
     fleet.wait_status("back", 0, |_| true)?;
@@ -182,7 +183,7 @@ pub(crate) fn agents_that_die_and_stall_keep_their_word(fleet: &mut Fleet) -> Re
         fleet.held(0)? == Some(PLACES),
         "a restarted agent has forgotten its promises"
     );
-    // One dies and one stands still while others ask: nobody gets what is sold, and nobody gets it twice.
+    // One agent is killed and one stopped while other clients send requests: no memory is reserved twice.
     fleet.agents[1].kill()?;
     fleet.agents[2].stop(true)?;
     for answer in place_some(fleet, "meanwhile", 4, HASTY)? {
@@ -192,7 +193,7 @@ pub(crate) fn agents_that_die_and_stall_keep_their_word(fleet: &mut Fleet) -> Re
     gone(fleet, "h2")?;
     fleet.agents[2].stop(false)?;
     fleet.start_agent(1)?;
-    // They come back with what they had promised, and it can be given back.
+    // Both return with their reservations, which can be released.
     for host in [1, 2] {
         fleet.wait_status("in step again", host, |status| {
             status["store"]["registered"] == true
@@ -234,7 +235,7 @@ pub(crate) fn whole_store_away_leaves_every_host_at_work(fleet: &mut Fleet) -> R
             status["store"]["up"] == false && status["host"]["facts_age_ms"].as_u64() < Some(10_000)
         })?;
     }
-    // Its own VMs it goes on admitting, as far as there is room.
+    // It continues to admit local VMs, as far as they fit.
     let size = fleet.size.to_string();
     let mut made = Vec::new();
     for name in ["local-0", "local-1"] {
@@ -256,7 +257,7 @@ pub(crate) fn whole_store_away_leaves_every_host_at_work(fleet: &mut Fleet) -> R
             status["store"]["registered"] == true
         })?;
     }
-    // What it sold on its own is not sold to others.
+    // Memory that it reserved locally is not reserved for others.
     let rest = place_some(fleet, "rest", 12, PATIENT)?;
     let placed = ids(&rest);
     ensure!(
@@ -278,12 +279,12 @@ pub(crate) fn what_is_cut_off_comes_back_in_step(fleet: &mut Fleet) -> Result<Ou
     if let Err(why) = &fleet.network {
         return Ok(Outcome::Skipped(why.clone()));
     }
-    // A member: the others are the majority.
+    // Cuts off a member: the others are the majority.
     fleet.members[0].cut(true)?;
     let one = place_some(fleet, "minority", 2, PATIENT)?;
     ensure!(ids(&one).len() == 2, "{}", tellings(&one));
     fleet.members[0].cut(false)?;
-    // A host: its promises stay with it, its lease ends, nobody is placed there.
+    // Cuts off a host: it keeps its reservations, its lease ends, and nothing is placed there.
     let held = place_some(fleet, "held", HOSTS * PLACES - 2, PATIENT)?;
     let all = [ids(&one), ids(&held)].concat();
     ensure!(all.len() == HOSTS * PLACES, "{}", tellings(&held));
@@ -298,7 +299,7 @@ pub(crate) fn what_is_cut_off_comes_back_in_step(fleet: &mut Fleet) -> Result<Ou
     })?;
     release(fleet, &all)?;
     fleet.settle()?;
-    // The majority: nobody can be placed, everybody works on, and afterwards all is as it was.
+    // Cuts off the majority: nothing can be placed, all agents keep running, and afterwards the state is as before.
     fleet.members[1].cut(true)?;
     fleet.members[2].cut(true)?;
     for answer in place_some(fleet, "no-majority", 2, HASTY)? {

@@ -1,11 +1,11 @@
-//! A VMM that tells its size and nothing else: enough to be discovered.
+//! A VMM that reports only its size, which suffices to be discovered.
 
 use std::io::Write as _;
 use std::path::Path;
 
 use test_server::{Request, Server, response};
 
-/// Answers until it is dropped.
+/// Responds until it is dropped.
 #[derive(Debug)]
 pub(crate) struct FakeVm {
     _server: Server,
@@ -17,7 +17,7 @@ impl FakeVm {
             r#"{{"config":{{"memory":{{"size":{bytes}}}}},"state":"Running","memory_actual_size":{bytes}}}"#
         );
         let server = Server::unix(socket, usize::MAX, move |mut stream| {
-            // Somebody may only look who listens.
+            // A client may only check which process listens.
             let Some(request) = Request::read(&mut stream) else {
                 return;
             };
@@ -25,7 +25,7 @@ impl FakeVm {
                 "GET /api/v1/vm.info" => response(200, "", &info),
                 _ => response(404, "", "[\"Not Found\"]"),
             };
-            // Whoever asked may have given up.
+            // The client may have given up.
             let _ = stream.write_all(answer.as_bytes());
         });
         Self { _server: server }

@@ -1,4 +1,4 @@
-//! Three members, five agents, and what they are asked.
+//! Three members and five agents, and requests to them.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -14,33 +14,33 @@ use tempfile::TempDir;
 use super::network::Network;
 use super::node::Node;
 
-/// Machines that run tests are shared.
+/// Generous, because test machines are shared.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(150);
 /// Members of the store.
 pub(crate) const MEMBERS: usize = 3;
 /// Hosts.
 pub(crate) const HOSTS: usize = 5;
-/// VMs of [`Fleet::size`] that fit on each, by what its settings allow.
+/// Number of VMs of [`Fleet::size`] that fit on each host by its settings.
 pub(crate) const PLACES: usize = 2;
 /// The hosts' lease.
 const LEASE: &str = "10s";
-/// For so long a promise is held whose VM does not start: longer than any case needs it, shorter than [`DEADLINE`].
+/// Lifetime of a reservation whose VM does not start: longer than any case needs it, shorter than [`DEADLINE`].
 const HOLD: &str = "120s";
 
-/// Everything.
+/// The fleet.
 #[derive(Debug)]
 pub(crate) struct Fleet {
     folder: TempDir,
     program: PathBuf,
-    /// Or why there is none.
+    /// The network, or the reason why there is none.
     pub(crate) network: Result<Network, String>,
     pub(crate) members: Vec<Node>,
     pub(crate) agents: Vec<Node>,
-    /// Memory of a VM, more than half of what a host may sell.
+    /// Memory of a VM: more than a third of the memory that a host may reserve.
     pub(crate) size: u64,
 }
 
-/// What `ch-fleet` came to.
+/// The result of a `ch-fleet` command.
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) code: i32,
@@ -78,7 +78,7 @@ impl Fleet {
         Ok(fleet)
     }
 
-    /// Members have 11 and up, agents 21 and up.
+    /// Members have numbers from 11 on, agents from 21 on.
     fn address(&self, number: usize) -> String {
         let net = if self.network.is_ok() {
             "10.77.0"
@@ -134,8 +134,8 @@ impl Fleet {
         fs::create_dir_all(&folder).context("making a folder")?;
         let here = folder.display();
         let file = folder.join("agent.toml");
-        // Nothing but what is sold may make a host refuse: its state, its free memory and its guests' bursts are this
-        // machine's, on which other things run.
+        // A host may refuse only because of its reservations. Its state, its free memory and its guests' bursts must
+        // not matter, because they are those of this machine, on which other programs run.
         let text = format!(
             "[agent]\nsocket = '{here}/agent.sock'\nstate_dir = '{here}/state'\ndry_run = true\nscan = '500ms'\n\
              [discovery]\nsockets = ['{here}/*.sock']\nany_program = true\n\
@@ -171,7 +171,7 @@ impl Fleet {
         self.agents[index].start(self.network.as_mut().ok())
     }
 
-    /// Waits until everybody is there and nothing is sold.
+    /// Waits until all hosts are registered and nothing is reserved.
     pub(crate) fn settle(&mut self) -> Result<()> {
         wait_for("the fleet at rest", DEADLINE, || {
             let Ok(hosts) = self.hosts() else {
@@ -229,7 +229,7 @@ impl Fleet {
         children.into_iter().map(wait).collect()
     }
 
-    /// Arguments that ask for a place.
+    /// Arguments that request a place.
     pub(crate) fn place(&self, name: &str, seconds: u64) -> Vec<String> {
         let size = self.size.to_string();
         let timeout = seconds.to_string();
@@ -259,7 +259,7 @@ impl Fleet {
         Ok(answer.value.as_array().cloned().unwrap_or_default())
     }
 
-    /// What an agent says at its socket; `None` when it does not.
+    /// An agent's response on its socket; `None` if there is none.
     pub(crate) fn local(&self, host: usize, arguments: &[&str]) -> Result<Option<Value>> {
         let answer = self.local_answer(host, arguments)?;
         Ok((answer.code == 0).then_some(answer.value))
@@ -275,8 +275,8 @@ impl Fleet {
         )
     }
 
-    /// How many promises a host holds; `None` when it does not answer. More than it has places for is the failure that all
-    /// of this is about.
+    /// Number of reservations on a host; `None` if it does not respond. More than its places is the failure that these
+    /// tests look for.
     pub(crate) fn held(&self, host: usize) -> Result<Option<usize>> {
         let Some(held) = self.local(host, &["reservations"])? else {
             return Ok(None);
@@ -289,7 +289,7 @@ impl Fleet {
         Ok(Some(count))
     }
 
-    /// Looks whether any host has sold too much.
+    /// Checks that no host has reserved too much.
     pub(crate) fn check_nothing_oversold(&self) -> Result<()> {
         for host in 0..HOSTS {
             self.held(host)?;
@@ -315,7 +315,7 @@ impl Fleet {
             let log = fs::read_to_string(&node.log).unwrap_or_default();
             let lines: Vec<&str> = log.lines().collect();
             let end = &lines[lines.len().saturating_sub(8)..];
-            // Writing to a string does not fail.
+            // Writing to a string cannot fail.
             let _ = writeln!(
                 text,
                 "--- {} ({})\n{}",
@@ -328,7 +328,8 @@ impl Fleet {
     }
 }
 
-/// A little more than half of this machine's memory: 1.2 times the memory may be sold, so two fit and three do not.
+/// A little more than half of this machine's memory: 1.2 times the memory may be reserved, so two VMs fit and three do
+/// not.
 fn vm_size() -> Result<u64> {
     let text = fs::read_to_string(Path::new("/proc/meminfo")).context("reading meminfo")?;
     let total = text

@@ -1,9 +1,9 @@
-//! The fleet for real: three members of etcd and five agents as processes, which are killed, stopped and cut off.
-//! `cargo xtask fleet-store` installs etcd and starts this.
+//! Tests a real fleet: three members of etcd and five agents as processes, which are killed, stopped and disconnected.
+//! `cargo xtask fleet-store` installs etcd and starts this program.
 //!
-//! Where the kernel lets us have network namespaces every process gets one of its own, joined by a bridge, and is cut off by
-//! taking its link down. Where it does not, everything listens on addresses of the loopback device, and the tests that cut
-//! are skipped and counted.
+//! If the kernel allows network namespaces, every process gets its own, joined by a bridge, and is disconnected by
+//! taking its link down. Otherwise all processes listen on addresses of the loopback device, and the tests that
+//! disconnect processes are skipped and counted.
 
 mod cases;
 mod fake_vm;
@@ -20,7 +20,7 @@ use integration_tests::outcome::{self, Outcome, Test};
 use fleet::Fleet;
 use network::Network;
 
-/// Set for the copy of this program that runs in a network namespace of its own.
+/// Set for the copy of this program that runs in its own network namespace.
 const INSIDE: &str = "FLEET_TESTS_INSIDE";
 
 type Case = fn(&mut Fleet) -> Result<Outcome>;
@@ -75,7 +75,7 @@ enum Shared {
     #[default]
     NotStarted,
     Running(Box<Fleet>),
-    /// A test has failed, or runs.
+    /// A test is running or has failed, so the fleet's state is unknown.
     Unknown,
 }
 
@@ -84,7 +84,7 @@ fn left_unknown() -> Outcome {
 }
 
 impl Shared {
-    /// Runs a test, and leaves the fleet to the next one only if this one has ended well.
+    /// Runs a test, and passes the fleet to the next one only if this one succeeded.
     fn run(&mut self, case: Case) -> Result<Outcome> {
         let mut fleet = match std::mem::replace(self, Self::Unknown) {
             Self::NotStarted => {
@@ -106,7 +106,7 @@ impl Shared {
     }
 }
 
-/// Runs this program again where links can be made and cut, if there is such a place.
+/// Runs this program again in a network namespace, if one can be created.
 fn run_inside() -> Result<Option<ExitCode>> {
     let places: [&[&str]; 2] = [&["--net"], &["--user", "--map-root-user", "--net"]];
     let place = places.into_iter().find(|place| {

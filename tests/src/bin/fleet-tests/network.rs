@@ -1,10 +1,10 @@
-//! A bridge, and a link to it for every process.
+//! A bridge, and a link to it for each process.
 
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
-/// The bridge's own end: where this program is.
+/// The bridge's own address, in this program's namespace.
 const HERE: &str = "10.77.0.1/24";
 
 /// The bridge.
@@ -14,7 +14,7 @@ pub(crate) struct Network {
 }
 
 impl Network {
-    /// Makes the bridge in the namespace of this program.
+    /// Creates the bridge in the namespace of this program.
     pub(crate) fn new() -> Result<Self> {
         if std::env::var_os(super::INSIDE).is_none() {
             bail!("unshare --net is not allowed");
@@ -47,7 +47,7 @@ impl Network {
     }
 }
 
-/// Cuts a link, or mends it.
+/// Takes a link down or up.
 pub(crate) fn set_link(link: &str, up: bool) -> Result<()> {
     ip(&format!(
         "link set {link} {}",

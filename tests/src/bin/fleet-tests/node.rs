@@ -1,4 +1,4 @@
-//! A process of the fleet: started, killed, stopped, cut off.
+//! A process of the fleet, which can be started, killed, stopped and disconnected.
 
 use std::fs::File;
 use std::io::Write as _;
@@ -14,7 +14,7 @@ use super::network::{Network, run, set_link};
 pub(crate) struct Node {
     pub(crate) name: String,
     pub(crate) address: String,
-    /// Where it writes what it has to say.
+    /// Its log file.
     pub(crate) log: PathBuf,
     command: Vec<String>,
     child: Option<Child>,
@@ -33,7 +33,7 @@ impl Node {
         }
     }
 
-    /// Starts it, in a namespace of its own where there is a network. The child ends with the thread that calls this.
+    /// Starts it, in its own namespace if there is a network. The child ends with the thread that calls this.
     pub(crate) fn start(&mut self, network: Option<&mut Network>) -> Result<()> {
         let log = File::options()
             .append(true)
@@ -45,7 +45,7 @@ impl Node {
         if network.is_some() {
             command.args(["unshare", "--net"]);
         }
-        // It waits for its link before it becomes what it is.
+        // It waits for its link before it executes the program.
         command.args(["sh", "-c", "read -r _; exec \"$@\" </dev/null", "sh"]);
         let mut child = command
             .args(&self.command)
@@ -65,7 +65,7 @@ impl Node {
         Ok(())
     }
 
-    /// As a power failure does it.
+    /// Kills it, as a power failure would.
     pub(crate) fn kill(&mut self) -> Result<()> {
         if let Some(mut child) = self.child.take() {
             child.kill().context("killing a child")?;
@@ -75,14 +75,14 @@ impl Node {
         Ok(())
     }
 
-    /// Lets it stand still, and go on.
+    /// Stops it, or continues it.
     pub(crate) fn stop(&self, stop: bool) -> Result<()> {
         let child = self.child.as_ref().context("it runs")?;
         let signal = if stop { "STOP" } else { "CONT" };
         run(Command::new("sh").args(["-c", &format!("kill -{signal} {}", child.id())]))
     }
 
-    /// Cuts it off, and joins it again.
+    /// Disconnects it, or reconnects it.
     pub(crate) fn cut(&self, cut: bool) -> Result<()> {
         set_link(self.link.as_deref().context("it has a link")?, !cut)
     }
@@ -90,7 +90,7 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        // Killed with this program at the latest.
+        // It is killed together with this program at the latest.
         let _ = self.kill();
     }
 }

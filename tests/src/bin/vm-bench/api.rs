@@ -1,5 +1,5 @@
-//! Latency of the API: alone, with many clients, with a guest that uses its disk, and while somebody waits
-//! for a guest that does not answer.
+//! Latency of the API: idle, with many clients, with a guest that uses its disk, and while a client waits for a guest
+//! that does not respond.
 
 use std::io::{self, ErrorKind};
 use std::path::Path;
@@ -14,13 +14,13 @@ use serde_json::{Map, Value, json};
 use crate::cases::Cases;
 use integration_tests::overhead::disk_image;
 
-/// Requests for a latency distribution, of all clients together.
+/// Number of requests for a latency distribution, by all clients together.
 const REQUESTS: usize = 400;
-/// Clients that ask at once.
+/// Number of concurrent clients.
 const CLIENTS: usize = 8;
-/// Refusals that a client takes before it gives up.
+/// Number of refusals after which a client gives up.
 const REFUSED_MAX: usize = 10_000;
-/// What is asked; a VMM without the last one answers an error, and is not measured with it.
+/// The endpoints; a VMM without the last one returns an error, and is not measured with it.
 const ENDPOINTS: [&str; 3] = ["vm.info", "vm.counters", "vm.reclaim-stats"];
 
 /// Writes and reads a disk until it is killed.
@@ -62,7 +62,7 @@ pub(crate) fn measure(vmm: &Path) -> Result<Value> {
     cases.finish()
 }
 
-/// Each endpoint in turn, by so many clients at once.
+/// Measures each endpoint in turn, with this number of concurrent clients.
 fn endpoints(socket: &Path, clients: usize) -> Result<Value> {
     let mut figures = Map::new();
     for endpoint in ENDPOINTS {
@@ -76,11 +76,11 @@ fn endpoints(socket: &Path, clients: usize) -> Result<Value> {
     Ok(figures.into())
 }
 
-/// What clients got.
+/// The results of clients.
 #[derive(Debug, Default)]
 struct Asked {
     times_us: Vec<u64>,
-    /// Answers that there are too many connections; the request was then made again.
+    /// Refusals because of too many connections; the request was repeated.
     refused: usize,
 }
 
@@ -119,7 +119,7 @@ fn ask(socket: &Path, endpoint: &str, clients: usize) -> Result<Asked> {
     })
 }
 
-/// One request after another, each on a connection of its own.
+/// Sends one request after another, each on a separate connection.
 fn client(socket: &Path, endpoint: &str, requests: usize) -> Result<Asked> {
     let mut asked = Asked::default();
     for _ in 0..requests {
@@ -137,7 +137,7 @@ fn client(socket: &Path, endpoint: &str, requests: usize) -> Result<Asked> {
     Ok(asked)
 }
 
-/// Whether there were too many connections: said, or hung up on before the request was sent.
+/// Whether there were too many connections: the VMM said so, or closed the connection before the request was sent.
 fn is_refusal(answer: &Result<Answer>) -> bool {
     match answer {
         Ok(answer) => answer.status == 503,
@@ -148,12 +148,12 @@ fn is_refusal(answer: &Result<Answer>) -> bool {
     }
 }
 
-/// `vm.info` while somebody waits for the statistics of a paused guest, which never come.
+/// Measures `vm.info` while a client waits for the statistics of a paused guest, which never arrive.
 fn while_asked(socket: &Path) -> Result<Value> {
     thread::scope(|scope| {
         let waiting = scope.spawn(|| {
             let begin = Instant::now();
-            // Its answer is an error: the guest is paused. Only the wait counts.
+            // The response is an error, because the guest is paused. Only the wait matters.
             let answer = request(socket, "GET", "vm.balloon-stats", None);
             (answer.is_ok(), begin.elapsed())
         });

@@ -1,5 +1,4 @@
-//! Throughput of a disk: direct I/O of the guest on an image in TMPDIR, which in an emulated
-//! host is memory.
+//! Throughput of a disk: direct I/O of the guest on an image in TMPDIR, which is in memory in an emulated host.
 
 use std::path::Path;
 
@@ -12,13 +11,13 @@ use crate::cases::Cases;
 use crate::timed_work::TimedWork;
 use integration_tests::overhead::disk_image;
 
-/// Turns of each VMM when two are compared.
+/// Number of turns per VMM when two are compared.
 pub(crate) const TURNS: usize = 3;
 
-/// A name, `read` or `write`, bytes of a request, how many, and more for `guest-mem disk-bench`.
+/// A name, `read` or `write`, bytes per request, number of requests, and further arguments of `guest-mem disk-bench`.
 type Workload = (&'static str, &'static str, u64, u64, &'static str);
 
-/// The first writes all of the disk, so that no later one reads a hole.
+/// The first one writes the whole disk, so that no later one reads a hole.
 const WORKLOADS: [Workload; 6] = [
     ("write_1m", "write", MIB, 64, ""),
     ("read_1m", "read", MIB, 64, ""),
@@ -40,7 +39,7 @@ const WORKLOADS: [Workload; 6] = [
     ),
 ];
 
-/// All courses with a guest of `vmm`.
+/// Runs all workloads with a guest of `vmm`.
 pub(crate) fn measure(vmm: &Path) -> Result<Value> {
     let (_folder, disk) = disk_image()?;
     let boot = || {

@@ -1,4 +1,4 @@
-//! How soon the memory that is free at boot has been reported, by each tracker.
+//! Measures how soon each tracker has reported the memory that is free at boot.
 //!
 //! Time begins with the guest's first report, as the guest's driver begins to report when it has
 //! found the balloon. The guest's memory is never touched: only the reports are measured.
@@ -13,16 +13,16 @@ use serde_json::{Value, json};
 
 use crate::options::Asked;
 
-/// By what it is chosen on the command line.
+/// Its name on the command line.
 pub(crate) const NAME: &str = "boot-free";
 
 const MEMORY: &str = "size=16G";
-/// Mainline rests for two seconds between two parts of its lists.
+/// Mainline pauses for two seconds between two parts of its lists.
 const QUIET: Duration = Duration::from_secs(8);
 const DEADLINE: Duration = Duration::from_secs(600);
 const SHARE: f64 = 0.95;
 
-/// What had been reported, and when.
+/// Reported memory at one time.
 #[derive(Debug, Clone, Copy)]
 struct Sample {
     at: Instant,
@@ -54,7 +54,7 @@ fn of(command_line: &str) -> Result<Value> {
     .start()?;
     let mut samples: Vec<Sample> = Vec::new();
     wait_for("an end of the reports", DEADLINE, || {
-        // Until the guest's memory is there the answer is an error.
+        // Until the guest's memory exists, the response is an error.
         let report = &vmm.get("vm.reclaim-stats").unwrap_or_default()["report"];
         let figure = |name: &str| report[name].as_u64().unwrap_or(0);
         let now = Sample {

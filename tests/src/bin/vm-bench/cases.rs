@@ -1,8 +1,8 @@
-//! The cases of a figure, one after another with one guest, each with a bound.
+//! The cases of a figure, run one after another with one guest, each with a time limit.
 //!
-//! A VMM that is not ours may do one of them badly or never. Such a case is reported as what it
-//! is, its guest is ended, and the others go on with a new one. The bound is on this machine's clock:
-//! where time is counted in instructions, it is so many instructions.
+//! Another VMM may fail or hang in one of them. Such a case is reported as failed, its guest is ended, and the other
+//! cases continue with a new one. The limit uses this machine's clock; if time is counted in instructions, it is a
+//! number of instructions.
 
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
@@ -12,8 +12,8 @@ use anyhow::{Context, Result, bail};
 use integration_tests::linux::Guest;
 use serde_json::{Map, Value, json};
 
-/// How long a case may take; the longest of ours takes a tenth. A second of counted instructions is
-/// four of an idle processor, so that a case that does not end costs two minutes there.
+/// Time limit of a case; the longest of ours takes a tenth of it. One second of counted instructions takes four seconds
+/// on an idle processor, so a hanging case costs two minutes there.
 const CASE_MAX: Duration = Duration::from_secs(30);
 
 /// How a case ended.
@@ -27,14 +27,14 @@ enum Ended {
 /// Runs cases and collects what they measure.
 pub(crate) struct Cases<'a> {
     boot: &'a dyn Fn() -> Result<Guest>,
-    /// None before the first case, and after one that did not end well.
+    /// `None` before the first case, and after a failed one.
     guest: Option<Guest>,
     bound: Duration,
     figures: Map<String, Value>,
 }
 
 impl<'a> Cases<'a> {
-    /// `boot` starts a guest for the first case and after each that did not end well.
+    /// `boot` starts a guest for the first case and after each failed one.
     pub(crate) fn new(boot: &'a dyn Fn() -> Result<Guest>) -> Self {
         Self {
             boot,
@@ -44,7 +44,7 @@ impl<'a> Cases<'a> {
         }
     }
 
-    /// Runs one; says on stderr which, and how it ended.
+    /// Runs a case; prints its name and result on stderr.
     ///
     /// # Errors
     /// No guest starts.
@@ -84,7 +84,7 @@ impl<'a> Cases<'a> {
     /// All figures.
     ///
     /// # Errors
-    /// No case ended well.
+    /// No case succeeded.
     pub(crate) fn finish(self) -> Result<Value> {
         if self.figures.values().all(|value| !is_good(value)) {
             bail!("no case ended: {}", Value::Object(self.figures));
@@ -120,7 +120,7 @@ fn bounded(
         drop(ended);
         let in_time = watching.join().expect("the watching thread does not panic");
         match result {
-            // It was done when the bound passed.
+            // The work was completed when the time limit passed.
             Ok(value) => Ended::Well(value),
             Err(_) if !in_time => Ended::TooLate,
             Err(error) => Ended::Failed(error),
@@ -140,8 +140,7 @@ mod tests {
 
     use super::*;
 
-    /// A guest that never answers, in a process that takes no notice of anything: its serial port is
-    /// closed when it is killed.
+    /// A guest that never responds, in a process that ignores everything: its serial port is closed when it is killed.
     fn hanging_guest() -> Result<Guest> {
         let folder = tempfile::tempdir()?;
         let program = folder.path().join("vmm");
@@ -160,7 +159,7 @@ mod tests {
         ours.set_nonblocking(true)?;
         let serial = Serial::over(OwnedFd::from(ours).into());
         let mut guest = Guest { vmm, serial };
-        // The folder of the script goes only when it runs.
+        // The script's folder may be removed only after the script has started.
         guest.serial.send("start")?;
         guest.expect("ready", PROCESS_DEADLINE)?;
         Ok(guest)
@@ -208,7 +207,7 @@ mod tests {
         let (killed, dead) = mpsc::channel::<()>();
         let kill = move || drop(killed);
         let ended = bounded(Duration::from_millis(10), kill, || {
-            // As a connection to a VMM that is killed: returns when it is.
+            // Like a connection to a VMM: it returns when the VMM is killed.
             assert!(dead.recv().is_err());
             bail!("closed")
         });

@@ -1,17 +1,17 @@
-//! Figures of several turns and of two VMMs, put together.
+//! Combines figures of several turns and of two VMMs.
 
 use std::fmt::Write as _;
 
 use serde_json::{Map, Value, json};
 
-/// The keys of what was measured of each VMM, in the order of the subjects.
+/// The keys of the figures of each VMM, in the order of the subjects.
 const NAMES: [&str; 2] = ["ours", "other"];
 const RATIO: &str = "other_to_ours";
 
-/// Turns of each VMM as one value of the same shape.
+/// Combines the turns of each VMM into one value of the same shape.
 ///
-/// Of several turns a number becomes its median with the least and the most. Of two VMMs it
-/// becomes one of each and their ratio; what only one of them has stands alone.
+/// With several turns, a number becomes its median with minimum and maximum. With two VMMs, it becomes one of each and
+/// their ratio; a figure that only one of them has stays alone.
 pub(crate) fn side_by_side(taken: &[Vec<Value>]) -> Value {
     let turns: Vec<Vec<&Value>> = taken.iter().map(|turns| turns.iter().collect()).collect();
     join(&turns)
@@ -57,7 +57,7 @@ fn leaf(taken: &[Vec<&Value>]) -> Value {
     Value::Object(row)
 }
 
-/// What the turns of one VMM say: a number stays what it is if there is only one.
+/// Combines the turns of one VMM; with a single turn, numbers are unchanged.
 fn spread(turns: &[&Value]) -> Value {
     let values = numbers(turns);
     match (turns, median(&values)) {
@@ -68,7 +68,7 @@ fn spread(turns: &[&Value]) -> Value {
             "min": values.first(),
             "max": values.last(),
         }),
-        // No number: the first says it for all.
+        // Not a number: the first value represents all.
         ([first, ..], None) => (*first).clone(),
     }
 }
@@ -85,12 +85,12 @@ fn median(sorted: &[f64]) -> Option<f64> {
     sorted.get(sorted.len() / 2).copied()
 }
 
-/// Three digits behind the point: more is noise.
+/// Rounds to three decimals; more would be noise.
 pub(crate) fn rounded(value: f64) -> f64 {
     (value * 1000.0).round() / 1000.0
 }
 
-/// For people: one line for each number of a joined value.
+/// Human-readable: one line per number of a combined value.
 pub(crate) fn table(name: &str, joined: &Value) -> String {
     let mut text = String::new();
     rows(&mut text, name, joined);

@@ -1,6 +1,6 @@
-//! What a VMM's process has used so far: exits of its guest, and processor time.
+//! Resources that a VMM's process has used so far: exits of its guest, and processor time.
 //!
-//! Counts and counted time repeat where seconds do not.
+//! Counts and counted time are repeatable, whereas seconds are not.
 
 use std::fs;
 use std::path::Path;
@@ -14,19 +14,19 @@ use crate::compare::rounded;
 /// KVM's statistics of each machine, in a folder `THREAD-FD`.
 const KVM: &str = "/sys/kernel/debug/kvm";
 
-/// Since the process began.
+/// Resources used since the process started.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Cost {
-    /// Of all vCPUs; nothing where the kernel does not show it.
+    /// Exits of all vCPUs; `None` if the kernel does not show them.
     exits: Option<u64>,
-    /// Threads that run the guest, the guest included.
+    /// Time of the threads that run the guest, including the guest.
     vcpu_ns: u64,
-    /// All other threads.
+    /// Time of all other threads.
     device_ns: u64,
 }
 
 impl Cost {
-    /// Of the VMM with this process id.
+    /// Reads the resources of the VMM with this process id.
     ///
     /// # Errors
     /// The process is gone, or its kernel does not account for threads.
@@ -37,7 +37,7 @@ impl Cost {
         };
         for task in fs::read_dir(format!("/proc/{pid}/task"))? {
             let task = task?.path();
-            // A thread that ends meanwhile has been short.
+            // A thread that ends meanwhile was short-lived.
             let (Ok(name), Ok(stat)) = (
                 fs::read_to_string(task.join("comm")),
                 fs::read_to_string(task.join("schedstat")),
@@ -58,7 +58,7 @@ impl Cost {
         Ok(cost)
     }
 
-    /// What came to it since `earlier`.
+    /// The difference from `earlier`.
     pub(crate) fn since(&self, earlier: &Self) -> Self {
         Self {
             exits: self
@@ -70,7 +70,7 @@ impl Cost {
         }
     }
 
-    /// For each of `units`.
+    /// The resources per unit.
     pub(crate) fn each(&self, units: u64) -> Value {
         let us = |ns: u64| rounded(ns as f64 / 1000.0 / units as f64);
         json!({

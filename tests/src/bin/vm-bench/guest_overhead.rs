@@ -1,17 +1,15 @@
-//! What reporting costs the guest: the same work with reporting off, by mainline's tracker and,
-//! in a patched kernel, by the bitmap tracker.
+//! Measures the cost of reporting for the guest: the same work with reporting off, with mainline's tracker and, in a
+//! patched kernel, with the bitmap tracker.
 //!
-//! `cargo xtask bench --icount --kernel patched guest-overhead`: there the guest's clock counts
-//! instructions, and a percent is a percent. `off` is measured twice, to show what repeats.
-//! The guest has one processor, as such a host has: what tasks cost each other by contention
-//! between processors is not in these figures.
+//! `cargo xtask bench --icount --kernel patched guest-overhead`: there the guest's clock counts instructions, so that
+//! small differences are significant. `off` is measured twice, to show the repeatability. The guest has one processor,
+//! like the emulated host, so these figures do not include contention between processors.
 //!
-//! Options behind `--` choose a part, `-- --workload churn --rounds 8 --reporting bitmap`: words
-//! that a workload's name begins with and names of variants. Where instructions are counted,
-//! parts can be measured side by side and compared, provided that they are the same work.
-//! `-- --tasks 4` has four tasks at a time do the work, each for itself.
-//! Where seconds are measured, `-- --turns 5` takes everything five times, the variants in turns,
-//! and gives medians with the least and the most.
+//! Options after `--` choose a part, `-- --workload churn --rounds 8 --reporting bitmap`: prefixes of workload names,
+//! and names of variants. If instructions are counted, parts can be measured concurrently and compared, provided that
+//! they are the same work. With `-- --tasks 4`, four concurrent tasks each do the work. If seconds are measured, `--
+//! --turns 5` measures everything five times, alternating between variants, and prints medians with minimum and
+//! maximum.
 
 use std::collections::BTreeMap;
 
@@ -24,10 +22,10 @@ use crate::compare::{rounded, side_by_side};
 use crate::cost::Cost;
 use crate::options::Asked;
 
-/// By what it is chosen on the command line.
+/// Its name on the command line.
 pub(crate) const NAME: &str = "guest-overhead";
 
-/// A name, arguments of `guest-mem workload`, and how many rounds are measured.
+/// A name, arguments of `guest-mem workload`, and the number of measured rounds.
 const WORKLOADS: [(&str, &str, usize); 4] = [
     ("page_fault1", "page_fault1", 3),
     ("page_fault2", "page_fault2", 2),
@@ -35,13 +33,13 @@ const WORKLOADS: [(&str, &str, usize); 4] = [
     ("build", "build --bytes 8M", 4),
 ];
 
-/// By what the cost of a guest that does nothing is chosen.
+/// The name of the measurement of an idle guest.
 const IDLE: &str = "idle";
-/// First it comes to rest, then it is measured.
+/// Time to settle, and then time of the measurement.
 const REST_SECONDS: u64 = 10;
 const IDLE_SECONDS: u64 = 30;
 
-/// A name, the balloon, and more for the kernel's command line.
+/// A name, the balloon, and additional kernel parameters.
 type Variant = (&'static str, &'static str, &'static str);
 
 const REPORTING: &str = "size=0,free_page_reporting=on";
@@ -50,7 +48,7 @@ const MAINLINE: Variant = ("mainline", REPORTING, "page_reporting.tracker=mainli
 const BITMAP: Variant = ("bitmap", REPORTING, "page_reporting.tracker=bitmap");
 const OFF_AGAIN: Variant = ("off again", OFF.1, OFF.2);
 
-/// What the command line asks for; nothing is everything.
+/// The selection on the command line; empty selects everything.
 #[derive(Debug, Default)]
 struct Choice {
     workload: Option<String>,
@@ -92,7 +90,7 @@ impl Choice {
 /// Nanoseconds of each round by variant.
 type Times = BTreeMap<&'static str, Vec<u64>>;
 
-/// What one guest of each variant took.
+/// The times of one guest of each variant.
 #[derive(Debug, Default)]
 struct Turn {
     times: BTreeMap<&'static str, Times>,
@@ -100,7 +98,7 @@ struct Turn {
     idle: BTreeMap<&'static str, Value>,
 }
 
-/// Nanoseconds of each workload under each variant, and the loss against `off` in percent.
+/// Measures nanoseconds of each workload under each variant, and the loss against `off` in percent.
 pub(crate) fn run(asked: &Asked<'_>) -> Result<Value> {
     let choice = Choice::parse(asked.by_name.unwrap_or_default())?;
     let patched = paths::guest_kernel_is_patched();
@@ -138,7 +136,7 @@ impl Turn {
                 let arguments = format!("{arguments} --tasks {}", choice.tasks.unwrap_or(1));
                 let ns = measure(&mut guest, &arguments, rounds)
                     .with_context(|| format!("{workload}, reporting {}", variant.0))?;
-                // It takes many minutes, and whoever waits wants to see that it goes on.
+                // This takes many minutes, so progress is shown.
                 eprintln!("reporting {}: {workload}: {ns:?} ns", variant.0);
                 let times = turn.times.entry(workload).or_default();
                 times.insert(variant.0, ns);
@@ -172,7 +170,7 @@ impl Turn {
     }
 }
 
-/// The losses of each turn, put together: of seconds no single one means much.
+/// Combines the losses of all turns, because a single one measured in seconds is not significant.
 fn losses_of_turns(turns: &[Turn], workload: &str) -> Value {
     let taken = turns.iter().filter_map(|turn| turn.times.get(workload));
     let losses = taken.map(|times| {
@@ -184,8 +182,7 @@ fn losses_of_turns(turns: &[Turn], workload: &str) -> Value {
     side_by_side(&[losses.map(Value::Object).collect()])
 }
 
-/// Exits and processor time of each second that the guest does nothing, some time after the last
-/// workload.
+/// Exits and processor time per second of an idle guest, some time after the last workload.
 fn at_rest(guest: &mut Guest) -> Result<Value> {
     guest.shell(&format!("sleep {REST_SECONDS}"))?;
     let before = Cost::so_far(guest.vmm.pid())?;
@@ -194,7 +191,7 @@ fn at_rest(guest: &mut Guest) -> Result<Value> {
     Ok(cost.each(IDLE_SECONDS))
 }
 
-/// How much longer than with reporting off the chosen rounds took.
+/// How much longer the chosen rounds took than with reporting off.
 fn losses(times: &Times, chosen: impl Fn(&[u64]) -> &[u64]) -> BTreeMap<&'static str, f64> {
     let sum = |rounds: &Vec<u64>| chosen(rounds).iter().sum::<u64>() as f64;
     let Some(off) = times.get(OFF.0).map(sum).filter(|off| *off > 0.0) else {
@@ -217,10 +214,10 @@ fn boot((_, balloon, command_line): Variant) -> Result<Guest> {
     .serve()
 }
 
-/// Runs a round to warm up and then those for the figure: nanoseconds of each.
+/// Runs a warm-up round and then the measured rounds; returns nanoseconds of each.
 ///
-/// Tasks that share a processor slow each other's rounds, so of several tasks it is the time until
-/// the last one has ended all of its rounds, as one figure.
+/// Tasks that share a processor slow each other down. With several tasks, the only figure is therefore the time until
+/// the last one has ended all of its rounds.
 fn measure(guest: &mut Guest, arguments: &str, rounds: usize) -> Result<Vec<u64>> {
     let mut course = |rounds| {
         guest.shell(&format!(
@@ -240,7 +237,7 @@ fn measure(guest: &mut Guest, arguments: &str, rounds: usize) -> Result<Vec<u64>
     Ok(ends.max().into_iter().collect())
 }
 
-/// Of lines `task 0 round 1 12345 ns`.
+/// Parses lines `task 0 round 1 12345 ns`.
 fn times_by_task(text: &str) -> BTreeMap<u64, Vec<u64>> {
     let mut times: BTreeMap<u64, Vec<u64>> = BTreeMap::new();
     for line in text.lines() {

@@ -1,5 +1,5 @@
-//! How many reports a burst of frees takes, quick or slow, by each tracker: each is a kick of the
-//! guest and an interrupt to it.
+//! Counts the reports that each tracker needs for a fast or slow burst of frees: each report is a kick by the guest and
+//! an interrupt to it.
 //!
 //! `cargo xtask bench --kernel patched kicks`
 
@@ -13,10 +13,10 @@ use serde_json::{Map, Value, json};
 
 use crate::options::Asked;
 
-/// By what it is chosen on the command line.
+/// Its name on the command line.
 pub(crate) const NAME: &str = "kicks";
 
-/// Freed at once, and within seconds.
+/// Bursts: freed at once, and within seconds.
 const BURSTS: [(&str, &str); 2] = [
     ("at once", "remove --tasks 1 --bytes 704M"),
     (
@@ -24,7 +24,7 @@ const BURSTS: [(&str, &str); 2] = [
         "remove --tasks 1 --bytes 480M --over-ms 3000",
     ),
 ];
-/// Mainline rests for two seconds between two parts of its lists.
+/// Mainline pauses for two seconds between two parts of its lists.
 const QUIET: Duration = Duration::from_secs(5);
 const DEADLINE: Duration = Duration::from_secs(300);
 const GIB: f64 = (1u64 << 30) as f64;
@@ -68,7 +68,7 @@ pub(crate) fn run(asked: &Asked<'_>) -> Result<Value> {
     Ok(Value::Object(rows))
 }
 
-/// Batches and bytes reported since boot, when no more come.
+/// Batches and bytes reported since boot, after the last report.
 fn settled(guest: &Guest) -> Result<(u64, u64)> {
     let figures = || {
         let stats = guest.vmm.get("vm.reclaim-stats")?;
@@ -78,7 +78,7 @@ fn settled(guest: &Guest) -> Result<(u64, u64)> {
     let end = Instant::now() + DEADLINE;
     loop {
         let before = figures()?;
-        // To ask all the time is what the emulated host would be busy with.
+        // Continuous polling would keep the emulated host busy.
         thread::sleep(QUIET);
         if figures()? == before {
             return Ok(before);

@@ -1,8 +1,8 @@
-//! Figures of the VMM with a real Linux guest. Prints one JSON object a figure.
+//! Measures figures of the VMM with a real Linux guest. Prints one JSON object per figure.
 //!
-//! Runs where KVM boots Linux: `cargo xtask bench`; with `--icount` the times are counted
-//! instructions and repeat. With `--vmm PATH` the figures of the group `vmm` are taken from ours
-//! and from that program in turns, and shown side by side.
+//! Runs where KVM boots Linux: `cargo xtask bench`; with `--icount`, the times are counted instructions and repeatable.
+//! With `--vmm PATH`, the figures of the group `vmm` are measured for our VMM and that program in turns, and shown side
+//! by side.
 
 mod api;
 mod block;
@@ -30,20 +30,20 @@ use subject::Subject;
 
 const MIB: u64 = 1 << 20;
 
-/// What the names on the command line choose.
+/// A figure that a name on the command line selects.
 struct Figure {
     name: &'static str,
     measure: Measure,
 }
 
 enum Measure {
-    /// Of a VMM, ours or another: so many turns each if it is asked for by name, else one.
+    /// Of any VMM: this number of turns per VMM if selected by name, otherwise one.
     OfVmm(usize, fn(&Path) -> Result<Value>),
-    /// Of ours alone.
+    /// Of our VMM alone.
     OfOurs(fn(&Asked<'_>) -> Result<Value>),
 }
 
-/// These take minutes.
+/// Figures that take minutes.
 const BY_NAME_ONLY: [&str; 5] = [
     guest_overhead::NAME,
     boot_free::NAME,
@@ -79,7 +79,7 @@ const fn of_ours(name: &'static str, measure: fn(&Asked<'_>) -> Result<Value>) -
 }
 
 impl Figure {
-    /// Whether the command line means this one: by its name, by its group, or by naming none.
+    /// Whether the command line selects this figure: by its name, by its group, or by naming none.
     fn is_chosen(&self, names: &[String]) -> bool {
         let of_vmm = matches!(self.measure, Measure::OfVmm(..));
         names
@@ -123,7 +123,7 @@ fn main() -> Result<()> {
         }
         let value = match figure.run(&options, &subjects) {
             Ok(value) => value,
-            // The figures after it are still worth having.
+            // The following figures are still measured.
             Err(error) => {
                 eprintln!("{} failed: {error:#}", figure.name);
                 failed.push(figure.name);

@@ -13,19 +13,19 @@ use serde_json::{Value, json};
 use crate::MIB;
 use crate::timed_work::TimedWork;
 
-/// Turns of each VMM when two are compared.
+/// Number of turns per VMM when two are compared.
 pub(crate) const TURNS: usize = 3;
 
 const STREAM_BYTES: u64 = 16 * MIB;
 const ROUND_TRIPS: u64 = 128;
-/// As `guest-mem net-bench` has them.
+/// Message size, as in `guest-mem net-bench`.
 const MESSAGE_BYTES: usize = 64;
-/// Without a single byte: the guest is gone.
+/// Time without a single byte after which the guest is considered gone.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
-/// Of one read or write of a stream.
+/// Size of one read or write of a stream.
 const CHUNK_BYTES: u64 = 64 << 10;
 
-/// Host and guest of a network of our own.
+/// Addresses of host and guest in a separate network.
 const HOST: &str = "192.168.247.1";
 const GUEST: &str = "192.168.247.2";
 
@@ -42,7 +42,7 @@ pub(crate) fn measure(vmm: &Path) -> Result<Value> {
         "ip addr add {GUEST}/24 dev eth0 && ip link set eth0 up && ping -c 1 -W 20 {HOST}"
     ))?;
     let listener = TcpListener::bind(format!("{HOST}:0"))?;
-    // The first connection costs what no later one does.
+    // The first connection has one-time costs.
     connection(&mut guest, &listener, "ask", 1)?;
     let stream_mib = STREAM_BYTES / MIB;
     let mut timed_work = |kind, amount| timed_work(&mut guest, &listener, kind, amount);
@@ -65,7 +65,7 @@ pub(crate) fn measure(vmm: &Path) -> Result<Value> {
     }))
 }
 
-/// What `amount` took beyond a connection.
+/// Work for `amount` without the cost of the connection.
 fn timed_work(
     guest: &mut Guest,
     listener: &TcpListener,
@@ -91,8 +91,8 @@ fn connection(
             &format!("net-bench {kind} {address} --amount {amount}"),
         );
         if taken.is_err() {
-            // A guest that never came must not keep the server waiting; if it did come, this
-            // is one connection more that nobody takes.
+            // If the guest never connected, this ends the server's wait; otherwise it is an extra connection that is
+            // ignored.
             drop(TcpStream::connect(address));
         }
         match server.join() {
@@ -103,7 +103,7 @@ fn connection(
     })
 }
 
-/// The host's part of what the guest announces in its first line.
+/// The host's part of the transfer that the guest announces in its first line.
 fn serve(stream: &TcpStream) -> Result<()> {
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(SILENCE_MAX))?;

@@ -4,34 +4,34 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 
-/// The figures that can be taken from any VMM with our command line and API.
+/// The group of figures that can be measured for any VMM with our command line and API.
 pub(crate) const GROUP: &str = "vmm";
 
-/// What is asked for.
+/// The options.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Options {
     /// The VMM to compare with.
     pub(crate) vmm: Option<PathBuf>,
-    /// Folder for one file a figure.
+    /// Folder for one file per figure.
     pub(crate) out: Option<PathBuf>,
-    /// Which figures; none means those that are quick.
+    /// Selected figures; if empty, the fast ones.
     pub(crate) names: Vec<String>,
-    /// What follows `--`, for the one figure that is named.
+    /// Arguments after `--`, for the only selected figure.
     pub(crate) rest: Vec<String>,
 }
 
-/// How a figure of ours is asked for.
+/// How a figure of our VMM was selected.
 #[derive(Debug)]
 pub(crate) struct Asked<'a> {
-    /// What follows `--`; nothing if the figure is asked for as one of those that are quick.
+    /// Arguments after `--`; `None` if the figure was selected as one of the fast ones.
     pub(crate) by_name: Option<&'a [String]>,
 }
 
 impl Asked<'_> {
-    /// For a figure that has no options.
+    /// Rejects arguments, for a figure without options.
     ///
     /// # Errors
-    /// There are some.
+    /// There are arguments.
     pub(crate) fn refuse_options(&self) -> Result<()> {
         let options = self.by_name.unwrap_or_default();
         ensure!(
@@ -44,10 +44,10 @@ impl Asked<'_> {
 }
 
 impl Options {
-    /// Reads the words of the command line; a name must be that of the group or in `known`.
+    /// Parses the command line; a name must be that of the group or in `known`.
     ///
     /// # Errors
-    /// A word is none of these, or its value is missing.
+    /// A word is unknown, or its value is missing.
     pub(crate) fn parse(words: impl IntoIterator<Item = String>, known: &[&str]) -> Result<Self> {
         let mut options = Self::default();
         let mut words = words.into_iter();

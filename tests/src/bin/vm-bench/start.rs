@@ -1,4 +1,4 @@
-//! From the start of the VMM's process to the guest's init.
+//! Measures the time from the start of the VMM's process to the guest's init.
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use integration_tests::overhead::disk_image;
 
-/// Starts of each VMM, to show that they agree.
+/// Number of starts per VMM, to show the repeatability.
 pub(crate) const TURNS: usize = 3;
 
 /// Kills the VMM when dropped.
@@ -20,13 +20,13 @@ struct Running(Child);
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // Already ended is as good.
+        // It may have ended already.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
-/// One start of `vmm`.
+/// Measures one start of `vmm`.
 pub(crate) fn measure(vmm: &Path) -> Result<Value> {
     let (folder, disk) = disk_image()?;
     let machine = Machine {

@@ -13,16 +13,16 @@ use tempfile::TempDir;
 pub(crate) struct Subject {
     /// `ours` or `other`.
     pub(crate) name: &'static str,
-    /// What to start.
+    /// The program to start.
     pub(crate) program: PathBuf,
-    /// Where a copy of the program lies.
+    /// Folder of a copy of the program.
     _folder: Option<TempDir>,
 }
 
 /// Ours and, if there is one, the `other`, which must start.
 ///
 /// # Errors
-/// One of them is no program that runs.
+/// One of them cannot be run.
 pub(crate) fn all(other: Option<&Path>) -> Result<Vec<Subject>> {
     let ours = paths::program("cloud-hypervisor")?;
     let Some(other) = other else {
@@ -35,8 +35,8 @@ pub(crate) fn all(other: Option<&Path>) -> Result<Vec<Subject>> {
     Ok(vec![copy("ours", &ours)?, copy("other", other)?])
 }
 
-/// Both are copied to one place: an emulated host has one in memory already, and would read the
-/// other from the machine around it, which takes its time at each start.
+/// Both are copied to the same place: an emulated host has our program in memory, and would read the other from the
+/// surrounding machine, which slows each start.
 fn copy(name: &'static str, from: &Path) -> Result<Subject> {
     let folder = tempfile::tempdir()?;
     let program = folder.path().join("cloud-hypervisor");

@@ -1,4 +1,4 @@
-//! A fixed amount of work that the guest does, timed there and accounted for here.
+//! A fixed amount of work in the guest, timed there; its cost is measured here.
 
 use anyhow::{Context, Result};
 use integration_tests::linux::Guest;
@@ -7,10 +7,10 @@ use serde_json::Value;
 use crate::compare::rounded;
 use crate::cost::Cost;
 
-/// What a piece of work took.
+/// Time and cost of a piece of work.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct TimedWork {
-    /// Of the guest's clock.
+    /// Nanoseconds of the guest's clock.
     ns: u64,
     cost: Cost,
 }
@@ -19,7 +19,7 @@ impl TimedWork {
     /// Runs `guest-mem WORDS` in the guest, which answers `ok VERB N ns`.
     ///
     /// # Errors
-    /// The guest fails at it, or does not answer.
+    /// The work fails, or the guest does not respond.
     pub(crate) fn by(guest: &mut Guest, words: &str) -> Result<Self> {
         let pid = guest.vmm.pid();
         let before = Cost::so_far(pid)?;
@@ -38,7 +38,7 @@ impl TimedWork {
         Ok(Self { ns, cost })
     }
 
-    /// Without what `nothing` took: the same steps with no work in them.
+    /// Subtracts `nothing`: the same steps without the work.
     pub(crate) fn beyond(&self, nothing: &Self) -> Self {
         Self {
             ns: self.ns.saturating_sub(nothing.ns).max(1),
@@ -46,12 +46,12 @@ impl TimedWork {
         }
     }
 
-    /// How many of `units` there were in a second.
+    /// Units per second.
     pub(crate) fn per_second(&self, units: u64) -> f64 {
         rounded(units as f64 * 1e9 / self.ns as f64)
     }
 
-    /// Exits and processor time for each of `units`.
+    /// Exits and processor time per unit.
     pub(crate) fn each(&self, units: u64) -> Value {
         self.cost.each(units)
     }

@@ -1,4 +1,4 @@
-//! The API with a real guest behind it, by `ch-remote`.
+//! Tests the API with a real guest, by `ch-remote`.
 
 use std::process::Command;
 

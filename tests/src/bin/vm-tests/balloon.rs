@@ -1,4 +1,4 @@
-//! The balloon with a real guest: up, down, out of memory, reporting.
+//! Tests the balloon with a real guest: inflation, deflation, out of memory, reporting.
 
 use std::time::Duration;
 
@@ -29,23 +29,23 @@ pub(crate) fn sharing() -> Vec<Test> {
     ]
 }
 
-/// A test that shares a guest that reports.
+/// A test that shares a guest with reporting.
 pub(crate) fn sharing_reporting() -> Vec<Test> {
     tests![hinting_not_configured_is_refused]
 }
 
-/// A test that ends a shared guest with two vCPUs that reports.
+/// A test that ends a shared guest with two vCPUs and reporting.
 pub(crate) fn sharing_reporting_pair() -> Vec<Test> {
     tests![reporting_leaves_used_memory_alone]
 }
 
-/// A balloon and nothing more.
+/// A machine with a balloon only.
 const WITH_BALLOON: Machine<'_> = Machine {
     arguments: &["--balloon", "size=0"],
     ..Machine::DEFAULT
 };
 
-/// With a balloon that accepts reports.
+/// A machine with a balloon that accepts reports.
 pub(crate) const REPORTING: Machine<'_> = Machine {
     arguments: &["--balloon", "size=0,free_page_reporting=on"],
     ..Machine::DEFAULT
@@ -85,7 +85,7 @@ pub(crate) fn wait_actual(guest: &Guest, bytes: u64) -> Result<()> {
 
 fn balloon_inflates_and_deflates() -> Result<Outcome> {
     let mut guest = WITH_BALLOON.take_over()?;
-    // Touched and freed: without reporting the host keeps it.
+    // Touched and freed memory: without reporting, it stays resident on the host.
     guest.command("alloc 200M")?;
     guest.command("free")?;
     let before = figure(&guest, "/resident_bytes")?;
@@ -125,7 +125,7 @@ fn balloon_gives_way_before_the_guest_runs_out_of_memory() -> Result<Outcome> {
     }
     .serve()?;
     wait_actual(&guest, 212 * MIB)?;
-    // More than is left outside the balloon.
+    // More memory than is left outside the balloon.
     guest.command("alloc 300M seed=9")?;
     guest.command("verify")?;
     let ballooned = figure(&guest, "/ballooned_bytes")?;
@@ -170,7 +170,7 @@ fn alert_and_target_are_told_as_memory_goes_and_comes_back() -> Result<Outcome> 
     Ok(Outcome::Passed)
 }
 
-/// Touches much of a guest's memory, frees it, and waits for it on the host.
+/// Touches much of a guest's memory, frees it, and waits until it returns to the host.
 fn comes_back(memory: &str, configured: u64, used: u64) -> Result<Outcome> {
     let mut guest = Machine {
         memory,
@@ -205,7 +205,7 @@ fn comes_back(memory: &str, configured: u64, used: u64) -> Result<Outcome> {
         resident / MIB,
         stats["report"]["latency_us"]
     );
-    // And it can be used again.
+    // The memory can be used again.
     guest.command(&format!("alloc {} seed=11", used / 2))?;
     guest.command("verify")?;
     guest.end_cleanly()?;
@@ -243,7 +243,7 @@ fn hinting(guest: &Guest, action: &str) -> Result<()> {
     guest.vmm.put("vm.balloon-hinting", Some(&body)).map(drop)
 }
 
-/// Asks for a run and waits until the guest has hinted at all it had.
+/// Requests a run and waits until the guest has hinted all its free memory.
 fn hint_once(guest: &Guest) -> Result<()> {
     let before = figure(guest, "/hinting/runs_completed")?;
     hinting(guest, "start")?;
@@ -257,8 +257,8 @@ fn hinting_gives_free_memory_back_and_leaves_used_memory_alone() -> Result<Outco
     let mut guest = Machine {
         cpus: "boot=2",
         memory: "size=1G",
-        // With reporting on the queue numbers are those of a guest that has everything; mainline waits
-        // seconds before it reports, so what comes back at once came by hints.
+        // With reporting on, the queue numbers are those of a guest with all features. Mainline waits for seconds
+        // before it reports, so memory that returns at once was hinted.
         arguments: &[
             "--balloon",
             "size=0,free_page_hinting=on,free_page_reporting=on",
@@ -272,7 +272,7 @@ fn hinting_gives_free_memory_back_and_leaves_used_memory_alone() -> Result<Outco
     guest.command("free 1")?;
     hint_once(&guest)?;
     let stats = guest.vmm.get("vm.reclaim-stats")?;
-    // A measurement may be a second old.
+    // The measurement may be one second old.
     let resident = wait_for("the hinted memory on the host", RECLAIM_DEADLINE, || {
         let resident = figure(&guest, "/resident_bytes")?;
         Ok((resident + 400 * MIB < touched).then_some(resident))
@@ -293,7 +293,7 @@ fn hinting_gives_free_memory_back_and_leaves_used_memory_alone() -> Result<Outco
         resident / MIB,
         stats["hint"]["latency_us"]
     );
-    // The guest has its memory again, and while it fills it the next runs take what is left.
+    // The guest has its memory again; while it fills it, the next runs take the rest.
     for id in 2..8 {
         hinting(&guest, "start")?;
         guest.command(&format!("alloc 500M seed={id}"))?;
@@ -332,7 +332,7 @@ fn statistics_carry_every_tag() -> Result<Outcome> {
     })
 }
 
-/// Nobody asks, and still they come.
+/// Statistics arrive without a request.
 fn statistics_are_polled() -> Result<Outcome> {
     let mut guest = Machine {
         arguments: &["--balloon", "size=0,stats_poll_ms=200"],

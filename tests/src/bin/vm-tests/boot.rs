@@ -1,4 +1,4 @@
-//! Kernels of both formats, few and many vCPUs, little and much memory.
+//! Tests kernels of both formats, with few and many vCPUs, and with little and much memory.
 
 use std::fs;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -70,7 +70,7 @@ fn memory_around_the_pci_hole_is_all_there() -> Result<Outcome> {
     }
     .serve()?;
     let total = guest.memory_bytes("total")?;
-    // The kernel keeps some for itself; what lies behind the hole is half of it all.
+    // The kernel reserves some memory; the part above the hole is half of the total.
     ensure!(total > 5800 << 20, "the guest sees {} MiB", total >> 20);
     guest.end_cleanly()?;
     Ok(Outcome::Passed)
@@ -91,8 +91,8 @@ fn topology_is_what_was_asked_for() -> Result<Outcome> {
 }
 
 fn affinity_pins_the_vcpu_thread() -> Result<Outcome> {
-    // On one processor it says no more than that pinning is no obstacle to booting; what is
-    // pinned where, a bare-metal guest shows on any machine with two.
+    // On one processor, this only shows that a guest with pinning boots; a test with a bare-metal guest checks the
+    // pinning on machines with two.
     let last = std::thread::available_parallelism()?.get() - 1;
     let guest = Machine {
         cpus: &format!("boot=2,affinity=[0@[{last}],1@[0]]"),

@@ -1,4 +1,4 @@
-//! Every place a guest's text can go to and come from.
+//! Tests all outputs and inputs of a guest's text.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -42,11 +42,11 @@ const ON_CONSOLE: Machine<'_> = Machine {
     ..Machine::DEFAULT
 };
 
-/// The path `vm.info` tells of a `serial` or `console`.
+/// The path of a `serial` or `console` in `vm.info`.
 fn told_path(vmm: &Vmm, device: &str) -> Result<PathBuf> {
     wait_for("path of the pseudo-terminal", PROCESS_DEADLINE, || {
         let answer = vmm.request("GET", "vm.info", None)?;
-        // The API answers before there is a machine.
+        // The API responds before the machine exists.
         if answer.status == 404 {
             return Ok(None);
         }
@@ -135,7 +135,7 @@ fn console_on_a_terminal_serves_and_restores_it() -> Result<Outcome> {
     })
 }
 
-/// Prints a line and ends; the VMM must end too, and what went to `file` is returned.
+/// The guest prints a line and ends; the VMM must end, too. Returns the content of `file`.
 fn prints_and_ends(machine: &Machine<'_>, file: &str) -> Result<String> {
     let mut vmm = Machine {
         script: "echo printed and done",

@@ -1,5 +1,5 @@
-//! Guests as a distribution ships them: Debian's own kernels with every device, and a Debian system
-//! on a disk. The testbed offers them if it is told to (`--distributions`).
+//! Tests with guests of a distribution: Debian's own kernels with every device, and a Debian system on a disk. The
+//! testbed provides them with `--distributions`.
 
 use std::fs::{self, File};
 use std::time::Duration;
@@ -26,10 +26,10 @@ pub(crate) fn tests() -> Vec<Test> {
 }
 
 const MIB: u64 = 1 << 20;
-/// What a guest touches and frees.
+/// Memory that a guest touches and frees.
 const TOUCHED_BYTES: u64 = 200 * MIB;
-/// For a kernel that has a driver for everything to start, and for systemd to start its services,
-/// under emulation, on a busy machine.
+/// Time for a kernel with many drivers to start, and for systemd to start its services, under emulation on a busy
+/// machine.
 pub(crate) const DISTRIBUTION_DEADLINE: Duration = Duration::from_secs(240);
 
 fn debian_6_1_kernel_drives_every_device_and_gives_memory_back() -> Result<Outcome> {
@@ -44,7 +44,7 @@ fn debian_newest_kernel_drives_every_device_and_gives_memory_back() -> Result<Ou
     drives_every_device("newest", "vmtest7", 253)
 }
 
-/// One boot of a bzImage whose drivers are modules. `tap` and `network` are the test's own.
+/// Boots a bzImage whose drivers are modules. `tap` and `network` are used by this test only.
 fn drives_every_device(series: &str, tap: &str, network: u8) -> Result<Outcome> {
     let kernel = format!("debian-{series}/vmlinuz");
     if paths::guest(&kernel).is_err() {
@@ -81,7 +81,7 @@ fn drives_every_device(series: &str, tap: &str, network: u8) -> Result<Outcome> 
         release.contains("-cloud-amd64") && (series == "newest" || release.contains(series)),
         "{release}"
     );
-    // One after another with the same guest: a boot costs more than all of it.
+    // The checks run one after another with the same guest, because a boot costs more than all of them.
     disk_keeps_data(&mut guest).context("disk")?;
     network::exchange(&mut guest, &prefix).context("net")?;
     console_carries_lines(&mut guest).context("console")?;
@@ -106,7 +106,7 @@ fn disk_keeps_data(guest: &mut Guest) -> Result<()> {
     guest.command("disk-verify /dev/vda 8M 7").map(drop)
 }
 
-/// A line each way.
+/// Sends a line in each direction.
 fn console_carries_lines(guest: &mut Guest) -> Result<()> {
     let path = guest.vmm.folder().join("console.sock");
     let mut console = Serial::connect(&path, PROCESS_DEADLINE)?;
@@ -127,7 +127,7 @@ pub(crate) fn balloon_inflates_and_deflates(guest: &Guest) -> Result<()> {
     wait_actual(guest, 512 * MIB)
 }
 
-/// Resident bytes with the memory touched, and after it came back.
+/// Resident bytes with the memory touched, and after it returned to the host.
 pub(crate) fn reporting_gives_back(guest: &mut Guest) -> Result<(u64, u64)> {
     guest.command(&format!("alloc {TOUCHED_BYTES} seed=3"))?;
     guest.command("verify")?;

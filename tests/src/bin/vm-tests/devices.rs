@@ -1,4 +1,4 @@
-//! Disks and entropy with real data.
+//! Tests disks and entropy with real data.
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
@@ -25,7 +25,7 @@ pub(crate) fn sharing() -> Vec<Test> {
 
 const DISK_BYTES: u64 = 64 << 20;
 
-/// A sparse image in a folder that stays as long as the value.
+/// A sparse image in a folder that exists as long as the value.
 fn image(name: &str) -> Result<(tempfile::TempDir, String)> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join(name);
@@ -43,8 +43,7 @@ fn boot_with_disk(option: &str) -> Result<Guest> {
     .serve()
 }
 
-/// Written by the guest, read back after a reboot of the machine, and looked at
-/// from the host.
+/// The guest writes data, reads it back after a reboot of the machine, and the host checks it.
 fn keeps_data(options: &str) -> Result<Outcome> {
     let (_folder, path) = image("disk.raw")?;
     let option = format!("path={path},image_type=raw{options}");

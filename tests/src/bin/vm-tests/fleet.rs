@@ -1,5 +1,5 @@
-//! Guests under the fleet agent, on a host (a control group) too small for all of them: each
-//! was busy once, then they idle, and one of them comes to need what it gave.
+//! Tests guests under the fleet agent, on a host (a control group) that is too small for all of them. Each was busy
+//! once, then all idle, and one of them needs its memory again.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -19,12 +19,12 @@ pub(crate) fn tests() -> Vec<Test> {
 }
 
 const MIB: u64 = 1 << 20;
-/// Six of 512 MiB, 3 GiB together.
+/// Six guests of 512 MiB, 3 GiB together.
 const GUESTS: usize = 6;
-/// What each touches and frees, and what it then keeps: 2.4 GiB together, and 0.5 GiB.
+/// Memory that each touches and frees, and memory that it then keeps: 2.4 GiB and 0.5 GiB together.
 const BUSY_BYTES: u64 = 360 * MIB;
 const KEPT_BYTES: u64 = 30 * MIB;
-/// The host: above this the kernel kills.
+/// Limit of the host's memory, above which the kernel kills.
 const HOST_BYTES: u64 = 1400 * MIB;
 fn fleet_of_reporting_guests_fits_a_small_host() -> Result<Outcome> {
     let options = "size=0,free_page_reporting=on,stats_poll_ms=500";
@@ -41,7 +41,7 @@ fn fleet_of_reporting_and_ballooned_guests_fits_a_small_host() -> Result<Outcome
     run_fleet(options, Levers::Both)
 }
 
-/// What the agent may reclaim by.
+/// The means by which the agent may reclaim memory.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Levers {
     Reporting,
@@ -49,8 +49,8 @@ enum Levers {
     Both,
 }
 
-/// The agent's settings besides those of its places. On a busy emulated host a balloon may grow as
-/// slowly as one that is stuck elsewhere.
+/// The agent's settings, other than its paths. On a busy emulated host, a balloon may grow as slowly as a stuck one
+/// elsewhere.
 fn settings(balloon: bool) -> String {
     format!(
         "[control]\nsample = '500ms'\nplan = '500ms'\nsample_deadline = '5s'\n\
@@ -73,7 +73,7 @@ fn run_fleet(options: &str, levers: Levers) -> Result<Outcome> {
         agent.admit(&name, "512M")?;
         let mut guest = start(options, &group)?;
         let socket = folder.path().join(format!("vms/{name}.sock"));
-        // A second name of the socket: the agent follows no symbolic links.
+        // A hard link to the socket, because the agent follows no symbolic links.
         fs::hard_link(guest.vmm.socket(), socket)?;
         guest.command(&format!("alloc {BUSY_BYTES}"))?;
         guest.command("free")?;
@@ -81,7 +81,7 @@ fn run_fleet(options: &str, levers: Levers) -> Result<Outcome> {
         guests.push(guest);
     }
     let started = began.elapsed();
-    // Where guests report, the host has enough without a balloon that could be given back.
+    // If guests report, the host has enough memory without balloons.
     if levers == Levers::Balloon {
         let back = suffer(&agent, &mut guests[0])?;
         println!(
@@ -120,7 +120,7 @@ fn start(options: &str, group: &Group) -> Result<Guest> {
     Ok(guest)
 }
 
-/// Has a guest with a balloon need what it gave; how long until the agent let go of some.
+/// Makes a guest with a balloon need its memory; returns the time until the agent shrinks the balloon.
 fn suffer(agent: &Agent, guest: &mut Guest) -> Result<Duration> {
     let balloon = agent.wait("a balloon in the first guest", |status| {
         let vm = vm(status, "g0")?;
@@ -128,7 +128,7 @@ fn suffer(agent: &Agent, guest: &mut Guest) -> Result<Duration> {
     })?;
     let free = guest.memory_bytes("available")?;
     let begin = Instant::now();
-    // All that is left but a little, so that the guest is about to stall, and goes on needing it.
+    // Nearly all remaining memory, so that the guest is about to stall and keeps needing more.
     guest.command(&format!("alloc {} seed=77", free.saturating_sub(12 * MIB)))?;
     agent.wait("memory given back", |status| {
         let now = vm(status, "g0")?["actual"].as_u64()?;

@@ -1,4 +1,4 @@
-//! Devices that come to and go from a running Linux.
+//! Tests devices that are hot-plugged into and unplugged from a running Linux.
 
 use std::fs::File;
 use std::time::Duration;
@@ -27,7 +27,7 @@ pub(crate) fn sharing() -> Vec<Test> {
 }
 
 const MIB: u64 = 1 << 20;
-/// For what Linux does in its own time: probing, reporting, letting go.
+/// Time for asynchronous actions of Linux: probing, reporting, releasing.
 const GUEST_DEADLINE: Duration = Duration::from_secs(120);
 
 fn expect(guest: &Guest, endpoint: &str, body: &Value, status: u16) -> Result<String> {
@@ -47,7 +47,7 @@ fn wait_figure(guest: &Guest, pointer: &str, wanted: impl Fn(u64) -> bool) -> Re
     })
 }
 
-/// Waits until the guest has let go of a device.
+/// Waits until the guest has released a device.
 fn wait_gone(guest: &Guest, id: &str) -> Result<()> {
     wait_for("the device to go", GUEST_DEADLINE, || {
         let info = guest.vmm.get("vm.info")?;
@@ -57,7 +57,7 @@ fn wait_gone(guest: &Guest, id: &str) -> Result<()> {
 
 fn balloon_added_to_a_running_guest_reports_and_goes_when_it_is_empty() -> Result<Outcome> {
     let mut guest = Machine::default().take_over()?;
-    // Touched and freed before there is a balloon.
+    // Touched and freed before a balloon exists.
     guest.command("alloc 200M")?;
     guest.command("free")?;
     let balloon = json!({"size": 0, "free_page_reporting": true});
@@ -84,14 +84,14 @@ fn balloon_added_to_a_running_guest_reports_and_goes_when_it_is_empty() -> Resul
     wait_gone(&guest, "__balloon")?;
     let left = guest.shell("ls /sys/bus/virtio/drivers/virtio_balloon | grep -c virtio || true")?;
     ensure!(left.lines().any(|line| line.trim() == "0"), "{left}");
-    // And again, now with memory in it from the start.
+    // Repeated with memory in the balloon from the start.
     expect(&guest, "vm.add-balloon", &json!({"size": 32 * MIB}), 200)?;
     wait_figure(&guest, "/ballooned_bytes", |bytes| bytes == 32 * MIB)?;
     guest.end_cleanly()?;
     Ok(Outcome::Passed)
 }
 
-/// Linux finds the second segment in MCFG and DSDT: a balloon that is there from the start, and a disk that is
+/// Linux finds the second segment in MCFG and DSDT: a balloon that is present from the start, and a disk that is
 /// hot-plugged.
 fn devices_on_another_pci_segment_work_come_and_go() -> Result<Outcome> {
     let folder = tempfile::tempdir()?;
@@ -128,14 +128,14 @@ fn devices_on_another_pci_segment_work_come_and_go() -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-/// Linux starts added vCPUs when it is told to, and lets go of them by itself.
+/// Linux starts added vCPUs on request, and releases them automatically.
 fn vcpus_come_and_go_with_their_topology() -> Result<Outcome> {
     let mut guest = Machine {
         cpus: "boot=1,max=4,topology=2:2:1:1",
         ..Machine::default()
     }
     .serve()?;
-    // Two removals in a row, and back to vCPUs that were there before.
+    // Two successive removals, and then vCPUs that existed before are added again.
     for count in [3_u32, 2, 1, 4] {
         expect(&guest, "vm.resize", &json!({"desired_vcpus": count}), 204)?;
         let last = count - 1;
@@ -190,7 +190,7 @@ fn disk_added_to_a_running_guest_keeps_data_and_goes() -> Result<Outcome> {
     expect(&guest, "vm.remove-device", &json!({"id": "data"}), 204)?;
     wait_gone(&guest, "data")?;
     guest.shell("! [ -e /dev/vda ]")?;
-    // The image is free: it comes back with what was written.
+    // The image is free: it can be plugged in again with its data.
     expect(&guest, "vm.add-disk", &disk, 200)?;
     wait_disk(&mut guest)?;
     guest.command("disk-verify /dev/vda 8M 7")?;
@@ -202,8 +202,8 @@ fn resize(guest: &Guest, field: &str, mib: u64) -> Result<()> {
     expect(guest, "vm.resize", &json!({ field: mib * MIB }), 204).map(drop)
 }
 
-/// virtio-mem: what was plugged in is memory like any other, and is off the host when it has been unplugged. Pages in
-/// use move out of its way.
+/// virtio-mem: plugged memory works like any other, and returns to the host when it is unplugged. Pages in use are
+/// migrated.
 fn memory_plugged_in_is_used_ballooned_and_comes_back() -> Result<Outcome> {
     const PLUGGED: &str = "/zones/1/configured_bytes";
     const RESIDENT: &str = "/zones/1/resident_bytes";
@@ -239,7 +239,7 @@ fn memory_plugged_in_is_used_ballooned_and_comes_back() -> Result<Outcome> {
     let resident = resident.context("no figures of what was plugged in")?;
     guest.command("free")?;
 
-    // Linux takes pages for the balloon from movable memory, which is what was plugged in.
+    // Linux takes pages for the balloon from movable memory, which is the plugged memory.
     resize(&guest, "desired_balloon", 128)?;
     wait_figure(&guest, "/ballooned_bytes", |bytes| bytes == 128 * MIB)?;
     wait_figure(&guest, RESIDENT, |bytes| bytes + 100 * MIB < resident)?;

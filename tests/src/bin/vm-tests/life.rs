@@ -1,4 +1,4 @@
-//! Machines beside each other, and what the event monitor tells of a life.
+//! Tests concurrent machines, and the events of a VM's life cycle.
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::linux::Machine;
@@ -55,7 +55,7 @@ fn events_tell_a_whole_life() -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-/// All events, each of the documented form, in the order of time.
+/// All events, each in the documented format, in order of time.
 fn events(vmm: &Vmm) -> Result<Vec<Value>> {
     let text = vmm.text("events");
     let events: Vec<Value> = serde_json::Deserializer::from_str(&text)
@@ -73,7 +73,7 @@ fn events(vmm: &Vmm) -> Result<Vec<Value>> {
     Ok(events)
 }
 
-/// Each keeps its own memory while both use theirs.
+/// Each keeps its memory contents while both use memory.
 fn two_guests_run_side_by_side() -> Result<Outcome> {
     let mut first = REPORTING.take_over()?;
     let mut second = REPORTING.serve()?;

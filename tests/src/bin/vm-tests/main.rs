@@ -1,8 +1,7 @@
 //! Tests with real Linux guests, for a host whose KVM boots Linux.
 //!
-//! `cargo xtask vm-tests [FILTER…]` runs them anywhere; without a filter all of
-//! them. A few run side by side. Most boot guests of their own. Tests that leave a guest as they
-//! found it share one and form a group.
+//! `cargo xtask vm-tests [FILTER…]` runs them anywhere; without a filter, it runs all of them. A few run concurrently.
+//! Most boot their own guests. Tests that leave a guest as they found it share one and form a group.
 
 mod api;
 mod balloon;

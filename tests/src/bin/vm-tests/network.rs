@@ -1,4 +1,4 @@
-//! Network interfaces: a real tap, real packets, checked contents.
+//! Tests network interfaces with a real tap, real packets and checked contents.
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -23,12 +23,12 @@ pub(crate) fn tests() -> Vec<Test> {
     ]
 }
 
-/// Of the card that [`exchange`] uses.
+/// Address of the network card that [`exchange`] uses.
 pub(crate) const MAC: &str = "12:34:56:78:90:ab";
 const TRANSFER_BYTES: usize = 4 << 20;
 const ACCEPT_DEADLINE: Duration = Duration::from_secs(60);
 
-/// Bytes that repeat with no power of two, so that a lost or doubled packet shows.
+/// Bytes whose period is not a power of two, so that a lost or duplicated packet is detected.
 fn noise() -> Vec<u8> {
     let mut state = 0x2545_f491u32;
     (0..TRANSFER_BYTES)
@@ -41,7 +41,7 @@ fn noise() -> Vec<u8> {
         .collect()
 }
 
-/// `tap` is the test's own, as is the network of that number.
+/// `tap` and the network of that number are used by this test only.
 fn carries_data(tap: &str, network: u8, options: &str) -> Result<Outcome> {
     let prefix = format!("192.168.{network}");
     let net = format!("tap={tap},ip={prefix}.1,mask=255.255.255.0,mac={MAC}{options}");
@@ -59,8 +59,8 @@ fn carries_data(tap: &str, network: u8, options: &str) -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-/// Sends data into the guest and has it sent back; the host's end of the network is `prefix`.1, and the
-/// guest's card has the address [`MAC`].
+/// Sends data to the guest, which returns it. The host's end of the network is `prefix`.1, and the guest's card has the
+/// address [`MAC`].
 pub(crate) fn exchange(guest: &mut Guest, prefix: &str) -> Result<()> {
     guest.shell(&format!(
         "ip addr add {prefix}.2/24 dev eth0 && ip link set eth0 up"
@@ -74,7 +74,7 @@ pub(crate) fn exchange(guest: &mut Guest, prefix: &str) -> Result<()> {
     let listener = TcpListener::bind(format!("{prefix}.1:0"))?;
     listener.set_nonblocking(true)?;
     let port = listener.local_addr()?.port();
-    // The guest sends back what it receives, over a file, so both ways are used in full.
+    // The guest stores the received data in a file before returning it, so each direction transfers all of it.
     guest.serial.send(&format!(
         "sh nc {prefix}.1 {port} > /tmp/data < /dev/null; nc {prefix}.1 {port} < /tmp/data"
     ))?;
@@ -121,7 +121,7 @@ fn net_with_two_queue_pairs_carries_data() -> Result<Outcome> {
     carries_data("vmtest4", 250, ",num_queues=4,queue_size=512")
 }
 
-/// The tap is the test's own: the VMM gets it open, and it is there again after a reboot.
+/// The test opens the tap and passes it to the VMM; it still works after a reboot.
 fn net_on_an_inherited_tap_carries_packets() -> Result<Outcome> {
     let tap = open_tap("vmtest3")?;
     let set_up = "ip addr add 192.168.248.1/24 dev vmtest3 && ip link set vmtest3 up";

@@ -1,4 +1,4 @@
-//! What an operator does to a running Linux: an NMI, a larger disk, two consoles on one terminal.
+//! Tests operations on a running Linux: an NMI, a larger disk, two consoles on one terminal.
 
 use std::fs::File;
 use std::process::Stdio;
@@ -33,7 +33,7 @@ fn nmi_and_a_resized_disk_reach_a_running_guest() -> Result<Outcome> {
     }
     .serve()?;
 
-    // Both vCPUs count it.
+    // Both vCPUs count the NMI.
     let counted = "set -- $(grep NMI: /proc/interrupts); [ $2 -gt 0 ] && [ $3 -gt 0 ]";
     guest.shell(&format!("! {{ {counted}; }}"))?;
     guest.vmm.put("vm.nmi", None)?;
@@ -60,7 +60,7 @@ fn nmi_and_a_resized_disk_reach_a_running_guest() -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-/// The serial port has the terminal's input.
+/// The serial port receives the terminal's input.
 fn serial_and_console_on_one_terminal_both_write() -> Result<Outcome> {
     let (master, path) = open_terminal()?;
     let terminal = File::options().read(true).write(true).open(&path)?;

@@ -1,4 +1,4 @@
-//! Guests with our kernel patches.
+//! Tests guests with our kernel patches.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ pub(crate) fn tests() -> Vec<Test> {
 }
 
 const MIB: u64 = 1 << 20;
-/// The patched kernel reports at once; a busy machine does not.
+/// The patched kernel reports at once, but a busy machine is slow.
 const RECLAIM_DEADLINE: Duration = Duration::from_secs(120);
 
 fn resident(guest: &Guest) -> Result<u64> {
@@ -58,7 +58,7 @@ fn patched_reporting_gives_memory_back() -> Result<Outcome> {
         stats["report"]["failed_bytes"].as_u64() == Some(0) && stats["reporting"]["active"] == true,
         "{stats:#}"
     );
-    // And it can be used again.
+    // The memory can be used again.
     guest.command("alloc 200M seed=4")?;
     guest.command("verify")?;
     guest.end_cleanly()?;
@@ -84,7 +84,7 @@ fn patched_guest_pauses_and_reports_as_asked() -> Result<Outcome> {
     ensure!(paused["paused_by"] == "guest", "{paused:#}");
     let before = figure(&guest, "/report/requested_bytes")?;
     guest.command("free")?;
-    // The guest counts what it would report, and does not.
+    // The guest counts memory that it would report, but does not report it.
     wait_figure(&guest, "/guest/reporting/pending_bytes", |bytes| {
         bytes > 250 * MIB
     })?;
@@ -93,7 +93,7 @@ fn patched_guest_pauses_and_reports_as_asked() -> Result<Outcome> {
     steer(&guest, "resume")?;
     wait_figure(&guest, "/resident_bytes", |bytes| bytes < 150 * MIB)?;
 
-    // A guest that is to wait for more than there is waits, until all is asked for.
+    // A guest whose threshold exceeds its free memory does not report until a full report is requested.
     set_policy(
         &guest,
         "\"delay_ms_max\": 3600000, \"pending_blocks\": 100000",
@@ -145,7 +145,7 @@ fn figure(guest: &Guest, path: &str) -> Result<u64> {
 fn wait_figure(guest: &Guest, path: &str, condition: impl Fn(u64) -> bool) -> Result<()> {
     let mut last = 0;
     wait_for(path, RECLAIM_DEADLINE, || {
-        // The guest's own figures come with its first statistics.
+        // The guest's own figures arrive with its first statistics.
         last = figure(guest, path).unwrap_or(0);
         Ok(condition(last).then_some(()))
     })

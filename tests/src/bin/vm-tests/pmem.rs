@@ -1,4 +1,4 @@
-//! Persistent memory of a Linux guest.
+//! Tests persistent memory of a Linux guest.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ pub(crate) fn tests() -> Vec<Test> {
 }
 
 const MIB: u64 = 1 << 20;
-/// For what Linux does in its own time: probing, letting go.
+/// Time for asynchronous actions of Linux: probing, releasing.
 const GUEST_DEADLINE: Duration = Duration::from_secs(120);
 
 fn expect(guest: &Guest, endpoint: &str, body: &Value, status: u16) -> Result<()> {
@@ -62,7 +62,7 @@ fn pmem_survives_a_killed_vmm_is_not_discarded_and_goes() -> Result<Outcome> {
     let mut guest = machine.serve()?;
     wait_pmem(&mut guest)?;
     guest.command("disk-fill /dev/pmem0 8M 7")?;
-    // What was reported and ballooned meanwhile was RAM.
+    // Meanwhile, only RAM was reported and ballooned.
     guest.command("alloc 200M")?;
     guest.command("free")?;
     expect(
@@ -81,7 +81,7 @@ fn pmem_survives_a_killed_vmm_is_not_discarded_and_goes() -> Result<Outcome> {
         counters["data"]["flushes"].as_u64() > Some(0),
         "{counters:#}"
     );
-    // The VMM has no chance to write anything.
+    // The VMM is killed and cannot write anything.
     drop(guest);
 
     let mut guest = machine.serve()?;
@@ -90,7 +90,7 @@ fn pmem_survives_a_killed_vmm_is_not_discarded_and_goes() -> Result<Outcome> {
     expect(&guest, "vm.remove-device", &json!({"id": "data"}), 204)?;
     wait_gone(&guest, "data")?;
     guest.shell("! [ -e /dev/pmem0 ]")?;
-    // The file is free, and its address, too.
+    // The file and its address are free again.
     let pmem = json!({"file": path, "id": "again", "discard_writes": true});
     expect(&guest, "vm.add-pmem", &pmem, 200)?;
     wait_pmem(&mut guest)?;

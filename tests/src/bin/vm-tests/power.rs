@@ -1,4 +1,4 @@
-//! How a machine ends and starts again.
+//! Tests how a machine ends and restarts.
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::linux::{BOOT_DEADLINE, Guest, Machine};
@@ -28,7 +28,7 @@ pub(crate) fn sharing() -> Vec<Test> {
     ]
 }
 
-/// A test that shares a guest with two vCPUs that reports.
+/// A test that shares a guest with two vCPUs and reporting.
 pub(crate) fn sharing_reporting_pair() -> Vec<Test> {
     tests![pause_stops_the_guest_and_resume_lets_it_go_on]
 }
@@ -140,7 +140,7 @@ fn pause_and_resume(guest: &mut Guest) -> Result<Outcome> {
     ensure!(info["state"] == "Paused", "{info:#}");
     let again = guest.vmm.request("PUT", "vm.pause", None)?;
     ensure!(again.status == 500, "pausing twice: {again:?}");
-    // A paused guest's vCPUs use no time: their clocks stand still.
+    // The vCPUs of a paused guest use no processor time.
     let ticks = vcpu_ticks(guest.vmm.pid())?;
     guest.serial.send("ping")?;
     let stats = guest.vmm.get("vm.reclaim-stats")?;
@@ -155,7 +155,7 @@ fn pause_and_resume(guest: &mut Guest) -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-/// Clock ticks the vCPU threads have used.
+/// Clock ticks that the vCPU threads have used.
 fn vcpu_ticks(pid: u32) -> Result<u64> {
     let mut sum = 0;
     for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
@@ -170,7 +170,7 @@ fn vcpu_ticks(pid: u32) -> Result<u64> {
                 .unwrap_or("")
                 .split_whitespace()
                 .collect();
-            // Fields 14 and 15 of proc(5), two of which went with the name.
+            // Fields 14 and 15 of proc(5); the first two were removed with the name.
             sum += fields[11].parse::<u64>()? + fields[12].parse::<u64>()?;
         }
     }

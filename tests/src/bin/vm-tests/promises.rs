@@ -1,4 +1,4 @@
-//! Promises about the VMM itself (docs/promises.md).
+//! Tests the documented guarantees about the VMM itself (docs/promises.md).
 
 use anyhow::{Result, ensure};
 use integration_tests::outcome::{Outcome, Test};

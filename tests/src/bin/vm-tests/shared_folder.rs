@@ -1,4 +1,4 @@
-//! A folder of the host in a Linux guest, shared by virtiofsd. Debian's kernels have the driver, and ours has not.
+//! Tests a folder of the host in a Linux guest, shared by virtiofsd. Debian's kernels have the driver; ours do not.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,11 +19,11 @@ pub(crate) fn tests() -> Vec<Test> {
 }
 
 const FILE_BYTES: usize = 3 << 20;
-/// For what the guest does in the background, under emulation.
+/// Time for background work of the guest, under emulation.
 const GUEST_DEADLINE: Duration = Duration::from_secs(240);
 
-/// Writes files to the folder until it is told to stop, reads each back from the host, renames it and removes an earlier
-/// one. `/tmp/bad` is there if one differs. It rests between two, because everything else shares its processor.
+/// Writes files to the folder until it is stopped, reads each back from the host, renames it and removes an earlier
+/// one. If one differs, it creates `/tmp/bad`. It pauses between files, because everything else shares its processor.
 const LOAD: &str = "dd if=/dev/urandom of=/tmp/base bs=64k count=4 2> /dev/null; n=0; \
     while [ ! -e /tmp/stop ]; do n=$((n+1)); { cat /tmp/base; echo $n; } > /tmp/source; \
     cp /tmp/source /mnt/new && sync && echo 1 > /proc/sys/vm/drop_caches && \
@@ -40,7 +40,7 @@ impl Virtiofsd {
             .arg(socket)
             .arg("--shared-dir")
             .arg(folder)
-            // The emulated host has no other users, and a kernel with less than the sandbox needs.
+            // The emulated host has no other users, and its kernel lacks features that the sandbox needs.
             .args(["--sandbox", "none", "--seccomp", "none"])
             .stderr(Stdio::null())
             .spawn()
@@ -81,7 +81,7 @@ fn wait_file(guest: &mut Guest, name: &str) -> Result<()> {
     })
 }
 
-/// SHA-256 as sha256sum prints it; the guest's is another program.
+/// SHA-256 as printed by sha256sum; the guest uses a different program.
 fn sum(path: &Path) -> Result<String> {
     let output = Command::new("sha256sum").arg(path).output()?;
     let text = String::from_utf8(output.stdout)?;
@@ -90,10 +90,10 @@ fn sum(path: &Path) -> Result<String> {
     Ok(sum.to_owned())
 }
 
-/// A file from each side, which the other side reads.
+/// Writes a file on each side, which the other side reads.
 fn exchange(guest: &mut Guest, folder: &Path, round: usize) -> Result<()> {
     let ours = format!("host.{round}");
-    // No power of two, so that a page in the wrong place shows.
+    // The period is not a power of two, so that a misplaced page is detected.
     let data: Vec<u8> = (0..FILE_BYTES)
         .map(|index| ((index + round) % 251) as u8)
         .collect();
@@ -159,7 +159,7 @@ fn debian_guest_shares_a_folder_while_memory_goes_and_the_back_end_is_killed() -
     for round in 2..4 {
         drop(back_end);
         wait_counter(&guest, "connected", 0)?;
-        // A new virtiofsd does not know what was mounted before. Until there is one, the guest waits.
+        // A new virtiofsd does not know the previous mount. Until there is one, the guest waits.
         guest.shell(
             "rm -f /tmp/again; (umount /mnt; mount -t virtiofs work /mnt && touch /tmp/again) \
              > /tmp/mount 2>&1 < /dev/null &",

@@ -1,4 +1,4 @@
-//! A Linux guest is saved and continues in another process.
+//! Tests saving a Linux guest and continuing it in another process.
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
@@ -20,7 +20,8 @@ pub(crate) fn tests() -> Vec<Test> {
 
 const MIB: u64 = 1 << 20;
 
-/// What the guest gave back is neither in the file nor resident afterwards; what it kept is there, byte for byte.
+/// Memory that the guest returned is neither in the file nor resident afterwards; memory that it kept has the same
+/// contents.
 fn saved_guest_continues_with_its_memory_and_disk() -> Result<Outcome> {
     let folder = tempfile::tempdir()?;
     let text = |name: &str| {

@@ -1,12 +1,11 @@
-//! Guests that use their memory hard while the host takes it from them in every way at once.
+//! Stress tests: guests use their memory heavily while the host takes it in every possible way.
 //!
-//! In the guest two threads allocate, check, free and refill memory (`churn-start`), with
-//! every byte known. On the host, steps drawn from a seed move the balloon's target, start
-//! and stop runs of hinting, and pause and resume the machine, while the guest's kernel
-//! reports what it frees. In the end the guest has found no wrong byte, and its kernel has
-//! nothing to complain of.
+//! In the guest two threads allocate, check, free and refill memory (`churn-start`), with every byte known. On the
+//! host, random steps from a seed change the balloon's target, start and stop runs of hinting, and pause and resume the
+//! machine, while the guest's kernel reports freed memory. At the end, the guest must have found no wrong byte, and its
+//! kernel must have logged no error.
 //!
-//! `STRESS_SECONDS=1800` makes a long form of every test here, `STRESS_SEED=N` repeats one:
+//! `STRESS_SECONDS=1800` makes every test here run longer, and `STRESS_SEED=N` repeats one:
 //!
 //! ```text
 //! cargo xtask testbed run --timeout 4000 -- env STRESS_SECONDS=1800 target/debug/vm-tests stress_
@@ -36,24 +35,25 @@ pub(crate) fn tests() -> Vec<Test> {
 
 const MIB: u64 = 1 << 20;
 const RAM_BYTES: u64 = 256 * MIB;
-/// What the churning threads hold at most.
+/// Maximum memory of the churning threads.
 const CHURN_BYTES: u64 = 72 * MIB;
-/// With the churn and what the kernel needs this leaves a little, and deflation on demand the rest.
+/// Maximum balloon: together with the churn and the kernel this leaves little memory, and deflation on OOM provides the
+/// rest.
 const BALLOON_BYTES_MAX: u64 = 100 * MIB;
-/// Steps of the short form, at least.
+/// Minimum number of steps of a short run.
 const STEPS_MIN: u64 = 16;
-/// Each way must have given back this much.
+/// Minimum memory that each path must have returned.
 const DISCARDED_MIN: u64 = 16 * MIB;
-/// Until all that is so: a guest reports only what has been free for seconds.
+/// Time limit until these conditions are met: a guest reports only memory that has been free for seconds.
 const SHORT_DEADLINE: Duration = Duration::from_secs(300);
-/// For the guest to make some steps, or to reach a target, while all else goes on.
+/// Time for the guest to make some steps, or to reach a target, under full load.
 const PROGRESS_DEADLINE: Duration = Duration::from_secs(120);
 
-/// What a machine is made of, and what that means for the ways memory comes back.
+/// A machine's configuration, and its effect on the paths by which memory returns.
 struct Variant {
     memory: &'static str,
     command_line: &'static str,
-    /// Reports and hints are discarded; else the guest relies on its free pages' contents.
+    /// Reports and hints are discarded; otherwise the guest relies on its free pages' contents.
     free_pages_go: bool,
     /// Pages of the balloon are as large as those behind the guest's memory.
     balloon_pages_go: bool,
@@ -92,13 +92,13 @@ fn stress_huge_pages_keep_every_byte() -> Result<Outcome> {
     };
     stress(&Variant {
         memory: "size=256M,hugepages=on",
-        // A chain of the driver's has half a huge page.
+        // A chain of the driver contains half a huge page.
         balloon_pages_go: false,
         ..PLAIN
     })
 }
 
-/// The guest's kernel takes free pages for zeroed ones, and does not clear them again.
+/// The guest's kernel assumes that free pages are zeroed, and does not clear them again.
 fn stress_init_on_free_keeps_every_byte() -> Result<Outcome> {
     stress(&Variant {
         command_line: "init_on_free=1",
@@ -106,7 +106,7 @@ fn stress_init_on_free_keeps_every_byte() -> Result<Outcome> {
     })
 }
 
-/// The guest's kernel looks for its poison in every page that it allocates.
+/// The guest's kernel checks its poison in every page that it allocates.
 fn stress_page_poison_keeps_every_byte() -> Result<Outcome> {
     stress(&Variant {
         command_line: "page_poison=1",
@@ -134,13 +134,13 @@ impl std::fmt::Display for Variant {
     }
 }
 
-/// Another one each time, short enough to be typed.
+/// A new seed each time, short enough to type.
 fn fresh_seed() -> u64 {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     now.map_or(1, |now| u64::from(now.subsec_nanos()) | 1)
 }
 
-/// What the host did to the guest.
+/// The host's actions on the guest.
 #[derive(Debug, Default)]
 struct Done {
     steps: u64,
@@ -171,7 +171,7 @@ struct Stress<'a> {
     variant: &'a Variant,
     random: Random,
     done: Done,
-    /// Steps and checked bytes as the guest last told them.
+    /// Steps and checked bytes as last reported by the guest.
     churned: (u64, u64),
 }
 
@@ -219,7 +219,7 @@ impl<'a> Stress<'a> {
         Ok(())
     }
 
-    /// One thing at random, then a while of the guest's own work.
+    /// Performs one random action, then lets the guest work for a while.
     fn step(&mut self) -> Result<()> {
         self.done.steps += 1;
         match self.random.below(8) {
@@ -241,7 +241,7 @@ impl<'a> Stress<'a> {
     fn pause_and_resume(&mut self) -> Result<()> {
         let answer = self.guest.vmm.request("PUT", "vm.pause", None)?;
         if !matches!(answer.status, 200 | 204) {
-            // vCPUs that the host's own host does not let run cannot stand still in time.
+            // If the machine around the host does not run the vCPUs, they cannot stop in time.
             let info = self.guest.vmm.get("vm.info")?;
             ensure!(info["state"] == "Running", "{answer:?}, {}", info["state"]);
             return Ok(());
@@ -260,7 +260,7 @@ impl<'a> Stress<'a> {
         Ok(())
     }
 
-    /// Whether it was granted: a run may be under way, or none.
+    /// Whether it was accepted: a run may be in progress, or none.
     fn hinting(&mut self, action: &str) -> Result<bool> {
         let body = format!("{{\"action\":\"{action}\"}}");
         let vmm = &self.guest.vmm;
@@ -268,7 +268,7 @@ impl<'a> Stress<'a> {
         Ok(matches!(answer.status, 200 | 204))
     }
 
-    /// Waits until the guest has made so many steps in all, none of them with a wrong byte.
+    /// Waits until the guest has made this many steps in total, without a wrong byte.
     fn wait_churned(&mut self, steps: u64) -> Result<()> {
         let started = Instant::now();
         while self.churned.0 < steps {
@@ -282,11 +282,10 @@ impl<'a> Stress<'a> {
         Ok(())
     }
 
-    /// Takes in the guest's figures.
+    /// Reads the guest's figures.
     ///
     /// # Panics
-    /// It has found a wrong byte: a test that fails may be tried again, which is not to happen
-    /// here.
+    /// The guest has found a wrong byte. A failed test may be retried, but a panic is not.
     fn ask_churn(&mut self, command: &str) -> Result<()> {
         let told = self.guest.command(command).map_err(|error| {
             let text = format!("{error:#}");
@@ -303,7 +302,7 @@ impl<'a> Stress<'a> {
         Ok(())
     }
 
-    /// Whether every way that may take memory has taken some, and the others have taken none.
+    /// Whether every path that may take memory has taken some, and the others have taken none.
     fn is_everything_seen(&self) -> Result<bool> {
         let stats = self.guest.vmm.get("vm.reclaim-stats")?;
         let mut seen = self.churned.1 > CHURN_BYTES;
@@ -325,7 +324,7 @@ impl<'a> Stress<'a> {
         Ok(seen)
     }
 
-    /// Ends everything, with one last look at every byte and at the kernel's log.
+    /// Ends everything, with a final check of every byte and of the kernel's log.
     fn settle(&mut self) -> Result<()> {
         self.hinting("stop")?;
         self.target(0)?;
@@ -362,7 +361,7 @@ impl<'a> Stress<'a> {
     }
 }
 
-/// What a kernel writes that has found memory not to be as it left it, or worse.
+/// Kernel messages about corrupted memory or other serious errors.
 const COMPLAINTS: [&str; 6] = [
     "corruption",
     "bit error",
@@ -385,7 +384,7 @@ fn told_figure(told: &str, name: &str) -> Result<u64> {
 struct Random(u64);
 
 impl Random {
-    /// Less than `bound`, which is not zero.
+    /// A number below `bound`, which is not zero.
     fn below(&mut self, bound: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.0;

@@ -29,9 +29,9 @@ const GUEST_PORT: u32 = 1024;
 const HOST_PORT: u32 = 2048;
 /// Several times what the device buffers for a connection.
 const TRANSFER_BYTES: usize = 512 << 10;
-/// At the same time, in each direction.
+/// Number of concurrent streams in each direction.
 const STREAMS: usize = 4;
-/// For what Linux does in its own time, and for a transfer under emulation.
+/// Time for asynchronous actions of Linux, and for a transfer under emulation.
 const GUEST_DEADLINE: Duration = Duration::from_secs(120);
 
 /// Starts the server in the guest.
@@ -43,7 +43,7 @@ fn listen(guest: &mut Guest) -> Result<()> {
         .map(drop)
 }
 
-/// Connects to a port of the guest; `None` if the guest rejects the connection, which has no text.
+/// Connects to a port of the guest; `None` if the guest rejects the connection, which yields no text.
 fn connect(socket: &Path, port: u32) -> Result<Option<BufReader<UnixStream>>> {
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(GUEST_DEADLINE))?;
@@ -67,7 +67,7 @@ fn connect_when_listening(socket: &Path) -> Result<BufReader<UnixStream>> {
 
 /// The guest's server returns all it gets and, once this end has ended, the number of bytes.
 fn exchange_from_host(mut stream: BufReader<UnixStream>, salt: usize) -> Result<()> {
-    // No power of two, so that a lost or doubled packet shows.
+    // The period is not a power of two, so that a lost or duplicated packet is detected.
     let data: Vec<u8> = (0..TRANSFER_BYTES)
         .map(|index| (index % 251 + salt) as u8)
         .collect();
@@ -127,7 +127,7 @@ fn streams_from_guest(guest: &mut Guest, listener: &UnixListener) -> Result<()> 
             "for i in $(seq {STREAMS}); do {client} --seed $i & done; wait"
         ));
         if printed.is_err() {
-            // Whatever the guest did not connect is waited for in vain.
+            // Waits with a limit, in case the guest does not connect.
             listener.set_nonblocking(true)?;
         }
         let good = format!("ok vsock {TRANSFER_BYTES} bytes");

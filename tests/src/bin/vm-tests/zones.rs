@@ -1,4 +1,4 @@
-//! Guest RAM of several kinds, and what of each comes back to the host.
+//! Tests guest RAM with several backings, and how much of each returns to the host.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -43,7 +43,7 @@ fn resident(guest: &Guest) -> Result<(u64, Vec<u64>)> {
     Ok((of(&stats)?, zones.iter().map(of).collect::<Result<_>>()?))
 }
 
-/// Waits until the zones hold what `enough` says.
+/// Waits until the zones' resident bytes satisfy `enough`.
 fn wait_resident(
     guest: &Guest,
     what: &str,
@@ -56,7 +56,7 @@ fn wait_resident(
     .with_context(|| format!("{:#}", stats(guest).unwrap_or_default()))
 }
 
-/// A file that is as long as a zone, in memory.
+/// A file in memory with the size of a zone.
 fn zone_file(name: &str, bytes: u64) -> Result<(tempfile::TempDir, String)> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join(name);
@@ -65,7 +65,7 @@ fn zone_file(name: &str, bytes: u64) -> Result<(tempfile::TempDir, String)> {
     Ok((folder, path.ok().context("the path is UTF-8")?))
 }
 
-/// Two zones, one of them somebody's file, as two NUMA nodes.
+/// Two zones, one of them a file, as two NUMA nodes.
 fn zones_of_two_kinds_and_nodes_give_memory_back() -> Result<Outcome> {
     let (_folder, path) = zone_file("ram", 256 * MIB)?;
     let file_bytes = || -> Result<u64> { Ok(std::fs::metadata(&path)?.blocks() * 512) };
@@ -136,7 +136,7 @@ fn zones_of_two_kinds_and_nodes_give_memory_back() -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-/// The file is a template: the guest's pages go, the file stays as it is.
+/// The file is a template: the guest's pages are discarded, and the file is unchanged.
 fn private_file_gives_back_what_the_guest_wrote() -> Result<Outcome> {
     static TEMPLATE: [u8; MIB as usize] = [0x5a; MIB as usize];
     let (_folder, path) = zone_file("template", 64 * MIB)?;
@@ -218,7 +218,7 @@ fn no_huge_pages() -> Outcome {
     Outcome::Skipped("the host has no such huge pages to give".to_owned())
 }
 
-/// No block of a guest covers a page of 1 GiB: none is reported, and what is inflated is counted.
+/// No block of a guest covers a page of 1 GiB, so nothing is reported, and inflated memory is counted.
 fn gigantic_pages_are_not_reported() -> Result<Outcome> {
     let Some(_pool) = ReservedHugePages::of(1024 * MIB, 1)? else {
         return Ok(no_huge_pages());
@@ -260,7 +260,7 @@ fn gigantic_pages_are_not_reported() -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-/// The property test of the discard engine, where there are huge pages.
+/// The property test of the discard engine, on a host with huge pages.
 fn discard_engine_frees_whole_huge_pages_and_nothing_else() -> Result<Outcome> {
     const ROUNDS: u64 = 12;
     let Some(_pool) = ReservedHugePages::of(2 * MIB, 24)? else {
@@ -271,7 +271,7 @@ fn discard_engine_frees_whole_huge_pages_and_nothing_else() -> Result<Outcome> {
         let mut numbers = Numbers(seed);
         let areas = [
             area(numbers.below(600), 1 + numbers.below(40), Kind::Anonymous),
-            // On a border of huge pages, or not.
+            // Aligned to huge pages, or not.
             area(
                 640 + 512 * numbers.below(2) + numbers.below(2) * 100,
                 1024,
@@ -313,7 +313,7 @@ fn area(guest_page: u64, pages: u64, kind: Kind) -> RamArea {
     }
 }
 
-/// Numbers that look like chance and repeat (xorshift).
+/// Repeatable pseudo-random numbers (xorshift).
 struct Numbers(u64);
 
 impl Numbers {
@@ -321,7 +321,7 @@ impl Numbers {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
-        // The first ones of small seeds have few bits.
+        // The first numbers of small seeds have few bits.
         (self.0 >> 16) % limit
     }
 }

@@ -1,7 +1,7 @@
-//! The fewest system calls that give the same memory back, with no guest and no device around
-//! them: what everything else is measured against.
+//! The minimum of system calls that return the same memory, without guest and device: the baseline for all other
+//! figures.
 #![allow(unsafe_code)]
-// UNSAFETY: memory is mapped, touched and given back with system calls that have no safe wrapper.
+// UNSAFETY: memory is mapped, touched and returned with system calls that have no safe wrapper.
 
 use std::fs::File;
 use std::io;
@@ -15,23 +15,23 @@ use super::plan::{Backing, Block};
 
 const PAGE_BYTES: usize = 4096;
 const HUGE_PAGE_BYTES: usize = 2 << 20;
-/// What is given back in one round, in blocks.
+/// Bytes returned in one round, in blocks.
 const BLOCKS_BYTES: usize = 256 << 20;
-/// What is given back as a whole.
+/// Bytes returned as a whole.
 const ALL_BYTES: usize = 700 << 20;
-/// As many ranges as a report of Linux's has.
+/// Number of ranges in a report of Linux.
 const VECTOR_RANGES: usize = 32;
 
-/// Bytes a second at which blocks come back, the median of some rounds.
+/// Bytes per second at which blocks are returned, the median of several rounds.
 ///
 /// # Errors
-/// The host has no such memory to give.
+/// The host has no such memory.
 pub(super) fn bytes_per_second(backing: Backing, block: Block, rounds: usize) -> Result<f64> {
     let (block_bytes, bytes) = match block {
         Block::Bytes(block_bytes) => (usize::try_from(block_bytes)?, BLOCKS_BYTES),
         Block::All => (ALL_BYTES, ALL_BYTES),
     };
-    // Every other block, so that no two could be given back as one.
+    // Every other block, so that no two can be merged.
     let memory = Memory::new(backing, 2 * bytes - block_bytes)
         .with_context(|| format!("mapping {} memory", backing.word()))?;
     let starts: Vec<usize> = (0..2 * bytes - block_bytes)
@@ -48,10 +48,10 @@ pub(super) fn bytes_per_second(backing: Backing, block: Block, rounds: usize) ->
     Ok(rates[rates.len() / 2])
 }
 
-/// Memory of this process as a VMM has a guest's.
+/// Memory of this process, mapped like a VMM's guest memory.
 struct Memory {
     address: *mut u8,
-    /// Of the mapping, from which the memory may begin a little later.
+    /// Start of the mapping; the memory may start a little later.
     mapping: *mut u8,
     mapping_bytes: usize,
     file: Option<File>,
@@ -65,7 +65,7 @@ impl Memory {
             Backing::Memfd => Some(memory_file(0, bytes)?),
             Backing::Hugetlb => Some(memory_file(libc::MFD_HUGETLB | libc::MFD_HUGE_2MB, bytes)?),
         };
-        // Room to begin on a huge page; a file is mapped where its pages ask for.
+        // Additional space to start on a huge page; a file is mapped with its own alignment.
         let (mapping_bytes, flags, descriptor) = match &file {
             None => (
                 bytes + HUGE_PAGE_BYTES,
@@ -100,8 +100,8 @@ impl Memory {
             Backing::Memfd | Backing::Hugetlb => None,
         };
         if let Some(advice) = advice {
-            // SAFETY: changes how the mapping just made is paged, not what is in it. A kernel
-            // without huge pages refuses, and then there is nothing to ask for.
+            // SAFETY: changes how the new mapping is paged, not its contents. A kernel without huge pages rejects the
+            // call, which is harmless.
             unsafe { libc::madvise(address.cast(), bytes, advice) };
         }
         // SAFETY: a plain system call; its result becomes an owned descriptor below.
@@ -115,7 +115,7 @@ impl Memory {
             mapping,
             mapping_bytes,
             file,
-            // SAFETY: the descriptor was just made and nobody else has it.
+            // SAFETY: the descriptor was just created and has no other owner.
             pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) },
         })
     }
@@ -123,13 +123,13 @@ impl Memory {
     fn touch(&self, starts: &[usize], block_bytes: usize) {
         for start in starts {
             for at in (*start..start + block_bytes).step_by(PAGE_BYTES) {
-                // SAFETY: blocks lie inside the mapping, which is writable and this one's alone.
+                // SAFETY: blocks lie inside the mapping, which is writable and not shared.
                 unsafe { self.address.add(at).write_volatile(1) };
             }
         }
     }
 
-    /// How long it takes until all blocks are the kernel's again.
+    /// Returns all blocks to the kernel, and the duration.
     fn give_back(&self, starts: &[usize], block_bytes: usize) -> io::Result<Duration> {
         let begin = Instant::now();
         if self.file.is_some() {
@@ -173,7 +173,7 @@ impl Memory {
         if done >= 0 {
             return Ok(());
         }
-        // A kernel before 6.13 has a call for each.
+        // A kernel before 6.13 needs one call per range.
         for span in spans {
             // SAFETY: as above.
             check(unsafe { libc::madvise(span.iov_base, span.iov_len, libc::MADV_DONTNEED) })?;
@@ -193,7 +193,7 @@ fn memory_file(flags: libc::c_uint, bytes: usize) -> io::Result<File> {
     // SAFETY: the name is a C string.
     let descriptor = unsafe { libc::memfd_create(c"bare".as_ptr(), flags) };
     check(descriptor.min(0))?;
-    // SAFETY: the descriptor was just made and nobody else has it.
+    // SAFETY: the descriptor was just created and has no other owner.
     let file = unsafe { File::from_raw_fd(descriptor) };
     file.set_len(bytes as u64)?;
     Ok(file)
@@ -219,7 +219,7 @@ mod tests {
                 memory
                     .give_back(&[0, 2 * HUGE_PAGE_BYTES], HUGE_PAGE_BYTES)
                     .unwrap();
-                // SAFETY: the first byte of the mapping, which lives.
+                // SAFETY: the first byte of the mapping, which is still mapped.
                 let first = unsafe { memory.address.read_volatile() };
                 assert_eq!(first, 0, "{}", backing.word());
             }

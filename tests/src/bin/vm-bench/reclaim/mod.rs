@@ -1,9 +1,9 @@
-//! From a free in the guest to the memory back on the host, and to its first use afterwards: by the
-//! way it comes back, the size of what is freed, and what the guest's memory is made of.
+//! Measures the time from a free in the guest until the memory is back on the host, and the time of its next use, by
+//! the path of return, the size of the freed blocks, and the backing of guest memory.
 //!
-//! `cargo xtask bench --kernel patched reclaim [-- --way … --backing … --block … --rounds N]`.
-//! A guest of 1 GiB touches most of it, gives every other block of one size back to its kernel, and
-//! touches the same bytes again when nothing more leaves the host.
+//! `cargo xtask bench --kernel patched reclaim [-- --way … --backing … --block … --rounds N]`. A guest of 1 GiB touches
+//! most of its memory, returns every other block of one size to its kernel, and touches the same bytes again when no
+//! more memory returns to the host.
 
 mod bare;
 mod plan;
@@ -24,14 +24,14 @@ use self::rounds::ReclaimGuest;
 use self::table::Row;
 use crate::options::Asked;
 
-/// By what it is chosen on the command line.
+/// Its name on the command line.
 pub(crate) const NAME: &str = "reclaim";
 
 /// Pages of 2 MiB for a guest of 1 GiB.
 const HUGE_PAGES: u64 = 512;
 
-/// Measures every combination, prints the table and returns the figures. With no figure named at
-/// all, one free is measured, to see that it works.
+/// Measures every combination, prints the table and returns the figures. If no figure is selected, only one free is
+/// measured, to check that it works.
 pub(crate) fn run(asked: &Asked<'_>) -> Result<Value> {
     let patched = paths::guest_kernel_is_patched();
     let plan = match asked.by_name {
@@ -42,7 +42,7 @@ pub(crate) fn run(asked: &Asked<'_>) -> Result<Value> {
     let guests = plan.combinations.chunk_by(Combination::shares_guest);
     for combinations in guests {
         if let Err(error) = measure(combinations, plan.rounds, &mut rows) {
-            // It takes minutes to measure what there is: it is shown, though this is a failure.
+            // The measured figures took minutes, so they are shown although the run failed.
             rows.retain(|row| !row.rounds.is_empty());
             eprint!("{}", table::text(&rows));
             eprintln!("{}", figures(&plan, &rows));
@@ -98,7 +98,7 @@ fn measure(combinations: &[Combination], rounds: usize, rows: &mut Vec<Row>) -> 
     Ok(())
 }
 
-/// It takes minutes, and whoever watches wants to see that it goes on.
+/// Shows progress, because a measurement takes minutes.
 fn progress(combination: &Combination, what: &str) {
     let emulated = env::var_os("TESTBED_TERMINAL").is_some_and(|answer| answer == "yes");
     if emulated || io::stderr().is_terminal() {

@@ -1,4 +1,4 @@
-//! What is measured: the words of the command line, and the combinations that follow from them.
+//! The plan of measurements: the command line's arguments, and the resulting combinations.
 
 use std::fmt;
 
@@ -8,9 +8,9 @@ use strum::VariantArray as _;
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const PAGE_BYTES: u64 = 4096;
-/// What Linux reports at least unless it is told otherwise (pageblock order 9).
+/// Smallest block that Linux reports by default (pageblock order 9).
 const REPORTED_BYTES_MIN: u64 = 2 * MIB;
-/// Guest memory is 1 GiB; a larger block has no two places there.
+/// Maximum block: in guest memory of 1 GiB, two larger ones do not fit.
 const BLOCK_BYTES_MAX: u64 = 256 * MIB;
 const ROUNDS_DEFAULT: usize = 3;
 const ROUNDS_MAX: usize = 1000;
@@ -22,13 +22,13 @@ const USAGE: &str = "options of reclaim, each with one value or several with com
   --block 64K|2M|4M|32M|…|all          what the guest frees at a time
   --rounds N";
 
-/// What the guest's memory is made of on the host.
+/// Backing of the guest's memory on the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
 #[strum(serialize_all = "lowercase")]
 pub(super) enum Backing {
     /// Private, in pages of 4 KiB.
     Private,
-    /// Private, in transparent huge pages where the host has them.
+    /// Private, in transparent huge pages if the host supports them.
     Thp,
     /// Shared memory of a memfd.
     Memfd,
@@ -41,7 +41,7 @@ impl Backing {
         self.into()
     }
 
-    /// For `--memory`.
+    /// The value of `--memory`.
     pub(super) fn memory(self) -> &'static str {
         match self {
             Self::Private => "size=1G,thp=off",
@@ -52,18 +52,18 @@ impl Backing {
     }
 }
 
-/// How memory comes back.
+/// Path by which memory returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Way {
-    /// The guest reports by itself, found by mainline's tracker.
+    /// The guest reports memory found by mainline's tracker.
     Mainline,
-    /// The guest reports by itself, found by the bitmap tracker.
+    /// The guest reports memory found by the bitmap tracker.
     Bitmap,
     /// The host starts a run of free page hinting.
     Hinting,
-    /// The host sets the balloon's size to what was freed.
+    /// The host sets the balloon's size to the freed amount.
     Inflate,
-    /// The host takes as much RAM away as was freed (virtio-mem).
+    /// The host unplugs as much RAM as was freed (virtio-mem).
     Unplug,
 }
 
@@ -86,17 +86,17 @@ impl Way {
     }
 }
 
-/// What one free gives back.
+/// Memory that one free returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Block {
-    /// Blocks of so many bytes, whose neighbours stay in use.
+    /// Blocks of this many bytes, whose neighbours stay in use.
     Bytes(u64),
     /// One range as large as it can be.
     All,
 }
 
 impl Block {
-    /// The block order the guest must be told to report, where its default would not do.
+    /// The block order that the guest must be configured to report, if its default is too large.
     pub(super) fn order(self) -> Option<u32> {
         match self {
             Self::Bytes(bytes) if bytes < REPORTED_BYTES_MIN => Some((bytes / PAGE_BYTES).ilog2()),
@@ -124,7 +124,7 @@ pub(super) struct Combination {
 }
 
 impl Combination {
-    /// For `--memory`: 1 GiB, most of which can go where the host is to take it away.
+    /// The value of `--memory`: 1 GiB, most of which can be unplugged if the host has to unplug it.
     pub(super) fn memory(&self) -> String {
         let memory = self.backing.memory();
         match self.way {
@@ -137,7 +137,7 @@ impl Combination {
         }
     }
 
-    /// Whether the same guest serves both.
+    /// Whether both can use the same guest.
     pub(super) fn shares_guest(&self, other: &Self) -> bool {
         (self.way, self.backing, self.block.order())
             == (other.way, other.backing, other.block.order())
@@ -152,7 +152,7 @@ impl fmt::Display for Combination {
     }
 }
 
-/// All of it.
+/// All measurements.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Plan {
     pub(super) combinations: Vec<Combination>,
@@ -160,7 +160,7 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// One free once, to see that it works.
+    /// A single free, to check that it works.
     pub(super) fn short() -> Self {
         let combinations = vec![Combination {
             way: Way::Mainline,
@@ -173,7 +173,7 @@ impl Plan {
         }
     }
 
-    /// One thing varied at a time, the others as a VM has them by default.
+    /// Varies one parameter at a time; the others have a VM's defaults.
     fn full(patched: bool) -> Vec<Combination> {
         let base = Block::Bytes(2 * MIB);
         let mut all = Vec::new();
@@ -189,8 +189,8 @@ impl Plan {
                     block,
                 });
             };
-            // Pieces of a transparent huge page are not free before all of it is, so small blocks
-            // are measured without.
+            // Parts of a transparent huge page are freed only with the whole page, so small blocks are measured without
+            // them.
             add(Backing::Private, Block::Bytes(64 * KIB));
             add(Backing::Private, base);
             add(Backing::Thp, base);
@@ -245,7 +245,7 @@ impl Plan {
     }
 }
 
-/// What the command line named.
+/// The parameters on the command line.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Named {
     ways: Vec<&'static str>,
@@ -255,7 +255,7 @@ struct Named {
 }
 
 impl Named {
-    /// Everything with everything; what is not named is as a VM has it by default.
+    /// All combinations of the named parameters; the others have a VM's defaults.
     fn combinations(mut self) -> Result<Vec<Combination>> {
         if self.ways.is_empty() {
             self.ways.push("reporting");

@@ -1,4 +1,4 @@
-//! How a VMM's resident memory falls: samples of it, and what can be read from them.
+//! Decrease of a VMM's resident memory: samples and their evaluation.
 
 use std::fs;
 use std::sync::Arc;
@@ -8,15 +8,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use parking_lot::{Mutex, MutexGuard};
 
-/// Between two samples, where the host's timers are as fine; what it came to is told.
+/// Interval between two samples, if the host's timers are fine enough; the actual interval is reported.
 const INTERVAL: Duration = Duration::from_millis(2);
-/// Less is noise: the VMM's own memory comes and goes.
+/// Smaller changes are noise, because the VMM's own memory varies.
 const STEP_BYTES: u64 = 1 << 20;
 
 /// Resident bytes of a process at one moment, huge pages of the pool included.
 ///
 /// # Errors
-/// The process is gone.
+/// The process has ended.
 pub(super) fn resident_bytes(pid: u32) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let field = |name: &str| -> Option<u64> {
@@ -30,10 +30,10 @@ pub(super) fn resident_bytes(pid: u32) -> Result<u64> {
 /// Page faults of a process so far: its vCPUs' first touches of memory are among them.
 ///
 /// # Errors
-/// The process is gone.
+/// The process has ended.
 pub(super) fn faults(pid: u32) -> Result<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The name in parentheses may hold anything; minor and major faults are fields 10 and 12.
+    // The name in parentheses may contain any characters; minor and major faults are fields 10 and 12.
     let (_, fields) = stat.rsplit_once(')').context("no name")?;
     let fields: Vec<&str> = fields.split_ascii_whitespace().collect();
     let count = |field: usize| -> Result<u64> {
@@ -47,16 +47,16 @@ pub(super) fn faults(pid: u32) -> Result<u64> {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sample {
     at: Instant,
-    /// Less resident than at the beginning.
+    /// Decrease since the start.
     gone_bytes: u64,
 }
 
-/// How far it has come.
+/// Progress of the decrease.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Progress {
-    /// The most that was gone at once.
+    /// Maximum decrease.
     pub(super) back_bytes: u64,
-    /// When more than noise went last.
+    /// Time of the last decrease above noise.
     pub(super) last_step: Option<Instant>,
 }
 
@@ -76,10 +76,10 @@ struct Shared {
     ended: bool,
 }
 
-/// A recording under way; ends when dropped.
+/// A running recording; ends when dropped.
 #[derive(Debug)]
 pub(super) struct Recording {
-    /// Resident at its beginning.
+    /// Resident bytes at its start.
     before_bytes: u64,
     shared: Arc<Mutex<Shared>>,
     thread: Option<JoinHandle<()>>,
@@ -89,14 +89,14 @@ impl Recording {
     /// Begins to sample.
     ///
     /// # Errors
-    /// The process is gone.
+    /// The process has ended.
     pub(super) fn start(pid: u32) -> Result<Self> {
         let before_bytes = resident_bytes(pid)?;
         let shared = Arc::<Mutex<Shared>>::default();
         let thread = thread::spawn({
             let shared = Arc::clone(&shared);
             move || {
-                // A process that has ended is noticed by whoever asks it for something.
+                // The end of the process is detected elsewhere.
                 while let Ok(resident_bytes) = resident_bytes(pid) {
                     let at = Instant::now();
                     let mut shared = lock(&shared);
@@ -118,17 +118,17 @@ impl Recording {
         })
     }
 
-    /// Resident at its beginning.
+    /// Resident bytes at its start.
     pub(super) fn before_bytes(&self) -> u64 {
         self.before_bytes
     }
 
-    /// How far it has come.
+    /// Progress of the decrease.
     pub(super) fn progress(&self) -> Progress {
         lock(&self.shared).progress
     }
 
-    /// What was seen so far.
+    /// The samples so far.
     pub(super) fn trace(&self) -> ResidencyTrace {
         ResidencyTrace(lock(&self.shared).samples.clone())
     }
@@ -139,35 +139,35 @@ impl Drop for Recording {
         lock(&self.shared).ended = true;
         if let Some(thread) = self.thread.take() {
             thread.thread().unpark();
-            // It ends by itself; that it panicked would have shown in the samples.
+            // It ends automatically; a panic would be visible in the samples.
             let _ = thread.join();
         }
     }
 }
 
 fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
-    // A thread that panicked left nothing half-done.
+    // The samples are consistent even if a thread panicked.
     shared.lock()
 }
 
-/// What is seen of one free.
+/// The samples of one free.
 #[derive(Debug)]
 pub(super) struct ResidencyTrace(Vec<Sample>);
 
 impl ResidencyTrace {
-    /// The most that was gone at once.
+    /// Maximum decrease.
     pub(super) fn back_bytes(&self) -> u64 {
         let gone = self.0.iter().map(|sample| sample.gone_bytes);
         gone.max().unwrap_or(0)
     }
 
-    /// When so much was gone.
+    /// When the decrease reached `bytes`.
     pub(super) fn reached(&self, bytes: u64) -> Option<Instant> {
         let enough = self.0.iter().find(|sample| sample.gone_bytes >= bytes);
         enough.map(|sample| sample.at)
     }
 
-    /// Bytes a second from the last sample before anything went to 99 % of what went.
+    /// Bytes per second from the last sample before the decrease to 99 % of it.
     pub(super) fn bytes_per_second(&self) -> Option<f64> {
         let last_bytes = self.back_bytes() / 100 * 99;
         let fallen = |sample: &Sample| sample.gone_bytes >= STEP_BYTES;

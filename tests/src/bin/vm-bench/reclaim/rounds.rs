@@ -1,4 +1,4 @@
-//! One guest that frees memory and touches it again, and what the host sees of that.
+//! A guest that frees memory and touches it again, and the host's measurements.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,56 +13,56 @@ use super::residency_trace::{Recording, ResidencyTrace, faults};
 
 const MIB: u64 = 1 << 20;
 const GUEST_BYTES: u64 = 1 << 30;
-/// Less than the guest tells when all that can be unplugged is there.
+/// Below the total memory that the guest reports when all unpluggable memory is plugged in.
 const GUEST_TOLD_BYTES: u64 = 900 * MIB;
-/// RAM goes in blocks of this size.
+/// RAM is unplugged in blocks of this size.
 const UNPLUG_BLOCK_BYTES: u64 = 2 * MIB;
-/// Of this every other block is freed, or else all of [`ALL_BYTES`].
+/// Every other block of this is freed, or all of [`ALL_BYTES`].
 const BLOCKS_BYTES: u64 = 832 * MIB;
 const ALL_BYTES: u64 = 700 * MIB;
-/// Shares of the freed bytes, percent, whose return is timed.
+/// Percentages of the freed bytes whose return is timed.
 pub(super) const SHARES: [u64; 3] = [50, 95, 99];
-/// After so much of it nothing more is waited for.
+/// Percentage of return after which the wait ends.
 const ENOUGH_PERCENT: u64 = 99;
-/// Nothing more will come: mainline rests for two seconds between parts of its lists.
+/// Time without a decrease after which no more is expected: mainline pauses for two seconds between parts of its lists.
 const QUIET: Duration = Duration::from_secs(7);
-/// For the guest to touch most of its memory in small pages, on a host that is emulated and busy.
+/// Time for the guest to touch most of its memory in small pages, on a busy emulated host.
 const TOUCH_DEADLINE: Duration = Duration::from_secs(900);
 const FALL_DEADLINE: Duration = Duration::from_secs(300);
-/// The bitmap tracker waits longer with memory that was used again within four seconds of a
-/// report, and one free after a rest is what is measured.
+/// The bitmap tracker delays memory that was reused within four seconds of a report, so each measured free follows a
+/// rest.
 const BITMAP_REST: Duration = Duration::from_millis(4500);
 
-/// One free, and one use of the same memory again.
+/// One free, and one reuse of the same memory.
 #[derive(Debug)]
 pub(super) struct Round {
     pub(super) freed_bytes: u64,
     pub(super) blocks: u64,
     /// The free itself, as the guest timed it.
     pub(super) free_ms: f64,
-    /// Resident before.
+    /// Resident bytes before.
     pub(super) before_bytes: u64,
-    /// Off the host in the end.
+    /// Bytes returned at the end.
     pub(super) back_bytes: u64,
-    /// Until each of [`SHARES`] was off the host, if ever.
+    /// Time until each of [`SHARES`] had returned, if ever.
     pub(super) to_ms: [Option<f64>; 3],
     pub(super) bytes_per_second: Option<f64>,
-    /// What the device counted.
+    /// Batches that the device counted.
     pub(super) batches: u64,
     pub(super) ranges: u64,
     pub(super) discarded_bytes: u64,
     pub(super) discard_syscalls: u64,
-    /// Page faults of the VMM until all was back.
+    /// Page faults of the VMM until all memory was reused.
     pub(super) faults: u64,
     pub(super) sample_ms: Option<f64>,
-    /// Until the guest had everything again that the balloon had, or that was unplugged.
+    /// Time until the guest had all ballooned or unplugged memory again.
     pub(super) deflate_ms: Option<f64>,
     /// The touch itself, as the guest timed it.
     pub(super) touch_ms: f64,
     pub(super) touch_faults: u64,
 }
 
-/// A booted guest and how its memory is to come back.
+/// A booted guest and the path by which its memory returns.
 #[derive(Debug)]
 pub(super) struct ReclaimGuest {
     guest: Guest,
@@ -117,7 +117,7 @@ impl ReclaimGuest {
         let rounds = (0..rounds)
             .map(|_| self.round(id, block))
             .collect::<Result<_>>()?;
-        // What came back to the host must not have been anything in use.
+        // Memory in use must not have been returned.
         self.guest
             .command_within(&format!("verify {id}"), TOUCH_DEADLINE)?;
         self.guest.command(&format!("free {id}"))?;
@@ -136,7 +136,7 @@ impl ReclaimGuest {
         let sent = Instant::now();
         let dropped = self.guest.command(&format!("drop {id}"))?;
         let free = Duration::from_micros(number(&dropped, 4)?);
-        // The answer takes its time through the serial port.
+        // The response is delayed by the serial port.
         let returned = (sent + free).min(Instant::now());
         let asked = self.ask(freed_bytes, returned)?;
         self.wait_end(&recording, asked, freed_bytes)?;
@@ -170,7 +170,7 @@ impl ReclaimGuest {
         })
     }
 
-    /// Asks for the memory where the guest does not give it by itself; when it was asked for.
+    /// Requests the memory if the guest does not report it; returns the time of the request.
     fn ask(&self, freed_bytes: u64, returned: Instant) -> Result<Instant> {
         let asked = Instant::now();
         match self.way {
@@ -211,7 +211,7 @@ impl ReclaimGuest {
         Ok(())
     }
 
-    /// Deflates the balloon, or plugs in again what was taken away; how long that took.
+    /// Deflates the balloon, or plugs memory in again; returns the duration.
     fn take_back(&self) -> Result<Option<f64>> {
         let begin = Instant::now();
         match self.way {
@@ -226,7 +226,7 @@ impl ReclaimGuest {
         Ok(Some(ms(begin.elapsed())))
     }
 
-    /// Not for something to happen, but for the guest to see that nothing does.
+    /// Waits a fixed time, because the guest must observe inactivity.
     fn rest(&self) {
         if self.way == Way::Bitmap {
             thread::sleep(BITMAP_REST);
@@ -266,7 +266,7 @@ impl ReclaimGuest {
     }
 }
 
-/// What the device has counted so far.
+/// The device's counters.
 struct Counts {
     batches: u64,
     ranges: u64,
@@ -274,7 +274,7 @@ struct Counts {
     discard_syscalls: u64,
 }
 
-/// A word of the guest's answer, which begins with `ok`.
+/// A number in the guest's response, which starts with `ok`.
 fn number(answer: &str, word: usize) -> Result<u64> {
     let text = answer.split(' ').nth(word);
     text.and_then(|text| text.parse().ok())
@@ -285,7 +285,7 @@ fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
 }
 
-/// Time until so much was gone; 0 when it was before.
+/// Time until `bytes` had returned; 0 if they returned earlier.
 fn since(trace: &ResidencyTrace, asked: Instant, bytes: u64) -> Option<f64> {
     let reached = trace.reached(bytes)?;
     Some(ms(reached.saturating_duration_since(asked)))

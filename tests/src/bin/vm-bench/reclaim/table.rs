@@ -8,17 +8,17 @@ use super::rounds::{Round, SHARES};
 const MIB: f64 = (1 << 20) as f64;
 const GIB: f64 = (1 << 30) as f64;
 
-/// A combination and what came of it.
+/// A combination and its results.
 #[derive(Debug)]
 pub(super) struct Row {
     pub(super) combination: Combination,
-    /// Empty when the host could not do it.
+    /// Empty if the host does not support it.
     pub(super) rounds: Vec<Round>,
-    /// Of the bare system calls for the same memory.
+    /// Rate of the bare system calls for the same memory.
     pub(super) bare_bytes_per_second: Option<f64>,
 }
 
-/// The least, the middle and the most of some figures. What never came is more than any figure.
+/// Minimum, median and maximum of figures. A missing figure counts as larger than any other.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Spread {
     min: Option<f64>,
@@ -33,7 +33,7 @@ impl Spread {
             .map(|figure| figure.unwrap_or(f64::INFINITY))
             .collect();
         sorted.sort_by(f64::total_cmp);
-        // The smallest figure that so many percent do not exceed.
+        // The smallest figure that this percentage does not exceed.
         let at = |percent: usize| {
             let rank = (sorted.len() * percent).div_ceil(100).max(1);
             let figure = sorted.get(rank - 1).copied();
@@ -53,7 +53,7 @@ impl Spread {
     }
 }
 
-/// To a hundredth.
+/// Rounds to two decimals.
 fn rounded(figure: Option<f64>) -> Option<f64> {
     figure.map(|figure| (figure * 100.0).round() / 100.0)
 }
@@ -79,7 +79,7 @@ impl Row {
         self.spread(|round| Some(count(round) as f64 * GIB / round.freed_bytes as f64))
     }
 
-    /// Deflation included.
+    /// Includes deflation.
     fn touch_ms(&self) -> Spread {
         self.spread(|round| Some(round.touch_ms + round.deflate_ms.unwrap_or(0.0)))
     }
@@ -150,7 +150,7 @@ const HEAD: [&str; 17] = [
     "way", "tracker", "backing", "block", "freed", "back", "50 %", "95 %", "min", "max", "99 %",
     "MiB/s", "of bare", "batches", "calls", "touch", "faults",
 ];
-/// Words to the left, figures to the right.
+/// Number of left-aligned columns with words; figures are right-aligned.
 const WORD_COLUMNS: usize = 3;
 
 /// Medians, times in milliseconds; the spread for 95 %.
