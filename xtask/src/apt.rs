@@ -192,8 +192,8 @@ fn advice(said: &str) -> String {
         )
 }
 
-/// Refreshes the package lists. A source that cannot be reached is only a warning to apt, and
-/// whether it mattered shows when packages are installed.
+/// Refreshes the package lists. A source that cannot be reached is only a warning to apt, and if it matters, installing
+/// the packages fails.
 fn update() -> Result<()> {
     apt_get(&["update"])
 }
@@ -214,7 +214,7 @@ pub(crate) struct Lists {
 }
 
 impl Lists {
-    /// Lists kept in `dir`, whose `sources.list` alone counts.
+    /// Lists kept in `dir`; only its `sources.list` is used.
     pub(crate) fn in_folder(dir: &Path) -> Self {
         let dir = dir.display();
         Self {
@@ -223,7 +223,7 @@ impl Lists {
                 "Dir::Etc::SourceParts=/dev/null".into(),
                 format!("Dir::State::Lists={dir}/lists"),
                 format!("Dir::Cache={dir}"),
-                // Else the user whom apt becomes would have to own the folder.
+                // Otherwise the user to whom apt drops privileges would have to own the folder.
                 "APT::Sandbox::User=".into(),
                 "Acquire::Languages=none".into(),
                 "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false".into(),
@@ -241,7 +241,7 @@ impl Lists {
         command
     }
 
-    /// The newest version of a package, whatever apt would prefer.
+    /// The newest version of a package, regardless of apt's preferences.
     pub(crate) fn newest(&self, package: &str) -> Result<Offer> {
         self.shown(&["--all-versions", package])
             .into_iter()
@@ -249,15 +249,15 @@ impl Lists {
             .with_context(|| format!("no package {package} in these lists"))
     }
 
-    /// The version that apt would install. Without the option, `apt-cache show` begins with the
-    /// newest, even if that is of a suite which is used only on request, such as the backports.
+    /// The version that apt would install. Without the option, `apt-cache show` lists the newest version first, even if
+    /// its suite is used only on request, such as the backports.
     fn candidate(&self, package: &str) -> Option<Offer> {
         self.shown(&["--no-all-versions", package])
             .into_iter()
             .next()
     }
 
-    /// What `apt-cache show` says with these arguments.
+    /// The output of `apt-cache show` with these arguments.
     fn shown(&self, arguments: &[&str]) -> Vec<Offer> {
         let output = self
             .command("apt-cache")
@@ -372,7 +372,7 @@ fn parse_offer(text: &str, lists: &Lists) -> Option<Offer> {
     })
 }
 
-/// Which system this is, for messages.
+/// Name of the release, for messages.
 fn release_name() -> String {
     fs::read_to_string("/etc/os-release")
         .ok()
@@ -443,7 +443,7 @@ pub(crate) fn archive_line(suite: &str) -> Result<String> {
     Ok(archive(&release_codename()?)?.line(suite))
 }
 
-/// The archive that this machine gets `release` from.
+/// The archive from which this machine gets `release`.
 fn archive(release: &str) -> Result<Source> {
     let mut texts = Vec::new();
     let mut files = vec![Path::new("/etc/apt/sources.list").to_path_buf()];
@@ -558,7 +558,7 @@ mod tests {
         let dir = folder.path();
         fs::create_dir_all(dir.join("lists/partial")).unwrap();
         let mut sources = String::new();
-        // As backports have it: newer, and used only on request.
+        // As in backports: newer, and used only on request.
         for (suite, version, release) in [
             ("release", "6.1.192-2", "Suite: release\n"),
             (

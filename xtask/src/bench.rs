@@ -34,7 +34,7 @@ pub(crate) struct Options {
     options: Vec<OsString>,
 }
 
-/// Measures the VMM with a Linux guest and prints one JSON object a figure.
+/// Measures the VMM with a Linux guest and prints one JSON object per figure.
 pub(crate) fn run(options: Options) -> Result<ExitCode> {
     let mut arguments: Vec<OsString> = Vec::new();
     if let Some(vmm) = &options.vmm {

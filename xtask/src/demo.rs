@@ -27,8 +27,7 @@ use crate::{apt, cargo, disk, fleet, guest, paths};
 
 /// Memory of the testbed's host: the guest's 1 GiB and room to spare.
 const HOST_BYTES: u64 = 3 << 30;
-/// The profile of our programs: this program has been built with it, and with it much that they
-/// share.
+/// The profile of our programs. This program has been built with it, and so have many dependencies that they share.
 const PROFILE: &str = "dev";
 const PROGRAMS: [&str; 2] = ["cloud-hypervisor", "ch-remote"];
 /// The program of the integration tests that shows it.
@@ -111,12 +110,12 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     })
 }
 
-/// In the folder for results.
+/// File name in the folder for results.
 const PICTURE: &str = "fleet.png";
 /// Time for the guests to boot and have their turns, on a busy machine.
 const PICTURE_MAX: Duration = Duration::from_secs(900);
 
-/// Options for QEMU: a network between its process and the emulated host, and one port of it here.
+/// Options for QEMU: a network between its process and the emulated host, with one forwarded port.
 fn forwarding(port: u16) -> String {
     format!(
         "-netdev user,id=page,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:{port} \
@@ -203,7 +202,8 @@ fn fetch(plan: &Plan, packages: &[&str]) -> Result<DebianKernel> {
     })
 }
 
-/// All of ours at once: a selection of packages has the same features for what they share, which is then built once.
+/// Builds all of our programs at once: one selection has the same features for shared dependencies, which are then
+/// built once.
 fn build(plan: &Plan, options: &Options) -> Result<()> {
     let programs = options.programs();
     plan.next(1, |_| guest::programs::build())?;

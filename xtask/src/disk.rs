@@ -22,7 +22,7 @@ pub(crate) fn require(dir: &Path, bytes: u64, task: &str) -> Result<()> {
     Ok(())
 }
 
-/// As [`require`], for what has `bytes` in `dir` when it is complete; earlier runs may have left a part.
+/// As [`require`], for data that takes `bytes` in `dir` when complete; earlier runs may have left a part.
 pub(crate) fn require_in_all(dir: &Path, bytes: u64, task: &str) -> Result<()> {
     std::fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
     let left = bytes.saturating_sub(used_bytes(dir)?);
@@ -52,7 +52,7 @@ fn used_bytes(dir: &Path) -> Result<u64> {
     number.with_context(|| format!("no size of {} in {text:?}", dir.display()))
 }
 
-/// The program's output for `dir`; files may vanish while du reads them, which is no failure.
+/// The program's output for `dir`; files may disappear while du reads them, which is not an error.
 fn ask(program: &str, options: &[&str], dir: &Path) -> Result<String> {
     let output = Command::new(program)
         .args(options)

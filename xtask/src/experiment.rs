@@ -42,7 +42,7 @@ impl Reporting {
     }
 }
 
-/// What all experiments have.
+/// Options of all experiments.
 #[derive(Debug, clap::Args)]
 struct Common {
     /// How the guests report freed memory
@@ -128,7 +128,7 @@ pub(crate) struct Burst {
     seed: Option<u64>,
 }
 
-/// What an idle guest holds beside its page structures, and what the host needs for itself.
+/// Memory that an idle guest uses besides its page structures, and memory that the host itself needs.
 const IDLE_BYTES: u64 = 60 << 20;
 const HOST_OWN_BYTES: u64 = 250 << 20;
 /// A page structure takes 64 bytes per 4096.
@@ -243,7 +243,7 @@ fn milliseconds(seconds: f64) -> Result<u64> {
     Ok((seconds * 1000.0) as u64)
 }
 
-/// Adds to the figures what they were measured with.
+/// Adds the environment of the measurement to the figures.
 pub(crate) fn say_what_was_measured(path: &Path, kernel: KernelChoice) -> Result<()> {
     let Ok(text) = std::fs::read_to_string(path) else {
         // A run that failed early has no figures.

@@ -1,5 +1,5 @@
 //! `cargo xtask fleet-page`, `fleet-bench` and `fleet-chaos`: the fleet agent with other programs, its costs, and its
-//! behaviour when everything fails.
+//! behaviour under faults.
 
 use std::path::Path;
 use std::process::{Command, ExitCode};
@@ -24,11 +24,11 @@ const NEEDS: &[Need] = &[
     },
 ];
 
-/// Targets with tests that are marked as needing something. They are selected from the whole workspace, as the unit
-/// tests are, so that nothing is built twice.
+/// Targets with tests that need additional programs. They are selected from the whole workspace, like the unit tests,
+/// so that nothing is built twice.
 const TESTS: &[[&str; 2]] = &[["--test", "seen"], ["--bin", "ch-fleet-adapter"]];
 
-/// Shows the agent to a browser, a Prometheus and a placement. Pictures of the page are left in `target/tmp/page`.
+/// Tests the agent with a browser, Prometheus and placement. Pictures of the page are left in `target/tmp/page`.
 pub(crate) fn page() -> Result<ExitCode> {
     apt::ensure(NEEDS)?;
     for [kind, target] in TESTS {
@@ -51,7 +51,7 @@ pub(crate) fn page() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The test that looks at a real fleet and leaves a picture of it.
+/// The test that takes a picture of a real fleet's page.
 const PHOTOGRAPHER: &str = "page_of_a_real_fleet_shows_memory_going_from_guest_to_guest";
 const PHOTOGRAPHER_IN: [&str; 4] = ["test", "--workspace", "--test", "seen"];
 
@@ -60,7 +60,7 @@ pub(crate) fn ensure_browser() -> Result<()> {
     apt::ensure(&NEEDS[..1])
 }
 
-/// Builds what drives it.
+/// Builds the test that drives the browser.
 pub(crate) fn build_photographer() -> Result<()> {
     cargo::run(PHOTOGRAPHER_IN.into_iter().chain(["--no-run", "--quiet"]))
 }
@@ -87,7 +87,7 @@ pub(crate) struct BenchOptions {
     seconds: u64,
 }
 
-/// Measures what an agent costs its host and prints one JSON object.
+/// Measures the cost of an agent and prints one JSON object.
 pub(crate) fn bench(options: &BenchOptions) -> Result<ExitCode> {
     let built = cargo::command(["build", "--release", "--package", "ch-fleet"])
         .status()

@@ -19,8 +19,8 @@ use crate::apt::{self, Need};
 use crate::{cargo, paths};
 
 const TRIPLE: &str = "x86_64-unknown-linux-gnu";
-/// As cargo-fuzz has them, less what needs nightly. Debug assertions are wanted: they are
-/// claims, too.
+/// The flags of cargo-fuzz, except those that need nightly. Debug assertions are enabled, because they are checks as
+/// well.
 const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module \
     -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
@@ -40,7 +40,7 @@ const TARGETS: &[&str] = &[
 const CANARY: &str = "canary";
 /// The message of the canary's assertion.
 const CANARY_FOUND: &str = "canary: found";
-/// Found in seconds on a machine of its own.
+/// Time limit for the canary, which is found within seconds on an idle machine.
 const CANARY_SECONDS_MAX: u32 = 300;
 /// Longer inputs are cut by the targets.
 const INPUT_BYTES_MAX: u32 = 4096;
@@ -152,7 +152,7 @@ fn fuzz(
         .arg(format!("-max_len={INPUT_BYTES_MAX}"))
         .arg(format!("-timeout={INPUT_SECONDS_MAX}"))
         .arg(format!("-artifact_prefix={}", artifacts.display()))
-        // One line for each new input is too much to read.
+        // One line per new input would be too much output.
         .args(["-print_final_stats=1", "-verbosity=0"])
         .args(from)
         .stdin(Stdio::null())

@@ -1,7 +1,7 @@
 //! The project's own commands: `cargo xtask …`.
 //!
-//! Each command does its own set-up on a fresh Debian machine with Rust, packages included,
-//! and says what it installs and why.
+//! Each command sets up a fresh Debian machine with Rust itself, installs missing packages, and lists them with
+//! reasons.
 
 mod apt;
 mod bench;
@@ -156,7 +156,7 @@ mod tests {
     #[test]
     fn commands_in_the_documentation_are_understood() {
         for command in test_docs::commands_of("cargo xtask") {
-            // The words behind `cargo`.
+            // The arguments after `cargo`.
             let words = command.filled_in(&[]).into_iter().skip(1);
             if let Err(error) = Cli::try_parse_from(words) {
                 panic!("{}: {error}", command.place);

@@ -1,4 +1,4 @@
-//! `--vmm PATH`: a Cloud-Hypervisor-compatible VMM to measure beside ours or in place of it.
+//! `--vmm PATH`: a VMM compatible with Cloud Hypervisor to measure in addition to ours or instead of it.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};

@@ -39,8 +39,8 @@ pub(crate) fn cache() -> Result<PathBuf> {
     Ok(cache)
 }
 
-/// Creates `to` with the contents of `from`: a hard link if the file system allows it, else a
-/// copy. Either way `to` appears complete or not at all.
+/// Creates `to` with the contents of `from`: a hard link if the file system allows it, otherwise a copy. In both cases
+/// `to` appears atomically.
 pub(crate) fn link_or_copy(from: &Path, to: &Path) -> Result<()> {
     let beside = to.with_extension(format!("new-{}", std::process::id()));
     if std::fs::hard_link(from, &beside).is_err() {

@@ -15,16 +15,16 @@ use anyhow::{Context as _, Result};
 /// The signal that a child gets from the kernel when this process ends.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Tie {
-    /// The end.
+    /// SIGKILL.
     Kill,
-    /// The request to end, for a child that has children of its own to stop.
+    /// SIGTERM, for a child that must stop its own children.
     Terminate,
 }
 
 /// Starts `command`, which ends when this process does, for any reason. It inherits the descriptors `inherited`, which
 /// the caller keeps open during the call.
 ///
-/// Must be called on the main thread: the signal comes when the thread that forked ends.
+/// Must be called on the main thread: the kernel sends the signal when the forking thread ends.
 pub(crate) fn spawn_tied(command: &mut Command, tie: Tie, inherited: Vec<RawFd>) -> Result<Child> {
     let signal = match tie {
         Tie::Kill => libc::SIGKILL,
@@ -52,13 +52,12 @@ pub(crate) fn spawn_tied(command: &mut Command, tie: Tie, inherited: Vec<RawFd>)
         .with_context(|| format!("starting {:?}", command.get_program()))
 }
 
-/// What the shell that leads a group does: runs its arguments, and when it shall end, ends all that
-/// came of them. `wait` is left for a signal at once, where a program in the foreground is not.
+/// Script of the shell that leads a group: runs its arguments, and on SIGTERM ends all processes started by them. A
+/// signal interrupts `wait` at once, but not a program in the foreground.
 const LEAD_GROUP: &str = r#"trap 'trap - TERM; kill -TERM 0' TERM; "$@" & wait $!"#;
 
-/// As [`spawn_tied`], for a program such as make that starts others by way of shells, which do
-/// not pass on a request to end: all of them end with this process. `stdout` and `stderr` are
-/// the group's.
+/// As [`spawn_tied`], for a program such as make that starts others through shells, which do not forward SIGTERM: all
+/// of them end with this process. `stdout` and `stderr` are the group's.
 pub(crate) fn spawn_tied_group(
     command: &Command,
     stdout: impl Into<Stdio>,
@@ -80,7 +79,7 @@ pub(crate) fn spawn_tied_group(
     spawn_tied(&mut shell, Tie::Terminate, Vec::new())
 }
 
-/// Waits for the child's end; `None` if time ran out and it was killed.
+/// Waits for the child's end; `None` if it was killed because of a timeout.
 pub(crate) fn wait(mut child: Child, timeout: Option<Duration>) -> Result<Option<ExitStatus>> {
     let Some(timeout) = timeout else {
         return Ok(Some(child.wait().context("waiting for a child")?));
@@ -89,7 +88,7 @@ pub(crate) fn wait(mut child: Child, timeout: Option<Duration>) -> Result<Option
     let (sender, receiver) = mpsc::channel();
     let waiter = thread::spawn(move || {
         let ended = child.wait();
-        // The receiver is gone only after a timeout, when no result is needed any more.
+        // The receiver is dropped only after a timeout, when the result is no longer needed.
         sender.send(()).ok();
         ended
     });
@@ -139,7 +138,7 @@ mod tests {
     #[test]
     fn group_that_shall_end_leaves_no_grandchild() {
         let mut command = Command::new("sh");
-        // The inner shell waits, so that it has to be told as well.
+        // The inner shell waits, so it must be signalled as well.
         command.args(["-c", r#"sh -c 'sleep 600 & echo $!; wait; :'; :"#]);
         let mut leader = spawn_tied_group(&command, Stdio::piped(), Stdio::inherit()).unwrap();
         let mut line = String::new();
@@ -150,7 +149,7 @@ mod tests {
             libc::kill(leader.id().cast_signed(), libc::SIGTERM);
         }
         assert!(!leader.wait().unwrap().success());
-        // The pipe closes when the last of them ends, whoever reaps it.
+        // The pipe closes when the last of them ends, regardless of who reaps it.
         let (sender, receiver) = mpsc::channel();
         thread::spawn(move || sender.send(output.read_line(&mut String::new()).unwrap()));
         let rest = receiver.recv_timeout(Duration::from_secs(60));

@@ -1,9 +1,8 @@
-//! What a command of minutes is doing and how long it will take: a bar on a terminal, a line every
-//! ten seconds in a log.
+//! Progress of long-running commands with the remaining time: a bar on a terminal, a line every ten seconds in a log.
 //!
-//! Work is a [`Plan`] of lanes that run side by side; within a lane one task follows another.
-//! Each task has an expected time on an idle machine with two processors. Where a task knows how
-//! far it is, that decides; how slow a lane has been so far decides about what it has yet to do.
+//! Work is a [`Plan`] of concurrent lanes; the tasks of a lane run one after another. Each task has an expected time on
+//! an idle machine with two processors. If a task reports its progress, the estimate uses that; a lane's slowness so
+//! far scales the expected times of its remaining tasks.
 
 use std::io::IsTerminal as _;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -13,16 +12,16 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 use parking_lot::{Mutex, MutexGuard};
 
-/// Between two lines in a log.
+/// Interval between two lines in a log.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
-/// Between two updates of a terminal's bar.
+/// Interval between two updates of a terminal's bar.
 const BAR_INTERVAL: Duration = Duration::from_millis(200);
-/// One task that had to wait for something says little about those after it.
+/// Maximum slowness, because a task that had to wait says little about later ones.
 const SLOWNESS_MAX: f64 = 4.0;
 /// The bar's length in parts.
 const BAR_PARTS: u64 = 1000;
 
-/// The bar on the terminal, while there is one: other lines must not be written into it.
+/// The bar on the terminal, if there is one: other lines must not overwrite it.
 static BAR: Mutex<Option<ProgressBar>> = Mutex::new(None);
 
 /// Writes a line to stderr, above the bar if there is one.
@@ -37,7 +36,7 @@ pub(crate) fn note(line: &str) {
 #[derive(Debug)]
 pub(crate) struct Plan {
     lanes: Mutex<Vec<Vec<Task>>>,
-    /// What follows when all lanes are done, which is not this plan's work.
+    /// Time of the work after all lanes, which is not part of this plan.
     tail: Duration,
     begin: Instant,
 }
@@ -54,7 +53,7 @@ enum State {
     Waiting,
     Running {
         since: Instant,
-        /// So much of so much.
+        /// Completed and total amount of work.
         done: Option<(u64, u64)>,
     },
     Done {
@@ -62,7 +61,7 @@ enum State {
     },
 }
 
-/// A task that runs, to tell how far it is.
+/// A running task, which can report its progress.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Running<'a> {
     plan: &'a Plan,
@@ -71,7 +70,7 @@ pub(crate) struct Running<'a> {
 }
 
 impl Running<'_> {
-    /// `done` of `all` is done.
+    /// Reports that `done` of `all` is complete.
     pub(crate) fn at(&self, done: u64, all: u64) {
         let mut lanes = self.plan.lock();
         if let State::Running { done: old, .. } = &mut lanes[self.lane][self.index].state {
@@ -81,7 +80,7 @@ impl Running<'_> {
 }
 
 impl Plan {
-    /// Lanes of tasks with their expected times in seconds, and what comes after them.
+    /// Creates a plan from lanes of tasks with their expected times in seconds, and the time of the work after them.
     pub(crate) fn new(lanes: &[&[(&str, u64)]], tail: Duration) -> Self {
         let task = |(name, seconds): &(&str, u64)| Task {
             name: (*name).into(),
@@ -101,7 +100,7 @@ impl Plan {
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Vec<Task>>> {
-        // Nothing that is done under the lock can leave it half done.
+        // The data is consistent even if a thread panicked while holding the lock.
         self.lanes.lock()
     }
 
@@ -127,7 +126,7 @@ impl Plan {
         result
     }
 
-    /// Runs `work` and shows how far the plan is until it returns.
+    /// Runs `work` and shows the plan's progress until it returns.
     pub(crate) fn show<T>(&self, work: impl FnOnce() -> T) -> T {
         let terminal = std::io::stderr().is_terminal();
         let (ended, ending) = mpsc::channel::<()>();
@@ -190,7 +189,7 @@ impl Plan {
         )
     }
 
-    /// Until all of it and what follows is done.
+    /// Remaining time until the plan and the following work are done.
     fn left(&self, now: Instant) -> Duration {
         let lanes = self.lock();
         let longest = lanes.iter().map(|lane| lane_left(lane, now)).max();
@@ -198,7 +197,7 @@ impl Plan {
     }
 }
 
-/// How long a lane still takes.
+/// Remaining time of a lane.
 fn lane_left(lane: &[Task], now: Instant) -> Duration {
     let slowness = slowness(lane, now);
     lane.iter()
@@ -222,12 +221,12 @@ fn running_left(expected: Duration, elapsed: Duration, done: Option<(u64, u64)>)
     };
     let share = done as f64 / all as f64;
     let measured = elapsed.mul_f64((1.0 - share) / share);
-    // The first steps say little: downloads start slowly, small crates are compiled first.
+    // Early progress is unreliable: downloads start slowly, and small crates are compiled first.
     let trust = (share * 3.0).min(1.0);
     measured.mul_f64(trust) + guess.mul_f64(1.0 - trust)
 }
 
-/// How many times as long as expected the lane's finished tasks have taken.
+/// Ratio of actual to expected time of the lane's finished tasks.
 fn slowness(lane: &[Task], now: Instant) -> f64 {
     let (mut took, mut expected) = (0.0, 0.0);
     for task in lane {
@@ -236,7 +235,7 @@ fn slowness(lane: &[Task], now: Instant) -> f64 {
                 took += time.as_secs_f64();
                 expected += task.expected.as_secs_f64();
             }
-            // A task that has overrun its time already says so too.
+            // A running task that has exceeded its time counts, too.
             State::Running { since, .. } if now.duration_since(since) > task.expected => {
                 took += now.duration_since(since).as_secs_f64();
                 expected += task.expected.as_secs_f64();
@@ -244,7 +243,7 @@ fn slowness(lane: &[Task], now: Instant) -> f64 {
             State::Running { .. } | State::Waiting => {}
         }
     }
-    // What was there already took no time and says nothing about speed.
+    // Tasks whose results already existed took no time and are ignored.
     if took < expected * 0.5 || expected == 0.0 {
         return 1.0;
     }
@@ -297,7 +296,7 @@ mod tests {
             done: Some((1, 2)),
         };
         assert_eq!(plan.line(plan.begin), "0 s: b (50 %); about 40 s left");
-        // Half of it in ten seconds: ten more, then five for c.
+        // Half done in ten seconds: ten more, then five for c.
         let later = plan.begin + SECOND * 10;
         assert_eq!(plan.line(later), "10 s: b (50 %); about 45 s left");
     }

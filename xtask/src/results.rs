@@ -1,9 +1,9 @@
 //! `cargo xtask results`: the figures of `docs/results`, measured again.
 //!
-//! Each file there names the command that it came from, its commit, date and kernel. This command runs it again and
-//! replaces the file and its plot. It also writes the table in `docs/results/README.md` that says which figures are older
-//! than the code they speak of. The sentences around the figures remain to be adapted: the tests of the documentation
-//! compare them with the files.
+//! Each file there names its command, commit, date and kernel. This command runs it again and replaces the file and its
+//! plot. It also updates the table in `docs/results/README.md` that shows which figures are older than the measured
+//! code. The text around the figures must be adapted manually: the tests of the documentation compare it with the
+//! files.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use crate::paths;
 
-/// What every figure speaks of: the VMM, and the programs that measure it.
+/// Paths that affect every figure: the VMM, and the programs that measure it.
 const VMM: [&str; 7] = [
     "bin/cloud-hypervisor",
     "device-facts",
@@ -25,7 +25,7 @@ const VMM: [&str; 7] = [
     "virtio-devices",
     "vmm",
 ];
-/// And if guests run the patched kernel.
+/// Additional paths if guests run the patched kernel.
 const SERIES: [&str; 4] = [
     "guest-patches/config",
     "guest-patches/patches",
@@ -46,7 +46,7 @@ pub(crate) struct Options {
 
 /// A committed file of figures.
 struct Figures {
-    /// Without extension.
+    /// File name without extension.
     name: String,
     command: String,
     commit: String,
@@ -54,7 +54,7 @@ struct Figures {
     kernel: String,
 }
 
-/// Measures what is older than the code, or what is named, and marks what is older then.
+/// Measures the named figures, or those older than the code, and marks the remaining outdated ones.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let committed = committed()?;
     for name in &options.names {
@@ -129,7 +129,7 @@ fn read(path: &Path) -> Result<Value> {
 }
 
 impl Figures {
-    /// The files whose changes make the figures old.
+    /// The files whose changes make the figures outdated.
     fn subject(&self) -> Vec<&'static str> {
         let patched = ["patched", "bitmap"]
             .iter()
@@ -138,7 +138,8 @@ impl Figures {
         VMM.iter().chain(series).copied().collect()
     }
 
-    /// Commits since the measurement that change what was measured; `None` if the figures are of no known commit.
+    /// Number of commits since the measurement that change the measured code; `None` if the commit of the figures is
+    /// unknown.
     fn changes_since(&self) -> Result<Option<u64>> {
         let commit = self.commit.split(' ').next().unwrap_or_default();
         if commit.is_empty() || commit.starts_with('-') || commit.ends_with("-dirty") {
@@ -175,7 +176,7 @@ impl Figures {
         self.replace(&out, &folder())
     }
 
-    /// Puts the one file of figures in `out`, and its plot, in the place of ours in `committed`.
+    /// Replaces the file of figures in `committed`, and its plot, by those in `out`.
     fn replace(&self, out: &Path, committed: &Path) -> Result<()> {
         let [made] = &json_files(out)?[..] else {
             bail!(
@@ -184,7 +185,7 @@ impl Figures {
             );
         };
         let mut figures = read(made)?;
-        // Without the folder that we have added.
+        // Without the folder option added by us.
         figures["command"] = self.command.as_str().into();
         let text = serde_json::to_string_pretty(&without_samples(figures))? + "\n";
         let path = committed.join(format!("{}.json", self.name));
@@ -198,19 +199,19 @@ impl Figures {
     }
 }
 
-/// The words behind `cargo xtask`, with the folder for the figures.
+/// The arguments after `cargo xtask`, with the folder for the figures.
 fn arguments(command: &str, out: &str) -> Result<Vec<String>> {
     let words = command.strip_prefix("cargo xtask ");
     let words = words.with_context(|| format!("{command:?} is no command of this program"))?;
     let mut words: Vec<String> = words.split_whitespace().map(str::to_owned).collect();
-    // What is behind it belongs to the measuring program.
+    // Later arguments belong to the measuring program.
     let end = words.iter().position(|word| word == "--");
     let end = end.unwrap_or(words.len());
     words.splice(end..end, ["--out".to_owned(), out.to_owned()]);
     Ok(words)
 }
 
-/// Without the individual samples, which are in the plots.
+/// Removes the individual samples, which are in the plots.
 fn without_samples(value: Value) -> Value {
     match value {
         Value::Object(fields) => fields
@@ -246,7 +247,7 @@ fn table(committed: &[Figures]) -> Result<String> {
     Ok(text)
 }
 
-/// The page with another table between its two marks.
+/// The page with a new table between its two marks.
 fn with_table(page: &str, table: &str) -> Result<String> {
     let parts = page.split_once(BEGIN).and_then(|(before, rest)| {
         let (_, after) = rest.split_once(END)?;

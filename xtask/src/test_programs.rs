@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use crate::cargo;
 
-/// All that other commands start.
+/// All programs that other commands start.
 pub(crate) const ALL: [&str; 6] = [
     "vm-tests",
     "vm-bench",
@@ -16,12 +16,12 @@ pub(crate) const ALL: [&str; 6] = [
     "demo",
 ];
 
-/// A small test that is selected with the programs: only where there are tests does cargo count in the features that
-/// development dependencies ask for, as it does for the unit tests.
+/// A small test that is selected with the programs: only with a test does cargo enable the features of development
+/// dependencies, as it does for the unit tests.
 const WITH_TESTS: [&str; 2] = ["--test", "openapi"];
 
-/// Selects programs as the unit tests select everything: a package alone, or without tests, has other features, and
-/// most of what it depends on would be built twice.
+/// Selects programs like the unit tests do: a single package, or one without tests, has other features, and most
+/// dependencies would be built twice.
 pub(crate) fn selection(programs: &[&'static str]) -> Vec<&'static str> {
     let mut words = vec!["--workspace"];
     words.extend(WITH_TESTS);
@@ -29,7 +29,7 @@ pub(crate) fn selection(programs: &[&'static str]) -> Vec<&'static str> {
     words
 }
 
-/// Builds a program of the integration tests and tells where it is.
+/// Builds a program of the integration tests and returns its path.
 pub(crate) fn build(program: &'static str) -> Result<PathBuf> {
     let mut words = vec!["build", "--quiet"];
     words.extend(selection(&[program]));

@@ -35,13 +35,13 @@ pub(crate) struct Tool {
 
 #[derive(Debug)]
 enum Registry {
-    /// Python's; the program gets a virtual environment of its own.
+    /// Python's; the program gets a separate virtual environment.
     PyPi,
     /// Rust's, with arguments for `cargo install`.
     Crates(&'static [&'static str]),
 }
 
-/// Makes the package of the programs.
+/// Builds the package of the programs.
 pub(crate) const CARGO_DEB: Tool = Tool {
     name: "cargo-deb",
     version: "3.8.0",
@@ -145,7 +145,7 @@ impl Tool {
     /// Makes `target/NAME` point to `place`.
     fn link(&self, place: &Path) -> Result<()> {
         let link = paths::target().join(self.name);
-        // A folder is an installation by hand, which stays.
+        // A folder is a manual installation, which is kept.
         let is_folder = link.is_dir() && !link.is_symlink();
         if is_folder || fs::read_link(&link).is_ok_and(|old| old == place) {
             return Ok(());

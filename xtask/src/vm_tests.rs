@@ -1,11 +1,10 @@
 //! `cargo xtask vm-tests`: the tests with Linux guests, in the testbed.
 //!
-//! An emulated host has one processor, because it is not reliable with more. So the tests are
-//! dealt out to several of them, which run side by side. Tests that share a guest stay together.
+//! An emulated host has one processor, because it is not reliable with more. Therefore the tests are distributed to
+//! several concurrent hosts. Tests that share a guest stay together.
 //!
-//! It is another program's work and has been seen to stand still for good. The tests have
-//! deadlines of their own, but nothing has one in a machine without a clock: when no test has
-//! ended for a long time, the tests that are left go on in a new machine.
+//! An emulated host can hang. The tests have their own deadlines, but these do not work in a machine whose clock has
+//! stopped. If no test has ended for a long time, the remaining tests continue on a new host.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader, PipeReader};
@@ -22,18 +21,18 @@ use crate::process::{self, Tie};
 use crate::test_programs;
 use crate::testbed::{self, KernelChoice};
 
-/// A test that fails slowly: to boot and to answer have two minutes each, and some tests boot
-/// twice.
+/// Time without a result after which a host counts as hung. It allows for slow failures: a boot and a response may take
+/// two minutes each, and some tests boot twice.
 const SILENCE_MAX: Duration = Duration::from_secs(480);
-/// How many machines a lane may use up.
+/// Maximum number of hosts per lane.
 const MACHINES_MAX: u32 = 3;
-/// How many emulated hosts run at a time, where this machine has a processor for each.
+/// Maximum number of concurrent emulated hosts, if this machine has a processor for each.
 const LANES_MAX: usize = 4;
-/// How the names of those tests begin that boot what a distribution has made.
+/// Prefix of the names of tests that boot a distribution's kernel or system.
 const DISTRIBUTIONS: &str = "debian_";
-/// What tests boot that name no kernel: the one of ours that is built for all tests.
+/// Default kernel of tests: our kernel that is built for all tests.
 const KERNEL: KernelChoice = KernelChoice::Mainline;
-/// Memory of an emulated host: with less it has no page of 1 GiB to give.
+/// Memory of an emulated host: with less, it cannot provide a page of 1 GiB.
 const HOST_MEMORY: &str = "5G";
 
 #[derive(Debug, clap::Args)]
@@ -50,14 +49,14 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let program = test_programs::build("vm-tests")?;
     let tests = list(&program, &options.filters)?;
     if needs_distributions(tests.iter().map(|test| &test.name)) {
-        // Once, before several testbeds look for it at the same time.
+        // Done once, before several testbeds need it at the same time.
         testbed::prepare_distributions()?;
     }
     let lanes = if testbed::emulates(&options.profile, KERNEL)? {
         let processors = thread::available_parallelism().map_or(1, usize::from);
         processors.min(LANES_MAX)
     } else {
-        // A real host runs several tests at a time itself.
+        // A real host itself runs several tests at a time.
         1
     };
     let tally = thread::scope(|scope| {
@@ -70,7 +69,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
             .map(|lane| lane.join().expect("a lane does not panic"))
             .sum::<Result<Tally>>()
     })?;
-    // The last lines are read by machines: they stand alone.
+    // The last lines are machine-readable, so they are separate.
     println!(
         "{} passed, {} failed, {} skipped",
         tally.passed, tally.failed, tally.skipped
@@ -101,7 +100,7 @@ fn deal(tests: &[Listed], lanes: usize) -> Vec<BTreeSet<String>> {
     shares
 }
 
-/// Runs a share of the tests, in a new machine when one stands still.
+/// Runs a share of the tests, on a new host if one hangs.
 fn run_lane(program: &Path, options: &Options, mut left: BTreeSet<String>) -> Result<Tally> {
     let mut tally = Tally::default();
     for machine in 1..=MACHINES_MAX {
@@ -126,13 +125,13 @@ fn run_lane(program: &Path, options: &Options, mut left: BTreeSet<String>) -> Re
     Ok(tally)
 }
 
-/// How many tests ended how.
+/// Number of tests by result.
 #[derive(Debug, Default)]
 struct Tally {
     passed: u64,
     failed: u64,
     skipped: u64,
-    /// Of those, tried a second time.
+    /// Number of those that were retried.
     retried: u64,
 }
 
@@ -164,11 +163,11 @@ enum Verdict {
     Skip,
 }
 
-/// How a machine ended.
+/// How a host ended.
 #[derive(Debug, PartialEq, Eq)]
 enum Ended {
     ByItself,
-    /// Killed, because nothing was heard of it.
+    /// Killed, because it did not respond.
     Silent,
 }
 
@@ -209,7 +208,7 @@ fn listed(line: &str) -> Option<Listed> {
     })
 }
 
-/// Runs what is `left` in a machine of its own and takes away what came to a verdict.
+/// Runs the tests in `left` on a new host and removes those that have a result.
 fn run_in_one_machine(
     program: &Path,
     options: &Options,
@@ -229,7 +228,7 @@ fn run_in_one_machine(
         .args(&*left)
         .stdout(input);
     let mut child = process::spawn_tied(&mut command, Tie::Terminate, Vec::new())?;
-    // The child must be the only one that holds the writing end.
+    // Only the child may hold the writing end.
     drop(command);
     let lines = lines_of(output);
     let ended = loop {
@@ -256,7 +255,7 @@ fn run_in_one_machine(
     Ok(ended)
 }
 
-/// The lines of a pipe, so that waiting for one can have a limit.
+/// The lines of a pipe, received with a timeout.
 fn lines_of(output: PipeReader) -> Receiver<String> {
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
@@ -272,12 +271,12 @@ fn lines_of(output: PipeReader) -> Receiver<String> {
     receiver
 }
 
-/// The closing lines of one machine are not those of all.
+/// The summary lines of one host are not those of all.
 fn is_closing(line: &str) -> bool {
     [" skipped", " retried"].iter().any(|it| line.ends_with(it)) || line.starts_with("ran for ")
 }
 
-/// `PASS [   1.23s] name`, with `: why` behind the name for the other two.
+/// `PASS [   1.23s] name`, with `: why` after the name for the other two results.
 fn verdict(line: &str) -> Option<(&str, Verdict)> {
     let (word, rest) = line.split_once(" [")?;
     let verdict = match word {

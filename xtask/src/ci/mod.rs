@@ -160,7 +160,7 @@ fn is_blocked(step: &Step, results: &[Record]) -> bool {
     })
 }
 
-/// What cargo finds compiled already.
+/// The packages that are compiled already.
 fn compiled_before() -> Vec<String> {
     ["dev", "release"]
         .into_iter()

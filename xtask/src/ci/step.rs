@@ -126,14 +126,14 @@ pub(crate) const STEPS: &[Step] = &[
         &[Shared, Vmm, Fleet, GuestPatches, Tests, Xtask, Text],
         "cargo {test} --workspace --lib --bins --tests --no-fail-fast",
     ),
-    // Compiled for the unit tests already: selected as there, so that nothing is built twice.
+    // Already compiled for the unit tests: the same selection, so that nothing is built twice.
     host(
         "test programs",
         &[],
         &[Shared, Vmm, Tests],
         "cargo build {test programs}",
     ),
-    // With every processor, as other builds: beside one, tests of the fleet store miss their deadlines.
+    // Uses all processors, like other builds: while it runs, tests of the fleet store would miss their deadlines.
     host("fuzz programs", &[], FUZZED, "cargo xtask fuzz --no-run"),
     // One kernel for all steps.
     guests(
@@ -142,14 +142,14 @@ pub(crate) const STEPS: &[Step] = &[
         &[GuestPatches, Tests, Xtask],
         "cargo xtask guest build patched",
     ),
-    // The patched kernel with QEMU as its host: nothing is built.
+    // The patched kernel with QEMU as its host; builds nothing.
     beside(guests(
         "qemu tests",
         &["test programs", "guest"],
         &[GuestPatches, Tests, Xtask],
         "cargo xtask guest qemu-test",
     )),
-    // Debian's kernels: nothing of a kernel is compiled.
+    // Debian's kernels; no kernel is compiled.
     beside(guests(
         "demo",
         &[],
@@ -164,7 +164,7 @@ pub(crate) const STEPS: &[Step] = &[
         FUZZED,
         "cargo xtask fuzz --seconds 10 --seed 1",
     )),
-    // Each once, without measuring, to check that they still run.
+    // Runs each once, without measuring, to check that they still work.
     beside(host(
         "benchmarks",
         &[],
@@ -184,7 +184,7 @@ pub(crate) const STEPS: &[Step] = &[
         MEASURED,
         "cargo xtask bench --kernel mainline",
     )),
-    // Of the programs that the step `build` has made.
+    // Packages the programs that the step `build` has built.
     beside(host(
         "package",
         &["build"],
@@ -217,7 +217,7 @@ pub(crate) const STEPS: &[Step] = &[
         &[Shared, Vmm, Fleet],
         "cargo test --workspace --doc",
     )),
-    // What others would compile of `api`: its package, without the rest of the workspace.
+    // Compiles `api` as other projects would: its package, without the rest of the workspace.
     beside(host(
         "crate",
         &[],
@@ -232,7 +232,7 @@ pub(crate) const STEPS: &[Step] = &[
         &[GuestPatches, Xtask],
         "cargo xtask guest kunit",
     )),
-    // Builds nothing that the guests' step has not built.
+    // Builds nothing, because the guests' step has built everything.
     beside(guests(
         "guest series",
         &["guest"],
@@ -314,7 +314,7 @@ impl Step {
         for word in command.split_whitespace() {
             match word {
                 "cargo" => words.push(cargo::program()),
-                // Tests that are skipped are named.
+                // Skipped tests are listed by name.
                 "{test}" if has_nextest() => {
                     words.extend(["nextest", "run", "--status-level=skip"].map(OsString::from));
                     words.push(format!("--test-threads={}", tests_at_once()).into());
@@ -327,12 +327,12 @@ impl Step {
     }
 }
 
-/// Most tests wait most of their time: for a guest, a deadline or an answer.
+/// Number of concurrent tests; most tests mostly wait for a guest, a deadline or a response.
 fn tests_at_once() -> usize {
     4 * std::thread::available_parallelism().map_or(1, NonZero::get)
 }
 
-/// Whether neighbours in the list of steps run at the same time.
+/// Whether adjacent steps of the list run concurrently.
 pub(super) fn runs_beside(one: &Step, next: &Step) -> bool {
     one.load == Load::One && next.load == Load::One
 }

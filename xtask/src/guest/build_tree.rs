@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cache/source-SOURCE/              unpacked, never written to
-//! cache/workshop-SOURCE/source/     hard links to it, but for the files in `exchanged`
+//! cache/workshop-SOURCE/source/     hard links to it, except the files in `exchanged`
 //! cache/workshop-SOURCE/exchanged   names of files that may differ
 //! cache/workshop-SOURCE/NAME/       objects of one configuration
 //! cache/check-SOURCE/               another one, for `guest check`
@@ -86,7 +86,7 @@ impl BuildTree {
         self.dir.join("source")
     }
 
-    /// Makes the tree the pristine source with `contents` in place of its own files.
+    /// Sets the tree to the pristine source with `contents` replacing its files.
     pub(super) fn put(&self, contents: &Contents) -> Result<()> {
         let record = self.dir.join("exchanged");
         let exchanged = match fs::read_to_string(&record) {
@@ -96,7 +96,7 @@ impl BuildTree {
         };
         let mut names: BTreeSet<&str> = exchanged.lines().collect();
         names.extend(contents.keys().map(String::as_str));
-        // Before anything is exchanged: an interruption leaves no file that is not named.
+        // Written before files are exchanged, so that after an interruption every changed file is recorded.
         self.write_record(&record, names.iter().copied())?;
         for name in &names {
             let wanted = match contents.get(*name) {

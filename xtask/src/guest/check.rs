@@ -2,7 +2,7 @@
 //!
 //! | Check | Of | Cached |
 //! | --- | --- | --- |
-//! | applies, no line around a change differing | every prefix, on each source | – (it takes no time) |
+//! | applies with exact context | every prefix, on each source | – (it takes no time) |
 //! | `scripts/checkpatch.pl` finds nothing | every patch | by the patch |
 //! | links without a warning and boots, small, options on, off and mixed | every prefix: see `prefixes.rs` | by the prefix |
 //! | builds with the configuration of the test kernels | the series | by the series |
@@ -64,7 +64,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     })
 }
 
-/// The source that test kernels are made of: everything.
+/// All checks, on the source of the test kernels.
 fn on_base(options: &Options, series: &Series, base: &Source, report: &mut Report) -> Result<()> {
     let applies = every_prefix_applies(series, base, report)?;
     checkpatch(series, base, report)?;
@@ -176,7 +176,7 @@ fn on_newest(series: &Series, base: &Source, no_build: bool, report: &mut Report
     let count = series.patches.len();
     let prefixes = Prefixes::new(series, &newest, Honoured::Ours)?;
     for &variant in Variant::ALL {
-        // The most important checks first: the rest finds faults of single patches.
+        // The most important checks first; the others find faults of single patches.
         prefixes.check(variant, count..=count, report)?;
     }
     prefixes.check(Variant::On, 1..=count, report)

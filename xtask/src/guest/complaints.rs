@@ -32,7 +32,7 @@ const WORDS: &[&str] = &[
 const RACE: &str = "BUG: KCSAN: ";
 const RACE_END: &str = "==========";
 
-/// Parts of the names of functions that are of the series or that it changes.
+/// Parts of the names of functions that the series adds or changes.
 const OURS: &[&str] = &["page_reporting", "prb_", "prw_", "prs_", "virtballoon"];
 
 /// Lines by which a kernel reports a fault.
@@ -79,7 +79,7 @@ pub(super) fn races(console: &str) -> Vec<Race<'_>> {
 mod tests {
     use super::*;
 
-    /// A first line in the form of each kind of report, with names of our own.
+    /// A first line in the format of each kind of report, with our own names.
     const REPORTS: &[&str] = &[
         "[    9.1] BUG: KASAN: slab-use-after-free in fetch_it+0x11/0x22",
         "[    9.1] BUG: KCSAN: data-race in fetch_it / store_it",

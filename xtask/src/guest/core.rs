@@ -1,8 +1,8 @@
 //! `cargo xtask guest core`: the core of the patches in user space, against a model.
 //!
-//! The core's files are new in the series, so that they come out of the patches alone: no
-//! kernel source is needed. `guest-patches/userspace` has the rest. Each build runs a number
-//! of random traces; builds with a planted bug must fail, by the words that the bug deserves.
+//! The series adds the core's files, so they can be extracted from the patches without a kernel source.
+//! `guest-patches/userspace` has the rest. Each build runs random traces; builds with a planted bug must fail with the
+//! expected message.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use super::series::{self, Scratch, Series};
 use crate::apt::{self, Need};
 use crate::paths;
 
-/// What the core consists of.
+/// Files of the core.
 const FILES: [&str; 2] = ["mm/page_reporting_bitmap.c", "mm/page_reporting_bitmap.h"];
 
 const TOOLS: &[Need] = &[
@@ -44,15 +44,15 @@ const GEOMETRIES: [(&str, &str); 2] = [
     ),
 ];
 
-/// Planted bugs, and what the model may say of each. A free that is not noted is lost, or
-/// what is noted of an earlier one has the wrong age.
+/// Planted bugs, and the model's possible messages for each. A free that is not recorded is lost, or the record of an
+/// earlier one has the wrong age.
 const BUGS: [(&str, &[&str]); 4] = [
     ("LOST", &["is lost", "was freed in pass"]),
     ("TWICE", &["is reported twice"]),
     ("IN_USE", &["is in use"]),
     ("ZONE", &["is read without its zone's lock"]),
 ];
-/// Traces in which a planted bug must be found.
+/// Number of traces within which a planted bug must be found.
 const BUG_TRACES: u64 = 5;
 
 #[derive(Debug, clap::Args)]
@@ -168,7 +168,7 @@ fn build(core: &Path, variable: &str, name: &str) -> Result<PathBuf> {
 fn trace(program: &Path, seed: u64, steps: u64) -> Result<(bool, String)> {
     let output = Command::new(program)
         .args([seed.to_string(), steps.to_string()])
-        // Traces end without clearing up.
+        // Traces end without freeing memory.
         .env("ASAN_OPTIONS", "detect_leaks=0")
         .stdin(Stdio::null())
         .output()

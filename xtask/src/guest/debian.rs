@@ -2,7 +2,7 @@
 //! checkout on the machine.
 //!
 //! ```text
-//! cache/debian-PACKAGE                the folder that was last found to be the newest
+//! cache/debian-PACKAGE                the folder that was newest at the last check
 //! cache/debian-PACKAGE_VERSION.part/  the package while it is downloaded and unpacked
 //! cache/debian-PACKAGE_VERSION/       appears complete, by a rename
 //!   boot/{vmlinuz,config}-RELEASE, [usr/]lib/modules/RELEASE/…, vmlinux if there is a need for it
@@ -64,10 +64,10 @@ const LEFT_OUT: [&str; 6] = [
 
 /// The release's kernel for cloud guests: what guests boot.
 pub(crate) const CLOUD: &[&str] = &["linux-image-cloud-amd64"];
-/// Linux 6.12 for cloud guests, where the release does not have it as [`CLOUD`].
+/// Linux 6.12 for cloud guests, for releases in which it is not [`CLOUD`].
 pub(crate) const CLOUD_6_12: &[&str] = &["linux-image-6.12-cloud-amd64", "linux-image-cloud-amd64"];
-/// A kernel for any machine: what the emulated host boots. The cloud kernel lacks 9p, and before
-/// Linux 6.7 the VMM reads page tables so slowly that it looks at them only now and then.
+/// A kernel for any machine: what the emulated host boots. The cloud kernel lacks 9p, and before Linux 6.7, reading
+/// page tables is so slow that the VMM does it only rarely.
 pub(crate) const GENERIC: &[&str] = &["linux-image-6.12-amd64", "linux-image-amd64"];
 
 /// Modules of a guest: every device that our VMM has, the power button, a file system for disks.
@@ -98,7 +98,7 @@ pub(crate) const HOST_MODULES: [&str; 9] = [
     "virtio_net",
 ];
 
-/// Where newer packages have modules, and the kernel beside them.
+/// Folder of modules, and of the kernel, in newer packages.
 const WITH_MODULES: &str = "usr/lib/modules";
 
 /// An unpacked kernel.
@@ -110,8 +110,8 @@ pub(crate) struct DebianKernel {
 }
 
 impl DebianKernel {
-    /// The kernel that the first of `packages` which the release has is or, for a meta-package,
-    /// stands for; downloaded if it is not there yet. `progress` is called with the bytes of the download so far and of all of it.
+    /// The kernel in the first available one of `packages`, or in the package behind a meta-package; downloaded if
+    /// necessary. `progress` is called with the downloaded and total bytes.
     pub(crate) fn fetch(packages: &[&str], progress: impl Fn(u64, u64) + Sync) -> Result<Self> {
         let again = || apt::fresh_offer(packages);
         Self::recorded(
@@ -122,13 +122,13 @@ impl DebianKernel {
         )
     }
 
-    /// The newest kernel for cloud guests that Debian packages, be it for a later release.
+    /// The newest kernel for cloud guests that Debian packages, even for a later release.
     pub(crate) fn fetch_newest() -> Result<Self> {
         let again = newest::fresh_cloud_image;
         Self::recorded("newest", newest::cloud_image, again, &|_, _| ())
     }
 
-    /// As it was found last time, if that is not long ago, or else what is on offer.
+    /// The kernel found last time, if that was recently, otherwise the one on offer.
     fn recorded(
         name: &str,
         offer: impl Fn() -> Result<Offer>,
@@ -136,7 +136,7 @@ impl DebianKernel {
         progress: &(impl Fn(u64, u64) + Sync),
     ) -> Result<Self> {
         let cache = paths::cache()?;
-        // Asking apt takes seconds on a busy machine, and a new kernel is not needed every day.
+        // Querying apt takes seconds on a busy machine, and a new kernel is not needed every day.
         let record = cache.join(format!("debian-{name}"));
         if let Some(found) = recorded(&record).and_then(|dir| Self::open(&dir).ok().flatten()) {
             return Ok(found);
@@ -149,8 +149,8 @@ impl DebianKernel {
         Ok(found)
     }
 
-    /// The folder of the kernel on offer. `again` asks the archive anew: it may have a newer version
-    /// in place of the one in the lists.
+    /// The folder of the kernel on offer. `again` queries the archive again, which may have replaced the version in the
+    /// lists by a newer one.
     fn unpacked(
         cache: &Path,
         offer: impl Fn() -> Result<Offer>,
@@ -276,7 +276,7 @@ impl DebianKernel {
     }
 }
 
-/// How long a kernel is used before the archive is asked for a newer one.
+/// How long a kernel is used before the archive is checked for a newer one.
 const RECORD_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// The folder that a record names, if the record is young.
@@ -298,7 +298,7 @@ struct Image {
 const PARTS: [&str; 3] = ["linux-base-", "linux-binary-", "linux-modules-"];
 
 impl Image {
-    /// What `offer` is, or stands for.
+    /// The image of `offer`, or of the package behind it.
     fn of(offer: Offer) -> Result<Self> {
         let named = |offer: &Offer, prefix| {
             let name = offer.dependency(prefix)?;
@@ -437,8 +437,8 @@ fn extract(package: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The packed kernel in a bzImage (Documentation/arch/x86/boot.rst), without the four bytes behind
-/// it that hold its unpacked size.
+/// The packed kernel in a bzImage (Documentation/arch/x86/boot.rst), without the four bytes after it that contain its
+/// unpacked size.
 fn payload(image: &[u8]) -> Option<&[u8]> {
     let word = |at: usize| {
         let bytes = image.get(at..at + 4)?;
@@ -526,7 +526,7 @@ mod tests {
     #[test]
     fn packed_text_comes_back_from_each_tool() {
         for (magic, _, tool) in PACKINGS {
-            // Not every machine has all of them.
+            // Not every machine has all tools.
             let Ok(mut child) = Command::new(tool)
                 .args(["-c", if tool == "lz4" { "-l" } else { "-k" }])
                 .stdin(Stdio::piped())

@@ -1,5 +1,5 @@
-//! A disk with a small Debian on it: the release of this machine with systemd and a login for root
-//! that asks for no password. It is made once and shared by every checkout; tests boot copies.
+//! A disk with a small Debian system: this machine's release with systemd and a root login without password. It is
+//! created once and shared by all checkouts; tests boot copies.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,21 +22,21 @@ const NEEDS: [Need; 2] = [
     },
 ];
 
-/// What makes it boot to a login. The kernel comes from elsewhere.
+/// Packages needed to boot to a login. The kernel is not on the disk.
 const PACKAGES: &str = "systemd-sysv,udev";
-/// The file system: the packages take 180 MiB. Tests hold a copy in memory.
+/// Size of the file system: the packages take 180 MiB. Tests keep a copy in memory.
 const SIZE: &str = "288M";
-/// While it is made: packages, unpacked, and the disk.
+/// Space needed to create it: packages, unpacked files, and the disk.
 const SPACE_BYTES: u64 = 1 << 30;
-/// Nobody reads them there.
+/// Folders that tests do not need.
 const LEFT_OUT: [&str; 4] = ["doc", "man", "locale", "info"];
-/// In the new root, by a shell outside it, as `$1`.
+/// Commands for a shell outside the new root, which is `$1`.
 const SET_UP: [&str; 2] = [
     "chroot \"$1\" passwd --delete root",
     "echo debian-guest > \"$1/etc/hostname\"",
 ];
 
-/// The disk's image; made if it is not there yet.
+/// The disk's image, created if it does not exist.
 pub(super) fn image() -> Result<PathBuf> {
     let suite = apt::release_codename()?;
     let left_out = LEFT_OUT.join(",");
@@ -60,7 +60,7 @@ fn make(suite: &str, dir: &Path) -> Result<()> {
     eprintln!("Making a disk with Debian {suite}, which takes minutes the first time");
     let part = dir.with_extension("part");
     if part.exists() {
-        // Of an interrupted run, with files of root's.
+        // Left by an interrupted run, with files owned by root.
         quiet(
             apt::as_root("rm", "making a disk with Debian")?
                 .args(["-rf", "--one-file-system"])

@@ -1,5 +1,4 @@
-//! Guests from distributions, for the tests: Debian's kernels for cloud guests, of every series
-//! that is tested, and a disk with Debian on it.
+//! Guests of distributions for tests: Debian's kernels for cloud guests of every tested series, and a disk with Debian.
 
 use std::path::{Path, PathBuf};
 
@@ -9,11 +8,11 @@ use super::debian::{self, DebianKernel};
 use super::debian_disk;
 use crate::paths;
 
-/// Series with a name of their own under `/guest`; the newest is there as `debian-newest`.
+/// Series with separate names under `/guest`; the newest is `debian-newest`.
 const SERIES: [&str; 2] = ["6.1", "6.12"];
 
-/// Names under `/guest` and the files. A series that this machine's release does not have is left
-/// out, and so is the newest if its archive cannot be reached.
+/// Names under `/guest` and the files. A series that this machine's release lacks is omitted, and so is the newest if
+/// its archive is unreachable.
 pub(super) fn publish(common: &Path) -> Result<Vec<(String, PathBuf)>> {
     let mut kernels: Vec<(String, DebianKernel)> = Vec::new();
     for packages in [debian::CLOUD, debian::CLOUD_6_12] {

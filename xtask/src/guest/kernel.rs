@@ -1,12 +1,12 @@
-//! The test kernels: Debian's kernel source with our configuration, and the same with our patch series and its unit tests.
-//! Tests need the second one alone; benchmarks compare both.
+//! The test kernels: Debian's kernel source with our configuration, and the same with our patch series and its unit
+//! tests. Tests need only the second one; benchmarks compare both.
 //!
 //! ```text
 //! cache/workshop-SOURCE/main/   objects of both, kept: the second kernel builds from the first
 //! cache/kernel-KEY/             vmlinux and bzImage; appears complete, by a rename
 //! ```
 //!
-//! KEY is a hash over everything the result depends on, so nothing is ever out of date.
+//! KEY is a hash over all inputs of the result, so a cached kernel is never out of date.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -37,14 +37,14 @@ pub(super) struct Kernel {
     /// Empty for the stock kernel.
     series: Series,
     fragment: String,
-    /// The tree of objects; without a name the one of stock and patched kernel, with which it shares nothing.
+    /// Name of a separate tree of objects; `None` for the shared tree of stock and patched kernel.
     objects: Option<&'static str>,
     expected_steps: usize,
     key: String,
 }
 
 impl Kernel {
-    /// Debian's source as it is.
+    /// Debian's unmodified source.
     pub(super) fn stock() -> Result<Self> {
         let source = Source::base()?;
         let key = key(&[
@@ -66,15 +66,16 @@ impl Kernel {
         })
     }
 
-    /// With the patch series: its options and its unit tests, which the kernel's command line can enable.
+    /// Debian's source with the patch series, its options and its unit tests, which the kernel's command line can
+    /// enable.
     pub(super) fn patched() -> Result<Self> {
         let ours = fragments(&["patched", "kunit"])?;
         let fragment = format!("{FRAGMENT}\n{ours}");
         Self::with_series("Patched test kernel", fragment, None)
     }
 
-    /// The patched kernel, small, with one kind of checking compiled in
-    /// (`config/KIND.config` over `config/sanitize.config`).
+    /// A small patched kernel with one kind of checking compiled in (`config/KIND.config` over
+    /// `config/sanitize.config`).
     pub(super) fn sanitized(kind: &'static str) -> Result<Self> {
         let fragment = fragments(&["sanitize", "patched", kind])?;
         let mut kernel = Self::with_series("Checking kernel", fragment, Some(kind))?;
@@ -123,7 +124,7 @@ impl Kernel {
         self.publish(&done, dir)
     }
 
-    /// The source from which [`Kernel::build`] takes the kernel, if not from a compiler.
+    /// The cache from which [`Kernel::build`] would take the kernel, if it need not be compiled.
     pub(super) fn cached(&self, dir: &Path) -> Result<Option<PathBuf>> {
         if self.is_published(dir) {
             return Ok(Some(dir.to_path_buf()));
@@ -132,7 +133,7 @@ impl Kernel {
         Ok(done.exists().then_some(done))
     }
 
-    /// What it is, for messages.
+    /// Its name, for messages.
     pub(super) fn what(&self) -> &'static str {
         self.what
     }
@@ -175,7 +176,7 @@ impl Kernel {
             ("arch/x86/boot/bzImage", "bzImage"),
             (".config", "config"),
         ] {
-            // Copies: the next build writes over these files.
+            // Copied, because the next build overwrites these files.
             fs::copy(objects.dir.join(from), beside.join(to))
                 .with_context(|| format!("copying {from}"))?;
         }

@@ -1,6 +1,5 @@
-//! `cargo xtask guest kunit`: the unit tests of the series in a kernel of their own, under
-//! emulation. The kernel says their results on its console in the form that KTAP describes
-//! (Documentation/dev-tools/ktap.rst).
+//! `cargo xtask guest kunit`: the unit tests of the series in a separate kernel, under emulation. The kernel prints
+//! their results on its console in the KTAP format (Documentation/dev-tools/ktap.rst).
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -12,7 +11,7 @@ use super::emulator::Machine;
 use super::kernel::Kernel;
 use crate::paths;
 
-/// From power on to off, on a busy machine.
+/// Time from power-on to power-off, on a busy machine.
 const DEADLINE: Duration = Duration::from_secs(900);
 /// Lines of the console shown when the kernel ends before its tests.
 const QUOTED_LINES: usize = 40;
@@ -27,7 +26,7 @@ pub(crate) struct Options {
     verbose: bool,
 }
 
-/// Builds the kernel, runs the tests and shows what became of them.
+/// Builds the kernel, runs the tests and shows their results.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let dir = paths::guest().join("patched");
     Kernel::patched()?.build(&dir)?;
@@ -66,7 +65,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
             eprintln!("  | {line}");
         }
     }
-    // Read by machines, so it stands alone.
+    // Machine-readable, so it is on a separate line.
     println!(
         "{} passed, {} failed, {} skipped",
         results.passed,
@@ -103,7 +102,7 @@ fn is_result(line: &str) -> bool {
     line.starts_with("ok ") || line.starts_with("not ok ")
 }
 
-/// What the console said of tests.
+/// Results of tests from the console.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Results {
     passed: usize,
@@ -115,8 +114,8 @@ struct Results {
 }
 
 impl Results {
-    /// Reads KTAP: a result is a test's if no deeper results came before it, else it sums
-    /// those up. Each level is indented by four blanks.
+    /// Parses KTAP: a result belongs to a test if no deeper results precede it; otherwise it summarises those. Each
+    /// level is indented by four blanks.
     fn read(console: &str) -> Self {
         let mut results = Self::default();
         let mut suites: Vec<(usize, String)> = Vec::new();

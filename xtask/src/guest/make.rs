@@ -49,7 +49,7 @@ const CCACHE: Need = Need {
     package: "ccache",
     why: "spares checks of the kernel patches what was compiled before",
 };
-/// Two kernel sources with three configurations each are a quarter of it.
+/// Two kernel sources with three configurations each take a quarter of it.
 const CCACHE_SIZE: &str = "2G";
 
 /// A tree of objects of one source.
@@ -62,8 +62,8 @@ pub(super) struct Objects {
 }
 
 impl Objects {
-    /// Configures with `fragment` over `allnoconfig`, with the defaults of what that makes
-    /// possible. Only what a changed option touches is built anew.
+    /// Configures with `fragment` over `allnoconfig`, with the defaults of options that become available. Only files
+    /// affected by a changed option are rebuilt.
     pub(super) fn configure(&self, fragment: &str) -> Result<()> {
         let fragment_path = self.write_fragment(fragment)?;
         quiet(self.make().arg("allnoconfig"))?;
@@ -78,9 +78,8 @@ impl Objects {
         config::check(fragment, &self.config()?)
     }
 
-    /// Configures with `fragment` and nothing besides what that needs; `honoured` is what the
-    /// kernel must take of it. `state` names all that the result depends on: the tool is run
-    /// only when it has changed.
+    /// Configures with `fragment` and its dependencies only; `honoured` is the part that the kernel must accept.
+    /// `state` identifies all inputs: the tool runs only if it has changed.
     pub(super) fn configure_only(&self, fragment: &str, honoured: &str, state: &str) -> Result<()> {
         let record = self.dir.join("configured");
         if fs::read_to_string(&record).is_ok_and(|old| old == state) {
@@ -106,7 +105,7 @@ impl Objects {
         Ok(path)
     }
 
-    /// The configuration as the kernel's tool has written it.
+    /// The configuration as written by the kernel's tool.
     pub(super) fn config(&self) -> Result<String> {
         let path = self.dir.join(".config");
         fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
@@ -141,8 +140,8 @@ impl Objects {
             .collect())
     }
 
-    /// `make` for an out-of-tree build whose result depends on nothing outside its key, at
-    /// low priority because it may run for minutes beside other work.
+    /// `make` for an out-of-tree build whose result depends on nothing outside its key, at low priority, because it may
+    /// run for minutes concurrently with other work.
     fn make(&self) -> Command {
         let mut output = std::ffi::OsString::from("O=");
         output.push(&self.dir);
@@ -167,8 +166,8 @@ impl Objects {
     }
 }
 
-/// Makes a copy of a tree of objects, from which another configuration builds quicker than
-/// from nothing. Times are kept, because make compares them.
+/// Copies a tree of objects, from which another configuration builds faster than from scratch. Times are kept, because
+/// make compares them.
 pub(super) fn copy_tree(from: &Path, to: &Path) -> Result<()> {
     let beside = to.with_extension("copying");
     if beside.exists() {
@@ -185,7 +184,7 @@ pub(crate) fn quiet(command: &mut Command) -> Result<()> {
     output(command).map(drop)
 }
 
-/// What a short step prints to its standard output.
+/// The standard output of a short step.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
     let output = command
         .stdin(Stdio::null())

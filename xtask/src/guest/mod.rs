@@ -1,4 +1,4 @@
-//! `cargo xtask guest …`: what test guests boot, and the kernel patch series.
+//! `cargo xtask guest …`: kernels and images of test guests, and the kernel patch series.
 //!
 //! ```text
 //! linux-source package + stock.config ─→ cache/kernel-KEY/{vmlinux,bzImage} ─→ target/guest/stock/
@@ -60,14 +60,14 @@ pub(crate) fn source_version() -> Result<String> {
 pub(crate) struct Artefacts {
     /// The initramfs of kernels whose drivers are built in.
     pub(crate) initramfs: PathBuf,
-    /// The kernel that was compiled; without one there is Debian's.
+    /// The compiled kernel; if `None`, Debian's is used.
     pub(crate) ours: Option<Built>,
     pub(crate) debian: Option<Unpacked>,
-    /// What [`Artefacts::add_distributions`] has made: names under `/guest`, and the files.
+    /// Files of [`Artefacts::add_distributions`]: names under `/guest`, and paths.
     distributions: Vec<(String, PathBuf)>,
 }
 
-/// A kernel of ours in its two forms.
+/// Our kernel in its two formats.
 #[derive(Debug, Clone)]
 pub(crate) struct Built {
     is_patched: bool,
@@ -79,12 +79,12 @@ pub(crate) struct Built {
 #[derive(Debug, Clone)]
 pub(crate) struct Unpacked {
     pub(crate) vmlinuz: PathBuf,
-    /// Unpacked; it starts sooner.
+    /// The unpacked kernel, which starts faster.
     pub(crate) vmlinux: PathBuf,
     pub(crate) initramfs: PathBuf,
 }
 
-/// A kernel that must be there.
+/// A required kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Wanted {
     /// Debian's binary kernel for cloud guests, with its modules; nothing is compiled
@@ -96,7 +96,7 @@ pub(crate) enum Wanted {
 }
 
 impl Wanted {
-    /// The kernel if it has to be compiled, and its folder.
+    /// The kernel if it must be compiled, and its folder.
     fn compiled(self) -> Result<Option<(Kernel, PathBuf)>> {
         let (kernel, folder) = match self {
             Self::Debian => return Ok(None),
@@ -122,7 +122,7 @@ impl Artefacts {
         Ok(())
     }
 
-    /// What `/guest` of a testbed has: a name there and the file here.
+    /// Content of a testbed's `/guest`: names there and files here.
     pub(crate) fn files(&self) -> Vec<(&str, &PathBuf)> {
         let mut files = vec![("initramfs.cpio.gz", &self.initramfs)];
         if let Some(ours) = &self.ours {
@@ -189,7 +189,7 @@ pub(crate) fn build_kernels(kernels: &[Wanted]) -> Result<()> {
     Ok(())
 }
 
-/// Makes sure that the Debian packages are there which [`build`] needs for [`Wanted::Debian`].
+/// Ensures that the Debian packages are installed that [`build`] needs for [`Wanted::Debian`].
 pub(crate) fn ensure_tools() -> Result<()> {
     debian::ensure_tools()?;
     initramfs::ensure_tools()

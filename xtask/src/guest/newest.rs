@@ -1,5 +1,5 @@
-//! The newest kernels that Debian packages, as source and as binary, for a look ahead: the lists are
-//! kept in the cache, and the machine's own sources stay as they are.
+//! The newest kernels that Debian packages, as source and as binary, to detect problems early. Package lists are kept
+//! in the cache, and the machine's own sources are unchanged.
 
 use std::fs;
 use std::path::{Path, PathBuf};

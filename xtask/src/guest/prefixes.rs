@@ -19,7 +19,7 @@ use super::stamp::Stamp;
 use super::variant::{Files, Variant, kconfig_key};
 use crate::paths;
 
-/// Incremented when the check gets stricter.
+/// Incremented when the check becomes stricter.
 const CHECK_VERSION: &str = "3";
 /// Steps of a full build, for the progress display.
 const EXPECTED_STEPS: usize = 800;
@@ -28,11 +28,11 @@ const EXPECTED_STEPS: usize = 800;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Honoured {
     All,
-    /// Those that the series brings.
+    /// Options of the series.
     Ours,
 }
 
-/// The parts that are checked with any options.
+/// The prefixes to check, with common data for all options.
 #[derive(Debug)]
 pub(super) struct Prefixes<'a> {
     series: &'a Series,
@@ -42,7 +42,7 @@ pub(super) struct Prefixes<'a> {
     options: Honoured,
 }
 
-/// What is opened when a prefix is not known to be good.
+/// Resources that are opened only if a prefix must be checked.
 #[derive(Debug)]
 struct Bench {
     tree: BuildTree,
@@ -62,7 +62,7 @@ impl<'a> Prefixes<'a> {
         })
     }
 
-    /// Builds and boots those of `range` (1 is the first patch alone) that are not known to.
+    /// Builds and boots the prefixes in `range` (1 is the first patch alone) that have not passed before.
     pub(super) fn check(
         &self,
         variant: Variant,
@@ -135,7 +135,7 @@ impl<'a> Prefixes<'a> {
 
     fn one(&self, bench: &Bench, variant: Variant, index: usize) -> Result<()> {
         let vmlinux = self.link(bench, variant, &bench.contents[index])?;
-        // Prefixes that differ in nothing that is built are the same kernel.
+        // Prefixes that do not differ in built files yield the same kernel.
         let kernel = file_key(&vmlinux)?;
         boots(&vmlinux, &kernel, &bench.initramfs, None)?;
         if index == self.series.patches.len() {
@@ -150,7 +150,7 @@ impl<'a> Prefixes<'a> {
         bench.tree.put(contents)?;
         let configuration = self.files.of(variant);
         let fragment = configuration.fragment(contents);
-        // Newer kernels have other names for some options, or no choice.
+        // Newer kernels have renamed or removed some options.
         let honoured = match self.options {
             Honoured::All => fragment.clone(),
             Honoured::Ours => configuration.ours(contents),

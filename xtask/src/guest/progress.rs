@@ -24,7 +24,7 @@ const QUOTED_LINES: usize = 30;
 #[derive(Debug)]
 pub(crate) struct Steps<'a> {
     pub(crate) what: &'a str,
-    /// Roughly how many steps a full build takes, where it may be one.
+    /// Approximate number of steps of a full build, if this may be one.
     pub(crate) expected: Option<usize>,
     /// Continues the count of an interrupted build.
     pub(crate) log: &'a Path,
@@ -121,7 +121,7 @@ impl Steps<'_> {
     }
 }
 
-/// Kbuild says each step as two blanks, a word in capitals, and a file.
+/// Kbuild prints each step as two blanks, a word in capitals, and a file.
 fn is_step(line: &str) -> bool {
     line.strip_prefix("  ")
         .and_then(|rest| rest.chars().next())

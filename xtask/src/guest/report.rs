@@ -36,7 +36,7 @@ impl Report {
 
     /// Prints the summary line; true if nothing failed.
     pub(super) fn close(&self) -> bool {
-        // Machine-readable, so it stands alone.
+        // Machine-readable, so it is on a separate line.
         println!(
             "{} passed, {} failed, {} skipped",
             self.passed, self.failed, self.skipped

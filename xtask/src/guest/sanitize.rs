@@ -26,7 +26,7 @@ const SPARE: Duration = Duration::from_secs(1200);
 /// Lines of the console shown when the stress ends early.
 const QUOTED_LINES: usize = 40;
 
-/// What a kernel can look for.
+/// The kinds of checking that a kernel can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, strum::IntoStaticStr)]
 #[strum(serialize_all = "lowercase")]
 enum Kind {
@@ -122,7 +122,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     })
 }
 
-/// The guests' initramfs, with stress-ng if that is wanted.
+/// The guests' initramfs, with stress-ng if requested.
 fn image(options: &Options) -> Result<PathBuf> {
     let plain = paths::guest().join("initramfs.cpio.gz");
     initramfs::build(&plain)?;
@@ -139,7 +139,7 @@ fn image(options: &Options) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// What the guest's init runs.
+/// The script of the guest's init.
 fn script(options: &Options) -> String {
     let (seconds, seed) = (options.seconds, options.seed);
     let (beside, after, churn) = if options.stress_ng {
@@ -177,7 +177,7 @@ fn stress(kind: Kind, dir: &Path, initramfs: &Path, options: &Options) -> Result
         command_line: &command_line,
         cpus: 2,
         arguments: &[
-            // A processor for each node, in a package of its own as on real machines.
+            // One processor per node, in separate packages as on real machines.
             "-smp",
             "2,sockets=2",
             "-m",

@@ -149,7 +149,7 @@ pub(super) fn config(name: &str) -> Result<String> {
 }
 
 impl Series {
-    /// Reads the series; one that is not there is empty.
+    /// Reads the series; a missing one is empty.
     pub(super) fn read() -> Result<Self> {
         Self::read_from(&folder())
     }
@@ -180,8 +180,8 @@ impl Series {
         Ok(Self { patches })
     }
 
-    /// The series as it is for `source`: with the parts of the newest `patches-VERSION` that
-    /// is not newer than it, in place of the patches' own for the same files.
+    /// The series for `source`: for some files, parts of the newest `patches-VERSION` that is not newer than `source`
+    /// replace the patches' own.
     pub(super) fn for_source(&self, source: &Source) -> Result<Self> {
         let mut patches = self.patches.clone();
         let folders = entries(&folder())?;
@@ -207,7 +207,7 @@ impl Series {
         self.patches.is_empty()
     }
 
-    /// Changes with the first `count` patches and with nothing else.
+    /// A key that depends only on the first `count` patches.
     pub(super) fn prefix_key(&self, count: usize) -> String {
         let texts: Vec<&str> = self.patches[..count]
             .iter()
@@ -255,7 +255,7 @@ fn parts_for(folders: &[String], version: Option<(u32, u32)>) -> Option<&str> {
     versions.max().map(|(_, name)| name)
 }
 
-/// Names of what is in a folder.
+/// Names of the entries of a folder.
 fn entries(folder: &Path) -> Result<Vec<String>> {
     fs::read_dir(folder)
         .with_context(|| format!("reading {}", folder.display()))?

@@ -1,7 +1,7 @@
 //! Names of patches after a refresh, and the `series` file that lists them.
 //!
-//! A patch is known by its subject. One whose subject is new takes the place of an old patch
-//! that nobody claims between the same neighbours, else a free number after its predecessor.
+//! A patch is identified by its subject. One with a new subject replaces an unclaimed old patch between the same
+//! neighbours; otherwise it gets a free number after its predecessor.
 
 use std::collections::BTreeSet;
 
@@ -80,14 +80,14 @@ fn new_name(previous: Option<&str>, next: Option<(u32, usize)>, git: &str) -> Re
     Ok(format!("{own:0digits$}{rest}"))
 }
 
-/// The series file with `new` names; comments stay before the patch that they stood before.
+/// The series file with `new` names; each comment stays before its patch.
 pub(super) fn rewrite(old: &str, new: &[String]) -> String {
     let mut comments: Vec<(Option<String>, String)> = Vec::new();
     let mut pending = String::new();
     for line in old.lines() {
         let name = names(line).next().map(str::to_string);
         match name {
-            // What stood before a patch that is gone stays for the next one.
+            // The comment of a removed patch moves to the next one.
             Some(name) if new.contains(&name) => {
                 comments.push((Some(name), std::mem::take(&mut pending)));
             }

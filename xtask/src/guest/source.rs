@@ -27,17 +27,17 @@ const TARBALL: &str = "/usr/src/linux-source-6.12.tar.xz";
 /// The folder inside the tarball.
 const FOLDER: &str = "linux-source-6.12";
 
-/// The source unpacked, objects of one configuration, and the kernels, by measurement, rounded up.
+/// Size of the unpacked source, objects of one configuration, and the kernels, as measured, rounded up.
 const BUILT_BYTES: u64 = 2300 << 20;
 
 /// A kernel source that is packaged but perhaps not unpacked yet.
 #[derive(Debug, Clone)]
 pub(super) struct Source {
-    /// What it is, for messages.
+    /// Its name, for messages.
     pub(super) name: String,
     /// The version of its Debian package.
     pub(super) package_version: String,
-    /// Names it in the cache.
+    /// Its name in the cache.
     pub(super) key: String,
     pub(super) tarball: PathBuf,
     /// The folder inside the tarball.
@@ -68,7 +68,7 @@ impl Source {
         parse_version(version)
     }
 
-    /// The unpacked source, which must not be written. The caller holds the cache.
+    /// The unpacked source, which must not be modified. The caller holds the cache's lock.
     pub(super) fn unpack(&self, _lock: &Lock) -> Result<PathBuf> {
         let cache = paths::cache()?;
         let source = cache.join(format!("source-{}", self.key));

@@ -1,4 +1,4 @@
-//! Records what has passed.
+//! Records which checks have passed.
 
 use std::fs;
 use std::path::PathBuf;

@@ -16,7 +16,7 @@ const PACKAGE: Need = Need {
 };
 const PROGRAM: &str = "/usr/bin/stress-ng";
 
-/// The program with its libraries, where it looks for them.
+/// The program and its libraries, at the paths where it expects them.
 pub(super) fn archive() -> Result<Vec<u8>> {
     apt::ensure(&[PACKAGE])?;
     let output = Command::new("ldd").arg(PROGRAM).output();
@@ -31,7 +31,7 @@ pub(super) fn archive() -> Result<Vec<u8>> {
     let said = String::from_utf8_lossy(&output.stdout);
     for path in libraries(&said).chain([PROGRAM]) {
         let contents = fs::read(path).with_context(|| format!("reading {path}"))?;
-        // Every folder on the way, the upper ones first.
+        // All parent folders, the upper ones first.
         let above: Vec<&Path> = Path::new(path).ancestors().skip(1).collect();
         for folder in above.into_iter().rev() {
             let name = folder.to_string_lossy().trim_matches('/').to_string();
@@ -44,7 +44,7 @@ pub(super) fn archive() -> Result<Vec<u8>> {
     Ok(archive.finish())
 }
 
-/// Paths in the words of ldd: `NAME => PATH (ADDRESS)`, or `PATH (ADDRESS)` of the loader.
+/// Paths in the output of ldd: `NAME => PATH (ADDRESS)`, or `PATH (ADDRESS)` of the loader.
 fn libraries(said: &str) -> impl Iterator<Item = &str> {
     said.lines()
         .filter_map(|line| line.split_ascii_whitespace().find(|w| w.starts_with('/')))

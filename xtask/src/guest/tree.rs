@@ -5,8 +5,8 @@
 //!                                ←─ refresh ─ TREE, in which commits may be new, changed, moved
 //! ```
 //!
-//! With `--newest` the same for Debian's newest source; refresh then writes only the parts in
-//! which its commits differ from the patches, to `patches-VERSION`.
+//! `--newest` does the same for Debian's newest source; `refresh` then writes only the parts in which its commits
+//! differ from the patches to `patches-VERSION`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -28,7 +28,7 @@ const GIT: Need = Need {
     package: "git",
     why: "keeps the patch series as commits",
 };
-/// Names the commit of the unpatched source.
+/// Tag of the commit of the unpatched source.
 const BASE: &str = "base";
 
 #[derive(Debug, clap::Args)]
@@ -89,7 +89,7 @@ pub(crate) fn apply(options: &Options) -> Result<()> {
         let path = dir.join(".git").join(&patch.name);
         fs::write(&path, &patch.text).with_context(|| format!("writing {}", path.display()))?;
         let mut am = git(&dir);
-        // Equal patches make equal commits.
+        // Equal patches yield equal commits.
         am.args(["am", "--quiet", "--committer-date-is-author-date"]);
         text(am.arg(&path)).with_context(|| {
             format!(
@@ -114,7 +114,7 @@ fn commit_base(dir: &Path, source: &Source) -> Result<()> {
     ] {
         text(git(dir).args(["config", key, value]))?;
     }
-    // The kernel ignores some files that its source has.
+    // The kernel's ignore rules match some files of its source.
     text(git(dir).args(["add", "--all", "--force"]))?;
     let message = format!("{}\n", source.name);
     text(git(dir).args(["commit", "--quiet", "--no-verify", "--message", &message]))?;
@@ -122,7 +122,7 @@ fn commit_base(dir: &Path, source: &Source) -> Result<()> {
     Ok(())
 }
 
-/// Writes the tree's commits back as the series.
+/// Converts the tree's commits back to the series.
 pub(crate) fn refresh(options: &Options) -> Result<()> {
     ensure_git()?;
     let dir = options.dir()?;
@@ -148,7 +148,7 @@ pub(crate) fn refresh(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Every commit since the base as a patch, whose name is git's.
+/// Every commit since the base as a patch, with git's name.
 fn format_patches(dir: &Path) -> Result<Vec<Patch>> {
     let out = paths::guest().join(format!("refreshing-{}", std::process::id()));
     fs::create_dir_all(&out).with_context(|| format!("creating {}", out.display()))?;
@@ -185,7 +185,7 @@ fn format_patches(dir: &Path) -> Result<Vec<Patch>> {
     result
 }
 
-/// Without what differs from tree to tree and says nothing, and with a line for each field.
+/// Removes irrelevant fields that differ between trees, and puts each field on one line.
 fn plain_header(text: &str) -> String {
     let (header, rest) = text.split_once("\n\n").unwrap_or((text, ""));
     let header = header.replace("\n ", " ");
@@ -223,7 +223,7 @@ fn write_parts(old: &Series, commits: &[Patch], names: &[String], source: &Sourc
     Ok(())
 }
 
-/// Writes what differs; the number of patches written.
+/// Writes patches that differ; returns their number.
 fn write(old: &Series, commits: &[Patch], names: &[String]) -> Result<usize> {
     let folder = series::folder();
     let patches = folder.join("patches");

@@ -1,5 +1,5 @@
-//! Configurations of the small kernel that the prefixes of the series are checked with
-//! (`guest-patches/config/check.config`), and which of the series' own options a prefix has.
+//! Configurations of the small kernel with which the prefixes of the series are checked
+//! (`guest-patches/config/check.config`), and the series' own options in each prefix.
 
 use anyhow::Result;
 use strum::VariantArray as _;
@@ -7,7 +7,7 @@ use strum::VariantArray as _;
 use super::cache::key;
 use super::series::{self, Contents};
 
-/// The series' own options: all on, all off, or on where much of what they work with is not.
+/// The series' own options: all on, all off, or on while many related kernel options are off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
 #[strum(serialize_all = "lowercase")]
 pub(super) enum Variant {
@@ -16,7 +16,7 @@ pub(super) enum Variant {
     Mixed,
 }
 
-/// Options of the small kernel that the series can do without.
+/// Options of the small kernel that the series does not need.
 const MIXED: &str = "CONFIG_SMP=n\nCONFIG_NR_CPUS=1\nCONFIG_JUMP_LABEL=n\nCONFIG_SUSPEND=n\n\
                      CONFIG_NUMA=n\nCONFIG_SPARSEMEM_VMEMMAP=n\nCONFIG_MEMORY_HOTPLUG=n\n\
                      CONFIG_MEMORY_HOTREMOVE=n\nCONFIG_VIRTIO_MEM=n\nCONFIG_CMA=n\n\
@@ -28,7 +28,7 @@ const MIXED: &str = "CONFIG_SMP=n\nCONFIG_NR_CPUS=1\nCONFIG_JUMP_LABEL=n\nCONFIG
 impl Variant {
     pub(super) const ALL: &'static [Self] = Self::VARIANTS;
 
-    /// Names its tree of objects, too.
+    /// Its name, also that of its tree of objects.
     pub(super) fn name(self) -> &'static str {
         self.into()
     }
@@ -42,17 +42,17 @@ impl Variant {
     }
 }
 
-/// The options that a variant is made of.
+/// The options of a variant.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Configuration<'a> {
     /// The small kernel's.
     small: &'a str,
-    /// What the series brings.
+    /// The options of the series.
     ours: &'a str,
     variant: Variant,
 }
 
-/// The two files that configurations are made of.
+/// The two files from which configurations are composed.
 #[derive(Debug)]
 pub(super) struct Files {
     small: String,
@@ -77,12 +77,12 @@ impl Files {
 }
 
 impl Configuration<'_> {
-    /// Names everything that it is made of.
+    /// A key that depends on all of its content.
     pub(super) fn key(&self) -> String {
         key(&[self.small, self.ours, MIXED, self.variant.name()])
     }
 
-    /// For a prefix of the series.
+    /// The fragment for a prefix of the series.
     pub(super) fn fragment(&self, contents: &Contents) -> String {
         let ours = self.ours(contents);
         match self.variant {
@@ -91,7 +91,7 @@ impl Configuration<'_> {
         }
     }
 
-    /// The series' own options, without those that a prefix does not bring yet.
+    /// The series' own options, without those that a prefix does not add yet.
     pub(super) fn ours(&self, contents: &Contents) -> String {
         let known = self.ours.lines().filter(|line| {
             line.split_once('=')
@@ -138,7 +138,7 @@ fn is_declared(option: &str, contents: &Contents) -> bool {
         })
 }
 
-/// Names the files of a prefix that its configuration depends on.
+/// A key that depends on a prefix's files that affect its configuration.
 pub(super) fn kconfig_key(contents: &Contents) -> String {
     let texts: Vec<String> = contents
         .iter()

@@ -17,12 +17,12 @@ const NEEDS: [Need; 1] = [Need {
     package: "mmdebstrap",
     why: "makes the Debian root that the package is installed in",
 }];
-/// Besides the essential packages: what checks the units, and what the package depends on.
+/// Packages besides the essential ones: the tool that checks the units, and the package's dependencies.
 const PACKAGES: &str = "systemd,procps";
 /// The archive and one unpacked root.
 const SPACE_BYTES: u64 = 1 << 30;
 
-/// Units, with the highest exposure that `systemd-analyze security` may find, in tenths; 0 is the best of 0 to 100.
+/// Units, with the maximum exposure that `systemd-analyze security` may report, in tenths: 0 (best) to 100.
 const UNITS: [(&str, u32); 2] = [
     ("ch-fleet-agent.service", 50),
     ("cloud-hypervisor@web.service", 20),
@@ -76,7 +76,7 @@ pub(super) fn check(package: &Path, programs: &[&str]) -> Result<()> {
     root.run(&["timeout", "60", "sh", "-c", START])?;
     println!("ch-fleet agent and cloud-hypervisor: started, answered and ended");
     for (unit, most) in UNITS {
-        // No manual pages can be shown there: man is not installed.
+        // Manual pages are not checked, because man is not installed there.
         root.run(&["systemd-analyze", "verify", "--man=no", unit])?;
         let threshold = format!("--threshold={most}");
         let report = root.run(&[
@@ -111,7 +111,7 @@ fn docs_of(program: &str) -> [String; 4] {
     ]
 }
 
-/// The root as an archive; made once for all checkouts.
+/// The root as an archive, created once for all checkouts.
 fn archive() -> Result<PathBuf> {
     let suite = apt::release_codename()?;
     let cache = paths::cache()?;
@@ -165,7 +165,7 @@ impl Root {
         Ok(name.trim().to_owned())
     }
 
-    /// Runs a command in the root, with a /proc of its own, and returns its output. What it has started ends with it.
+    /// Runs a command in the root with a separate /proc, and returns its output. Its child processes end with it.
     fn run(&self, words: &[&str]) -> Result<String> {
         let mut command = apt::as_root("unshare", TASK)?;
         command
@@ -180,7 +180,7 @@ impl Root {
         output(&mut command).with_context(|| format!("in a clean root: {}", words.join(" ")))
     }
 
-    /// All files and folders, without what every package changes.
+    /// All files and folders, except those that every package changes.
     fn files(&self) -> Result<BTreeSet<PathBuf>> {
         let mut find = apt::as_root("find", TASK)?;
         find.arg(&self.path)

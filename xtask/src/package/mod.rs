@@ -1,10 +1,10 @@
 //! `cargo xtask package`: the Debian package of the four programs.
 //!
 //! ```text
-//! bin/cloud-hypervisor/Cargo.toml          what is in it, and where
+//! bin/cloud-hypervisor/Cargo.toml          its contents and their paths
 //! target/PROFILE/{cloud-hypervisor,…}      the programs
-//! target/PROFILE/docs/                     manual pages and completions, which the programs write
-//! target/package/NAME.deb                  the package, made twice and compared
+//! target/PROFILE/docs/                     manual pages and completions, written by the programs
+//! target/package/NAME.deb                  the package, built twice and compared
 //! ```
 
 mod clean_root;
@@ -36,7 +36,7 @@ const NEEDS: [Need; 2] = [
     },
 ];
 
-/// What must not change the package, one row for each build: a time zone and a language.
+/// Environment that must not affect the package, one row per build: a time zone and a language.
 const BUILDS: [[(&str, &str); 2]; 2] = [
     [("TZ", "UTC"), ("LC_ALL", "C.UTF-8")],
     [("TZ", "Pacific/Kiritimati"), ("LC_ALL", "C")],
@@ -94,7 +94,7 @@ fn file_name(path: &Path) -> Option<&str> {
     path.file_name().and_then(OsStr::to_str)
 }
 
-/// Makes the package once, in the empty folder `place`.
+/// Builds the package once, in the empty folder `place`.
 fn make(
     tool: &Path,
     profile: &str,

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 
 use crate::{cargo, paths};
 
-/// Packages under `bin/`, each of which makes one binary of its name.
+/// Packages under `bin/`, each of which builds one binary of its name.
 fn packages() -> Result<Vec<String>> {
     let dir = paths::workspace().join("bin");
     let mut names = Vec::new();
@@ -20,7 +20,7 @@ fn packages() -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Builds them, or only those that are named, with a cargo profile and returns their paths.
+/// Builds all of them, or only the named ones, with a cargo profile and returns their paths.
 pub(crate) fn build(profile: &str, only: &[String]) -> Result<Vec<PathBuf>> {
     let packages = match only {
         [] => packages()?,
@@ -34,7 +34,7 @@ pub(crate) fn build(profile: &str, only: &[String]) -> Result<Vec<PathBuf>> {
     Ok(built(profile, &packages))
 }
 
-/// Where these programs are.
+/// Paths of these programs.
 pub(crate) fn built(profile: &str, names: &[String]) -> Vec<PathBuf> {
     let dir = cargo::folder(profile);
     names.iter().map(|name| dir.join(name)).collect()

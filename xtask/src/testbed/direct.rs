@@ -21,7 +21,7 @@ use super::{Job, Outcome};
 use crate::paths;
 use crate::process::{self, Tie};
 
-/// What the half inside the namespaces has to know.
+/// Parameters of the process inside the namespaces.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Inside {
     /// Becomes the root; an empty directory
@@ -37,7 +37,7 @@ pub(crate) struct Inside {
     command: Vec<OsString>,
 }
 
-/// Runs the job and returns how its command ended.
+/// Runs the job and returns its command's result.
 pub(crate) fn run(job: &Job) -> Result<Outcome> {
     become_root()?;
     let root = paths::target().join("testbed-root");
@@ -70,7 +70,7 @@ pub(crate) fn run(job: &Job) -> Result<Outcome> {
         .env("PATH", path)
         .env("TESTBED", "direct")
         .env("GUEST_KERNEL", job.options.kernel.name());
-    // A direct run inside an emulated host keeps what guests need there.
+    // A direct run inside an emulated host keeps the parameters that guests need there.
     if std::env::var_os("GUEST_CMDLINE_EXTRA").is_none() {
         command.env("GUEST_CMDLINE_EXTRA", "");
     }
@@ -78,12 +78,12 @@ pub(crate) fn run(job: &Job) -> Result<Outcome> {
     let Some(ended) = process::wait(child, job.timeout())? else {
         return Ok(Outcome::TimedOut);
     };
-    // Killed itself, unshare has no status of the command.
+    // If unshare itself was killed, there is no status of the command.
     let code = ended.code().with_context(|| format!("unshare: {ended}"))?;
     Ok(Outcome::Exit(u8::try_from(code).unwrap_or(255)))
 }
 
-/// Starts this program again by sudo if it does not run as root.
+/// Restarts this program with sudo if it does not run as root.
 fn become_root() -> Result<()> {
     // SAFETY: geteuid takes nothing and always succeeds.
     if unsafe { libc::geteuid() } == 0 {

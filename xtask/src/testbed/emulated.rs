@@ -1,9 +1,8 @@
-//! The emulated host: QEMU without KVM, whose AMD processor has nested paging, so that the
-//! Linux inside has a KVM that boots Linux.
+//! The emulated host: QEMU without KVM. Its AMD processor has nested paging, so the KVM of the Linux inside can boot
+//! Linux.
 //!
-//! The initramfs is in a memfd, the plan and what comes back travel on pipes. The host is saved
-//! in the cache once it has booted ([`super::saved`]). QEMU is told by the kernel to die with this
-//! process, so nothing else is left behind however it ends.
+//! The initramfs is in a memfd; the plan and all output are transferred through pipes. Once the host has booted, it is
+//! saved in the cache ([`super::saved`]). The kernel kills QEMU when this process ends, so nothing else is left behind.
 //!
 //! ```text
 //! this process ── memfd: init ──→ QEMU -initrd
@@ -40,8 +39,7 @@ pub(crate) const QEMU: Need = Need {
 };
 pub(crate) const PROGRAM: &str = "qemu-system-x86_64";
 
-/// A host that is not ready after this will not be saved, and one that was saved but runs nothing
-/// is given up.
+/// Time limit until a host is ready to be saved, and until a saved host starts its command.
 const START_MAX: Duration = Duration::from_secs(120);
 
 /// Console text kept for the case that the machine ends without a status.
@@ -54,11 +52,11 @@ const CONSOLE_BYTES_MAX: usize = 32 * 1024;
 /// Periodic ticks bound the loss to one tick.
 const OUTER_TIMERS: &str = " highres=off nohz=off";
 
-/// Every processor feature QEMU emulates but two: it clears memory an instruction's iteration at a
-/// time, and without these Linux clears 8 bytes in each, not 1.
+/// All processor features that QEMU emulates except two: QEMU executes string instructions one iteration at a time, and
+/// without these features Linux clears 8 bytes per iteration instead of 1.
 const PROCESSOR: &str = "max,erms=off,fsrm=off";
 
-/// Runs the job and returns how its command ended.
+/// Runs the job and returns its command's result.
 pub(crate) fn run(job: &Job) -> Result<Outcome> {
     apt::ensure_from_backports(QEMU)?;
     let host = HostKernel::of(job)?;
@@ -102,22 +100,23 @@ pub(crate) fn run(job: &Job) -> Result<Outcome> {
     emulated.run(&start)?.outcome()
 }
 
-/// Devices of the caller's may not be saved, a counted run begins at its boot, and so does a console that is shown.
+/// Whether a saved host can be used: additional devices may not be savable, and counted runs and shown consoles must
+/// begin at boot.
 fn can_be_saved(options: &super::Options) -> bool {
     !options.icount && !options.console && options.qemu.is_none() && options.swap.is_none()
 }
 
-/// How the emulated host comes up.
+/// How the emulated host starts.
 #[derive(Debug)]
 enum Start<'a> {
     Boot,
-    /// And is saved when it is ready.
+    /// Boots, and is saved when it is ready.
     BootAndSave(&'a SavedHost),
-    /// As it was saved: where QEMU finds it.
+    /// Starts from a saved state, with QEMU's option for it.
     From(&'a str),
 }
 
-/// What runs of one job have in common.
+/// Common data of all runs of a job.
 #[derive(Debug)]
 struct Emulated<'a> {
     job: &'a Job,
@@ -156,10 +155,10 @@ impl Emulated<'_> {
         inherited.extend(
             [&stdout_end, &stderr_end, &status_end, &console_end].map(|end| end.as_raw_fd()),
         );
-        // QEMU's own words are for us, not for the command's output.
+        // QEMU's own messages must not be mixed with the command's output.
         command.stdout(io::stderr());
         let child = process::spawn_tied(&mut command, Tie::Kill, inherited)?;
-        // Only QEMU must hold the writing ends, or the readers below never see the end.
+        // Only QEMU may hold the writing ends, otherwise the readers below never see the end.
         drop((command, stdout_end, stderr_end, status_end, console_end));
         drop((plan_end, control_end));
 
@@ -171,7 +170,7 @@ impl Emulated<'_> {
             status: thread::spawn(move || read_status(status, &sender)),
             console: thread::spawn(move || keep_tail(console, show_console)),
         };
-        // The lines end early if QEMU does, which is found out below.
+        // The lines end early if QEMU ends, which is detected below.
         let says = |word| {
             lines
                 .recv_timeout(START_MAX)
@@ -183,9 +182,9 @@ impl Emulated<'_> {
         {
             eprintln!("testbed: the booted host was not saved: {error:#}");
         }
-        // Made now, because it has the time.
+        // Created now, because it contains the time.
         let bytes = plan::bytes(self.job)?;
-        // Takes no longer than the host lives: QEMU has the only reading end.
+        // Ends at the latest with the host, because QEMU has the only reading end.
         let sender = thread::spawn(move || plan.write_all(&bytes).map(|()| plan));
         let stands_still = matches!(start, Start::From(_)) && !says("start");
         let timeout = if stands_still {
@@ -209,7 +208,7 @@ impl Emulated<'_> {
 /// How a run of QEMU ended.
 #[derive(Debug)]
 struct Ended {
-    /// Nothing if its time ran out.
+    /// `None` on a timeout.
     ended: Option<ExitStatus>,
     /// The command was about to run.
     has_started: bool,
@@ -243,7 +242,7 @@ struct Readers {
 }
 
 impl Readers {
-    /// Waits for all of them: what the status port and the console said.
+    /// Waits for all of them; returns the output of the status port and of the console.
     fn join(self) -> (String, String) {
         for reader in [self.stdout, self.stderr] {
             reader.join().expect("a copying thread does not panic");
@@ -257,15 +256,15 @@ impl Readers {
     }
 }
 
-/// What the emulated host boots.
+/// The kernel of the emulated host.
 struct HostKernel {
     kernel: PathBuf,
-    /// What its init loads; nothing for a kernel that has all drivers built in.
+    /// Modules that its init loads; `None` for a kernel with all drivers built in.
     modules: Option<cpio::Archive>,
 }
 
 impl HostKernel {
-    /// Debian's for guests with Debian's, so that nothing has to be compiled; else ours.
+    /// Debian's kernel if the guests use Debian's, so that nothing must be compiled; otherwise ours.
     fn of(job: &Job) -> Result<Self> {
         if let Some(ours) = &job.artefacts.ours {
             return Ok(Self {
@@ -281,13 +280,12 @@ impl HostKernel {
     }
 }
 
-/// Processor, memory, kernel.
+/// Adds the options for processor, memory and kernel.
 fn machine(command: &mut Command, job: &Job, host: &HostKernel) {
     let options = &job.options;
     let mut append = String::from("console=ttyS0 quiet panic=-1");
     if host.modules.is_some() {
-        // A distribution's kernel guards against leaks that an emulated processor does not have,
-        // which costs time there.
+        // A distribution's kernel enables mitigations that an emulated processor does not need, which cost time.
         append.push_str(" mitigations=off");
     }
     command.args([
@@ -355,7 +353,7 @@ fn filesystems(command: &mut Command, job: &Job) {
     }
 }
 
-/// The outer machine's initramfs: its init, told by a folder that it is not a guest's.
+/// The outer machine's initramfs: the same init, with a folder that marks it as the outer machine's.
 fn initramfs(modules: Option<cpio::Archive>) -> Result<Vec<u8>> {
     let program = programs::build()?;
     let program =
@@ -377,8 +375,7 @@ fn fd_path(file: &impl std::os::fd::AsRawFd) -> String {
 #[allow(unsafe_code)]
 // UNSAFETY: std has no memfd.
 fn memfd(contents: &[u8]) -> Result<File> {
-    // SAFETY: the name is a NUL-terminated constant; a descriptor that the call returned is
-    // owned by nobody else.
+    // SAFETY: the name is a NUL-terminated constant; a descriptor returned by the call has no other owner.
     let mut file = unsafe {
         let fd = libc::memfd_create(c"testbed-initramfs".as_ptr(), libc::MFD_CLOEXEC);
         if fd < 0 {
@@ -393,7 +390,7 @@ fn memfd(contents: &[u8]) -> Result<File> {
 fn copy(mut from: PipeReader, mut to: impl io::Write) {
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(count @ 1..) = from.read(&mut buffer) {
-        // A reader of ours that has gone away (`| head`) does not end the command.
+        // A reader that has closed the pipe (`| head`) does not end the command.
         if to
             .write_all(&buffer[..count])
             .and_then(|()| to.flush())
@@ -426,20 +423,20 @@ fn read_status(from: PipeReader, lines: &Sender<String>) -> String {
     for line in BufReader::new(from).lines().map_while(Result::ok) {
         text.push_str(&line);
         text.push('\n');
-        // Nobody waits for the last ones.
+        // The receiver may be dropped before the last lines.
         lines.send(line).ok();
     }
     text
 }
 
-/// Finds `exit N` in what the status port said.
+/// Finds `exit N` in the output of the status port.
 fn exit_status(text: &str) -> Option<u8> {
     let code: i32 = text
         .lines()
         .find_map(|line| line.strip_prefix("exit "))?
         .parse()
         .ok()?;
-    // Anything outside a shell's range is a failure all the same.
+    // A code outside a shell's range is also a failure.
     Some(u8::try_from(code).unwrap_or(255))
 }
 

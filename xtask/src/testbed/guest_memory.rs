@@ -1,17 +1,17 @@
 //! One page of guest memory for the probe.
 #![allow(unsafe_code)]
-// UNSAFETY: KVM is given an address that it reads and writes on its own.
+// UNSAFETY: KVM receives an address that it reads and writes directly.
 
 use anyhow::{Context as _, Result, bail};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 
 const PAGE_BYTES: usize = 4096;
-/// Below 64 KiB, where real mode runs code without tricks.
+/// Below 64 KiB, where code can run in real mode.
 const ADDRESS: u64 = 0x1000;
 
-/// A page that belongs to KVM until the process ends: it is leaked on purpose, because a guest
-/// that hangs may still use it.
+/// A page that belongs to KVM until the process ends: it is leaked deliberately, because a hanging guest may still use
+/// it.
 #[derive(Debug)]
 pub(crate) struct GuestPage;
 
@@ -32,13 +32,12 @@ impl GuestPage {
             memory_size: PAGE_BYTES as u64,
             userspace_addr: page.0.as_ptr() as u64,
         };
-        // SAFETY: the page is aligned, of the size told, never freed, and no reference to it is
-        // kept here.
+        // SAFETY: the page is aligned, has the given size, is never freed, and no reference to it is kept here.
         unsafe { vm.set_user_memory_region(region) }.context("giving the VM memory")?;
         Ok(Self)
     }
 
-    /// Where the guest sees the page.
+    /// The page's address in the guest.
     pub(crate) fn address(&self) -> u64 {
         ADDRESS
     }

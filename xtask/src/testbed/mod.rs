@@ -1,9 +1,8 @@
 //! `cargo xtask testbed run -- COMMAND…`: COMMAND as root on a host whose KVM boots Linux.
 //!
-//! That host is this machine if its KVM is found to do it, else an outer machine emulated by
-//! QEMU. COMMAND finds the same in both: our binaries in PATH, kernels and initramfs under
-//! `/guest`, the shared directory at `/share`, and in its environment `TESTBED` and
-//! `GUEST_CMDLINE_EXTRA`.
+//! That host is this machine if its KVM can boot Linux, otherwise an outer machine emulated by QEMU. COMMAND has the
+//! same environment in both: our binaries in PATH, kernels and initramfs under `/guest`, the shared directory at
+//! `/share`, and the variables `TESTBED` and `GUEST_CMDLINE_EXTRA`.
 
 pub(crate) mod bins;
 mod direct;
@@ -26,11 +25,11 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::guest::{self, Artefacts, Wanted};
 
-/// Exit status for a command that ran out of time, as timeout(1) has it.
+/// Exit status for a command that ran out of time, as in timeout(1).
 const TIMED_OUT: u8 = 124;
 
-/// One: with several, QEMU's emulation of nested guests now and then drops what one processor
-/// asks of another, and a guest crashes or the whole machine stands still.
+/// One: with several, QEMU's emulation of nested guests occasionally loses inter-processor requests, and a guest
+/// crashes or the whole machine hangs.
 const DEFAULT_CPUS: u32 = 1;
 const DEFAULT_PROFILE: &str = "release";
 
@@ -116,12 +115,12 @@ pub(crate) enum KernelChoice {
 }
 
 impl KernelChoice {
-    /// For the environment variable `GUEST_KERNEL`.
+    /// Its value of the environment variable `GUEST_KERNEL`.
     pub(crate) fn name(self) -> &'static str {
         self.into()
     }
 
-    /// What has to be built for it.
+    /// The kernel to build for it.
     fn wanted(self) -> Wanted {
         match self {
             Self::Debian => Wanted::Debian,
@@ -153,18 +152,18 @@ impl Job {
     }
 }
 
-/// What other commands of ours choose about the testbed; the rest is `testbed run`'s default.
+/// Testbed settings of our other commands; the rest are the defaults of `testbed run`.
 #[derive(Debug, Default)]
 pub(crate) struct Surroundings {
-    /// Bytes of the emulated host.
+    /// Memory of the emulated host, bytes.
     pub(crate) memory: u64,
-    /// Found at /share.
+    /// Directory that the command finds at /share.
     pub(crate) share: Option<PathBuf>,
     pub(crate) icount: bool,
     pub(crate) kernel: KernelChoice,
-    /// Of our binaries, if not the default.
+    /// Profile of our binaries, if not the default.
     pub(crate) profile: Option<String>,
-    /// Our binaries that the command needs; all if there is none.
+    /// Our binaries that the command needs; all if empty.
     pub(crate) programs: Vec<String>,
     /// The caller has built them.
     pub(crate) are_built: bool,
@@ -247,18 +246,18 @@ fn run_job(options: Options) -> Result<Outcome> {
     }
 }
 
-/// Builds our programs as a testbed has them.
+/// Builds our programs as a testbed uses them.
 pub(crate) fn build_programs(profile: &str) -> Result<()> {
     bins::build(profile, &[]).map(drop)
 }
 
-/// Builds what a run with `profile` and this kernel needs and finds out whether it will be on an emulated host.
+/// Builds everything for a run with `profile` and this kernel, and returns whether the host will be emulated.
 pub(crate) fn emulates(profile: &str, kernel: KernelChoice) -> Result<bool> {
     let artefacts = guest::build(kernel.wanted())?;
     Ok(!kvm_boots_linux(&artefacts, &bins::build(profile, &[])?)?)
 }
 
-/// Makes what `--distributions` offers.
+/// Prepares the files for `--distributions`.
 pub(crate) fn prepare_distributions() -> Result<()> {
     guest::build_distributions()
 }

@@ -1,6 +1,5 @@
-//! What the emulated host is told to do, in the form its init reads (`tests/guest/src/outer.rs`):
-//! parts of the form `NAME LENGTH\n` and that many bytes, up to the part `end`. Lists have a NUL
-//! after each item.
+//! The plan for the emulated host, in the format that its init reads (`tests/guest/src/outer.rs`): parts of the form
+//! `NAME LENGTH\n` and that many bytes, up to the part `end`. Lists have a NUL after each item.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -12,11 +11,11 @@ use anyhow::{Context as _, Result};
 
 use super::{Job, KernelChoice};
 
-/// Where the outer machine puts our binaries.
+/// Folder of our binaries in the outer machine.
 const BIN_DIR: &str = "/opt/vmm/bin";
 
-/// Guests inside must not use the TSC-deadline timer: when the outer machine loses its
-/// interrupt (see `OUTER_TIMERS`), the guest's is gone too.
+/// Guests inside must not use the TSC-deadline timer: if the outer machine loses its interrupt (see `OUTER_TIMERS`),
+/// the guest's is lost, too.
 const GUEST_CMDLINE_EXTRA: &str = "lapic=notscdeadline";
 
 const SEED_BYTES: u64 = 64;
@@ -36,7 +35,7 @@ pub(super) fn bytes(job: &Job) -> Result<Vec<u8>> {
     part(&mut plan, "bins", &list(&job.bins));
     part(&mut plan, "guest", &list(links));
     if job.options.icount {
-        // A counted run repeats: nothing in it may differ from run to run.
+        // A counted run must be repeatable, so nothing may differ from run to run.
         part(&mut plan, "copy-guest", b"");
     } else {
         let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
@@ -69,7 +68,7 @@ fn seed() -> io::Result<Vec<u8>> {
     Ok(seed)
 }
 
-/// The caller's environment with what the testbed adds.
+/// The caller's environment with the testbed's additions.
 fn environment(kernel: KernelChoice) -> impl Iterator<Item = OsString> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut with_bins = OsString::from(format!("{BIN_DIR}:"));
@@ -84,7 +83,7 @@ fn environment(kernel: KernelChoice) -> impl Iterator<Item = OsString> {
         ("TESTBED".into(), "emulated".into()),
         ("GUEST_CMDLINE_EXTRA".into(), GUEST_CMDLINE_EXTRA.into()),
         ("GUEST_KERNEL".into(), kernel.name().into()),
-        // The command itself writes to a pipe.
+        // The command itself writes to a pipe, so it cannot detect the terminal.
         ("TESTBED_TERMINAL".into(), terminal.into()),
     ];
     std::env::vars_os()

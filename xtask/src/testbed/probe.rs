@@ -1,9 +1,8 @@
 //! Tests whether this machine's KVM boots Linux.
 //!
-//! `/dev/kvm` and every capability may be there and yet each instruction of an ordinary guest
-//! be emulated, a thousand times slower. So two guests are run, each bounded in time: a loop of
-//! four million instructions, and if that is quick, the test kernel under our own VMM. The
-//! answer holds until the next boot of the machine.
+//! Even if `/dev/kvm` and every capability exist, KVM may emulate each instruction of an ordinary guest, a thousand
+//! times slower. The probe therefore runs two guests with time limits: a loop of four million instructions and, if that
+//! is fast, the test kernel under our own VMM. The result is valid until the next boot of the machine.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
@@ -21,19 +20,19 @@ use crate::guest::Artefacts;
 use crate::paths;
 
 const DEVICE: &str = "/dev/kvm";
-/// Turns of the loop; two instructions each.
+/// Iterations of the loop, of two instructions each.
 const LOOP_TURNS: u32 = 2_000_000;
-/// A processor takes a few milliseconds, nested or not; the emulation met in practice a second.
+/// Maximum duration: a processor takes a few milliseconds, nested or not; emulation took one second in practice.
 const LOOP_MAX: Duration = Duration::from_millis(250);
-/// When a KVM that neither runs nor fails is given up.
+/// Time limit for a KVM that neither runs nor fails.
 const LOOP_HANGS: Duration = Duration::from_secs(10);
-/// From the start of our VMM to the guest's init; a second or so where it works.
+/// Time limit from the start of our VMM to the guest's init; about one second if it works.
 const BOOT_MAX: Duration = Duration::from_secs(30);
 
-/// What the guest's init prints first.
+/// First output of the guest's init.
 const INIT_MARKER: &str = "guest: init";
 
-/// Tries, or remembers the answer of an earlier try since the machine booted.
+/// Runs the probe, or returns the result of an earlier one since the machine booted.
 pub(crate) fn kvm_boots_linux(artefacts: &Artefacts, vmm: &Path) -> Result<bool> {
     let memory = Memory::open()?;
     if let Some(verdict) = memory.verdict() {
@@ -43,7 +42,7 @@ pub(crate) fn kvm_boots_linux(artefacts: &Artefacts, vmm: &Path) -> Result<bool>
         return Ok(false);
     }
     if let Err(reason) = try_linux(artefacts, vmm) {
-        // Not remembered: the fault may be our VMM's, which changes.
+        // Not stored, because the cause may be our VMM, which changes.
         eprintln!("testbed: this machine's KVM is not used: {reason:#}");
         return Ok(false);
     }
@@ -68,7 +67,7 @@ fn runs_code(memory: &Memory) -> Result<bool> {
     eprintln!(
         "testbed: this machine's KVM is not used: {reason:#}; guests run in an emulated host"
     );
-    // A device that is not there or not for this user may be so in a minute.
+    // A missing or inaccessible device may become available later.
     if Path::new(DEVICE).exists() && !is_denied(&reason) {
         memory.remember(false)?;
     }
@@ -83,7 +82,7 @@ fn is_denied(reason: &anyhow::Error) -> bool {
     })
 }
 
-/// The answer of an earlier try, which holds until the machine boots again.
+/// The stored result of an earlier probe, valid until the machine boots again.
 struct Memory {
     path: PathBuf,
     boot_id: String,
@@ -106,7 +105,7 @@ impl Memory {
     fn verdict(&self) -> Option<bool> {
         let old = fs::read_to_string(&self.path).ok()?;
         let verdict = [false, true].into_iter().find(|v| old == self.text(*v))?;
-        // A machine can lose its KVM: a container without the device shares the boot and the cache.
+        // KVM may disappear: a container without the device shares the boot and the cache.
         (!verdict || Path::new(DEVICE).exists()).then_some(verdict)
     }
 
@@ -116,11 +115,11 @@ impl Memory {
     }
 }
 
-/// Runs the loop on a thread of its own, because nothing can interrupt a KVM that hangs.
+/// Runs the loop on a separate thread, because a hanging KVM cannot be interrupted.
 fn try_loop() -> Result<()> {
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
-        // The receiver is gone only after a timeout, when nobody asks any more.
+        // The receiver is dropped only after a timeout, when the result is no longer needed.
         sender.send(run_loop()).ok();
     });
     let took = match receiver.recv_timeout(LOOP_HANGS) {
@@ -171,7 +170,7 @@ fn run_loop() -> Result<Duration> {
     }
 }
 
-/// Boots the test kernel until its init says so.
+/// Boots the test kernel until its init reports.
 fn try_linux(artefacts: &Artefacts, vmm: &Path) -> Result<()> {
     let (kernel, initramfs) = artefacts.bootable().context("no kernel to try")?;
     let mut child = Command::new(vmm)
@@ -200,11 +199,11 @@ fn try_linux(artefacts: &Artefacts, vmm: &Path) -> Result<()> {
             .lines()
             .map_while(Result::ok)
             .any(|line| line.contains(INIT_MARKER));
-        // The receiver is gone only after a timeout, when nobody asks any more.
+        // The receiver is dropped only after a timeout, when the result is no longer needed.
         sender.send(found).ok();
     });
     let found = receiver.recv_timeout(BOOT_MAX);
-    // It may have ended by itself already.
+    // It may have ended already.
     child.kill().ok();
     child.wait().context("waiting for the VMM")?;
     match found {

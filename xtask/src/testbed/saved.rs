@@ -1,8 +1,7 @@
-//! Emulated hosts that have booted already.
+//! Saved emulated hosts that have already booted.
 //!
-//! The first host of a kind is saved when its init waits for the plan; later ones start from
-//! there and save the boot. A kind is everything QEMU is started with: its version, its options,
-//! kernel and initramfs.
+//! The first host of a kind is saved when its init waits for the plan; later ones start from there and skip the boot. A
+//! kind is defined by everything with which QEMU is started: its version, options, kernel and initramfs.
 
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -19,22 +18,22 @@ use crate::guest::cache;
 use crate::paths;
 
 const PREFIX: &str = "host-";
-/// So many are kept, the ones used last: there is one for each size of memory in use.
+/// Number of saved hosts to keep, most recently used first; there is one per memory size in use.
 const KEPT: usize = 4;
-/// QEMU writes a few hundred MiB, on a busy machine.
+/// Time limit for saving: QEMU writes a few hundred MiB, on a busy machine.
 const SAVE_MAX: Duration = Duration::from_secs(120);
-/// Between two questions whether QEMU is done.
+/// Polling interval for QEMU's completion.
 const STATUS_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Where one kind of host is saved.
+/// The saved state of one kind of host.
 #[derive(Debug)]
 pub(super) struct SavedHost {
     path: PathBuf,
 }
 
 impl SavedHost {
-    /// The place for a host with the processor, memory and kernel of `command`, this `initramfs`, and a directory to
-    /// share or none.
+    /// The path for a host with the processor, memory and kernel of `command`, this `initramfs`, and optionally a
+    /// shared directory.
     pub(super) fn of(
         command: &Command,
         kernel: &Path,
@@ -65,7 +64,7 @@ impl SavedHost {
         })
     }
 
-    /// The option that starts QEMU from it, if it is there.
+    /// The option that starts QEMU from it, if it exists.
     pub(super) fn incoming(&self) -> Option<String> {
         let file = File::options().append(true).open(&self.path).ok()?;
         // The order of use decides which are kept. If this fails, it is kept for less long.
@@ -73,19 +72,19 @@ impl SavedHost {
         Some(format!("exec:cat {}", quoted(&self.path)))
     }
 
-    /// Removes what QEMU could not start from.
+    /// Removes a saved state from which QEMU could not start.
     pub(super) fn forget(&self) -> Result<()> {
         fs::remove_file(&self.path).with_context(|| format!("removing {}", self.path.display()))
     }
 
-    /// Saves the machine that `control` belongs to, and lets it go on.
+    /// Saves the machine that `control` belongs to, and lets it continue.
     pub(super) fn save(&self, control: UnixStream) -> Result<()> {
         let beside = self
             .path
             .with_extension(format!("new-{}", std::process::id()));
         let saved = Control::new(control).and_then(|mut control| {
             let saved = control.save(&beside);
-            // Whatever came of it, the machine has work to do.
+            // The machine must continue in any case.
             control.wait_finalized()?;
             control.command("cont", &json!({}))?;
             saved
@@ -100,7 +99,7 @@ impl SavedHost {
     }
 }
 
-/// Removes saved hosts that were not used of late, and half of one that a killed process left.
+/// Removes saved hosts that were not used recently, and incomplete ones of killed processes.
 fn prune(folder: &Path) -> Result<()> {
     let mut saved = Vec::new();
     for entry in fs::read_dir(folder).with_context(|| folder.display().to_string())? {
@@ -121,7 +120,7 @@ fn prune(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// One word for the shell.
+/// Quotes a path for the shell.
 fn quoted(path: &Path) -> String {
     format!("'{}'", path.display().to_string().replace('\'', r"'\''"))
 }
@@ -143,10 +142,10 @@ impl Control {
     }
 
     fn save(&mut self, path: &Path) -> Result<()> {
-        // It goes on meanwhile: one that was stopped would be saved as stopped.
+        // The machine keeps running, because a stopped one would be saved as stopped.
         let events = json!({"capabilities": [{"capability": "events", "state": true}]});
         self.command("migrate-set-capabilities", &events)?;
-        // Unlimited. QEMU holds back otherwise, as it would on a network.
+        // Unlimited bandwidth. By default, QEMU limits it as for a network.
         self.command("migrate-set-parameters", &json!({"max-bandwidth": 0}))?;
         let to = format!("exec:cat > {}", quoted(path));
         self.command("migrate", &json!({"uri": to}))?;
