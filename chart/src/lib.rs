@@ -20,12 +20,12 @@ pub struct Frame {
 }
 
 impl Frame {
-    /// Where on the sheet `x` is.
+    /// Position of `x` on the sheet.
     pub fn x(&self, x: f64) -> f64 {
         self.left + x / self.x_max * self.width
     }
 
-    /// Where on the sheet `y` is.
+    /// Position of `y` on the sheet.
     pub fn y(&self, y: f64) -> f64 {
         self.bottom() - y / self.y_max * self.height
     }
@@ -39,7 +39,7 @@ impl Frame {
         self.left + self.width
     }
 
-    /// The corners of a curve on the sheet, without what lies within a level line: an idle guest is one.
+    /// The points of a curve on the sheet, without points inside horizontal segments, such as those of an idle guest.
     fn corners(&self, points: &[(f64, f64)]) -> Vec<(String, String)> {
         let mut corners: Vec<(String, String)> = Vec::new();
         for (x, y) in points {
@@ -78,7 +78,7 @@ impl Sheet {
         sheet
     }
 
-    /// Level lines at each quarter of `y`, and about eight labels below the frame.
+    /// Draws horizontal lines at each quarter of `y`, and about eight labels below the frame.
     pub fn axes(
         &mut self,
         frame: &Frame,
@@ -112,7 +112,7 @@ impl Sheet {
         ));
     }
 
-    /// A sample of a curve's colour at `(x, y)` and what the curve is.
+    /// Draws a sample of a curve's colour at `(x, y)` and its label.
     pub fn legend(&mut self, x: f64, y: f64, colour: &str, words: &str) {
         let stroke = format!("stroke=\"{colour}\" stroke-width=\"2\"");
         self.line((x, y - 4.0), (x + 24.0, y - 4.0), &stroke);
@@ -140,7 +140,7 @@ impl Sheet {
         let _ = writeln!(self.text, "{element}");
     }
 
-    /// The file.
+    /// The content of the SVG file.
     pub fn svg(self) -> String {
         self.text + "</svg>\n"
     }

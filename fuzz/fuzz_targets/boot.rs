@@ -1,4 +1,4 @@
-//! Any kernel and initramfs.
+//! Arbitrary kernel and initramfs files.
 #![no_main]
 
 use std::fs::File;

@@ -1,6 +1,5 @@
-//! Proves that the fuzzer reaches what it is for: this target claims that no
-//! guest ever gets memory discarded by a report and by inflation both, in one
-//! run, and must be proven wrong within a minute.
+//! Checks that the fuzzer reaches the relevant code: this target asserts that no guest gets memory discarded both by a
+//! report and by inflation in one run. The fuzzer must refute this within a minute.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

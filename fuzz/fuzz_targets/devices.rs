@@ -1,4 +1,4 @@
-//! Any guest against any device: chains, rings, configuration, resets, saved states.
+//! Arbitrary guest behaviour against any device: chains, rings, configuration, resets, saved states.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

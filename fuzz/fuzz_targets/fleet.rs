@@ -1,4 +1,4 @@
-//! What a hostile VMM, guest, store or client can say to the fleet manager.
+//! Input of a hostile VMM, guest, store or client to the fleet manager.
 #![no_main]
 
 use fleet::fuzz::run;

@@ -1,4 +1,4 @@
-//! Any bytes on the API socket: framing, JSON, and the check of a configuration.
+//! Arbitrary bytes on the API socket: framing, JSON, and validation of a configuration.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

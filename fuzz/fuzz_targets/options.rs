@@ -1,4 +1,4 @@
-//! Option strings. What is accepted has a form in JSON that is read back as the same.
+//! Option strings. An accepted option must serialize to JSON that parses to the same value.
 #![no_main]
 
 use std::fmt::Debug;

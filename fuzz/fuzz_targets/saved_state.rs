@@ -1,4 +1,4 @@
-//! Devices restored from states whose text was changed.
+//! Devices restored from states with modified text.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

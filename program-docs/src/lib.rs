@@ -1,7 +1,7 @@
-//! Manual pages and shell completions of our programs, made from their declared command lines.
+//! Manual pages and shell completions of our programs, generated from their declared command lines.
 //!
-//! Every program accepts `--generate-docs DIR` as its only option and writes there what belongs under `/usr/share` or
-//! `~/.local/share`:
+//! Every program accepts `--generate-docs DIR` as its only option and writes the files for `/usr/share` or
+//! `~/.local/share` there:
 //!
 //! ```text
 //! man/man1/PROGRAM.1                       and a page for each subcommand
@@ -60,7 +60,7 @@ pub fn write(mut command: Command, folder: &Path) -> io::Result<()> {
     let program = command.get_name().to_owned();
     let pages = folder.join("man/man1");
     fs::create_dir_all(&pages)?;
-    // Before completions, which add help commands to what they are given.
+    // Written before completions, which add help commands to the given command.
     clap_mangen::generate_to(command.clone(), pages)?;
     for (shell, place, before, after) in SHELLS {
         let place = folder.join(place);
@@ -81,15 +81,16 @@ pub fn completions(shell: Shell, command: &mut Command, out: &mut dyn Write) {
 /// Writes the manual page of the program without those of its subcommands.
 ///
 /// # Errors
-/// `out` fails.
+/// Writing to `out` fails.
 pub fn manual_page(command: Command, out: &mut dyn Write) -> io::Result<()> {
     clap_mangen::Man::new(command).render(out)
 }
 
-/// Has `program` write its files and checks that each of these, named by its path in the folder, contains its text.
+/// Makes `program` write its files and checks that each expected file, named by its path in the folder, contains its
+/// text.
 ///
 /// # Panics
-/// One does not, or the program fails.
+/// A file lacks its text, or the program fails.
 #[cfg(feature = "test-utils")]
 pub fn expect_written(program: &str, expected: &[(&str, &str)]) {
     let folder = tempfile::tempdir().expect("a folder");

@@ -7,22 +7,22 @@ use crate::{Command, words};
 pub struct Block {
     /// File and line.
     pub place: String,
-    /// What follows the fence: `toml`, `text`; empty for an indented block.
+    /// The language after the fence: `toml`, `text`; empty for an indented block.
     pub language: String,
-    /// Why its commands are not checked, if the line before says so.
+    /// The reason why its commands are not checked, if the previous line has one.
     pub not_run: Option<String>,
     /// Its lines.
     pub text: String,
 }
 
 impl Block {
-    /// The commands in the block; none if it has another language than a shell's.
+    /// The commands in the block; empty if its language is not a shell's.
     #[must_use]
     pub fn commands(&self) -> Vec<Command> {
         if !matches!(self.language.as_str(), "" | "sh" | "bash" | "console") {
             return Vec::new();
         }
-        // A line that ends with a backslash goes on in the next one.
+        // A line that ends with a backslash continues in the next one.
         let text = self.text.replace("\\\n", " ");
         words::commands(&text)
             .into_iter()

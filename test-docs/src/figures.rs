@@ -1,7 +1,8 @@
-//! Figures in the documentation against the files in `docs/results` that they come from.
+//! Checks figures in the documentation against their files in `docs/results`.
 //!
-//! `<!-- figures of FILE: KEY=VALUE … -->` names them. Each value must be that of the file, rounded as it is written, and
-//! must stand in the text below, up to the next heading. `202MiB` is a number of bytes, `6.30s` one of milliseconds.
+//! `<!-- figures of FILE: KEY=VALUE … -->` names them. Each value must equal that of the file, rounded to the written
+//! precision, and must occur in the text below, up to the next heading. `202MiB` refers to a number of bytes, `6.30s`
+//! to one of milliseconds.
 
 #![allow(clippy::unwrap_used)]
 
@@ -11,7 +12,7 @@ use serde_json::Value;
 
 use crate::{documents, root};
 
-/// One `KEY=VALUE` with its file, and the text in which it must stand.
+/// One `KEY=VALUE` with its file, and the text in which it must occur.
 struct Figure<'a> {
     file: &'a str,
     key: &'a str,
@@ -40,7 +41,7 @@ fn figures(text: &str) -> Vec<Figure<'_>> {
     found
 }
 
-/// What is wrong with the figure, if something is.
+/// The error in the figure, if any.
 fn fault(figure: &Figure<'_>, results: &Value) -> Option<String> {
     let unit_at = figure.value.find(|it: char| it.is_ascii_alphabetic());
     let (digits, unit) = figure.value.split_at(unit_at.unwrap_or(figure.value.len()));

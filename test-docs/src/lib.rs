@@ -34,8 +34,8 @@ pub struct Command {
 }
 
 impl Command {
-    /// The command with placeholders filled in: `off|mainline` becomes `off`, `N` becomes `1`, what is in brackets is left
-    /// out, a variable has some value, and `…` stands for `omitted`.
+    /// The command with placeholders filled in: `off|mainline` becomes `off`, `N` becomes `1`, text in brackets is
+    /// removed, a variable gets some value, and `…` becomes `omitted`.
     #[must_use]
     pub fn filled_in(&self, omitted: &[&str]) -> Vec<String> {
         let mut filled = Vec::new();
@@ -110,8 +110,8 @@ pub fn all_blocks() -> Vec<Block> {
 
 /// The commands of one program: `ch-remote`, or `cargo xtask`.
 ///
-/// The words behind `cargo run -p PROGRAM … --` count, too, and so do commands that a program such as `ch-fleet run`
-/// starts. A test that finds none looks for the wrong name.
+/// The words after `cargo run -p PROGRAM … --` are included, and so are commands that a program such as `ch-fleet run`
+/// starts. If there are none, the name is wrong.
 ///
 /// # Panics
 /// A document cannot be read, or has no command of the program.
@@ -127,7 +127,7 @@ pub fn commands_of(program: &str) -> Vec<Command> {
     found
 }
 
-/// Commands of blocks without a reason that are no command of a checked program.
+/// Commands in blocks without a reason that do not belong to a checked program.
 ///
 /// # Panics
 /// A document cannot be read.

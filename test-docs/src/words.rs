@@ -1,7 +1,7 @@
 //! The words of a command line, as a shell splits them.
 
-/// Splits `text` into commands at `&&`, `||`, `;`, `|` and line ends outside quotes, and each command into words.
-/// A comment ends a line. Settings of the environment before a command are left out.
+/// Splits `text` into commands at `&&`, `||`, `;`, `|` and line ends outside quotes, and each command into words. A
+/// comment ends a line. Environment settings before a command are omitted.
 pub(crate) fn commands(text: &str) -> Vec<Vec<String>> {
     let mut commands = vec![Vec::new()];
     let mut word: Option<String> = None;
@@ -22,7 +22,7 @@ pub(crate) fn commands(text: &str) -> Vec<Vec<String>> {
                 finish(&mut commands, &mut word);
                 commands.push(Vec::new());
             }
-            // Alternatives are written off|mainline; a pipe stands between spaces.
+            // Alternatives are written `off|mainline`; a pipe has spaces around it.
             (None, '|') if word.is_none() => commands.push(Vec::new()),
             (None, _) if character.is_whitespace() => finish(&mut commands, &mut word),
             (None, _) => word.get_or_insert_default().push(character),

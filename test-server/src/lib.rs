@@ -1,7 +1,7 @@
-//! An HTTP server for tests, on a UNIX socket or a TCP port. The test decides what each connection gets; this crate
-//! accepts connections, reads requests and writes answers in the form of upstream's server.
+//! An HTTP server for tests, on a UNIX socket or a TCP port. The test decides how to serve each connection; this crate
+//! accepts connections, reads requests and writes responses in the format of upstream's server.
 //!
-//! Tests alone depend on it, so it panics where a product would report an error.
+//! Only tests depend on it, so it panics where a product would report an error.
 
 #![allow(clippy::missing_panics_doc, clippy::unwrap_used)]
 
@@ -15,7 +15,7 @@ use std::thread::{self, JoinHandle};
 
 use rustix::net::{Shutdown, shutdown};
 
-/// A request, head and body as they came.
+/// A request: head and body as received.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
     /// Request line and headers, with the empty line.
@@ -25,7 +25,7 @@ pub struct Request {
 }
 
 impl Request {
-    /// Reads one request and not a byte more; `None` when the client leaves before its end.
+    /// Reads exactly one request; `None` if the client disconnects before its end.
     pub fn read(stream: &mut (impl Read + ?Sized)) -> Option<Self> {
         let mut head = Vec::new();
         let mut byte = [0];
@@ -60,7 +60,8 @@ impl Request {
     }
 }
 
-/// An answer in the form of upstream's server: no reason phrase, no length without a body. `headers` are whole lines.
+/// A response in the format of upstream's server: no reason phrase, no length without a body. `headers` are whole
+/// lines.
 pub fn response(status: u16, headers: &str, body: &str) -> String {
     let head = format!("HTTP/1.1 {status} \r\nServer: Cloud Hypervisor API\r\n{headers}");
     if body.is_empty() {
@@ -86,7 +87,7 @@ enum Address {
 }
 
 impl Server {
-    /// Listens at `path` and hands `connections` connections to `serve`, one after the other.
+    /// Listens at `path` and passes `connections` connections to `serve`, one after another.
     pub fn unix(
         path: &Path,
         connections: usize,
@@ -99,7 +100,7 @@ impl Server {
         Self::start(address, handle, connections, accept, serve)
     }
 
-    /// Listens at a free port of the loopback interface and hands every connection to `serve`, one after the other.
+    /// Listens at a free port of the loopback interface and passes every connection to `serve`, one after another.
     pub fn tcp(serve: impl FnMut(TcpStream) + Send + 'static) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let handle = listener.try_clone().unwrap().into();
@@ -146,14 +147,15 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         if let Address::Unix(path) = &self.address {
-            // Its folder may be gone.
+            // Its folder may have been removed.
             drop(fs::remove_file(path));
         }
         let Some(thread) = self.thread.take() else {
             return;
         };
         shutdown(&self.listener, Shutdown::Both).unwrap();
-        // A test that failed may still hold what the thread waits for. A panic of the thread was printed.
+        // A failed test may still hold the connection that the thread waits for. A panic of the thread has been
+        // printed.
         if !thread::panicking() {
             drop(thread.join());
         }

@@ -1,7 +1,8 @@
 //! Counts tests that cannot run on this machine.
 //!
-//! A Rust test has no way to say that it was skipped: it returns, and its runner counts it as passed. Here it leaves a line
-//! in a file, which `cargo xtask ci` names and reads: the test is then listed with the reason and counted as skipped.
+//! A Rust test cannot report that it was skipped: it returns, and its runner counts it as passed. Here it appends a
+//! line to a file that `cargo xtask ci` provides and reads: the test is then listed with the reason and counted as
+//! skipped.
 
 use std::env;
 use std::ffi::OsStr;
@@ -33,7 +34,7 @@ fn line(package: &str, test: &str, reason: &str) -> String {
     format!("{package} {test}: {reason}\n")
 }
 
-/// In one write: tests of several processes share the file.
+/// Appends in one write, because tests of several processes share the file.
 fn append(file: &OsStr, line: &str) -> io::Result<()> {
     let mut file = File::options().append(true).create(true).open(file)?;
     file.write_all(line.as_bytes())
