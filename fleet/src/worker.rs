@@ -76,7 +76,7 @@ pub struct VmEvent {
     pub id: VmId,
     /// The number of the thread, unique among all threads that served this name.
     pub worker: u64,
-    /// What happened.
+    /// The kind of event.
     pub kind: VmEventKind,
 }
 

@@ -129,7 +129,7 @@ impl QemuGuest {
     /// Resident bytes of QEMU, including some tens of MiB of its own.
     ///
     /// # Errors
-    /// The process is gone.
+    /// The process has ended.
     pub fn resident_bytes(&self) -> Result<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));

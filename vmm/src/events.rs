@@ -107,9 +107,9 @@ events! {
         Booting "booting"
         /// Its vCPUs run.
         Booted "booted"
-        /// The machine is gone; its configuration stays.
+        /// The machine has ended; its configuration stays.
         Shutdown "shutdown"
-        /// The configuration is gone, too.
+        /// The configuration was deleted, too.
         Deleted "deleted"
         /// The guest resets itself too often; its next machine must wait.
         RebootDelayed "reboot-delayed"

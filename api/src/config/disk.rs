@@ -1,4 +1,4 @@
-//! Disks.
+//! The configuration of disks.
 
 use std::path::PathBuf;
 

@@ -1,4 +1,4 @@
-//! The command line.
+//! The command line of `ch-fleet-adapter`.
 
 use std::path::PathBuf;
 use std::time::Duration;

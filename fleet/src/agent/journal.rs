@@ -31,7 +31,7 @@ pub struct JournalEntry {
 pub struct JournalPage {
     /// The entries, oldest first.
     pub entries: Vec<JournalEntry>,
-    /// Where to continue.
+    /// The number of the next entry, from which to continue.
     pub next: u64,
 }
 

@@ -66,8 +66,7 @@ impl SavedLessons {
         }
     }
 
-    /// What was learned about a VM while this process ran it. A process that could not be looked up counts as the same
-    /// one.
+    /// The lessons about a VM while this process ran it. A process that could not be looked up counts as the same one.
     pub(super) fn of(&self, vm: &VmId, process: Option<ProcessIdentity>) -> Lessons {
         self.records
             .get(vm)

@@ -1,11 +1,11 @@
 //! The agent of one host: samples, plans, acts, and serves requests.
 //!
 //! ```text
-//!   one thread a VM ──readings──►┐                           ┌──► orders to the VMs' threads
+//!   one thread per VM ─readings─►┐                           ┌──► orders to the VMs' threads
 //!   pressure trigger ──────────► │  ControlLoop (one thread) │
 //!   signals ───────────────────► │   HostWatch   the host    │
 //!   local socket: reserve, … ──► │   VmRounds    VMs, plans  │
-//!   store: promises from afar ─► │   Promises    the book    │
+//!   store: remote requests ────► │   Promises    the book    │
 //!                                │   Publisher ──────────────┼──► status, metrics, page
 //!                                └───────────────────────────┘
 //! ```

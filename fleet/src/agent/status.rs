@@ -184,7 +184,7 @@ pub struct VmStatus {
     pub failure: Option<String>,
     /// Level of its interface: 0, 1 or 2.
     pub level: u8,
-    /// Why it must not be changed.
+    /// The reason why it must not be changed, if any.
     pub interlock: Option<String>,
     /// The name of its policy.
     pub policy: String,

@@ -1,8 +1,8 @@
 //! The threads that access the store. The control loop never waits for them.
 //!
 //! ```text
-//!   watch thread ──something changed──► store thread ──what was asked──► control thread
-//!                                         │    ▲──────what it says──────────┘
+//!   watch thread ──something changed──► store thread ─────requests─────► control thread
+//!                                         │    ▲───────responses────────────┘
 //!                                         ▼
 //!                                       the store
 //! ```

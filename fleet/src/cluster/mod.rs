@@ -1,9 +1,9 @@
 //! The fleet: its members, the memory that each can reserve, and remote reservations.
 //!
 //! ```text
-//! <prefix>/hosts/<host>/record   the host's lease   what the host can promise, and in which state it is
-//! <prefix>/hosts/<host>/book     the host's lease   promises asked for from afar, and the host's answers
-//! <prefix>/hosts/<host>/drain    no lease           nothing new may go there; set and removed by people
+//! <prefix>/hosts/<host>/record   the host's lease   memory that the host can reserve, and its state
+//! <prefix>/hosts/<host>/book     the host's lease   requests of remote clients, and the host's responses
+//! <prefix>/hosts/<host>/drain    no lease           the host accepts no new VMs; set and removed by operators
 //! <prefix>/vms/<host>            the host's lease   the VMs there, for advice
 //! ```
 //!

@@ -100,7 +100,7 @@ pub fn serve_unix(
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    // Bound under another name first, so that nobody can connect before the mode is set.
+    // Bound under another name first, so that no client can connect before the mode is set.
     let hidden = path.with_extension("new");
     // The file is left over from a killed agent, or does not exist.
     let _ = fs::remove_file(&hidden);

@@ -1,11 +1,11 @@
-//! What the agent learned about a VM and keeps across restarts.
+//! Lessons about a VM, which the agent keeps across restarts.
 
 use serde::{Deserialize, Serialize};
 
 use super::Bytes;
 
-/// What an agent learned from its actions on a VM. Without it, the next agent would repeat the same harm, and each
-/// agent could reverse a balloon as often as the limit allows.
+/// The effects of an agent's actions on a VM, as observed by the agent. Without it, the next agent would repeat the
+/// same harm, and each agent could reverse a balloon as often as the limit allows.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lessons {
     /// Times of changes of direction of the balloon in the last hour, ms on the planner's clock, newest last.

@@ -155,7 +155,7 @@ pub struct VmSample {
     pub reclaim: Option<ReclaimFigures>,
 }
 
-/// What a guest claims about itself. Counters count since its boot.
+/// A guest's claims about itself. Counters count since its boot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestClaims {
     /// When the guest sent them, ms on the planner's clock.

@@ -363,7 +363,7 @@ pub struct Explanation {
     pub stuck: bool,
     /// Whether its claims are believed.
     pub trusted: bool,
-    /// Why it must not be changed.
+    /// The reason why it must not be changed, if any.
     pub interlock: Option<Interlock>,
     /// Time for which nothing is taken from it, ms.
     pub take_blocked_ms: u64,

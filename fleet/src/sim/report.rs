@@ -17,7 +17,7 @@ use super::{Capacity, FleetOutcome, Point};
 pub struct Report {
     /// The scenario.
     pub name: String,
-    /// What it shows.
+    /// Description of what it shows.
     pub about: String,
     /// Its seed.
     pub seed: u64,

@@ -11,7 +11,7 @@ use crate::model::{Bytes, Fraction, PriorityClass};
 pub struct Scenario {
     /// Its name.
     pub name: String,
-    /// What it shows.
+    /// Description of what it shows.
     #[serde(default)]
     pub about: String,
     /// Seed of all randomness.

@@ -101,7 +101,7 @@ struct Plan {
     cwd: String,
     /// Files of the host to be copied into [`BIN_DIR`].
     bins: Vec<String>,
-    /// What `/guest` links to, `NAME=PATH`.
+    /// Links in `/guest`, as `NAME=PATH`.
     guest: Vec<String>,
     /// `/guest` has copies in memory instead of links: while the clock counts instructions, reading through 9p would
     /// add the host's delays to the count.
@@ -269,7 +269,7 @@ fn open_port(name: &str, how: &OpenOptions) -> io::Result<File> {
     }
 }
 
-/// One line on the status port, which is opened anew each time.
+/// One line on the status port, which is reopened each time.
 fn say(line: &str) -> io::Result<()> {
     port_to_write("testbed.status")?.write_all(format!("{line}\n").as_bytes())
 }

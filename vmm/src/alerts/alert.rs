@@ -53,8 +53,8 @@ impl Alert {
         }
     }
 
-    /// Changes the values of the rule. A rule on another figure, or on the other side of it, is a different rule and
-    /// starts anew.
+    /// Changes the values of the rule. A rule on another figure, or on the other side of it, is a different rule, whose
+    /// state starts from inactive.
     pub(super) fn replace(&mut self, rule: AlertRule, figure: Figure, now_ms: u64) {
         if self.rule == rule {
             // Setting the same rule repeatedly does not delay its entry.

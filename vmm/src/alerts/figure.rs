@@ -32,7 +32,7 @@ pub(crate) enum Figure {
     Counter { device: String, counter: String },
 }
 
-/// What must be read to obtain figures.
+/// The data to read for a set of figures.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Needs {
     /// `vm.reclaim-stats`.

@@ -72,7 +72,7 @@ impl AlertList {
         self.0.is_empty()
     }
 
-    /// What must be read to evaluate them.
+    /// The data to read for an evaluation.
     pub(crate) fn needs(&self) -> Needs {
         let mut needs = Needs::default();
         for alert in &self.0 {

@@ -5,7 +5,7 @@
 //! | HTTP thread | `vmm.ping`, `vm.info`, `GET vm.reclaim-thresholds` | read the published view: O(1) |
 //! | an `api-query` thread | `vm.counters`, `vm.balloon-stats`, `vm.reclaim-stats` | may take time or wait for the guest |
 //! | control thread | everything that changes something | it owns the VM |
-//! | control thread, then an `api-query` thread | `vm.balloon-reporting` | asked for in order, then waited for |
+//! | control thread, then an `api-query` thread | `vm.balloon-reporting` | requested in order, then awaited |
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -264,7 +264,7 @@ impl Dispatcher {
         }
     }
 
-    /// Controls reporting in order with every other change, then waits for the result on a thread of its own.
+    /// Controls reporting in order with all other changes, then waits for the result on a separate thread.
     fn steer_reporting(&self, call: Call) {
         let queries = self.queries.clone();
         if let Some((request, call)) = call.read_body::<VmBalloonReporting>() {

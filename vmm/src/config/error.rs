@@ -8,7 +8,7 @@ use machine::pci::{Bdf, SLOT_COUNT};
 /// The problem and its section.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ValidationError {
-    /// Nothing to boot.
+    /// There is no payload to boot.
     #[error("No kernel or firmware is given")]
     PayloadMissing,
     /// Firmware and kernel (or initramfs, or command line) exclude each other.

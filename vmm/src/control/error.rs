@@ -28,7 +28,7 @@ pub enum LifecycleError {
     /// A configuration, or a machine, exists already.
     #[error("VM is already created")]
     VmAlreadyCreated,
-    /// Nothing to boot.
+    /// There is no configuration to boot.
     #[error("VM config is missing")]
     VmMissingConfig,
     /// There is no running machine.

@@ -145,7 +145,7 @@ fn queue_full(endpoint: Endpoint) -> RequestError {
 pub struct ControlSetup {
     /// Creates machines.
     pub make_machine: MachineFactory,
-    /// Where the state is published.
+    /// The view in which the state is published.
     pub view: Arc<PublishedView>,
     /// The environment of every machine; its signals wake this thread.
     pub context: VmContext,

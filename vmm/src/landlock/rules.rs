@@ -17,7 +17,7 @@ use super::{LandlockError, of_config};
 /// The minimum that the kernel must support: the rights of Linux 6.2, as in upstream.
 const REQUIRED: ABI = ABI::V3;
 
-/// What one layer allows: rights for a path and everything beneath it.
+/// The rules of one layer: rights for a path and everything beneath it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Rules(Vec<Rule>);
 

@@ -8,7 +8,7 @@ use vmm_sys_util::signal::register_signal_handler;
 
 /// Exit status of a process that its own filter stopped: a shell's status for a death by SIGSYS.
 const EXIT_STATUS: libc::c_int = 128 + libc::SIGSYS;
-/// Where `si_syscall` lies in `siginfo_t` on 64-bit Linux: after three integers, padding and `si_call_addr`
+/// Offset of `si_syscall` in `siginfo_t` on 64-bit Linux: after three integers, padding and `si_call_addr`
 /// (asm-generic/siginfo.h). The libc crate does not name it.
 const SI_SYSCALL_OFFSET: usize = 24;
 /// Length of a thread name with its terminator (`TASK_COMM_LEN`).

@@ -148,7 +148,7 @@ fn starts_a_query(hook: &ThreadStart) -> bool {
     query.unwrap().join().unwrap()
 }
 
-/// What `--console pty` needs.
+/// Makes the calls that `--console pty` needs.
 fn makes_a_terminal() -> bool {
     let hook = Arc::new(Seccomp::new(SeccompMode::Off).unwrap()).hook();
     let start = Arc::new(move |thread| hook(ThreadKind::Machine(thread)));
@@ -169,7 +169,8 @@ fn two_kinds_of_ram() -> GuestRam {
     GuestRam::new(mem)
 }
 
-/// What the balloon's worker does, with and without the vector call, and what an API thread measures.
+/// Discards memory like the balloon's worker, with and without the vector call, and measures residency like an API
+/// thread.
 fn gives_memory_back_and_measures_it() -> bool {
     let ram = two_kinds_of_ram();
     let balloon = MachineThread::Worker(DeviceKind::Balloon);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use machine::memory::{ContentError, MemoryError};
 use state::StateError;
 
-/// Why a snapshot cannot be written or read.
+/// Reasons why a snapshot cannot be written or read.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
     /// An unsupported URL.
@@ -42,7 +42,7 @@ pub enum SnapshotError {
     /// A file or the folder.
     #[error("Cannot {action} {}", path.display())]
     File {
-        /// What was attempted.
+        /// The failed operation.
         action: &'static str,
         /// Its path.
         path: PathBuf,
@@ -55,7 +55,7 @@ pub enum SnapshotError {
     Damaged {
         /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// The fault.
         reason: &'static str,
     },
     /// Not JSON, or not a configuration.

@@ -43,7 +43,7 @@ impl ThresholdConfig {
         !self.alerts.is_empty()
     }
 
-    /// What must be read to evaluate it.
+    /// The data to read for an evaluation.
     pub(super) fn needs(&self) -> Needs {
         self.alerts.needs()
     }

@@ -153,7 +153,7 @@ fn alert_enters_after_its_duration_and_leaves_at_once() {
     let mut step = |now_ms, value| config.step(now_ms, &value_of(value));
     assert!(step(0, 11).is_empty());
     assert!(step(1000, 11).is_empty());
-    // Back in the dead band: the duration starts anew.
+    // Back in the dead band: the duration restarts.
     assert!(step(1500, 10).is_empty());
     assert!(step(2000, 11).is_empty());
     assert!(step(3999, 11).is_empty());

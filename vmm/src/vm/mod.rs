@@ -221,7 +221,7 @@ pub trait Machine {
     fn observer(&self) -> Arc<dyn MachineObserver>;
 }
 
-/// What [`Machine::save`] returns.
+/// Result of [`Machine::save`].
 #[derive(Debug)]
 pub struct SavedMachine {
     /// A `PcState`.

@@ -87,7 +87,7 @@ const fn beside(step: Step) -> Step {
     }
 }
 
-/// What a Linux guest under our VMM needs.
+/// Steps that a Linux guest under our VMM needs.
 const BUILT: &[&str] = &["build", "test programs", "guest"];
 
 const CODE: &[Part] = &[Shared, Vmm, Fleet, Fuzz, Tests, Xtask];

@@ -48,7 +48,7 @@ pub(super) fn complaints(console: &str) -> Vec<&str> {
 pub(super) struct Race<'a> {
     /// The first line of the report.
     pub(super) title: &'a str,
-    /// Whether code of the series is in one of the stacks. Mainline has races of its own.
+    /// Whether code of the series is in one of the stacks. Mainline itself has races.
     pub(super) is_ours: bool,
     pub(super) lines: Vec<&'a str>,
 }

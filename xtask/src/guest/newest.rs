@@ -14,7 +14,7 @@ use super::source::{Source, parse_version};
 use crate::apt::{self, Lists, Offer};
 use crate::paths;
 
-/// Where the newest kernels appear.
+/// Suites in which the newest kernels appear.
 const SUITES: [&str; 2] = ["unstable", "trixie-backports"];
 const PREFIX: &str = "linux-source-";
 const CLOUD: &str = "linux-image-cloud-amd64";

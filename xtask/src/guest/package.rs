@@ -107,7 +107,7 @@ impl Config {
     }
 }
 
-/// What is to be built: names, version and options.
+/// The build plan: names, version and options.
 #[derive(Debug, PartialEq, Eq)]
 struct Plan {
     /// As `uname -r` prints it.

@@ -116,7 +116,7 @@ impl Patch {
         let mut subject = lines
             .find_map(|line| line.strip_prefix("Subject: "))?
             .to_string();
-        // A long subject goes on in lines that start with a blank.
+        // A long subject continues in lines that start with a blank.
         for more in lines.take_while(|line| line.starts_with(' ')) {
             subject.push_str(more);
         }

@@ -175,7 +175,7 @@ impl Control {
         Ok(())
     }
 
-    /// What QEMU returns for a command.
+    /// QEMU's response to a command.
     fn command(&mut self, name: &str, arguments: &Value) -> Result<Value> {
         let line = json!({"execute": name, "arguments": arguments}).to_string();
         self.reader.get_mut().write_all(line.as_bytes())?;

@@ -7,7 +7,7 @@ use crate::pci::Function;
 use crate::report::Report;
 use crate::virtio::Device;
 
-/// Where the ACPI root pointer is.
+/// Address of the ACPI root pointer.
 const RSDP: u64 = 0xa0000;
 const DEVICE_BLOCK: u16 = 2;
 const BALLOON_FRAMES: u32 = 16;

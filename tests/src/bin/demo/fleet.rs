@@ -45,7 +45,7 @@ floor = '128MiB'
 /// The emulated host's address in QEMU's own network, to which a port is forwarded.
 const EMULATED_ADDRESS: &str = "10.0.2.15";
 
-/// What to do after all turns.
+/// Action after all turns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Then<'a> {
     End,

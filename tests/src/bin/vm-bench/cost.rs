@@ -29,7 +29,7 @@ impl Cost {
     /// Reads the resources of the VMM with this process id.
     ///
     /// # Errors
-    /// The process is gone, or its kernel does not account for threads.
+    /// The process has ended, or its kernel does not account for threads.
     pub(crate) fn so_far(pid: u32) -> Result<Self> {
         let mut cost = Self {
             exits: exits(pid),

@@ -58,7 +58,7 @@ pub struct HttpServer {
 }
 
 impl HttpServer {
-    /// Serves `listener` on a thread of its own, which calls `on_start` first.
+    /// Serves `listener` on a separate thread, which calls `on_start` first.
     ///
     /// # Errors
     /// The host lacks descriptors or threads.
