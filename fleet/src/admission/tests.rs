@@ -1,4 +1,4 @@
-//! Admission on hand-written ledgers.
+//! Tests admission with hand-written ledgers.
 
 use proptest::prelude::*;
 

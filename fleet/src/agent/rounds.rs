@@ -1,4 +1,4 @@
-//! One round of the agent: update the picture of host and VMs, plan, and act.
+//! One round of the agent: updates its data about host and VMs, plans, and acts.
 
 use std::cell::{OnceCell, RefCell};
 use std::io;

@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used)]
-//! Tests hosts made of files.
+//! Tests reading a host from prepared files.
 
 use std::fs;
 use std::path::PathBuf;

@@ -31,7 +31,7 @@ const FS_QUEUES_MAX: usize = 64;
 const LAST_STANDARD_FD: i32 = 2;
 
 pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
-    // Counts the vCPUs that can be hot-plugged, because the VM must be able to boot with the maximum.
+    // The maximum counts, not the number at boot, because a VM with fewer vCPUs than before must be able to boot again.
     let vcpus = usize::try_from(config.cpus.max_vcpus).unwrap_or(usize::MAX);
     for (index, disk) in config.disks.iter().flatten().enumerate() {
         check_disk(disk, vcpus).map_err(|fault| at("disk", index, disk.id.as_deref(), fault))?;

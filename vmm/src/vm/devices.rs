@@ -30,8 +30,7 @@ use super::VmError;
 use super::observer::CounterSource;
 use crate::device_ids::{BALLOON_ID, RNG_ID, WATCHDOG_ID};
 
-/// Minimum granularity of memory hot-plug: the size of a transparent huge page, the unit in which the guest can return
-/// memory.
+/// Minimum granularity of memory hot-plug: a transparent huge page, or a page of this size, can be returned as a whole.
 const BLOCK_BYTES_MIN: u64 = 2 * MIB;
 
 /// The slot that a device's section requests.
