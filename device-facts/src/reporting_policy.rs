@@ -212,7 +212,7 @@ reporting_policy! {
         }
         DelayMsMax delay_ms_max {
             bit: 2, offset: 0x1c, bytes: 4, unit: Ms, default: 2000, bounds: 1..=DELAY_MS_MAX,
-            "Time after which a report starts, however few blocks are pending, milliseconds"
+            "Time after which a report starts even if few blocks are pending, milliseconds"
         }
         // Must also be at most `delay_ms_max`; otherwise no block would be old enough in time.
         AgeMsMin age_ms_min {

@@ -19,11 +19,11 @@ pub struct CpusConfig {
     #[key("<boot_vcpus>", name = "boot", required, default = DEFAULT_VCPUS)]
     #[schemars(range(min = 1))]
     pub boot_vcpus: u32,
-    /// vCPUs the VM can grow to; on the command line, as many as `boot` when absent.
+    /// Maximum number of vCPUs; on the command line, the default is `boot`.
     #[key("<max_vcpus>", name = "max", required, default = boot_vcpus)]
     #[schemars(range(min = 1))]
     pub max_vcpus: u32,
-    /// How the guest sees them arranged.
+    /// Arrangement of the vCPUs that the guest sees.
     #[key]
     pub topology: Option<CpuTopology>,
     /// Hyper-V enlightenments.

@@ -70,7 +70,7 @@ pub struct DiskConfig {
     /// Return space the guest discards to the file system.
     #[key(default = true)]
     pub sparse: bool,
-    /// Format of the image; detected, with writes to sector 0 refused, when absent.
+    /// Format of the image. If absent, the format is detected and writes to sector 0 are rejected.
     #[key]
     pub image_type: Option<ImageType>,
     /// How the image is locked against a second user.

@@ -19,10 +19,10 @@ pub const DEFAULT_MEMORY_BYTES: u64 = 512 << 20;
 )]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryConfig {
-    /// RAM at boot, bytes. 0 when zones describe it.
+    /// RAM at boot, bytes; 0 if zones describe it.
     #[key("<guest_memory_size>", read = parse_bytes, required, default = DEFAULT_MEMORY_BYTES)]
     pub size: u64,
-    /// Let the host merge equal pages (KSM).
+    /// Let the host merge identical pages (KSM).
     #[key]
     pub mergeable: bool,
     /// How RAM is added to a running guest. `Acpi` is not supported.
@@ -49,7 +49,7 @@ pub struct MemoryConfig {
     /// Let the host account for all of RAM at the start.
     #[key]
     pub reserve: bool,
-    /// Ask for transparent huge pages.
+    /// Request transparent huge pages.
     #[key(default = true)]
     pub thp: bool,
     /// Zones of RAM with different backing; `size` must be 0.
@@ -118,7 +118,7 @@ pub struct MemoryZoneConfig {
     /// Let the host account for the zone at the start.
     #[key]
     pub reserve: bool,
-    /// Let the host merge equal pages (KSM).
+    /// Let the host merge identical pages (KSM).
     #[key]
     pub mergeable: bool,
 }

@@ -31,7 +31,7 @@ pub struct NetConfig {
     /// Netmask of `ip`, of the same address family.
     #[key("<net_mask>")]
     pub mask: Option<IpAddr>,
-    /// Ethernet address of the guest's interface; a random local one when absent in the input.
+    /// Ethernet address of the guest's interface; if absent in the input, a random local one.
     #[key(default = MacAddr::random_local(), fresh)]
     pub mac: MacAddr,
     /// Ethernet address given to the tap device on the host.

@@ -10,10 +10,10 @@ use crate::options::parse_bytes;
 #[section(option = "pmem", about = "Persistent memory parameters")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PmemConfig {
-    /// The file; in a folder, a file without a name is created.
+    /// Backing file, or a folder in which the VMM creates an unnamed file.
     #[key("<backing_file_path>", required)]
     pub file: PathBuf,
-    /// Bytes that the guest sees, a multiple of 2 MiB; those of the file when absent. Required for a folder.
+    /// Size that the guest sees, bytes; a multiple of 2 MiB. Defaults to the size of the file; required for a folder.
     #[key("<persistent_memory_size>", read = parse_bytes)]
     pub size: Option<u64>,
     /// Put the device behind the virtual IOMMU.

@@ -72,10 +72,10 @@ fn sections() -> Vec<OptionReference> {
 fn page() -> String {
     let mut page = String::from(
         "# Options\n\n\
-         Every key of every `cloud-hypervisor` option that takes `key=value,key=value`. The `ch-remote add-…` commands\n\
+         This page lists every key of every `cloud-hypervisor` option that accepts `key=value,key=value`. The `ch-remote add-…` commands\n\
          accept the same keys as the option for the device. Sizes take a binary suffix: `K`, `M`, `G`, `T`, `KiB`, `MiB`, `GiB` or `TiB`, in any case. This page is generated\n\
          from the declarations in `api/src/config/`; a test compares the two. \"–\" in the column Default means that the key\n\
-         has no value unless it is given.\n",
+         has no default.\n",
     );
     for section in sections() {
         let _ = write!(page, "\n## --{}\n\n{HEADER}", section.option);
