@@ -17,6 +17,8 @@ use api::config::{CpusConfig, MemoryConfig, PayloadConfig};
 use hypervisor::{Kvm, VcpuState};
 use machine::boot::PayloadFiles;
 use machine::cpu::{VcpusState, guest_phys_bits};
+use machine::legacy::{GED_GENERATION, GedState};
+use machine::memory::layout::GENERATION_ID_START;
 use machine::memory::{GuestMemory, MemoryState};
 use machine::pc::{Pc, PcContext, PcError, PcParams, PcState, Plug};
 use machine::pci::{Bdf, Place};
@@ -25,17 +27,22 @@ use machine::signals::VmSignals;
 use machine::threads::DeviceKind;
 use state::Saved;
 use virtio_devices::rng::Rng;
-use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
 use images::{LOAD_ADDRESS, PVH_NOTE, elf};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 /// The guest's final count.
 const LAST: u32 = 5000;
+const EVENT_VECTOR: usize = 0x41;
 
-/// 32-bit code: counts in memory, and writes each count's low byte to the serial port.
+/// 32-bit code: enables the local APIC, routes the event device's interrupt to [`EVENT_VECTOR`], which it never takes,
+/// counts in memory, and writes each count's low byte to the serial port.
 #[rustfmt::skip]
 const CODE: &[u8] = &[
+    0xc7, 0x05, 0xf0, 0x00, 0xe0, 0xfe, 0xff, 0x01, 0x00, 0x00, // mov dword [0xfee000f0], 0x1ff
+    0xc7, 0x05, 0x00, 0x00, 0xc0, 0xfe, 0x30, 0x00, 0x00, 0x00, // mov dword [0xfec00000], 0x10 + 2 * GED_IRQ
+    0xc7, 0x05, 0x10, 0x00, 0xc0, 0xfe, 0x41, 0x00, 0x00, 0x00, // mov dword [0xfec00010], EVENT_VECTOR
     0x66, 0xba, 0xf8, 0x03,             // mov dx, 0x3f8
     0xff, 0x05, 0x00, 0x00, 0x20, 0x00, // again: inc dword [0x200000]
     0xa1, 0x00, 0x00, 0x20, 0x00,       // mov eax, [0x200000]
@@ -175,9 +182,10 @@ fn guest_saved_at_work_finishes_in_another_pc() {
     second.restore(&state).unwrap();
     let again = second.state().unwrap();
     let without_time = |state: &PcState| PcState {
-        // The time stamp counter and the timer count on.
-        vcpus: state.ged.clone(),
-        pm_timer: state.ged.clone(),
+        // The time stamp counter and the timer count on, and the guest has a new generation.
+        vcpus: state.memory.clone(),
+        pm_timer: state.memory.clone(),
+        ged: state.memory.clone(),
         ..state.clone()
     };
     assert_eq!(without_time(&again), without_time(&state));
@@ -187,6 +195,66 @@ fn guest_saved_at_work_finishes_in_another_pc() {
     let all = [written, std::fs::read(&outputs[1]).unwrap()].concat();
     let counted: Vec<u8> = (1..=LAST).map(|count| count as u8).collect();
     assert_eq!(all, counted, "nothing lost, nothing twice");
+}
+
+/// The guest's interrupt for events has arrived and is not taken yet.
+fn event_is_pending(state: &PcState) -> bool {
+    let vcpus: VcpusState = state.vcpus.read().unwrap();
+    let vcpu: VcpuState = vcpus.vcpus[0].state.read().unwrap();
+    // Interrupt request register: 32 bits every 16 bytes.
+    let byte = vcpu.lapic.0[0x200 + EVENT_VECTOR / 32 * 16 + EVENT_VECTOR % 32 / 8];
+    byte & 1 << (EVENT_VECTOR % 8) != 0
+}
+
+fn generation_id(pc: &Pc) -> [u8; 16] {
+    let ram = pc.memory().ram().memory();
+    ram.read_obj(GuestAddress(GENERATION_ID_START)).unwrap()
+}
+
+#[test]
+fn guest_restored_twice_has_two_new_generations_and_is_notified() {
+    let Some(rig) = Rig::new() else {
+        return;
+    };
+    let outputs = ["first", "second"].map(|name| rig.folder.path().join(name));
+    let mut first = rig.booted(&outputs[0]);
+    wait_for_bytes(&outputs[0], 50);
+    first.pause().unwrap();
+    let state = through_text(&first.state().unwrap());
+    let mut seen = vec![generation_id(&first)];
+    assert_ne!(seen[0], [0; 16]);
+    assert!(!event_is_pending(&state));
+    let restored = |state: &PcState| {
+        let memory = rig.memory();
+        copy(first.memory(), &memory);
+        let mut pc = rig.pc(memory, &outputs[1]);
+        pc.plug_restored(rng("_rng", 0, None), state).unwrap();
+        pc.plug_restored(rng("_other", 0, None), state).unwrap();
+        pc.restore_pvpanic(state).unwrap();
+        pc.restore(state).unwrap();
+        let id = generation_id(&pc);
+        let state = pc.state().unwrap();
+        let events: GedState = state.ged.read().unwrap();
+        (id, events.pending, event_is_pending(&state), state)
+    };
+    for _ in 0..2 {
+        let (id, events, interrupted, again) = restored(&state);
+        assert!(!seen.contains(&id), "{id:?} of {seen:?}");
+        assert_eq!(events, GED_GENERATION);
+        assert!(interrupted);
+        assert!(again.has_generation_id);
+        seen.push(id);
+    }
+
+    // The tables of a guest of then lack the device: its RAM stays as it is.
+    let mut text = serde_json::to_value(Saved::of(&state)).unwrap();
+    let fields = text.as_object_mut().unwrap();
+    fields.insert("version".to_owned(), 2.into());
+    fields.remove("has_generation_id");
+    let old: Saved = serde_json::from_value(text).unwrap();
+    let (id, events, interrupted, again) = restored(&old.read().unwrap());
+    assert_eq!((id, events), (seen[0], 0));
+    assert!(!interrupted && !again.has_generation_id);
 }
 
 #[test]

@@ -74,7 +74,7 @@ parts! {
     /// PCI buses: location of each function.
     PCI_BUS = "pci-bus", 1..=2;
     /// A PC: an envelope for each of its parts.
-    PC = "pc", 1..=2;
+    PC = "pc", 1..=3;
     /// vCPU hot-plug controller.
     CPU_HOTPLUG = "cpu-hotplug", 1..=1;
     /// PCI hot-plug controller.

@@ -12,10 +12,12 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
 use super::fixed::HEADER_BYTES;
-use super::{AcpiParams, OEM_ID, OEM_REVISION, PciSegmentEntry, cpu_hotplug, pci_hotplug};
+use super::{
+    AcpiParams, OEM_ID, OEM_REVISION, PciSegmentEntry, cpu_hotplug, generation_id, pci_hotplug,
+};
 use crate::legacy::{
-    CMOS_PORTS, GED_BYTES, GED_CPU_HOTPLUG, GED_IRQ, GED_PCI_HOTPLUG, GED_POWER_BUTTON,
-    S5_SLEEP_TYPE,
+    CMOS_PORTS, GED_BYTES, GED_CPU_HOTPLUG, GED_GENERATION, GED_IRQ, GED_PCI_HOTPLUG,
+    GED_POWER_BUTTON, S5_SLEEP_TYPE,
 };
 use crate::memory::layout;
 use crate::pci::{CONFIG_PORT_BASE, CONFIG_PORT_BYTES, WindowRanges};
@@ -48,6 +50,7 @@ pub(super) fn dsdt(params: &AcpiParams) -> Vec<u8> {
     }
     real_time_clock(&mut aml);
     power_button(&mut aml);
+    generation_id::device(&mut aml);
     generic_event_device(params.ged_address, vcpus_change, &mut aml);
     sleep_state(&mut aml);
 
@@ -215,10 +218,13 @@ fn generic_event_device(address: u64, vcpus_change: bool, aml: &mut Vec<u8>) {
     let scan_pci = MethodCall::new(Path::new(pci_hotplug::SCAN_METHOD), vec![]);
     let button = Path::new("\\_SB_.PWRB");
     let press = Notify::new(&button, &BUTTON_PRESSED);
+    let generation = Path::new(generation_id::DEVICE);
+    let renew = Notify::new(&generation, &generation_id::CHANGED);
     let events = [
         vcpus_change.then_some(OnEvent(GED_CPU_HOTPLUG, &scan_vcpus)),
         Some(OnEvent(GED_PCI_HOTPLUG, &scan_pci)),
         Some(OnEvent(GED_POWER_BUTTON, &press)),
+        Some(OnEvent(GED_GENERATION, &renew)),
     ];
     let register = Path::new("GDAT");
     let local = Local(0);

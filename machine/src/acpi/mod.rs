@@ -13,6 +13,7 @@
 mod cpu_hotplug;
 mod dsdt;
 mod fixed;
+mod generation_id;
 mod numa;
 mod pci_hotplug;
 
@@ -24,6 +25,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError};
 use crate::memory::layout;
 use crate::pci::WindowRanges;
 
+pub use generation_id::renew_generation_id;
 pub use numa::{LOCAL_DISTANCE, NumaNode, PROXIMITY_DOMAIN_MAX};
 
 /// The platform's name in the tables.
@@ -82,20 +84,24 @@ pub enum AcpiError {
         /// The available size.
         max_bytes: u64,
     },
+    /// The host has no random numbers.
+    #[error("Cannot generate a VM generation identifier")]
+    Random(#[source] std::io::Error),
     /// There is no guest RAM at the address.
-    #[error("Cannot write an ACPI table to guest memory at {address:#x}")]
+    #[error("Cannot write ACPI data to guest memory at {address:#x}")]
     Write {
-        /// Start of the table.
+        /// Start of the data.
         address: u64,
         #[source]
         source: GuestMemoryError,
     },
 }
 
-/// Builds all tables and writes them to guest memory; returns the address of the root pointer.
+/// Builds all tables and writes them and a generation identifier to guest memory; returns the address of the root
+/// pointer.
 ///
 /// # Errors
-/// The tables do not fit, or there is no guest RAM at their address.
+/// The tables do not fit, there is no guest RAM at their address, or the host has no random numbers.
 pub fn build<M: GuestMemory>(params: &AcpiParams, memory: &M) -> Result<GuestAddress, AcpiError> {
     let mut placer = Placer::new(layout::RSDP_START + Rsdp::len() as u64);
     let dsdt = placer.place(dsdt::dsdt(params));
@@ -114,7 +120,7 @@ pub fn build<M: GuestMemory>(params: &AcpiParams, memory: &M) -> Result<GuestAdd
     let xsdt = placer.place(bytes_of(&xsdt));
 
     let bytes = placer.next - layout::RSDP_START;
-    let max_bytes = layout::SMBIOS_START - layout::RSDP_START;
+    let max_bytes = layout::ACPI_END - layout::RSDP_START;
     if bytes > max_bytes {
         return Err(AcpiError::TooLarge { bytes, max_bytes });
     }
@@ -126,6 +132,7 @@ pub fn build<M: GuestMemory>(params: &AcpiParams, memory: &M) -> Result<GuestAdd
             .write_slice(&table, GuestAddress(address))
             .map_err(|source| AcpiError::Write { address, source })?;
     }
+    renew_generation_id(memory)?;
     Ok(GuestAddress(layout::RSDP_START))
 }
 

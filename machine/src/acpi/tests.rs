@@ -65,7 +65,7 @@ fn u64_at(data: &[u8], at: usize) -> u64 {
 fn table(memory: &Memory, address: u64) -> Vec<u8> {
     let header = bytes(memory, address, 36);
     let length = u32_at(&header, 4);
-    assert!(address + u64::from(length) <= layout::SMBIOS_START);
+    assert!(address + u64::from(length) <= layout::ACPI_END);
     let table = bytes(memory, address, length as usize);
     assert_eq!(sum(&table), 0, "{:?}", &table[..4]);
     assert_eq!(&table[10..16], b"CLOUDH");
@@ -233,11 +233,34 @@ fn dsdt_has_the_serial_port_only_if_the_machine_has() {
     assert!(names_com1(&with));
     assert!(!names_com1(&without));
     for name in [
-        b"PC00", b"MBRD", b"RTC_", b"PWRB", b"GED_", b"_S5_", b"_EVT", b"_DSM", b"PHPR", b"S001",
-        b"S031", b"_EJ0",
+        b"PC00", b"MBRD", b"RTC_", b"PWRB", b"VGEN", b"GED_", b"_S5_", b"_EVT", b"_DSM", b"PHPR",
+        b"S001", b"S031", b"_EJ0",
     ] {
         assert!(with.windows(4).any(|found| found == name), "{name:?}");
     }
+}
+
+#[test]
+fn dsdt_has_the_generation_id_and_notifies_its_device_by_event() {
+    let memory = memory(2 << 20);
+    let rsdp = build(&params(1), &memory).unwrap();
+    let found = tables(&memory, rsdp);
+    let dsdt = &found.last().unwrap().1;
+    let has = |bytes: &[u8]| dsdt.windows(bytes.len()).filter(|it| it == &bytes).count();
+    assert_eq!(has(b"\x08_HID\x0dVMGENCTR\0"), 1);
+    assert_eq!(has(b"\x08_CID\x0dVM_Gen_Counter\0"), 1);
+    assert_eq!(has(b"\x08_DDN\x0dVM_Gen_Counter\0"), 1);
+    // The address as a package of its lower and its upper half.
+    assert_eq!(has(b"\x08ADDR\x12\x08\x02\x0c\x10\xf0\x0e\x00\x00"), 1);
+    // If bit 4 of the event byte is set: Notify (\_SB.VGEN, 0x80).
+    assert_eq!(
+        has(b"\x7b\x60\x0a\x10\x61\xa0\x12\x93\x61\x0a\x10\x86\\\x2e_SB_VGEN\x0a\x80"),
+        1
+    );
+    let id = bytes(&memory, 0xef010, 16);
+    assert_ne!(id, [0; 16]);
+    build(&params(1), &memory).unwrap();
+    assert_ne!(bytes(&memory, 0xef010, 16), id);
 }
 
 #[test]

@@ -23,6 +23,10 @@ pub const GED_CPU_HOTPLUG: u8 = 1;
 pub const GED_PCI_HOTPLUG: u8 = 4;
 /// The power button was pressed.
 pub const GED_POWER_BUTTON: u8 = 8;
+/// The VM generation identifier has changed.
+pub const GED_GENERATION: u8 = 16;
+
+const GED_EVENTS: u8 = GED_CPU_HOTPLUG | GED_PCI_HOTPLUG | GED_POWER_BUTTON | GED_GENERATION;
 
 /// The saved state of the event device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,7 +69,7 @@ impl Ged {
     /// # Errors
     /// Unknown events.
     pub fn restore(&self, state: &GedState) -> Result<(), StateError> {
-        let unknown = state.pending & !(GED_CPU_HOTPLUG | GED_PCI_HOTPLUG | GED_POWER_BUTTON);
+        let unknown = state.pending & !GED_EVENTS;
         require(unknown == 0, PART, "pending", || {
             format!("has unknown events {unknown:#x}")
         })?;
@@ -95,6 +99,14 @@ impl Ged {
     /// As [`Ged::press_power_button`].
     pub fn announce_cpu_change(&self) -> std::io::Result<()> {
         self.raise(GED_CPU_HOTPLUG)
+    }
+
+    /// Makes the guest read the VM generation identifier.
+    ///
+    /// # Errors
+    /// As [`Ged::press_power_button`].
+    pub fn announce_generation(&self) -> std::io::Result<()> {
+        self.raise(GED_GENERATION)
     }
 
     fn raise(&self, event: u8) -> std::io::Result<()> {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   0x0        boot GDT, start info, zero page, stack, command line (below 640 KiB)
-//!   0xa0000    ACPI tables from here, SMBIOS at 0xf0000
+//!   0xa0000    ACPI tables from here, VM generation identifier at 0xef010, SMBIOS at 0xf0000
 //!   0x100000   kernel, … initramfs at the end of low RAM
 //!   0xc0000000 32-bit PCI window            (RAM ends here and continues at 4 GiB)
 //!   0xe8000000 ECAM          0xf8000000 KVM's own pages
@@ -50,8 +50,12 @@ pub const CMDLINE_MAX_BYTES: u64 = 64 * KIB;
 pub const EBDA_POINTER: u64 = 0x40e;
 /// End of conventional memory in the memory map, and the extended BIOS data area.
 pub const EBDA_START: u64 = 0xa_0000;
-/// ACPI root pointer; the tables follow it, up to SMBIOS.
+/// ACPI root pointer; the tables follow it.
 pub const RSDP_START: u64 = EBDA_START;
+/// First address after the ACPI tables: the page of the VM generation identifier, which has nothing else.
+pub const ACPI_END: u64 = SMBIOS_START - PAGE_BYTES;
+/// VM generation identifier. Linux looks for option ROMs at multiples of 2 KiB, where random bytes must not be.
+pub const GENERATION_ID_START: u64 = ACPI_END + 16;
 /// SMBIOS entry point and structures.
 pub const SMBIOS_START: u64 = 0xf_0000;
 /// Room for SMBIOS.
@@ -108,7 +112,7 @@ const _: () = {
     assert!(PVH_MODLIST_START + 32 <= PVH_MEMMAP_START);
     assert!(PVH_MEMMAP_START + PAGE_BYTES <= BOOT_STACK_POINTER);
     assert!(CMDLINE_START + CMDLINE_MAX_BYTES <= EBDA_START);
-    assert!(RSDP_START < SMBIOS_START && SMBIOS_START < HIGH_RAM_START);
+    assert!(RSDP_START < ACPI_END && SMBIOS_START < HIGH_RAM_START);
     assert!(PCI_MMCONFIG_START == 0xe800_0000);
     assert!(PCI_MMCONFIG_START + PCI_MMCONFIG_BYTES <= KVM_TSS_START);
     assert!(KVM_IDENTITY_MAP_START + PAGE_BYTES <= IOAPIC_START);

@@ -75,11 +75,14 @@ pub enum PcError {
     /// The guest cannot be notified that vCPUs were added or should be removed.
     #[error("Cannot notify the guest about its vCPUs")]
     AnnounceVcpus(#[source] io::Error),
+    /// The guest cannot be notified of its new generation.
+    #[error("Cannot notify the guest that it was restored")]
+    Generation(#[source] io::Error),
     /// Kernel, firmware, initramfs or command line.
     #[error("Cannot load the payload")]
     Payload(#[source] BootError),
-    /// ACPI tables.
-    #[error("Cannot write the ACPI tables")]
+    /// ACPI tables, or the generation identifier.
+    #[error("Cannot write the ACPI data")]
     Acpi(#[source] AcpiError),
     /// The power button's interrupt.
     #[error("Cannot press the power button")]

@@ -80,6 +80,8 @@ pub struct Pc {
     paused: bool,
     serial: Option<Arc<Uart>>,
     pvpanic: Option<Arc<Pvpanic>>,
+    /// The guest's ACPI tables have one.
+    has_generation_id: bool,
     chassis: Chassis,
     device_slots: Arc<DeviceSlots>,
     params: PcParams,
@@ -120,6 +122,7 @@ impl Pc {
             paused: false,
             serial: None,
             pvpanic: None,
+            has_generation_id: false,
             chassis,
             device_slots,
             params,
@@ -198,6 +201,7 @@ impl Pc {
             let ram = self.memory.ram().memory();
             acpi::build(&self.acpi_params(), &*ram).map_err(PcError::Acpi)?
         };
+        self.has_generation_id = true;
         let entry = payload
             .write_boot_data(&self.memory, platform, rsdp_address)
             .map_err(PcError::Payload)?;

@@ -13,9 +13,11 @@ use ::state::{Fields, Part, Saved, State, StateError, parts, require};
 use api::config::CpusConfig;
 use hypervisor::Kvm;
 use serde::{Deserialize, Serialize};
+use vm_memory::GuestAddressSpace;
 
 use super::devices::plugged;
 use super::{PVPANIC_ID, Pc, PcError, Plug, Plugged};
+use crate::acpi;
 use crate::cpu::{Vcpus, VcpusState};
 use crate::legacy::{CmosState, GedState, PmTimerState};
 use crate::pci::{Bdf, PciBusState, SlotState};
@@ -50,14 +52,19 @@ pub struct PcState {
     pub pm_timer: Saved,
     /// A `GedState`.
     pub ged: Saved,
+    /// The guest's ACPI tables have a generation identifier; not so in a state of version 1 or 2.
+    pub has_generation_id: bool,
 }
 
 impl State for PcState {
     const PART: Part = PART;
 
-    /// In version 1, vCPUs could not be hot-plugged.
-    fn upgrade(_from: u32, fields: &mut Fields) -> Result<(), StateError> {
-        fields.insert("cpu_hotplug".to_owned(), ().into());
+    fn upgrade(from: u32, fields: &mut Fields) -> Result<(), StateError> {
+        match from {
+            // vCPUs could not be hot-plugged.
+            1 => fields.insert("cpu_hotplug".to_owned(), ().into()),
+            _ => fields.insert("has_generation_id".to_owned(), false.into()),
+        };
         Ok(())
     }
 }
@@ -125,6 +132,7 @@ impl Pc {
             cmos: Saved::of(&chassis.cmos.state()),
             pm_timer: Saved::of(&chassis.pm_timer.state()),
             ged: Saved::of(&chassis.ged.state()),
+            has_generation_id: self.has_generation_id,
         })
     }
 
@@ -168,15 +176,24 @@ impl Pc {
         restored.map_err(PcError::State)
     }
 
-    /// Replaces [`Pc::boot`]: restores everything that is not a device in a slot. The machine is paused afterwards.
+    /// Replaces [`Pc::boot`]: restores everything that is not a device in a slot, and gives the guest a new generation
+    /// identifier. The machine is paused afterwards.
     ///
     /// # Errors
-    /// The state belongs to another machine, or KVM rejects it.
+    /// The state belongs to another machine, KVM rejects it, or the host has no random numbers.
     pub fn restore(&mut self, state: &PcState) -> Result<(), PcError> {
         self.paused = true;
         self.restore_chips(state)
             .and_then(|()| self.vcpus.restore(&state.vcpus.read::<VcpusState>()?))
-            .map_err(PcError::State)
+            .map_err(PcError::State)?;
+        self.has_generation_id = state.has_generation_id;
+        if !state.has_generation_id {
+            return Ok(());
+        }
+        acpi::renew_generation_id(&*self.memory.ram().memory()).map_err(PcError::Acpi)?;
+        // After the vCPUs: restoring their interrupt controllers would lose it.
+        let ged = &self.chassis.ged;
+        ged.announce_generation().map_err(PcError::Generation)
     }
 
     fn restore_chips(&self, state: &PcState) -> Result<(), StateError> {

@@ -1,0 +1,104 @@
+//! The VM generation identifier ("Virtual Machine Generation ID", Microsoft, 2012).
+//!
+//! ```text
+//! boot:     16 random bytes ─► guest RAM at GENERATION_ID_START
+//! restore:  16 other bytes  ─► the same place; GED_._EVT ─► Notify(VGEN) ─► the guest reads them again
+//! ```
+//! A guest that was restored may share its past, and so the state of its random number generators, with another guest.
+//! By this identifier it notices, and reseeds them.
+#![allow(unsafe_code)]
+// UNSAFETY: getrandom has no safe wrapper in libc.
+
+use std::io;
+
+use acpi_tables::Aml;
+use acpi_tables::aml::{Device, Name, Package, Path, ZERO};
+use vm_memory::{Bytes, GuestAddress, GuestMemory};
+
+use super::AcpiError;
+use crate::memory::layout;
+
+/// The device that is notified.
+pub(super) const DEVICE: &str = "\\_SB_.VGEN";
+/// Notification that the identifier has changed.
+pub(super) const CHANGED: u8 = 0x80;
+
+/// Size of the identifier.
+const BYTES: usize = 16;
+
+const _: () = assert!(layout::GENERATION_ID_START.is_multiple_of(8));
+
+/// The device that tells the guest where the identifier is.
+pub(super) fn device(aml: &mut Vec<u8>) {
+    let address = layout::GENERATION_ID_START;
+    let (low, high) = (address as u32, (address >> 32) as u32);
+    Device::new(
+        Path::new("_SB_.VGEN"),
+        vec![
+            // Linux looks for the first name, Windows for the second.
+            &Name::new(Path::new("_HID"), &"VMGENCTR"),
+            &Name::new(Path::new("_CID"), &"VM_Gen_Counter"),
+            &Name::new(Path::new("_DDN"), &"VM_Gen_Counter"),
+            &Name::new(Path::new("_UID"), &ZERO),
+            &Name::new(Path::new("ADDR"), &Package::new(vec![&low, &high])),
+        ],
+    )
+    .to_aml_bytes(aml);
+}
+
+/// Writes a new identifier to guest memory.
+///
+/// # Errors
+/// The host has no random numbers yet, or there is no guest RAM at the address.
+pub fn renew_generation_id<M: GuestMemory>(memory: &M) -> Result<(), AcpiError> {
+    let id = random().map_err(AcpiError::Random)?;
+    let address = layout::GENERATION_ID_START;
+    memory
+        .write_slice(&id, GuestAddress(address))
+        .map_err(|source| AcpiError::Write { address, source })
+}
+
+/// So few bytes come in one piece.
+fn random() -> io::Result<[u8; BYTES]> {
+    let mut bytes = [0; BYTES];
+    // SAFETY: the pointer and the length are those of an array that the kernel may write to.
+    let count = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), BYTES, 0) };
+    match usize::try_from(count) {
+        Ok(BYTES) => Ok(bytes),
+        Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
+        Err(_) => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestMemoryMmap;
+
+    use super::*;
+
+    #[test]
+    fn generation_id_is_new_each_time_and_fills_its_place_alone() {
+        let memory =
+            GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 2 << 20)]).expect("memory");
+        let read = || {
+            let mut bytes = [0; BYTES + 2];
+            let before = GuestAddress(layout::GENERATION_ID_START - 1);
+            memory.read_slice(&mut bytes, before).expect("it is RAM");
+            bytes
+        };
+        assert_eq!(read(), [0; BYTES + 2]);
+        let mut seen = Vec::new();
+        for _ in 0..3 {
+            renew_generation_id(&memory).expect("random numbers");
+            let bytes = read();
+            assert_eq!((bytes[0], bytes[BYTES + 1]), (0, 0));
+            assert!(!seen.contains(&bytes), "{bytes:?}");
+            seen.push(bytes);
+        }
+        let small = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 4096)]).expect("memory");
+        assert!(matches!(
+            renew_generation_id(&small),
+            Err(AcpiError::Write { .. })
+        ));
+    }
+}
