@@ -11,8 +11,8 @@ use crate::model::{Bytes, Fraction};
 pub fn reference() -> String {
     let mut page = String::from(
         "# Settings of ch-fleet\n\n\
-         Every numeric key of `agent.toml`, with its default and its range. A value out of its range is refused by\n\
-         `ch-fleet config check`, at the start and at a reload. This page is generated from the table in\n\
+         This page lists every numeric key of `agent.toml`, with its default and range. `ch-fleet config check`, the start of\n\
+         the agent and a reload reject values outside the range. This page is generated from the table in\n\
          `fleet/src/config/ranges.rs`; a test compares the two. [fleet.md](fleet.md) explains the keys.\n\n\
          | Key | Default | Range |\n| --- | --- | --- |\n",
     );

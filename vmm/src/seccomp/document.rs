@@ -9,9 +9,10 @@ use crate::threads::ThreadKind;
 const HEAD: &str = "\
 # System calls by thread
 
-Generated from `vmm/src/seccomp`: `UPDATE_SECCOMP=1 cargo test -p vmm seccomp`. Every other call ends the process
-(`--seccomp true`). Arguments are counted from 0. Several lines for one call are alternatives. A thread that starts
-others may also do what they may, because a filter binds all threads started after it.
+This page lists the system calls that each kind of thread may make. `UPDATE_SECCOMP=1 cargo test -p vmm seccomp`
+generates it from `vmm/src/seccomp`. Every other call ends the process (`--seccomp true`). Arguments are counted from
+0. Several lines for one call are alternatives. A thread that starts others may also make their calls, because a filter
+binds all threads started after it.
 ";
 
 /// The whole document.
