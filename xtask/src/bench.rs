@@ -3,15 +3,19 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
-use crate::testbed::{self, KernelChoice, Surroundings};
+use crate::testbed::{self, KernelChoice, Outcome, Surroundings};
 use crate::{experiment, other_vmm, test_programs};
 
 /// Memory of the testbed's host: a guest of 1 GiB and room to spare.
 const HOST_BYTES: u64 = 3 << 30;
+
+/// A host of which nothing has been heard for so long stands still. Cases end after two minutes of an idle processor by
+/// their own clock, which QEMU stops for ever now and then when it counts instructions.
+const SILENCE_MAX: Duration = Duration::from_secs(600);
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
@@ -35,7 +39,7 @@ pub(crate) struct Options {
 }
 
 /// Measures the VMM with a Linux guest and prints one JSON object per figure.
-pub(crate) fn run(options: Options) -> Result<ExitCode> {
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let mut arguments: Vec<OsString> = Vec::new();
     if let Some(vmm) = &options.vmm {
         arguments.extend(["--vmm".into(), other_vmm::found(vmm)?.into()]);
@@ -45,29 +49,71 @@ pub(crate) fn run(options: Options) -> Result<ExitCode> {
         arguments.extend(["--out".into(), "/share".into()]);
     }
     let begin = SystemTime::now();
-    let mut command = vec![test_programs::build("vm-bench")?.into()];
-    command.extend(arguments);
-    command.extend(options.names);
-    if !options.options.is_empty() {
-        command.push("--".into());
-        command.extend(options.options);
-    }
-    let status = testbed::run_command(
-        command,
-        Surroundings {
-            memory: HOST_BYTES,
-            icount: options.icount,
-            kernel: options.kernel,
-            share: options.out.clone(),
-            ..Surroundings::default()
-        },
-    )?;
+    let program: OsString = test_programs::build("vm-bench")?.into();
+    let mut left_out = LeftOut::default();
+    let status = loop {
+        let mut command = vec![program.clone()];
+        command.extend(arguments.iter().cloned());
+        command.extend(left_out.arguments());
+        command.extend(options.names.iter().cloned());
+        if !options.options.is_empty() {
+            command.push("--".into());
+            command.extend(options.options.iter().cloned());
+        }
+        let outcome = testbed::outcome_of(
+            command,
+            Surroundings {
+                memory: HOST_BYTES,
+                icount: options.icount,
+                kernel: options.kernel,
+                share: options.out.clone(),
+                silence_max: Some(SILENCE_MAX),
+                ..Surroundings::default()
+            },
+        )?;
+        match outcome {
+            Outcome::Silent(line) => left_out.add(&line)?,
+            outcome => break outcome.status(),
+        }
+    };
     if let Some(out) = &options.out {
         for path in written_since(out, begin)? {
             experiment::say_what_was_measured(&path, options.kernel)?;
         }
     }
     Ok(status)
+}
+
+/// Cases in which the host stood still.
+#[derive(Debug, Default)]
+struct LeftOut(Vec<String>);
+
+impl LeftOut {
+    /// Takes the case from the last line that was heard, `FIGURE/CASE/VMM … `.
+    ///
+    /// # Errors
+    /// It names none, or one that is left out already.
+    fn add(&mut self, line: &str) -> Result<()> {
+        let case = line.strip_suffix(" … ").filter(|case| case.contains('/'));
+        let Some(case) = case.filter(|case| !self.0.iter().any(|other| other == case)) else {
+            bail!("nothing was heard of the host for {SILENCE_MAX:?} after {line:?}");
+        };
+        eprintln!("\n{case}: the host stood still for {SILENCE_MAX:?}; going on without this case");
+        self.0.push(case.to_owned());
+        Ok(())
+    }
+
+    /// Starts again at the figure that did not end, without these cases.
+    fn arguments(&self) -> Vec<OsString> {
+        let figure = self.0.last().and_then(|case| case.split('/').next());
+        let from = figure.map(|figure| ["--from", figure]);
+        let cases = self.0.iter().map(|case| ["--leave-out", case]);
+        from.into_iter()
+            .chain(cases)
+            .flatten()
+            .map(OsString::from)
+            .collect()
+    }
 }
 
 /// The figures in `folder` that are not from an earlier run.
@@ -82,4 +128,29 @@ fn written_since(folder: &Path, begin: SystemTime) -> Result<Vec<PathBuf>> {
         }
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn case_in_which_the_host_stands_still_is_left_out_of_the_next_run() {
+        let mut left_out = LeftOut::default();
+        assert!(left_out.arguments().is_empty());
+        left_out.add("api/one_client/other … ").unwrap();
+        left_out.add("block/read_1m/ours … ").unwrap();
+        let words = "--from block --leave-out api/one_client/other --leave-out block/read_1m/ours";
+        assert!(left_out.arguments().iter().eq(words.split(' ')));
+    }
+
+    #[test]
+    fn silence_that_no_case_explains_is_an_error() {
+        let mut left_out = LeftOut::default();
+        assert!(left_out.add("").is_err());
+        assert!(left_out.add("booting … ").is_err());
+        assert!(left_out.add("api/one_client/other … 3.0 s").is_err());
+        left_out.add("api/one_client/other … ").unwrap();
+        assert!(left_out.add("api/one_client/other … ").is_err());
+    }
 }

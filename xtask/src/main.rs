@@ -123,7 +123,7 @@ fn main() -> ExitCode {
         }
         Command::Testbed(command) => testbed::run(command),
         Command::Demo(options) => demo::run(&options),
-        Command::Bench(options) => bench::run(options),
+        Command::Bench(options) => bench::run(&options),
         Command::VmTests(options) => vm_tests::run(&options),
         Command::FleetPage => fleet::page(),
         Command::FleetBench(options) => fleet::bench(&options),

@@ -8,7 +8,7 @@ use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
@@ -80,10 +80,21 @@ pub(crate) fn spawn_tied_group(
 }
 
 /// Waits for the child's end; `None` if it was killed because of a timeout.
-pub(crate) fn wait(mut child: Child, timeout: Option<Duration>) -> Result<Option<ExitStatus>> {
-    let Some(timeout) = timeout else {
-        return Ok(Some(child.wait().context("waiting for a child")?));
-    };
+pub(crate) fn wait(child: Child, timeout: Option<Duration>) -> Result<Option<ExitStatus>> {
+    let begin = Instant::now();
+    wait_while(child, || {
+        timeout.map_or(Duration::MAX, |timeout| {
+            timeout.saturating_sub(begin.elapsed())
+        })
+    })
+}
+
+/// Waits for the child's end; `None` if it was killed because `time_left` returned zero. `time_left` is called again
+/// whenever the time that it returned has passed.
+pub(crate) fn wait_while(
+    mut child: Child,
+    time_left: impl Fn() -> Duration,
+) -> Result<Option<ExitStatus>> {
     let pid = child.id();
     let (sender, receiver) = mpsc::channel();
     let waiter = thread::spawn(move || {
@@ -92,7 +103,15 @@ pub(crate) fn wait(mut child: Child, timeout: Option<Duration>) -> Result<Option
         sender.send(()).ok();
         ended
     });
-    let in_time = receiver.recv_timeout(timeout).is_ok();
+    let in_time = loop {
+        let left = time_left();
+        if left.is_zero() {
+            break receiver.try_recv().is_ok();
+        }
+        if receiver.recv_timeout(left).is_ok() {
+            break true;
+        }
+    };
     if !in_time {
         // SAFETY: no pointers. The process is our child and at worst a zombie that the waiting
         // thread is about to reap.

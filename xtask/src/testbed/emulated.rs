@@ -20,11 +20,13 @@ use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus};
+use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
+use parking_lot::Mutex;
 
 use super::saved::SavedHost;
 use super::{Job, Outcome, plan, swap};
@@ -163,10 +165,17 @@ impl Emulated<'_> {
         drop((plan_end, control_end));
 
         let show_console = self.job.options.console;
+        let heard = Arc::new(Mutex::new(Heard::default()));
         let (sender, lines) = mpsc::channel();
         let readers = Readers {
-            stdout: thread::spawn(move || copy(stdout, io::stdout())),
-            stderr: thread::spawn(move || copy(stderr, io::stderr())),
+            stdout: thread::spawn({
+                let heard = heard.clone();
+                move || copy(stdout, io::stdout(), &heard)
+            }),
+            stderr: thread::spawn({
+                let heard = heard.clone();
+                move || copy(stderr, io::stderr(), &heard)
+            }),
             status: thread::spawn(move || read_status(status, &sender)),
             console: thread::spawn(move || keep_tail(console, show_console)),
         };
@@ -187,12 +196,23 @@ impl Emulated<'_> {
         // Ends at the latest with the host, because QEMU has the only reading end.
         let sender = thread::spawn(move || plan.write_all(&bytes).map(|()| plan));
         let stands_still = matches!(start, Start::From(_)) && !says("start");
-        let timeout = if stands_still {
-            Some(Duration::ZERO)
-        } else {
-            self.job.timeout()
+        let begin = Instant::now();
+        let time_left = || {
+            let left = |max: Option<Duration>, since: Instant| {
+                max.map_or(Duration::MAX, |max| max.saturating_sub(since.elapsed()))
+            };
+            let options = &self.job.options;
+            if stands_still {
+                return Duration::ZERO;
+            }
+            left(self.job.timeout(), begin).min(left(options.silence_max, heard.lock().at))
         };
-        let ended = process::wait(child, timeout)?;
+        let ended = process::wait_while(child, time_left)?;
+        let silent = ended.is_none() && !stands_still && {
+            let heard = heard.lock();
+            let max = self.job.options.silence_max;
+            max.is_some_and(|max| heard.at.elapsed() >= max)
+        };
         let (status, console) = readers.join();
         // It failed only if QEMU has ended, which is reported.
         sender.join().expect("a writing thread does not panic").ok();
@@ -201,6 +221,7 @@ impl Emulated<'_> {
             status,
             console,
             ended,
+            silent_after: silent.then(|| heard.lock().last_line()),
         })
     }
 }
@@ -210,6 +231,8 @@ impl Emulated<'_> {
 struct Ended {
     /// `None` on a timeout.
     ended: Option<ExitStatus>,
+    /// The last line, if what ran out was the time in which it may print nothing.
+    silent_after: Option<String>,
     /// The command was about to run.
     has_started: bool,
     status: String,
@@ -219,7 +242,7 @@ struct Ended {
 impl Ended {
     fn outcome(self) -> Result<Outcome> {
         let Some(ended) = self.ended else {
-            return Ok(Outcome::TimedOut);
+            return Ok(self.silent_after.map_or(Outcome::TimedOut, Outcome::Silent));
         };
         if let Some(code) = exit_status(&self.status) {
             return Ok(Outcome::Exit(code));
@@ -387,10 +410,46 @@ fn memfd(contents: &[u8]) -> Result<File> {
     Ok(file)
 }
 
-fn copy(mut from: PipeReader, mut to: impl io::Write) {
+/// What came of the command, as far as its silence is concerned.
+#[derive(Debug)]
+struct Heard {
+    /// When it printed last, or began.
+    at: Instant,
+    /// The end of what it printed, with the last line in it.
+    tail: Vec<u8>,
+}
+
+impl Default for Heard {
+    fn default() -> Self {
+        Self {
+            at: Instant::now(),
+            tail: Vec::new(),
+        }
+    }
+}
+
+impl Heard {
+    const TAIL_BYTES_MAX: usize = 4096;
+
+    fn hear(&mut self, bytes: &[u8]) {
+        self.at = Instant::now();
+        self.tail.extend(bytes);
+        let excess = self.tail.len().saturating_sub(Self::TAIL_BYTES_MAX);
+        self.tail.drain(..excess);
+    }
+
+    /// Without the line's end.
+    fn last_line(&self) -> String {
+        let text = String::from_utf8_lossy(&self.tail);
+        text.lines().last().unwrap_or_default().to_owned()
+    }
+}
+
+fn copy(mut from: PipeReader, mut to: impl io::Write, heard: &Mutex<Heard>) {
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(count @ 1..) = from.read(&mut buffer) {
-        // A reader that has closed the pipe (`| head`) does not end the command.
+        heard.lock().hear(&buffer[..count]);
+        // A reader of ours that has gone away (`| head`) does not end the command.
         if to
             .write_all(&buffer[..count])
             .and_then(|()| to.flush())
@@ -443,6 +502,19 @@ fn exit_status(text: &str) -> Option<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn last_line_is_that_which_was_printed_last() {
+        let mut heard = Heard::default();
+        assert_eq!(heard.last_line(), "");
+        heard.hear(b"one\ntwo ");
+        heard.hear("… ".as_bytes());
+        assert_eq!(heard.last_line(), "two … ");
+        heard.hear(&[b'x'; 3 * Heard::TAIL_BYTES_MAX]);
+        heard.hear(b"\nthree\n");
+        assert_eq!(heard.last_line(), "three");
+        assert!(heard.tail.len() <= Heard::TAIL_BYTES_MAX);
+    }
 
     #[test]
     fn status_is_found_after_the_start_line() {

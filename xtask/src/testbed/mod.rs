@@ -81,6 +81,9 @@ pub(crate) struct Options {
     /// They are built already
     #[arg(skip)]
     are_built: bool,
+    /// An emulated host is ended when its command has printed nothing for this long
+    #[arg(skip)]
+    silence_max: Option<Duration>,
     /// More options for QEMU, split at blanks (for devices of the emulated host)
     #[arg(long, value_name = "OPTIONS", allow_hyphen_values = true)]
     qemu: Option<String>,
@@ -140,10 +143,24 @@ struct Job {
 }
 
 /// How the command ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Outcome {
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
     Exit(u8),
     TimedOut,
+    /// Ended because it printed nothing for too long after this line, which may be incomplete.
+    Silent(String),
+}
+
+impl Outcome {
+    /// The status that this program ends with; says why it is not the command's.
+    pub(crate) fn status(&self) -> ExitCode {
+        match self {
+            Self::Exit(status) => return ExitCode::from(*status),
+            Self::TimedOut => eprintln!("testbed: the command ran out of time"),
+            Self::Silent(line) => eprintln!("testbed: nothing came after {line:?} for too long"),
+        }
+        ExitCode::from(TIMED_OUT)
+    }
 }
 
 impl Job {
@@ -171,11 +188,19 @@ pub(crate) struct Surroundings {
     pub(crate) qemu: Option<String>,
     /// Ends with status 124 after this many seconds.
     pub(crate) timeout: Option<u64>,
+    /// An emulated host ends when the command has printed nothing for this long: its clock, by which the command has
+    /// bounds of its own, can stop.
+    pub(crate) silence_max: Option<Duration>,
 }
 
 /// Runs `command` as `testbed run` does.
 pub(crate) fn run_command(command: Vec<OsString>, around: Surroundings) -> Result<ExitCode> {
-    run(Command::Run(Options {
+    outcome_of(command, around).map(|outcome| outcome.status())
+}
+
+/// Runs `command` as `testbed run` does and returns how it ended.
+pub(crate) fn outcome_of(command: Vec<OsString>, around: Surroundings) -> Result<Outcome> {
+    run_job(Options {
         memory: around.memory,
         cpus: DEFAULT_CPUS,
         share: around.share,
@@ -188,22 +213,17 @@ pub(crate) fn run_command(command: Vec<OsString>, around: Surroundings) -> Resul
         distributions: false,
         programs: around.programs,
         are_built: around.are_built,
+        silence_max: around.silence_max,
         qemu: around.qemu,
         console: false,
         command,
-    }))
+    })
 }
 
 /// Runs one subcommand and returns the status the program ends with.
 pub(crate) fn run(command: Command) -> Result<ExitCode> {
     match command {
-        Command::Run(options) => Ok(match run_job(options)? {
-            Outcome::Exit(status) => ExitCode::from(status),
-            Outcome::TimedOut => {
-                eprintln!("testbed: the command ran out of time");
-                ExitCode::from(TIMED_OUT)
-            }
-        }),
+        Command::Run(options) => run_job(options).map(|outcome| outcome.status()),
         Command::Inside(inside) => direct::inside(&inside).map(ExitCode::from),
     }
 }

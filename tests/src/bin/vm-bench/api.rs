@@ -12,6 +12,7 @@ use integration_tests::literal_client::{Answer, request};
 use serde_json::{Map, Value, json};
 
 use crate::cases::Cases;
+use crate::subject::Subject;
 use integration_tests::overhead::disk_image;
 
 /// Number of requests for a latency distribution, by all clients together.
@@ -28,12 +29,12 @@ const DISK_WORK: &str = "(while true; do dd if=/dev/zero of=/dev/vda bs=1M count
                          dd if=/dev/vda of=/dev/null bs=1M count=32 iflag=direct; done) \
                          > /dev/null 2>&1 & echo $! > /tmp/disk-work";
 
-/// All cases with a guest of `vmm`.
-pub(crate) fn measure(vmm: &Path) -> Result<Value> {
+/// All cases with a guest of one VMM.
+pub(crate) fn measure(subject: &Subject) -> Result<Value> {
     let (_folder, disk) = disk_image()?;
     let boot = || {
         Machine {
-            vmm: Some(vmm),
+            vmm: Some(&subject.program),
             arguments: &[
                 "--balloon",
                 "size=0,free_page_reporting=on",
@@ -44,7 +45,7 @@ pub(crate) fn measure(vmm: &Path) -> Result<Value> {
         }
         .serve()
     };
-    let mut cases = Cases::new(&boot);
+    let mut cases = Cases::new("api", subject, &boot);
     cases.run("one_client", |guest| endpoints(&guest.vmm.socket(), 1))?;
     cases.run("eight_clients", |guest| {
         endpoints(&guest.vmm.socket(), CLIENTS)

@@ -1,13 +1,12 @@
 //! Throughput of a disk: direct I/O of the guest on an image in TMPDIR, which is in memory in an emulated host.
 
-use std::path::Path;
-
 use anyhow::Result;
 use integration_tests::linux::Machine;
 use serde_json::{Value, json};
 
 use crate::MIB;
 use crate::cases::Cases;
+use crate::subject::Subject;
 use crate::timed_work::TimedWork;
 use integration_tests::overhead::disk_image;
 
@@ -39,18 +38,18 @@ const WORKLOADS: [Workload; 6] = [
     ),
 ];
 
-/// Runs all workloads with a guest of `vmm`.
-pub(crate) fn measure(vmm: &Path) -> Result<Value> {
+/// Runs all workloads with a guest of one VMM.
+pub(crate) fn measure(subject: &Subject) -> Result<Value> {
     let (_folder, disk) = disk_image()?;
     let boot = || {
         Machine {
-            vmm: Some(vmm),
+            vmm: Some(&subject.program),
             arguments: &["--disk", &disk],
             ..Machine::default()
         }
         .serve()
     };
-    let mut cases = Cases::new(&boot);
+    let mut cases = Cases::new("block", subject, &boot);
     for (name, kind, bytes, requests, more) in WORKLOADS {
         cases.run(name, |guest| {
             let mut run = |requests: u64| {

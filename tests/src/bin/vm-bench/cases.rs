@@ -2,7 +2,8 @@
 //!
 //! Another VMM may fail or hang in one of them. Such a case is reported as failed, its guest is ended, and the other
 //! cases continue with a new one. The limit uses this machine's clock; if time is counted in instructions, it is a
-//! number of instructions.
+//! number of instructions. If even that clock stops, `cargo xtask bench` ends the machine and repeats the figure without
+//! the case.
 
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
@@ -11,6 +12,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use integration_tests::linux::Guest;
 use serde_json::{Map, Value, json};
+
+use crate::subject::Subject;
 
 /// Time limit of a case; the longest of ours takes a tenth of it. One second of counted instructions takes four seconds
 /// on an idle processor, so a hanging case costs two minutes there.
@@ -26,6 +29,8 @@ enum Ended {
 
 /// Runs cases and collects what they measure.
 pub(crate) struct Cases<'a> {
+    figure: &'static str,
+    subject: &'a Subject,
     boot: &'a dyn Fn() -> Result<Guest>,
     /// `None` before the first case, and after a failed one.
     guest: Option<Guest>,
@@ -34,9 +39,15 @@ pub(crate) struct Cases<'a> {
 }
 
 impl<'a> Cases<'a> {
-    /// `boot` starts a guest for the first case and after each failed one.
-    pub(crate) fn new(boot: &'a dyn Fn() -> Result<Guest>) -> Self {
+    /// Prepares cases of `figure`. `boot` starts a guest for the first case and after each failed one.
+    pub(crate) fn new(
+        figure: &'static str,
+        subject: &'a Subject,
+        boot: &'a dyn Fn() -> Result<Guest>,
+    ) -> Self {
         Self {
+            figure,
+            subject,
             boot,
             guest: None,
             bound: CASE_MAX,
@@ -44,7 +55,7 @@ impl<'a> Cases<'a> {
         }
     }
 
-    /// Runs a case; prints its name and result on stderr.
+    /// Runs a case unless it is left out; prints its name and result on stderr.
     ///
     /// # Errors
     /// No guest starts.
@@ -53,7 +64,14 @@ impl<'a> Cases<'a> {
         name: &str,
         case: impl FnOnce(&mut Guest) -> Result<Value>,
     ) -> Result<()> {
-        eprint!("{name} … ");
+        let full_name = self.subject.case(self.figure, name);
+        eprint!("{full_name} … ");
+        if self.subject.leaves_out(&full_name) {
+            eprintln!("left out");
+            self.figures
+                .insert(name.into(), json!({ FAILED: "left out" }));
+            return Ok(());
+        }
         let begin = Instant::now();
         let mut guest = match self.guest.take() {
             Some(guest) => guest,
@@ -165,9 +183,34 @@ mod tests {
         Ok(guest)
     }
 
+    fn ours(left_out: &[&str]) -> Subject {
+        Subject {
+            name: "ours",
+            program: "unused".into(),
+            left_out: left_out.iter().map(|&case| case.to_owned()).collect(),
+            _folder: None,
+        }
+    }
+
+    #[test]
+    fn case_that_is_left_out_is_reported_and_not_run() {
+        let ours = ours(&["figure/hangs/ours", "figure/ends/other"]);
+        let mut cases = Cases::new("figure", &ours, &hanging_guest);
+        let hang = |guest: &mut Guest| Ok(json!(guest.command("ping")?));
+        cases.run("hangs", hang).unwrap();
+        let ended = |guest: &mut Guest| Ok(json!(guest.vmm.has_ended()?));
+        cases.run("ends", ended).unwrap();
+        let figures = cases.finish().unwrap();
+        assert_eq!(
+            figures,
+            json!({ "hangs": { FAILED: "left out" }, "ends": false })
+        );
+    }
+
     #[test]
     fn case_that_does_not_end_is_reported_and_the_next_one_has_a_new_guest() {
-        let mut cases = Cases::new(&hanging_guest);
+        let ours = ours(&[]);
+        let mut cases = Cases::new("figure", &ours, &hanging_guest);
         cases.bound = Duration::from_millis(50);
         let hang = |guest: &mut Guest| Ok(json!(guest.command("ping")?));
         cases.run("hangs", hang).unwrap();
@@ -186,7 +229,8 @@ mod tests {
 
     #[test]
     fn figure_without_a_case_that_ends_is_an_error() {
-        let mut cases = Cases::new(&hanging_guest);
+        let ours = ours(&[]);
+        let mut cases = Cases::new("figure", &ours, &hanging_guest);
         cases.bound = Duration::from_millis(50);
         cases
             .run("hangs", |guest| Ok(json!(guest.command("ping")?)))

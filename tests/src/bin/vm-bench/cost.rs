@@ -10,6 +10,7 @@ use integration_tests::overhead::Overhead;
 use serde_json::{Value, json};
 
 use crate::compare::rounded;
+use crate::subject::Subject;
 
 /// KVM's statistics of each machine, in a folder `THREAD-FD`.
 const KVM: &str = "/sys/kernel/debug/kvm";
@@ -99,9 +100,9 @@ fn exits(pid: u32) -> Option<u64> {
     sum
 }
 
-/// Resident memory of `vmm` outside of guest RAM.
-pub(crate) fn overhead(vmm: &Path) -> Result<Value> {
-    let mut found = Overhead::measure(Some(vmm))?;
+/// Resident memory of a VMM outside of guest RAM.
+pub(crate) fn overhead(subject: &Subject) -> Result<Value> {
+    let mut found = Overhead::measure(Some(&subject.program))?;
     found
         .maps
         .sort_by_key(|map| std::cmp::Reverse(map.anonymous));

@@ -20,7 +20,6 @@ mod subject;
 mod timed_work;
 
 use std::fs;
-use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -38,7 +37,7 @@ struct Figure {
 
 enum Measure {
     /// Of any VMM: this number of turns per VMM if selected by name, otherwise one.
-    OfVmm(usize, fn(&Path) -> Result<Value>),
+    OfVmm(usize, fn(&Subject) -> Result<Value>),
     /// Of our VMM alone.
     OfOurs(fn(&Asked<'_>) -> Result<Value>),
 }
@@ -64,7 +63,11 @@ const FIGURES: [Figure; 9] = [
     of_ours(kicks::NAME, kicks::run),
 ];
 
-const fn of_vmm(name: &'static str, turns: usize, measure: fn(&Path) -> Result<Value>) -> Figure {
+const fn of_vmm(
+    name: &'static str,
+    turns: usize,
+    measure: fn(&Subject) -> Result<Value>,
+) -> Figure {
     Figure {
         name,
         measure: Measure::OfVmm(turns, measure),
@@ -102,7 +105,7 @@ impl Figure {
                 let turns = if options.names.is_empty() { 1 } else { *turns };
                 for _ in 0..turns {
                     for (subject, values) in subjects.iter().zip(&mut taken) {
-                        let value = measure(&subject.program);
+                        let value = measure(subject);
                         values.push(value.with_context(|| subject.name.to_owned())?);
                     }
                 }
@@ -115,9 +118,13 @@ impl Figure {
 fn main() -> Result<()> {
     let known: Vec<&str> = FIGURES.iter().map(|figure| figure.name).collect();
     let options = Options::parse(std::env::args().skip(1), &known)?;
-    let subjects = subject::all(options.vmm.as_deref())?;
+    let subjects = subject::all(options.vmm.as_deref(), &options.left_out)?;
     let mut failed = Vec::new();
-    for figure in FIGURES {
+    let first = options.from.as_deref();
+    let figures = FIGURES
+        .iter()
+        .skip_while(|figure| first.is_some_and(|name| name != figure.name));
+    for figure in figures {
         if !figure.is_chosen(&options.names) {
             continue;
         }

@@ -2,7 +2,6 @@
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
-use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
@@ -11,6 +10,8 @@ use integration_tests::linux::{Guest, Machine};
 use serde_json::{Value, json};
 
 use crate::MIB;
+use crate::cases::Cases;
+use crate::subject::Subject;
 use crate::timed_work::TimedWork;
 
 /// Number of turns per VMM when two are compared.
@@ -29,60 +30,54 @@ const CHUNK_BYTES: u64 = 64 << 10;
 const HOST: &str = "192.168.247.1";
 const GUEST: &str = "192.168.247.2";
 
-/// A stream each way and round trips of small messages, with one guest of `vmm`.
-pub(crate) fn measure(vmm: &Path) -> Result<Value> {
+/// A stream each way and round trips of small messages, with a guest of one VMM.
+pub(crate) fn measure(subject: &Subject) -> Result<Value> {
     let net = format!("tap=vmbench1,ip={HOST},mask=255.255.255.0");
-    let mut guest = Machine {
-        vmm: Some(vmm),
-        arguments: &["--net", &net],
-        ..Machine::default()
-    }
-    .serve()?;
-    guest.shell(&format!(
-        "ip addr add {GUEST}/24 dev eth0 && ip link set eth0 up && ping -c 1 -W 20 {HOST}"
-    ))?;
-    let listener = TcpListener::bind(format!("{HOST}:0"))?;
-    // The first connection has one-time costs.
-    connection(&mut guest, &listener, "ask", 1)?;
-    let stream_mib = STREAM_BYTES / MIB;
-    let mut timed_work = |kind, amount| timed_work(&mut guest, &listener, kind, amount);
-    let sent = timed_work("send", STREAM_BYTES)?;
-    let received = timed_work("receive", STREAM_BYTES)?;
-    let asked = timed_work("ask", ROUND_TRIPS)?;
-    let stream = |taken: TimedWork| {
-        json!({
-            "mib_per_s": taken.per_second(stream_mib),
-            "each_mib": taken.each(stream_mib),
-        })
+    let boot = || {
+        let mut guest = Machine {
+            vmm: Some(&subject.program),
+            arguments: &["--net", &net],
+            ..Machine::default()
+        }
+        .serve()?;
+        guest.shell(&format!(
+            "ip addr add {GUEST}/24 dev eth0 && ip link set eth0 up && ping -c 1 -W 20 {HOST}"
+        ))?;
+        // The first connection has one-time costs.
+        connection(&mut guest, "ask", 1)?;
+        Ok(guest)
     };
-    Ok(json!({
-        "guest_to_host": stream(sent),
-        "host_to_guest": stream(received),
-        "messages": {
-            "round_trips_per_s": asked.per_second(ROUND_TRIPS),
-            "each_round_trip": asked.each(ROUND_TRIPS),
-        },
-    }))
+    let mut cases = Cases::new("net", subject, &boot);
+    for (name, kind) in [("guest_to_host", "send"), ("host_to_guest", "receive")] {
+        cases.run(name, |guest| {
+            let stream_mib = STREAM_BYTES / MIB;
+            let taken = timed_work(guest, kind, STREAM_BYTES)?;
+            Ok(json!({
+                "mib_per_s": taken.per_second(stream_mib),
+                "each_mib": taken.each(stream_mib),
+            }))
+        })?;
+    }
+    cases.run("messages", |guest| {
+        let taken = timed_work(guest, "ask", ROUND_TRIPS)?;
+        Ok(json!({
+            "round_trips_per_s": taken.per_second(ROUND_TRIPS),
+            "each_round_trip": taken.each(ROUND_TRIPS),
+        }))
+    })?;
+    cases.finish()
 }
 
 /// Work for `amount` without the cost of the connection.
-fn timed_work(
-    guest: &mut Guest,
-    listener: &TcpListener,
-    kind: &str,
-    amount: u64,
-) -> Result<TimedWork> {
-    let nothing = connection(guest, listener, kind, 0)?;
-    Ok(connection(guest, listener, kind, amount)?.beyond(&nothing))
+fn timed_work(guest: &mut Guest, kind: &str, amount: u64) -> Result<TimedWork> {
+    let nothing = connection(guest, kind, 0)?;
+    Ok(connection(guest, kind, amount)?.beyond(&nothing))
 }
 
-/// One connection from the guest.
-fn connection(
-    guest: &mut Guest,
-    listener: &TcpListener,
-    kind: &str,
-    amount: u64,
-) -> Result<TimedWork> {
+/// Makes one connection from the guest, to a new port, so that a connection left over from a failed case is not taken
+/// for it.
+fn connection(guest: &mut Guest, kind: &str, amount: u64) -> Result<TimedWork> {
+    let listener = TcpListener::bind((HOST, 0))?;
     let address = listener.local_addr()?;
     thread::scope(|scope| {
         let server = scope.spawn(|| serve(&listener.accept()?.0));
@@ -91,8 +86,7 @@ fn connection(
             &format!("net-bench {kind} {address} --amount {amount}"),
         );
         if taken.is_err() {
-            // If the guest never connected, this ends the server's wait; otherwise it is an extra connection that is
-            // ignored.
+            // If the guest never connected, this ends the server's wait.
             drop(TcpStream::connect(address));
         }
         match server.join() {

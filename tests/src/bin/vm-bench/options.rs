@@ -14,6 +14,10 @@ pub(crate) struct Options {
     pub(crate) vmm: Option<PathBuf>,
     /// Folder for one file per figure.
     pub(crate) out: Option<PathBuf>,
+    /// The first figure to measure; those before it are skipped.
+    pub(crate) from: Option<String>,
+    /// Cases that are reported as not measured.
+    pub(crate) left_out: Vec<String>,
     /// Selected figures; if empty, the fast ones.
     pub(crate) names: Vec<String>,
     /// Arguments after `--`, for the only selected figure.
@@ -56,6 +60,16 @@ impl Options {
             match word.as_str() {
                 "--vmm" => options.vmm = Some(path().context("--vmm needs a path")?),
                 "--out" => options.out = Some(path().context("--out needs a folder")?),
+                "--from" => {
+                    let name = words.next().filter(|name| known.contains(&name.as_str()));
+                    options.from = Some(name.context("--from needs the name of a figure")?);
+                }
+                "--leave-out" => {
+                    let name = words
+                        .next()
+                        .context("--leave-out needs the name of a case")?;
+                    options.left_out.push(name);
+                }
                 "--" => options.rest = words.by_ref().collect(),
                 name if name == GROUP || known.contains(&name) => options.names.push(word),
                 _ => bail!("{word:?} is none of {GROUP}, {}", known.join(", ")),
@@ -87,13 +101,25 @@ mod tests {
         assert_eq!(options.vmm, Some("/other".into()));
         assert_eq!(options.out, Some("/share".into()));
         assert_eq!(options.names, ["vmm", "start"]);
+        let again = parse("--from api --leave-out api/a/ours --leave-out api/b/other").unwrap();
+        assert_eq!(again.from.as_deref(), Some("api"));
+        assert_eq!(again.left_out, ["api/a/ours", "api/b/other"]);
         assert_eq!(parse("").unwrap(), Options::default());
         assert_eq!(parse("api -- --vmm x").unwrap().rest, ["--vmm", "x"]);
     }
 
     #[test]
     fn options_with_an_unknown_word_are_refused() {
-        for line in ["stop", "--vmm", "--fast", "start --out", "-- --fast"] {
+        for line in [
+            "stop",
+            "--vmm",
+            "--fast",
+            "start --out",
+            "-- --fast",
+            "--from",
+            "--from stop",
+            "--leave-out",
+        ] {
             assert!(parse(line).is_err(), "{line}");
         }
     }

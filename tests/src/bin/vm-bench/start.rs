@@ -1,7 +1,6 @@
 //! Measures the time from the start of the VMM's process to the guest's init.
 
 use std::io::{BufRead, BufReader};
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
@@ -10,6 +9,7 @@ use integration_tests::linux::{BOOT_DEADLINE, Machine};
 use integration_tests::wait::wait_for;
 use serde_json::{Value, json};
 
+use crate::subject::Subject;
 use integration_tests::overhead::disk_image;
 
 /// Number of starts per VMM, to show the repeatability.
@@ -26,8 +26,8 @@ impl Drop for Running {
     }
 }
 
-/// Measures one start of `vmm`.
-pub(crate) fn measure(vmm: &Path) -> Result<Value> {
+/// Measures one start of a VMM.
+pub(crate) fn measure(subject: &Subject) -> Result<Value> {
     let (folder, disk) = disk_image()?;
     let machine = Machine {
         serial: "tty",
@@ -43,14 +43,14 @@ pub(crate) fn measure(vmm: &Path) -> Result<Value> {
     };
     let begin = Instant::now();
     let mut child = Running(
-        Command::new(vmm)
+        Command::new(&subject.program)
             .arg("--api-socket")
             .arg(folder.path().join("api.sock"))
             .args(machine.vmm_arguments()?)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
-            .with_context(|| format!("starting {}", vmm.display()))?,
+            .with_context(|| format!("starting {}", subject.program.display()))?,
     );
     let output = child.0.stdout.take().context("no pipe")?;
     // The thread ends with the VMM, which ends with `child`.

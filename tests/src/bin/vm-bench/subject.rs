@@ -15,24 +15,43 @@ pub(crate) struct Subject {
     pub(crate) name: &'static str,
     /// The program to start.
     pub(crate) program: PathBuf,
+    /// Cases that are not measured.
+    pub(crate) left_out: Vec<String>,
     /// Folder of a copy of the program.
-    _folder: Option<TempDir>,
+    pub(crate) _folder: Option<TempDir>,
 }
 
-/// Ours and, if there is one, the `other`, which must start.
+/// Ours and, if there is one, the `other`, which must start. `left_out` names cases as [`Subject::case`] does.
 ///
 /// # Errors
 /// One of them cannot be run.
-pub(crate) fn all(other: Option<&Path>) -> Result<Vec<Subject>> {
+pub(crate) fn all(other: Option<&Path>, left_out: &[String]) -> Result<Vec<Subject>> {
     let ours = paths::program("cloud-hypervisor")?;
-    let Some(other) = other else {
-        return Ok(vec![Subject {
+    let mut subjects = match other {
+        None => vec![Subject {
             name: "ours",
             program: ours,
+            left_out: Vec::new(),
             _folder: None,
-        }]);
+        }],
+        Some(other) => vec![copy("ours", &ours)?, copy("other", other)?],
     };
-    Ok(vec![copy("ours", &ours)?, copy("other", other)?])
+    for subject in &mut subjects {
+        subject.left_out = left_out.to_vec();
+    }
+    Ok(subjects)
+}
+
+impl Subject {
+    /// The name of one of its cases, as progress shows it and `--leave-out` takes it.
+    pub(crate) fn case(&self, figure: &str, case: &str) -> String {
+        format!("{figure}/{case}/{}", self.name)
+    }
+
+    /// Whether the command line says that this case is not measured.
+    pub(crate) fn leaves_out(&self, case: &str) -> bool {
+        self.left_out.iter().any(|name| name == case)
+    }
 }
 
 /// Both are copied to the same place: an emulated host has our program in memory, and would read the other from the
@@ -60,6 +79,7 @@ fn copy(name: &'static str, from: &Path) -> Result<Subject> {
     Ok(Subject {
         name,
         program,
+        left_out: Vec::new(),
         _folder: Some(folder),
     })
 }
