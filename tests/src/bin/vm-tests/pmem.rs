@@ -110,7 +110,7 @@ fn pmem_survives_a_killed_vmm_is_not_discarded_and_goes() -> Result<Outcome> {
 fn root_image(folder: &Path, initramfs: &Path) -> Result<Option<PathBuf>> {
     let root = folder.join("root");
     fs::create_dir(&root)?;
-    for tool in ["gzip", "cpio", "mke2fs"] {
+    for tool in ["busybox", "mke2fs"] {
         let found = Command::new(tool)
             .arg("--version")
             .stdout(Stdio::null())
@@ -121,7 +121,7 @@ fn root_image(folder: &Path, initramfs: &Path) -> Result<Option<PathBuf>> {
             return Ok(None);
         }
     }
-    let unpack = format!("gzip -dc '{}' | cpio -idm --quiet", initramfs.display());
+    let unpack = format!("busybox zcat '{}' | busybox cpio -idm", initramfs.display());
     let unpacked = Command::new("sh")
         .args(["-c", &unpack])
         .current_dir(&root)
@@ -145,7 +145,7 @@ fn pmem_is_the_root_of_a_guest() -> Result<Outcome> {
     let kernel = paths::guest(Machine::DEFAULT.kernel)?;
     let initramfs = paths::guest_initramfs(&kernel)?;
     let Some(image) = root_image(folder.path(), &initramfs)? else {
-        let reason = "gzip, cpio or mke2fs is not installed";
+        let reason = "busybox or mke2fs is not installed";
         return Ok(Outcome::Skipped(reason.to_owned()));
     };
     let machine = Machine {
