@@ -13,8 +13,9 @@ pub struct VmResize {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
     pub desired_vcpus: Option<u32>,
-    /// RAM of the guest, bytes. For a running VM, between `memory.size` and `memory.size` + `memory.hotplug_size`, in
-    /// blocks of 2 MiB.
+    /// RAM of the guest, bytes. With `hotplug_method` `VirtioMem`, a running VM can have between `memory.size` and
+    /// `memory.size` + `memory.hotplug_size`, in blocks of 2 MiB. With `Acpi`, a running VM gets a memory device for the
+    /// difference, a multiple of 128 MiB; it has less RAM only after a reboot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub desired_ram: Option<u64>,
     /// Target size of the balloon, bytes. The request does not wait for the guest.

@@ -66,17 +66,19 @@ parts! {
     /// I/O APIC.
     IOAPIC = "ioapic", 1..=1;
     /// Guest physical memory map.
-    MEMORY = "memory-map", 1..=1;
+    MEMORY = "memory-map", 1..=2;
     /// Content of guest memory: which pages are in which file.
     MEMORY_CONTENT = "memory-content", 1..=1;
     /// A snapshot: a PC, and the operator's settings.
-    SNAPSHOT = "snapshot", 2..=2;
+    SNAPSHOT = "snapshot", 2..=3;
     /// PCI buses: location of each function.
     PCI_BUS = "pci-bus", 1..=2;
     /// A PC: an envelope for each of its parts.
-    PC = "pc", 1..=3;
+    PC = "pc", 1..=4;
     /// vCPU hot-plug controller.
     CPU_HOTPLUG = "cpu-hotplug", 1..=1;
+    /// Memory hotplug controller.
+    MEMORY_HOTPLUG = "memory-hotplug", 1..=1;
     /// PCI hot-plug controller.
     PCI_HOTPLUG = "pci-hotplug", 1..=2;
     /// Serial port.

@@ -25,13 +25,13 @@ pub struct MemoryConfig {
     /// Let the host merge identical pages (KSM).
     #[key]
     pub mergeable: bool,
-    /// How RAM is added to a running guest. `Acpi` is not supported.
+    /// How RAM is added to a running guest.
     #[key]
     pub hotplug_method: HotplugMethod,
-    /// Maximum number of bytes that can be added to a running guest: a multiple of 128 MiB, and only with `VirtioMem`.
+    /// Maximum number of bytes that can be added to a running guest. With `VirtioMem`, a multiple of 128 MiB.
     #[key("<hotpluggable_memory_size>", read = parse_bytes)]
     pub hotplug_size: Option<u64>,
-    /// Target for the part of `hotplug_size` that the guest has, bytes; follows `vm.resize`.
+    /// Target for the part of `hotplug_size` that the guest has, bytes; follows `vm.resize`. Only with `VirtioMem`.
     #[key("<hotplugged_memory_size>", read = parse_bytes)]
     pub hotplugged_size: Option<u64>,
     /// Back RAM with a shared mapping, so that another process can map it too.
@@ -64,6 +64,12 @@ impl MemoryConfig {
             sum.checked_add(zone.size)?
                 .checked_add(zone.hotplugged_size.unwrap_or(0))
         })
+    }
+
+    /// The size of what `method` can add to RAM without zones, bytes.
+    pub fn room_bytes(&self, method: HotplugMethod) -> u64 {
+        let own = self.hotplug_method == method && self.size > 0;
+        self.hotplug_size.filter(|_| own).unwrap_or(0)
     }
 
     /// Reads the values of `--memory` and of every `--memory-zone`.
@@ -126,7 +132,7 @@ pub struct MemoryZoneConfig {
 /// How RAM is added to a running guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema, Words)]
 pub enum HotplugMethod {
-    /// ACPI memory devices, which are not supported.
+    /// Memory devices (DIMMs) that ACPI announces.
     #[default]
     #[word("acpi")]
     Acpi,

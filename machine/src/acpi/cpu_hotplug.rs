@@ -22,7 +22,7 @@ use super::pci_hotplug::{DEVICE_CHECK, EJECT_REQUEST, STATUS_HIDDEN, WAIT_FOR_EV
 use crate::cpu::CPU_HOTPLUG_BYTES;
 
 /// `_STA`: present, enabled, shown and working.
-const STATUS_PRESENT: u8 = 0xf;
+pub(super) const STATUS_PRESENT: u8 = 0xf;
 
 /// The method that the event device calls.
 pub(super) const SCAN_METHOD: &str = "\\_SB_.CPUS.CSCN";

@@ -13,11 +13,12 @@ use acpi_tables::{Aml, AmlSink};
 
 use super::fixed::HEADER_BYTES;
 use super::{
-    AcpiParams, OEM_ID, OEM_REVISION, PciSegmentEntry, cpu_hotplug, generation_id, pci_hotplug,
+    AcpiParams, OEM_ID, OEM_REVISION, PciSegmentEntry, cpu_hotplug, generation_id, memory_hotplug,
+    pci_hotplug,
 };
 use crate::legacy::{
-    CMOS_PORTS, GED_BYTES, GED_CPU_HOTPLUG, GED_GENERATION, GED_IRQ, GED_PCI_HOTPLUG,
-    GED_POWER_BUTTON, S5_SLEEP_TYPE,
+    CMOS_PORTS, GED_BYTES, GED_CPU_HOTPLUG, GED_GENERATION, GED_IRQ, GED_MEMORY_HOTPLUG,
+    GED_PCI_HOTPLUG, GED_POWER_BUTTON, S5_SLEEP_TYPE,
 };
 use crate::memory::layout;
 use crate::pci::{CONFIG_PORT_BASE, CONFIG_PORT_BYTES, WindowRanges};
@@ -40,9 +41,11 @@ pub(super) fn dsdt(params: &AcpiParams) -> Vec<u8> {
     }
     let segments = super::segment_count(params);
     pci_hotplug::controller(params.pci_hotplug_address, segments, &mut aml);
-    let vcpus_change = params.vcpus.len() > 1;
-    if vcpus_change {
+    if params.vcpus.len() > 1 {
         cpu_hotplug::controller(params.cpu_hotplug_address, &params.vcpus, &mut aml);
+    }
+    if let Some(address) = params.memory_hotplug_address {
+        memory_hotplug::controller(address, &mut aml);
     }
     motherboard(segments, &mut aml);
     if params.has_serial {
@@ -51,7 +54,7 @@ pub(super) fn dsdt(params: &AcpiParams) -> Vec<u8> {
     real_time_clock(&mut aml);
     power_button(&mut aml);
     generation_id::device(&mut aml);
-    generic_event_device(params.ged_address, vcpus_change, &mut aml);
+    generic_event_device(params, &mut aml);
     sleep_state(&mut aml);
 
     let mut dsdt = Sdt::new(
@@ -213,8 +216,12 @@ fn power_button(aml: &mut Vec<u8>) {
 }
 
 /// Interrupt → `_EVT` → the event byte → `Notify` to the device.
-fn generic_event_device(address: u64, vcpus_change: bool, aml: &mut Vec<u8>) {
+fn generic_event_device(params: &AcpiParams, aml: &mut Vec<u8>) {
+    let address = params.ged_address;
+    let vcpus_change = params.vcpus.len() > 1;
+    let memory_grows = params.memory_hotplug_address.is_some();
     let scan_vcpus = MethodCall::new(Path::new(cpu_hotplug::SCAN_METHOD), vec![]);
+    let scan_memory = MethodCall::new(Path::new(memory_hotplug::SCAN_METHOD), vec![]);
     let scan_pci = MethodCall::new(Path::new(pci_hotplug::SCAN_METHOD), vec![]);
     let button = Path::new("\\_SB_.PWRB");
     let press = Notify::new(&button, &BUTTON_PRESSED);
@@ -222,6 +229,7 @@ fn generic_event_device(address: u64, vcpus_change: bool, aml: &mut Vec<u8>) {
     let renew = Notify::new(&generation, &generation_id::CHANGED);
     let events = [
         vcpus_change.then_some(OnEvent(GED_CPU_HOTPLUG, &scan_vcpus)),
+        memory_grows.then_some(OnEvent(GED_MEMORY_HOTPLUG, &scan_memory)),
         Some(OnEvent(GED_PCI_HOTPLUG, &scan_pci)),
         Some(OnEvent(GED_POWER_BUTTON, &press)),
         Some(OnEvent(GED_GENERATION, &renew)),

@@ -14,6 +14,7 @@ mod cpu_hotplug;
 mod dsdt;
 mod fixed;
 mod generation_id;
+mod memory_hotplug;
 mod numa;
 mod pci_hotplug;
 
@@ -67,6 +68,8 @@ pub struct AcpiParams {
     pub pci_hotplug_address: u64,
     /// The vCPU hot-plug controller's registers.
     pub cpu_hotplug_address: u64,
+    /// The memory hotplug controller's registers, if there is one.
+    pub memory_hotplug_address: Option<u64>,
     /// Whether there is a serial port.
     pub has_serial: bool,
     /// NUMA nodes; none if the machine is not divided.

@@ -38,6 +38,7 @@ fn params(vcpus: u32) -> AcpiParams {
         ged_address: 0x3fff_ffe0_0000,
         pci_hotplug_address: 0x3fff_ffe0_1000,
         cpu_hotplug_address: 0x3fff_ffe0_2000,
+        memory_hotplug_address: None,
         has_serial: true,
         numa: Vec::new(),
     }
@@ -287,6 +288,40 @@ fn dsdt_has_a_device_for_each_vcpu_if_there_can_be_several() {
     assert_eq!(count(&three, b"_PXM"), 1);
     // Each PCI slot has one, and each vCPU except the first.
     assert_eq!(count(&three, b"_EJ0") - count(&one, b"_EJ0"), 2);
+}
+
+#[test]
+fn dsdt_has_memory_devices_if_memory_can_be_added() {
+    let without = super::dsdt::dsdt(&params(1));
+    let with = super::dsdt::dsdt(&AcpiParams {
+        memory_hotplug_address: Some(0x3fff_ffe0_3000),
+        ..params(1)
+    });
+    let count = |table: &[u8], bytes: &[u8]| {
+        let found = table.windows(bytes.len()).filter(|it| it == &bytes);
+        found.count()
+    };
+    assert_eq!(count(&without, b"MHPC"), 0);
+    // As a device, and in the event's method.
+    assert_eq!(count(&with, b"MHPC"), 2);
+    // As a device, and in the notification.
+    for name in [b"M000", b"M007"] {
+        assert_eq!(count(&with, name), 2, "{name:?}");
+    }
+    assert_eq!(count(&with, b"M008"), 0);
+    // PNP0C80, one each.
+    assert_eq!(count(&with, b"\x08_HID\x0c\x41\xd0\x0c\x80"), 8);
+    // The fields lie where a descriptor of 64 bits has its minimum, maximum and length.
+    for (at, name) in [(14, b"MMIN"), (22, b"MMAX"), (38, b"MLEN")] {
+        let field = [&b"\x8fMR64\x0a"[..], &[at], name].concat();
+        assert_eq!(count(&with, &field), 1, "{name:?}");
+    }
+    let descriptor = count(&with, &[0x8a, 43, 0, 0, 0b1100, 0b11]);
+    let others = count(&without, &[0x8a, 43, 0, 0, 0b1100, 0b11]);
+    assert_eq!(descriptor - others, 1);
+    // Joined from two registers: MHBH << 32 | MHBL.
+    let joined = [b"\x79MHBH\x0a\x20\x60", &b"\x7d\x60MHBL\x60"[..]].concat();
+    assert_eq!(count(&with, &joined), 1);
 }
 
 #[test]

@@ -19,6 +19,8 @@ pub const GED_BYTES: u64 = 1;
 pub const GED_IRQ: u8 = 16;
 /// vCPUs were added, or should be removed.
 pub const GED_CPU_HOTPLUG: u8 = 1;
+/// Memory devices were added.
+pub const GED_MEMORY_HOTPLUG: u8 = 2;
 /// PCI functions were added, or should be removed.
 pub const GED_PCI_HOTPLUG: u8 = 4;
 /// The power button was pressed.
@@ -26,7 +28,8 @@ pub const GED_POWER_BUTTON: u8 = 8;
 /// The VM generation identifier has changed.
 pub const GED_GENERATION: u8 = 16;
 
-const GED_EVENTS: u8 = GED_CPU_HOTPLUG | GED_PCI_HOTPLUG | GED_POWER_BUTTON | GED_GENERATION;
+const GED_EVENTS: u8 =
+    GED_CPU_HOTPLUG | GED_MEMORY_HOTPLUG | GED_PCI_HOTPLUG | GED_POWER_BUTTON | GED_GENERATION;
 
 /// The saved state of the event device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -107,6 +110,14 @@ impl Ged {
     /// As [`Ged::press_power_button`].
     pub fn announce_generation(&self) -> std::io::Result<()> {
         self.raise(GED_GENERATION)
+    }
+
+    /// Makes the guest read the memory hot-plug controller.
+    ///
+    /// # Errors
+    /// As [`Ged::press_power_button`].
+    pub fn announce_memory_change(&self) -> std::io::Result<()> {
+        self.raise(GED_MEMORY_HOTPLUG)
     }
 
     fn raise(&self, event: u8) -> std::io::Result<()> {

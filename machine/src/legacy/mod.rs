@@ -9,7 +9,7 @@
 //! | 0x402 | [`FirmwareDebug`]: text from firmware |
 //! | 0x600 | [`AcpiPower`]: power-off and reset |
 //! | 0x608 | [`PmTimer`]: ACPI's clock |
-//! | platform MMIO | [`Ged`]: power button, PCI and vCPU hot-plug, VM generation |
+//! | platform MMIO | [`Ged`]: power button, hot-plug of PCI devices, vCPUs and memory, VM generation |
 //!
 //! There is no PIC, no PIT and no HPET; their ports read as all ones.
 
@@ -28,8 +28,8 @@ pub use acpi_power::{AcpiPower, RESET_VALUE, S5_SLEEP_TYPE};
 pub use cmos::{CMOS_CENTURY, Cmos, CmosState};
 pub use debug::{DebugConsole, DebugPort, FirmwareDebug};
 pub use ged::{
-    GED_BYTES, GED_CPU_HOTPLUG, GED_GENERATION, GED_IRQ, GED_PCI_HOTPLUG, GED_POWER_BUTTON, Ged,
-    GedState,
+    GED_BYTES, GED_CPU_HOTPLUG, GED_GENERATION, GED_IRQ, GED_MEMORY_HOTPLUG, GED_PCI_HOTPLUG,
+    GED_POWER_BUTTON, Ged, GedState,
 };
 pub use i8042::I8042;
 pub use pm_timer::{PmTimer, PmTimerState};

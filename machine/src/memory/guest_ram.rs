@@ -5,7 +5,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use api::config::{MemoryConfig, MemoryZoneConfig};
+use api::config::{HotplugMethod, MemoryConfig, MemoryZoneConfig};
 use hypervisor::{MemorySlot, Vm};
 use virtio_devices::GuestRam;
 use vm_memory::{
@@ -14,23 +14,27 @@ use vm_memory::{
 };
 
 use super::backing::{self, Backing};
+use super::dimms::{DIMMS_MAX, Dimm};
 use super::layout::AddressMap;
 use super::source::Source;
-use super::zones::{Zone, hotplug_zone_of, place, zones_of};
+use super::zones::{Zone, ZoneKind, hotplug_zone_of, place, zones_of};
 use super::{E820Entry, MemoryError, ZoneError, e820_map};
 
 /// The RAM of one machine and its address map.
 #[derive(Debug, Clone)]
 pub struct GuestMemory {
-    ram: GuestRam,
+    pub(super) ram: GuestRam,
     map: AddressMap,
-    zones: Vec<Zone>,
+    pub(super) zones: Vec<Zone>,
+    /// Of memory devices that are added later; none if there is no room for them.
+    pub(super) dimm_backing: Option<Backing>,
 }
 
 /// The checked configuration, before anything is created.
 struct Plan {
     map: AddressMap,
     zones: Vec<ZonePlan>,
+    dimm_backing: Option<Backing>,
 }
 
 struct ZonePlan {
@@ -38,7 +42,7 @@ struct ZonePlan {
     backing: Backing,
     bytes: u64,
     ranges: Vec<Range<u64>>,
-    hotplug: bool,
+    kind: ZoneKind,
 }
 
 impl GuestMemory {
@@ -48,7 +52,11 @@ impl GuestMemory {
     /// # Errors
     /// An invalid size, reported before anything is created; or the host lacks the memory.
     pub fn new(config: &MemoryConfig, phys_bits: u8) -> Result<Self, MemoryError> {
-        let Plan { map, zones } = Self::plan(config, phys_bits)?;
+        let Plan {
+            map,
+            zones,
+            dimm_backing,
+        } = Self::plan(config, phys_bits)?;
         let sources = open(&zones)?;
         let mut regions = Vec::new();
         let mut made = Vec::new();
@@ -67,7 +75,7 @@ impl GuestMemory {
                 ranges: plan.ranges,
                 backing: source.name,
                 page_bytes: source.page_bytes,
-                hotplug: plan.hotplug,
+                kind: plan.kind,
             });
         }
         let mmap = GuestMemoryMmap::from_regions(regions)
@@ -76,6 +84,7 @@ impl GuestMemory {
             ram: GuestRam::new(mmap),
             map,
             zones: made,
+            dimm_backing,
         })
     }
 
@@ -104,19 +113,29 @@ impl GuestMemory {
             let mut plan = ZonePlan::new(zone, config.thp, Vec::new())?;
             map = map.with_hotplug(plan.bytes, plan.backing.page_bytes(), phys_bits)?;
             plan.ranges.push(map.hotplug.clone());
-            plan.hotplug = true;
+            plan.kind = ZoneKind::VirtioMem;
             plans.push(plan);
         }
-        Ok(Plan { map, zones: plans })
+        let room_bytes = config.room_bytes(HotplugMethod::Acpi);
+        let mut dimm_backing = None;
+        if let (1.., [zone]) = (room_bytes, &plans[..]) {
+            map = map.with_hotplug(room_bytes, zone.backing.page_bytes(), phys_bits)?;
+            dimm_backing = Some(zone.backing.clone());
+        }
+        Ok(Plan {
+            map,
+            zones: plans,
+            dimm_backing,
+        })
     }
 
-    /// Makes the boot RAM resident, as `prefault` does. Its content is kept.
+    /// Makes all RAM resident but that of virtio-mem, as `prefault` does. Its content stays.
     ///
     /// # Errors
     /// The host lacks the memory.
     pub fn populate(&self) -> Result<(), MemoryError> {
         let ram = self.ram.memory();
-        for zone in self.zones.iter().filter(|zone| !zone.hotplug) {
+        for zone in self.own_zones() {
             let mut regions = ram.iter().filter(|it| zone.holds(it.start_addr().0));
             let populated = regions.try_for_each(|region| backing::populate(region));
             populated.map_err(|source| MemoryError::Zone {
@@ -141,15 +160,21 @@ impl GuestMemory {
         &self.zones
     }
 
-    /// The RAM that the guest has from the start.
-    pub fn boot_bytes(&self) -> u64 {
-        let boot = self.zones.iter().filter(|zone| !zone.hotplug);
-        boot.map(Zone::bytes).sum()
+    /// The zones that the guest has as a whole.
+    fn own_zones(&self) -> impl Iterator<Item = &Zone> {
+        let zones = self.zones.iter();
+        zones.filter(|zone| zone.kind != ZoneKind::VirtioMem)
     }
 
-    /// The zone for memory hot-plug, if configured.
+    /// The RAM that the guest has, except for what it plugs through virtio-mem.
+    pub fn own_bytes(&self) -> u64 {
+        self.own_zones().map(Zone::bytes).sum()
+    }
+
+    /// The zone for virtio-mem, if configured.
     pub fn hotplug_zone(&self) -> Option<&Zone> {
-        self.zones.iter().find(|zone| zone.hotplug)
+        let mut zones = self.zones.iter();
+        zones.find(|zone| zone.kind == ZoneKind::VirtioMem)
     }
 
     /// RAM as devices and loaders use it, including memory that can be hot-plugged.
@@ -179,21 +204,7 @@ impl GuestMemory {
         };
         let regions = Arc::clone(&slots.ram);
         for region in regions.iter() {
-            let guest_address = region.start_addr().0;
-            let slot = MemorySlot {
-                slot: slots.count,
-                guest_address,
-                bytes: region.len(),
-                host_address: region.as_ptr() as u64,
-                flags: 0,
-            };
-            // SAFETY: the region maps that range readable and writable for the guest alone, and `slots` keeps it mapped
-            // until the slot is removed.
-            unsafe { vm.set_memory_slot(slot) }.map_err(|source| MemoryError::Slot {
-                guest_address,
-                source,
-            })?;
-            slots.count += 1;
+            slots.set(region)?;
         }
         Ok(slots)
     }
@@ -218,7 +229,7 @@ impl ZonePlan {
             backing,
             bytes: zone.size,
             ranges,
-            hotplug: false,
+            kind: ZoneKind::Boot,
         })
     }
 
@@ -258,9 +269,41 @@ pub struct RamSlots {
 }
 
 impl RamSlots {
-    /// The first slot number after these slots.
+    /// The number of the first slot behind them and behind those of all memory devices that can be added.
     pub fn end(&self) -> u32 {
-        self.count
+        self.count + DIMMS_MAX as u32
+    }
+
+    /// Makes a memory device visible to the guest.
+    ///
+    /// # Errors
+    /// KVM rejected the slot.
+    pub fn add(&mut self, dimm: &Dimm) -> Result<(), MemoryError> {
+        let regions = self.ram.insert_region(Arc::clone(dimm.region()));
+        let regions = regions.expect("a memory device lies behind all RAM");
+        self.set(dimm.region())?;
+        self.ram = Arc::new(regions);
+        Ok(())
+    }
+
+    /// `region` is in `ram`, or will be.
+    fn set(&mut self, region: &GuestRegionMmap<()>) -> Result<(), MemoryError> {
+        let guest_address = region.start_addr().0;
+        let slot = MemorySlot {
+            slot: self.count,
+            guest_address,
+            bytes: region.len(),
+            host_address: region.as_ptr() as u64,
+            flags: 0,
+        };
+        // SAFETY: the region maps that range readable and writable for the guest alone, and
+        // `self.ram` keeps it mapped until the slot has been removed again.
+        unsafe { self.vm.set_memory_slot(slot) }.map_err(|source| MemoryError::Slot {
+            guest_address,
+            source,
+        })?;
+        self.count += 1;
+        Ok(())
     }
 }
 
@@ -443,6 +486,7 @@ mod tests {
     #[test]
     fn ram_to_be_plugged_in_lies_behind_ram_and_costs_nothing() {
         let with_room = |bytes, shared| MemoryConfig {
+            hotplug_method: HotplugMethod::VirtioMem,
             hotplug_size: Some(GIB),
             prefault: true,
             shared,
@@ -458,7 +502,7 @@ mod tests {
         }
         for shared in [false, true] {
             let memory = GuestMemory::new(&with_room(64 * MIB, shared), 46).unwrap();
-            assert_eq!(memory.boot_bytes(), 64 * MIB);
+            assert_eq!(memory.own_bytes(), 64 * MIB);
             let zone = memory.hotplug_zone().unwrap();
             assert_eq!((zone.id.as_str(), zone.bytes()), ("mem0-hotplug", GIB));
             let told: u64 = memory

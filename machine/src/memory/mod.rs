@@ -3,15 +3,18 @@
 //! ```text
 //!   MemoryConfig ─► zones ─► GuestMemory::new ─► GuestRam (shared with devices)
 //!                                 │
-//!                                 └─ attach ─► RamSlots (KVM's view, removed on drop)
+//!                                 ├─ attach ─► RamSlots (KVM's view, removed on drop)
+//!                                 └─ map_dimm ─► Dimm, added while the guest runs
 //! ```
 
 mod backing;
 mod content;
+mod dimms;
 mod e820;
 mod error;
 mod file;
 mod guest_ram;
+mod hotplug;
 pub mod layout;
 mod numa_policy;
 mod source;
@@ -19,9 +22,11 @@ mod state;
 mod zones;
 
 pub use content::{ChunkState, ContentError, ZoneContentState};
+pub use dimms::{DIMMS_MAX, Dimm, DimmError, RestoreError};
 pub use e820::{E820Entry, E820Kind, e820_map};
 pub use error::{MemoryError, ZoneError};
 pub use guest_ram::{GuestMemory, RamSlots};
+pub use hotplug::{MEMORY_HOTPLUG_BYTES, MemoryHotplug, MemoryHotplugState};
 pub use numa_policy::HOST_NUMA_NODE_MAX;
 pub use state::{MemoryRangeState, MemoryState, ZoneState};
-pub use zones::{DEFAULT_ZONE_ID, HOTPLUG_ZONE_ID, Zone, all_shared};
+pub use zones::{DEFAULT_ZONE_ID, HOTPLUG_ZONE_ID, Zone, ZoneKind, all_shared};

@@ -1,10 +1,10 @@
 //! The saved map of guest memory. Its content is not part of it: code that saves or sends the content reads it from
 //! [`GuestMemory::ram`].
 
-use ::state::{Part, State, StateError, parts, require};
+use ::state::{Fields, Part, State, StateError, parts, require};
 use serde::{Deserialize, Serialize};
 
-use super::{GuestMemory, Zone};
+use super::{GuestMemory, Zone, ZoneKind};
 
 const PART: Part = parts::MEMORY;
 
@@ -18,6 +18,25 @@ pub struct MemoryState {
 
 impl State for MemoryState {
     const PART: Part = PART;
+
+    /// In version 1, zones were of two kinds.
+    fn upgrade(_from: u32, fields: &mut Fields) -> Result<(), StateError> {
+        let zones = fields
+            .get_mut("zones")
+            .and_then(|zones| zones.as_array_mut());
+        for zone in zones.into_iter().flatten() {
+            let Some(zone) = zone.as_object_mut() else {
+                continue;
+            };
+            let kind = match zone.remove("hotplug").and_then(|it| it.as_bool()) {
+                Some(false) => "boot",
+                Some(true) => "virtio-mem",
+                None => return Err(StateError::invalid(PART, "zones", "lacks hotplug")),
+            };
+            zone.insert("kind".to_owned(), kind.into());
+        }
+        Ok(())
+    }
 }
 
 /// One zone. Its backing may differ between hosts, but not its page size: the balloon's driver relies on the
@@ -31,8 +50,8 @@ pub struct ZoneState {
     pub ranges: Vec<MemoryRangeState>,
     /// Size of its pages.
     pub page_bytes: u64,
-    /// Whether the guest has only the plugged part (memory hot-plug).
-    pub hotplug: bool,
+    /// When the guest has it.
+    pub kind: ZoneKind,
 }
 
 /// Guest physical addresses.
@@ -55,8 +74,14 @@ impl ZoneState {
             id: zone.id.clone(),
             ranges: zone.ranges.iter().map(range).collect(),
             page_bytes: zone.page_bytes,
-            hotplug: zone.hotplug,
+            kind: zone.kind,
         }
+    }
+
+    /// Its size, or the largest number if it cannot have one.
+    pub(super) fn bytes(&self) -> u64 {
+        let sizes = self.ranges.iter().map(|range| range.bytes);
+        sizes.fold(0, u64::saturating_add)
     }
 }
 
@@ -99,6 +124,7 @@ mod tests {
     fn memory_of_the_same_configuration_is_accepted_and_any_other_is_refused() {
         let config = MemoryConfig {
             size: 64 << 20,
+            hotplug_method: api::config::HotplugMethod::VirtioMem,
             hotplug_size: Some(256 << 20),
             ..MemoryConfig::default()
         };
@@ -113,5 +139,20 @@ mod tests {
             assert!(error.to_string().contains("memory-map"), "{error}");
         });
         assert!(count > 100);
+    }
+
+    #[test]
+    fn map_of_version_1_is_read() {
+        let range = serde_json::json!({"start": 0, "bytes": 4096});
+        let zone = |hotplug| serde_json::json!({"id": "a", "ranges": [range], "page_bytes": 4096, "hotplug": hotplug});
+        let read = |zones: serde_json::Value| {
+            let saved = serde_json::json!({"version": 1, "zones": zones});
+            let saved: Saved = serde_json::from_value(saved).unwrap();
+            saved.read::<MemoryState>()
+        };
+        let map = read([zone(false), zone(true)].as_slice().into()).unwrap();
+        let kinds: Vec<_> = map.zones.iter().map(|zone| zone.kind).collect();
+        assert_eq!(kinds, [ZoneKind::Boot, ZoneKind::VirtioMem]);
+        assert!(read(serde_json::json!([{"id": "a"}])).is_err());
     }
 }

@@ -10,12 +10,25 @@
 
 use std::ops::Range;
 
-use api::config::{MemoryConfig, MemoryZoneConfig};
+use api::config::{HotplugMethod, MemoryConfig, MemoryZoneConfig};
+use serde::{Deserialize, Serialize};
 
 /// Name of the only zone if RAM is not divided.
 pub const DEFAULT_ZONE_ID: &str = "mem0";
-/// Name of the zone for memory hot-plug.
+/// Name of the zone for virtio-mem.
 pub const HOTPLUG_ZONE_ID: &str = "mem0-hotplug";
+
+/// When the guest has the RAM of a zone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ZoneKind {
+    /// From the start.
+    Boot,
+    /// Only the part that it plugs.
+    VirtioMem,
+    /// Since it was added to the running guest.
+    Dimm,
+}
 
 /// One zone of guest RAM.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,8 +41,8 @@ pub struct Zone {
     pub backing: &'static str,
     /// Size of its pages.
     pub page_bytes: u64,
-    /// Whether the guest has only the plugged part (memory hot-plug).
-    pub hotplug: bool,
+    /// When the guest has it.
+    pub kind: ZoneKind,
 }
 
 impl Zone {
@@ -79,12 +92,12 @@ pub fn all_shared(config: &MemoryConfig) -> bool {
     zones_of(config).iter().all(shared)
 }
 
-/// The zone for memory hot-plug, at its maximum size, with the backing of undivided RAM. None of its pages exists
-/// before the guest plugs and touches it.
+/// The zone for virtio-mem, at its maximum size, with the backing of undivided RAM. None of its pages exists before the
+/// guest plugs and touches it.
 pub(super) fn hotplug_zone_of(config: &MemoryConfig) -> Option<MemoryZoneConfig> {
-    let size = config.hotplug_size.filter(|bytes| *bytes > 0)?;
+    let size = config.room_bytes(HotplugMethod::VirtioMem);
     let boot = zones_of(config).into_iter().next()?;
-    Some(MemoryZoneConfig {
+    (size > 0).then(|| MemoryZoneConfig {
         id: HOTPLUG_ZONE_ID.to_owned(),
         size,
         prefault: false,

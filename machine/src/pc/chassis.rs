@@ -16,6 +16,7 @@ use crate::memory::layout::{
     AddressMap, IOAPIC_BYTES, IOAPIC_START, MEM_32BIT_DEVICES_BYTES, MEM_32BIT_DEVICES_START,
     pci_mmconfig,
 };
+use crate::memory::{GuestMemory, MEMORY_HOTPLUG_BYTES, MemoryHotplug};
 use crate::pci::{
     CONFIG_PORT_BASE, CONFIG_PORT_BYTES, ConfigPorts, DoorbellBackend, ECAM_BYTES, Ecam, EjectSink,
     HOTPLUG_BYTES, HotplugController, PciSegments,
@@ -26,6 +27,8 @@ use crate::signals::VmSignals;
 const PCI_HOTPLUG_OFFSET: u64 = 0x1000;
 /// The offset of the vCPU hot-plug controller.
 const CPU_HOTPLUG_OFFSET: u64 = 0x2000;
+/// That of the memory hot-plug controller.
+const MEMORY_HOTPLUG_OFFSET: u64 = 0x3000;
 
 /// The bare machine.
 #[derive(Debug)]
@@ -44,6 +47,9 @@ pub(super) struct Chassis {
     pub(super) pci_hotplug_address: u64,
     pub(super) cpu_hotplug: Arc<CpuHotplug>,
     pub(super) cpu_hotplug_address: u64,
+    /// None if there is no room for more memory.
+    pub(super) memory_hotplug: Option<Arc<MemoryHotplug>>,
+    pub(super) memory_hotplug_address: u64,
 }
 
 impl Chassis {
@@ -51,10 +57,11 @@ impl Chassis {
     /// An overlap, which a correct address map excludes: a bug in the VMM.
     pub(super) fn new(
         kvm: &Arc<KvmVm>,
-        map: &AddressMap,
+        memory: &GuestMemory,
         params: &PcParams,
         signals: &Arc<VmSignals>,
     ) -> Result<Self, PcError> {
+        let map = memory.map();
         let ports = Arc::new(Bus::new());
         let mmio = Arc::new(Bus::new());
         let router = Arc::new(GsiRouter::new(Arc::clone(kvm) as Arc<dyn InterruptBackend>));
@@ -115,6 +122,18 @@ impl Chassis {
         )
         .map_err(PcError::Bus)?;
 
+        let dimms = memory.takes_dimms().then(|| memory.dimms());
+        let memory_hotplug = dimms.map(|dimms| Arc::new(MemoryHotplug::new(dimms)));
+        let memory_hotplug_address = map.platform_devices.start + MEMORY_HOTPLUG_OFFSET;
+        if let Some(controller) = &memory_hotplug {
+            mmio.insert(
+                memory_hotplug_address,
+                MEMORY_HOTPLUG_BYTES,
+                Arc::clone(controller) as Arc<dyn BusDevice>,
+            )
+            .map_err(PcError::Bus)?;
+        }
+
         let chassis = Self {
             config_ports: Arc::new(ConfigPorts::new(Arc::clone(&pci.buses()[0]))),
             cmos: Arc::new(Cmos::new(map.low_ram_end(), high_ram_bytes(map))),
@@ -130,6 +149,8 @@ impl Chassis {
             pci_hotplug_address,
             cpu_hotplug,
             cpu_hotplug_address,
+            memory_hotplug,
+            memory_hotplug_address,
         };
         chassis.plug_legacy(signals).map_err(PcError::Bus)?;
         Ok(chassis)

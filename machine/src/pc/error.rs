@@ -10,7 +10,7 @@ use crate::acpi::AcpiError;
 use crate::boot::BootError;
 use crate::bus::BusError;
 use crate::cpu::CpuError;
-use crate::memory::MemoryError;
+use crate::memory::{DimmError, MemoryError};
 use crate::pci::PciError;
 
 /// Each variant names the part of the machine; the cause has the details.
@@ -78,6 +78,12 @@ pub enum PcError {
     /// The guest cannot be notified of its new generation.
     #[error("Cannot notify the guest that it was restored")]
     Generation(#[source] io::Error),
+    /// A memory device cannot be added.
+    #[error("Cannot change the size of RAM")]
+    Grow(#[source] DimmError),
+    /// The guest cannot be notified that memory was added.
+    #[error("Cannot notify the guest about its memory")]
+    AnnounceMemory(#[source] io::Error),
     /// Kernel, firmware, initramfs or command line.
     #[error("Cannot load the payload")]
     Payload(#[source] BootError),
@@ -94,7 +100,10 @@ impl PcError {
     pub fn is_of_configuration(&self) -> bool {
         match self {
             Self::Cpu(error) => error.is_of_configuration(),
-            Self::Memory(error) => error.is_of_configuration(),
+            Self::Memory(error) | Self::Grow(DimmError::Memory(error)) => {
+                error.is_of_configuration()
+            }
+            Self::Grow(_) => true,
             _ => false,
         }
     }

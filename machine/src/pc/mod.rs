@@ -8,6 +8,7 @@ mod device_memory;
 mod devices;
 mod error;
 mod exits;
+mod grow;
 mod pvpanic;
 mod state;
 #[cfg(test)]
@@ -87,8 +88,7 @@ pub struct Pc {
     params: PcParams,
     /// Needed for devices that are hot-plugged.
     context: PcContext,
-    /// Held for the effect of its drop.
-    _slots: RamSlots,
+    slots: RamSlots,
     memory: GuestMemory,
 }
 
@@ -108,7 +108,7 @@ impl Pc {
             .map_err(PcError::Kvm)?;
         let slots = memory.attach(&vm).map_err(PcError::Memory)?;
         let device_slots = DeviceSlots::new(Arc::clone(&vm), slots.end());
-        let chassis = Chassis::new(&vm, memory.map(), &params, &context.signals)?;
+        let chassis = Chassis::new(&vm, &memory, &params, &context.signals)?;
         chassis.pci.reserve(params.wished_slots.iter().copied());
         let vcpus_context = VcpusContext {
             handler: Arc::new(Exits::new(&chassis)),
@@ -127,7 +127,7 @@ impl Pc {
             device_slots,
             params,
             context,
-            _slots: slots,
+            slots,
             memory,
         })
     }
@@ -224,6 +224,10 @@ impl Pc {
             ged_address: self.chassis.ged_address,
             pci_hotplug_address: self.chassis.pci_hotplug_address,
             cpu_hotplug_address: self.chassis.cpu_hotplug_address,
+            memory_hotplug_address: {
+                let controller = self.chassis.memory_hotplug.as_ref();
+                controller.map(|_| self.chassis.memory_hotplug_address)
+            },
             has_serial: self.serial.is_some(),
             numa: self.numa_nodes(),
         }

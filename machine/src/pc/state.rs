@@ -40,6 +40,8 @@ pub struct PcState {
     pub pci_hotplug: Saved,
     /// A `CpuHotplugState`; absent in a state of version 1.
     pub cpu_hotplug: Option<Saved>,
+    /// A `MemoryHotplugState`, if there is room for more memory; absent in a state of version 1 to 3.
+    pub memory_hotplug: Option<Saved>,
     /// A `VirtioPciState` of each virtio device, by the device's identifier.
     pub devices: BTreeMap<String, Saved>,
     /// A `PciConfigState`, if the machine has a pvpanic device.
@@ -63,7 +65,9 @@ impl State for PcState {
         match from {
             // vCPUs could not be hot-plugged.
             1 => fields.insert("cpu_hotplug".to_owned(), ().into()),
-            _ => fields.insert("has_generation_id".to_owned(), false.into()),
+            2 => fields.insert("has_generation_id".to_owned(), false.into()),
+            // Memory devices could not be added.
+            _ => fields.insert("memory_hotplug".to_owned(), ().into()),
         };
         Ok(())
     }
@@ -126,6 +130,10 @@ impl Pc {
             pci_bus: Saved::of(&chassis.pci.state(chassis.config_ports.address())),
             pci_hotplug: Saved::of(&hotplug),
             cpu_hotplug: Some(Saved::of(&chassis.cpu_hotplug.state())),
+            memory_hotplug: {
+                let controller = chassis.memory_hotplug.as_ref();
+                controller.map(|controller| Saved::of(&controller.state()))
+            },
             devices: devices.iter().map(state_of).collect::<Result<_, _>>()?,
             pvpanic: self.pvpanic.as_ref().map(|it| Saved::of(&it.state())),
             serial: self.serial.as_ref().map(|uart| Saved::of(&uart.state())),
@@ -217,6 +225,9 @@ impl Pc {
         chassis.hotplug.restore(&state.pci_hotplug.read()?)?;
         if let Some(saved) = &state.cpu_hotplug {
             chassis.cpu_hotplug.restore(&saved.read()?)?;
+        }
+        if let (Some(controller), Some(saved)) = (&chassis.memory_hotplug, &state.memory_hotplug) {
+            controller.restore(&saved.read()?)?;
         }
         chassis.ioapic.restore(&state.ioapic.read()?)?;
         chassis.cmos.restore(&state.cmos.read::<CmosState>()?)?;

@@ -50,6 +50,61 @@ fn worker_of_a_device_named_like_a_thread_is_confined_as_a_worker() {
     assert_eq!(thread, MachineThread::Worker(DeviceKind::Rng));
 }
 
+#[test]
+fn memory_added_is_the_guests_and_is_saved_with_the_machine() {
+    let Ok(kvm) = Kvm::open().map_err(test_skip::skip) else {
+        return;
+    };
+    const BYTES: u64 = 128 << 20;
+    let config = |size| api::config::MemoryConfig {
+        size,
+        hotplug_size: Some(4 * BYTES),
+        ..Default::default()
+    };
+    let bits = crate::cpu::guest_phys_bits(&kvm, CpusConfig::default().max_phys_bits).unwrap();
+    let pc = |memory| {
+        let params = PcParams {
+            cpus: CpusConfig::default(),
+            numa: Vec::new(),
+            pci_segments: 1,
+            wished_slots: Vec::new(),
+        };
+        Pc::new(&kvm, memory, params, context().0).unwrap()
+    };
+    let mut first = pc(GuestMemory::new(&config(BYTES), bits).unwrap());
+    assert!(first.grow_memory(BYTES).unwrap().is_none());
+    let refused = first.grow_memory(BYTES + 1).unwrap_err();
+    assert!(refused.is_of_configuration(), "{refused}");
+    for count in 2..=3 {
+        let zone = first.grow_memory(count * BYTES).unwrap().unwrap();
+        assert_eq!(zone.bytes(), BYTES);
+        first.announce_memory().unwrap();
+    }
+    let mut event = [0];
+    first.chassis.ged.read(0, &mut event);
+    assert_eq!(event, [crate::legacy::GED_MEMORY_HOTPLUG]);
+    let controller = first.chassis.memory_hotplug.as_ref().unwrap();
+    assert_eq!(controller.state().inserting, [0, 1]);
+    assert_eq!(first.memory.own_bytes(), 3 * BYTES);
+    assert_eq!(
+        first.acpi_params().memory_hotplug_address,
+        Some(first.chassis.ged_address + 0x3000)
+    );
+
+    first.pause().unwrap();
+    let state = first.state().unwrap();
+    drop(first);
+    let map = state.memory.read().unwrap();
+    let memory = GuestMemory::with_dimms(&config(3 * BYTES), bits, &map).unwrap();
+    let mut second = pc(memory);
+    second.restore(&state).unwrap();
+    let controller = second.chassis.memory_hotplug.as_ref().unwrap();
+    assert_eq!(controller.state().inserting, [0, 1]);
+    assert_eq!(second.state().unwrap().memory_hotplug, state.memory_hotplug);
+    // KVM has slots for all of them, and for one more.
+    second.grow_memory(4 * BYTES).unwrap().unwrap();
+}
+
 /// Acts as a guest that ejects `vcpu` through the controller.
 fn eject(pc: &Pc, vcpu: u32) {
     const EJECT: u8 = 1 << 3;

@@ -46,7 +46,8 @@ pub(super) struct Session {
     /// Features of the back end.
     features: u64,
     protocol: VhostUserProtocolFeatures,
-    has_memory: bool,
+    /// Guest addresses of the memory that it has.
+    shared: Vec<u64>,
 }
 
 impl Session {
@@ -85,7 +86,7 @@ impl Session {
             frontend,
             features,
             protocol,
-            has_memory: false,
+            shared: Vec::new(),
         })
     }
 
@@ -109,10 +110,7 @@ impl Session {
             .set_features(rings.features | own)
             .map_err(in_call("SET_FEATURES"))?;
         let mem = rings.mem.memory();
-        if !self.has_memory {
-            self.share_memory(&mem)?;
-            self.has_memory = true;
-        }
+        self.share_memory(&mem)?;
         if self.has(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
             self.pass_inflight(rings)?;
         }
@@ -134,35 +132,47 @@ impl Session {
         Ok(())
     }
 
-    /// Passes guest RAM to the back end. It includes memory that virtio-mem plugs in later.
+    /// Shares memory that the back end does not have yet. What virtio-mem plugs in later is part of guest RAM from the
+    /// start; memory devices are not.
     fn share_memory(&mut self, mem: &GuestMemoryMmap<()>) -> Result<(), SessionError> {
         let regions = mem
             .iter()
             .map(VhostUserMemoryRegionInfo::from_guest_region)
             .collect::<Result<Vec<_>, _>>()
             .map_err(SessionError::PrivateMemory)?;
-        if regions.len() <= REGIONS_OF_A_TABLE {
-            let shared = self.frontend.set_mem_table(&regions);
-            return shared.map(drop).map_err(in_call("SET_MEM_TABLE"));
+        let missing: Vec<_> = regions
+            .iter()
+            .filter(|region| !self.shared.contains(&region.guest_phys_addr))
+            .collect();
+        if missing.is_empty() {
+            return Ok(());
         }
-        let max = match self.has(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
-            true => self
-                .frontend
-                .get_max_mem_slots()
-                .map_err(in_call("GET_MAX_MEM_SLOTS"))?,
-            false => REGIONS_OF_A_TABLE as u64,
-        };
-        if max < regions.len() as u64 {
-            return Err(SessionError::Regions {
-                max,
-                regions: regions.len(),
-            });
-        }
-        for region in &regions {
+        let takes_single = self.has(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS);
+        if regions.len() <= REGIONS_OF_A_TABLE && (self.shared.is_empty() || !takes_single) {
             self.frontend
-                .add_mem_region(region)
-                .map_err(in_call("ADD_MEM_REG"))?;
+                .set_mem_table(&regions)
+                .map_err(in_call("SET_MEM_TABLE"))?;
+        } else {
+            let max = match takes_single {
+                true => self
+                    .frontend
+                    .get_max_mem_slots()
+                    .map_err(in_call("GET_MAX_MEM_SLOTS"))?,
+                false => REGIONS_OF_A_TABLE as u64,
+            };
+            if max < regions.len() as u64 {
+                return Err(SessionError::Regions {
+                    max,
+                    regions: regions.len(),
+                });
+            }
+            for region in missing {
+                self.frontend
+                    .add_mem_region(region)
+                    .map_err(in_call("ADD_MEM_REG"))?;
+            }
         }
+        self.shared = regions.iter().map(|it| it.guest_phys_addr).collect();
         Ok(())
     }
 

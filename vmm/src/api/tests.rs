@@ -46,6 +46,8 @@ struct FakeMachine {
     observer: FakeObserver,
     leaving: Vec<String>,
     memory: MemoryConfig,
+    /// Sizes of RAM after each addition.
+    grown_to: Vec<u64>,
 }
 
 #[derive(Debug, Clone)]
@@ -110,6 +112,7 @@ impl FakeMachine {
             vcpus: config.cpus.boot_vcpus,
             vcpus_leave: false,
             memory: config.memory.clone(),
+            grown_to: Vec::new(),
             observer: FakeObserver {
                 ram_bytes: config.memory.total_bytes().unwrap(),
                 balloon_bytes: config
@@ -120,6 +123,17 @@ impl FakeMachine {
                 steered: Steered::default(),
             },
         }))
+    }
+}
+
+impl FakeMachine {
+    /// Its RAM, which nobody keeps.
+    fn memory(&self) -> GuestMemory {
+        let mut memory = GuestMemory::new(&self.memory, 46).unwrap();
+        for bytes in &self.grown_to {
+            memory.add_dimm(memory.map_dimm(*bytes).unwrap().unwrap());
+        }
+        memory
     }
 }
 
@@ -141,8 +155,7 @@ impl Machine for FakeMachine {
     }
 
     fn save(&self) -> Result<SavedMachine, VmError> {
-        let in_memory = |error| VmError::Pc(PcError::Memory(error));
-        let memory = GuestMemory::new(&self.memory, 46).map_err(in_memory)?;
+        let memory = self.memory();
         let part = json!({"version": 1});
         let map = Saved::of(&memory.state());
         let pc = json!({
@@ -189,6 +202,18 @@ impl Machine for FakeMachine {
         }
         self.vcpus_leave = count < self.vcpus;
         self.vcpus = count;
+        Ok(())
+    }
+
+    fn grow_memory(&mut self, total_bytes: u64) -> Result<(), VmError> {
+        let dimm = self.memory().map_dimm(total_bytes);
+        if dimm
+            .map_err(|error| VmError::Pc(PcError::Grow(error)))?
+            .is_some()
+        {
+            self.grown_to.push(total_bytes);
+            self.observer.ram_bytes = total_bytes;
+        }
         Ok(())
     }
 
@@ -1164,11 +1189,15 @@ fn resize_of_a_running_vm_refuses_hotplug_before_it_touches_the_balloon() {
     let vmm = vmm();
     vmm.create("");
     vmm.ok(Endpoint::VmBoot, None);
-    for body in [
-        r#"{"desired_vcpus": 2, "desired_balloon": 4096}"#,
-        r#"{"desired_ram": 4096, "desired_balloon": 4096}"#,
+    for (body, status) in [
+        (r#"{"desired_vcpus": 2, "desired_balloon": 4096}"#, 500),
+        (r#"{"desired_ram": 4096, "desired_balloon": 4096}"#, 400),
+        (
+            r#"{"desired_ram": 4294967296, "desired_balloon": 4096}"#,
+            400,
+        ),
     ] {
-        assert_eq!(vmm.call(Endpoint::VmResize, Some(body)).status, 500);
+        assert_eq!(vmm.call(Endpoint::VmResize, Some(body)).status, status);
     }
     assert_eq!(
         vmm.ok(Endpoint::VmInfo, None)["config"]["balloon"]["size"],
@@ -1236,6 +1265,82 @@ fn resize_of_ram_that_can_grow_is_kept_and_bounded() {
     assert_eq!(hotplugged(), 512 << 20);
     assert_eq!(resize(512).status, 204);
     assert!(hotplugged().is_null());
+}
+
+#[test]
+fn ram_grows_by_memory_devices_and_shrinks_with_a_reboot() {
+    let vmm = vmm();
+    let config = json!({
+        "payload": {"kernel": "/k"},
+        "memory": {"size": 512 << 20, "hotplug_size": 1 << 30},
+    });
+    vmm.ok(Endpoint::VmCreate, Some(&config.to_string()));
+    vmm.ok(Endpoint::VmBoot, None);
+    let resize = |mib: u64| {
+        let body = json!({"desired_ram": mib << 20}).to_string();
+        vmm.call(Endpoint::VmResize, Some(&body))
+    };
+    // What the next machine boots with, and what this one has.
+    let sizes = || {
+        let info = vmm.ok(Endpoint::VmInfo, None);
+        [
+            &info["config"]["memory"]["size"],
+            &info["memory_actual_size"],
+        ]
+        .map(|bytes| bytes.as_u64().unwrap() >> 20)
+    };
+    assert_eq!(resize(640).status, 204);
+    assert_eq!(sizes(), [640, 640]);
+    for (mib, text) in [
+        (700, "a multiple of 134217728 bytes"),
+        (2048, "939524096 bytes at most"),
+        (1, "is less than 2097152 bytes"),
+    ] {
+        let refused = resize(mib);
+        assert_eq!(refused.status, 400);
+        assert!(
+            refused.body.to_string().contains(text),
+            "{:?}",
+            refused.body
+        );
+    }
+    assert_eq!(sizes(), [640, 640]);
+    assert_eq!(resize(512).status, 204);
+    assert_eq!(sizes(), [512, 640]);
+    assert_eq!(resize(768).status, 204);
+    assert_eq!(sizes(), [768, 768]);
+    assert_eq!(resize(600).status, 204);
+    assert_eq!(sizes(), [600, 768]);
+
+    let folder = tempfile::tempdir().unwrap();
+    let url = format!("file://{}", folder.path().display());
+    vmm.ok(Endpoint::VmPause, None);
+    let body = json!({"destination_url": url}).to_string();
+    vmm.ok(Endpoint::VmSnapshot, Some(&body));
+    vmm.ok(Endpoint::VmDelete, None);
+    let body = json!({"source_url": url}).to_string();
+    vmm.ok(Endpoint::VmRestore, Some(&body));
+    assert_eq!(sizes(), [600, 768]);
+    vmm.ok(Endpoint::VmReboot, None);
+    assert_eq!(sizes(), [600, 600]);
+}
+
+#[test]
+fn ram_in_zones_cannot_grow() {
+    let vmm = vmm();
+    let zone = json!({"id": "a", "size": 512 << 20});
+    let config = json!({
+        "payload": {"kernel": "/k"},
+        "memory": {"size": 0, "hotplug_size": 1 << 30, "zones": [zone]},
+    });
+    vmm.ok(Endpoint::VmCreate, Some(&config.to_string()));
+    vmm.ok(Endpoint::VmBoot, None);
+    for mib in [640, 256] {
+        let body = json!({"desired_ram": mib << 20}).to_string();
+        let refused = vmm.call(Endpoint::VmResize, Some(&body));
+        assert_eq!(refused.status, 500);
+        assert!(refused.body.to_string().contains("it is in zones"));
+    }
 }
 
 #[test]

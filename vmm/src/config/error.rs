@@ -184,6 +184,9 @@ pub enum MemoryFault {
         /// The required granularity.
         unit_bytes: u64,
     },
+    /// Only virtio-mem has a target.
+    #[error("hotplugged_size requires hotplug_method=virtio-mem")]
+    HotpluggedByAcpi,
     /// More hot-plugged memory than the maximum.
     #[error("hotplugged_size ({added_bytes}) must not exceed hotplug_size ({room_bytes})")]
     HotpluggedBeyondRoom {

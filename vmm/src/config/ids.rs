@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use api::VmConfig;
+use api::config::HotplugMethod;
 
 use super::error::ValidationError;
 use super::pci_devices::pci_devices;
@@ -19,7 +20,7 @@ fn given(config: &VmConfig) -> impl Iterator<Item = &String> {
 pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
     let hotplug_device = DEFAULT_ZONE_ID.to_owned();
     let mut seen = BTreeSet::new();
-    if config.memory.hotplug_size.is_some_and(|bytes| bytes > 0) {
+    if config.memory.room_bytes(HotplugMethod::VirtioMem) > 0 {
         seen.insert(&hotplug_device);
     }
     for id in given(config) {

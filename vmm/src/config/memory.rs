@@ -1,6 +1,6 @@
 //! The `memory` section and its zones.
 
-use api::config::{MemoryConfig, MemoryZoneConfig};
+use api::config::{HotplugMethod, MemoryConfig, MemoryZoneConfig};
 
 use super::error::MemoryFault;
 use machine::memory::HOST_NUMA_NODE_MAX;
@@ -82,6 +82,13 @@ fn zone_of(zone: &MemoryZoneConfig) -> Result<(), MemoryFault> {
 /// Checks the maximum of hot-plugged memory and its amount at boot, and returns the maximum.
 fn hotplug(memory: &MemoryConfig, added_bytes: u64) -> Result<u64, MemoryFault> {
     let bytes = memory.hotplug_size.unwrap_or(0);
+    if memory.hotplug_method == HotplugMethod::Acpi {
+        // Memory devices become part of `size`. As upstream, only their sizes must be whole.
+        return match added_bytes {
+            0 => Ok(bytes),
+            _ => Err(MemoryFault::HotpluggedByAcpi),
+        };
+    }
     let huge_page_bytes = memory.hugepage_size.filter(|_| memory.hugepages);
     let block_bytes = huge_page_bytes.unwrap_or(HUGE_PAGE_BYTES[0]);
     let whole = |field, bytes: u64, unit_bytes| match bytes.is_multiple_of(unit_bytes) {

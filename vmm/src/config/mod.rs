@@ -81,6 +81,15 @@ fn payload(payload: Option<&PayloadConfig>) -> Result<(), ValidationError> {
 /// Minimum time between two samples of statistics, in milliseconds. Each sample wakes the guest.
 const STATS_POLL_MS_MIN: u64 = 100;
 
+/// Checks sizes of RAM and of the balloon from `vm.resize`: a VM that was resized must be able to boot again.
+///
+/// # Errors
+/// The first problem found.
+pub fn validate_sizes(config: &VmConfig) -> Result<(), ValidationError> {
+    memory::check(&config.memory, config.cpus.max_phys_bits).map_err(ValidationError::Memory)?;
+    validate_balloon(config)
+}
+
 /// Checks the balloon's new size from `vm.resize` against the rest of the configuration, because a resized VM must be
 /// able to boot again.
 ///

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use api::VmConfig;
-use api::config::{ConsoleOutputMode, DEFAULT_NUM_PCI_SEGMENTS};
+use api::config::{ConsoleOutputMode, DEFAULT_NUM_PCI_SEGMENTS, HotplugMethod};
 use machine::pci::{Bdf, SEGMENT_COUNT_MAX, SLOT_COUNT};
 
 use super::error::{DeviceFault, ValidationError};
@@ -109,7 +109,7 @@ const HOST_BRIDGE: Bdf = Bdf {
 fn slot_counts(config: &VmConfig) -> Result<(), ValidationError> {
     // These devices are always on segment 0.
     let singles = [
-        config.memory.hotplug_size.is_some_and(|bytes| bytes > 0),
+        config.memory.room_bytes(HotplugMethod::VirtioMem) > 0,
         config.watchdog,
         config.pvpanic,
     ];

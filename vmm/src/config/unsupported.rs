@@ -59,10 +59,6 @@ fn memory(memory: &MemoryConfig) -> Vec<String> {
             zones.any(|zone| wanted([zone.hotplug_size, zone.hotplugged_size])),
         ),
         asked(
-            "memory.hotplug_size without hotplug_method=virtio-mem",
-            hotplug && !with_virtio_mem,
-        ),
-        asked(
             "memory.hotplug_size of memory in zones",
             hotplug && with_virtio_mem && memory.size == 0,
         ),

@@ -1,5 +1,8 @@
 //! Errors of requests to the control thread.
 
+use std::io;
+use std::path::PathBuf;
+
 use api::{Endpoint, VmState};
 
 use crate::config::{RateLimiterError, ValidationError};
@@ -59,8 +62,10 @@ pub enum LifecycleError {
         /// The maximum.
         max: u32,
     },
-    /// There is no room for more RAM.
-    #[error("The RAM of a running VM cannot be changed from {current} to {desired} bytes")]
+    /// RAM is in zones, or virtio-mem has no room.
+    #[error(
+        "RAM cannot be changed from {current} to {desired} bytes: it is in zones, or hotplug_size is not set"
+    )]
     MemoryHotplug {
         /// The current size.
         current: u64,

@@ -11,6 +11,7 @@
 //! the state is Created, and all resources have been released.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
@@ -362,15 +363,20 @@ impl Lifecycle {
             .check(&[landlock::of_snapshot(&folder)])
             .map_err(LifecycleError::Landlock)?;
         let SavedMachine { pc, memory } = machine.save().map_err(LifecycleError::Machine)?;
+        let mut config = config.clone();
+        // RAM that a reboot takes away is still there.
+        let next = (config.memory.size > 0)
+            .then(|| std::mem::replace(&mut config.memory.size, memory.own_bytes()));
         let state = SnapshotState {
             pc,
             thresholds: self.thresholds.as_change(),
             reporting_paused: self.reporting_paused,
+            memory_size_after_reboot: next.filter(|next| *next != config.memory.size),
         };
         let events = Arc::clone(&self.context.events);
         let progress = Arc::new(Progress::of_snapshot(&memory, events));
         self.publish_with(Some(Arc::clone(&progress)));
-        snapshot::write(&folder, config, &state, &memory, &progress)
+        snapshot::write(&folder, &config, &state, &memory, &progress)
             .map_err(LifecycleError::Snapshot)
     }
 
@@ -426,7 +432,11 @@ impl Lifecycle {
             .admit(&config)
             .map_err(LifecycleError::Landlock)?;
         let machine = (self.make_machine)(&mut config, &self.context, Some(&snapshot));
-        self.install(config, machine.map_err(LifecycleError::Machine)?);
+        let machine = machine.map_err(LifecycleError::Machine)?;
+        if let Some(bytes) = snapshot.state.memory_size_after_reboot {
+            config.memory.size = bytes;
+        }
+        self.install(config, machine);
         self.paused = true;
         // The balloon's saved state already includes the pause.
         self.reporting_paused = snapshot.state.reporting_paused;
@@ -463,14 +473,13 @@ impl Lifecycle {
             .filter(|desired| Some(*desired) != config.memory.total_bytes());
         let mut wanted = config.clone();
         if let Some(desired) = ram {
-            let added = hotplugged_bytes(&config.memory, desired)?;
-            wanted.memory.hotplugged_size = (added > 0).then_some(added);
+            wanted.memory = resized_memory(&config.memory, desired)?;
         }
         if let (Some(bytes), Some(balloon)) = (resize.desired_balloon, &mut wanted.balloon) {
             balloon.size = bytes;
         }
         // A size with which the VM could not boot is rejected before anything changes.
-        config::validate_balloon(&wanted).map_err(LifecycleError::ConfigValidation)?;
+        config::validate_sizes(&wanted).map_err(LifecycleError::ConfigValidation)?;
         if let Some(desired) = vcpus {
             machine
                 .resize_vcpus(desired)
@@ -479,12 +488,16 @@ impl Lifecycle {
             // count.
             config.cpus.boot_vcpus = desired;
         }
-        if ram.is_some() {
-            machine
-                .resize_memory(wanted.memory.hotplugged_size.unwrap_or(0))
-                .map_err(LifecycleError::Machine)?;
+        if let Some(desired) = ram {
+            match wanted.memory.hotplug_method {
+                HotplugMethod::Acpi => machine.grow_memory(desired),
+                HotplugMethod::VirtioMem => {
+                    machine.resize_memory(wanted.memory.hotplugged_size.unwrap_or(0))
+                }
+            }
+            .map_err(LifecycleError::Machine)?;
             // The requested size is stored at once: the guest may take time to comply, and a reboot uses the new size.
-            config.memory.hotplugged_size = wanted.memory.hotplugged_size;
+            config.memory = wanted.memory;
         }
         if let Some(desired) = resize.desired_balloon {
             machine
@@ -717,21 +730,29 @@ fn steer_reporting(machine: &dyn Machine, thresholds: &Thresholds, paused: bool)
     }
 }
 
-/// The amount that a guest must plug in to have `desired` bytes in total.
-fn hotplugged_bytes(memory: &MemoryConfig, desired: u64) -> Result<u64, LifecycleError> {
-    let room = memory.hotplug_size.unwrap_or(0);
-    if room == 0 || memory.hotplug_method != HotplugMethod::VirtioMem {
-        let current = memory.total_bytes().unwrap_or(memory.size);
-        return Err(LifecycleError::MemoryHotplug { current, desired });
+/// The configuration of a guest that has `desired` bytes of RAM.
+fn resized_memory(memory: &MemoryConfig, desired: u64) -> Result<MemoryConfig, LifecycleError> {
+    let has_zones = memory.zones.iter().flatten().next().is_some();
+    let room = memory.room_bytes(HotplugMethod::VirtioMem);
+    let mut resized = memory.clone();
+    match memory.hotplug_method {
+        HotplugMethod::Acpi if !has_zones => resized.size = desired,
+        HotplugMethod::VirtioMem if room > 0 => {
+            let added = desired.checked_sub(memory.size);
+            let added = added.filter(|added| *added <= room);
+            let added = added.ok_or(LifecycleError::MemoryOutOfRange {
+                desired,
+                least: memory.size,
+                most: memory.size.saturating_add(room),
+            })?;
+            resized.hotplugged_size = (added > 0).then_some(added);
+        }
+        _ => {
+            let current = memory.total_bytes().unwrap_or(memory.size);
+            return Err(LifecycleError::MemoryHotplug { current, desired });
+        }
     }
-    let added = desired.checked_sub(memory.size);
-    added
-        .filter(|added| *added <= room)
-        .ok_or(LifecycleError::MemoryOutOfRange {
-            desired,
-            least: memory.size,
-            most: memory.size.saturating_add(room),
-        })
+    Ok(resized)
 }
 
 /// Before boot only the configuration changes; it is validated at boot.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use api::VmConfig;
-use machine::memory::{GuestMemory, MemoryState, ZoneContentState};
+use machine::memory::{GuestMemory, MemoryState, RestoreError, ZoneContentState};
 use machine::open_regular_file;
 use machine::pc::PcState;
 use state::Saved;
@@ -237,11 +237,12 @@ impl Snapshot {
     ) -> Result<GuestMemory, SnapshotError> {
         let mut unpopulated = config.memory.clone();
         set_prefault(&mut unpopulated, false);
-        let memory = GuestMemory::new(&unpopulated, config.cpus.max_phys_bits);
-        let memory = memory.map_err(SnapshotError::Memory)?;
-        let map = self.pc.memory.read();
-        let fits = map.and_then(|map| memory.check_state(&map));
-        fits.map_err(SnapshotError::State)?;
+        let map = self.pc.memory.read().map_err(SnapshotError::State)?;
+        let memory = GuestMemory::with_dimms(&unpopulated, config.cpus.max_phys_bits, &map);
+        let memory = memory.map_err(|error| match error {
+            RestoreError::Memory(error) => SnapshotError::Memory(error),
+            RestoreError::State(error) => SnapshotError::State(error),
+        })?;
         let progress = Progress::of_restore(&memory, Arc::clone(events));
         for (zone, (file, table)) in memory.zones().iter().zip(&self.memory) {
             let thp = config.memory.thp;

@@ -24,7 +24,7 @@ mod tests;
 
 use api::ReclaimThresholdsChange;
 use serde::{Deserialize, Serialize};
-use state::{Part, Saved, State, parts};
+use state::{Fields, Part, Saved, State, StateError, parts};
 
 pub use adapt::adapt;
 pub use error::SnapshotError;
@@ -41,8 +41,16 @@ pub struct SnapshotState {
     pub thresholds: ReclaimThresholdsChange,
     /// The operator has paused reporting.
     pub reporting_paused: bool,
+    /// The size of RAM that was requested and that only a reboot can bring, if there is such a request.
+    pub memory_size_after_reboot: Option<u64>,
 }
 
 impl State for SnapshotState {
     const PART: Part = parts::SNAPSHOT;
+
+    /// In version 2, RAM had the size of the configuration.
+    fn upgrade(_from: u32, fields: &mut Fields) -> Result<(), StateError> {
+        fields.insert("memory_size_after_reboot".to_owned(), ().into());
+        Ok(())
+    }
 }

@@ -26,6 +26,7 @@ fn state(memory: &GuestMemory) -> SnapshotState {
         pc: serde_json::from_value(pc).unwrap(),
         thresholds: ReclaimThresholdsChange::default(),
         reporting_paused: true,
+        memory_size_after_reboot: None,
     }
 }
 
@@ -84,6 +85,32 @@ fn snapshot_comes_back_from_its_folder() {
     let ram = ram.ram().memory();
     ram.read_slice(&mut bytes, GuestAddress(4 << 20)).unwrap();
     assert_eq!((bytes[0], bytes[4999], bytes[5000]), (7, 7, 0));
+}
+
+#[test]
+fn memory_devices_come_back_where_they_were() {
+    let mut config = config();
+    config.memory.hotplug_size = Some(256 << 20);
+    let mut memory = GuestMemory::new(&config.memory, 46).unwrap();
+    config.memory.size += 128 << 20;
+    memory.add_dimm(memory.map_dimm(config.memory.size).unwrap().unwrap());
+    let address = GuestAddress((4 << 30) + (5 << 20));
+    memory.ram().memory().write_obj(7_u8, address).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let (state, progress) = (state(&memory), progress(&memory));
+    write(folder.path(), &config, &state, &memory, &progress).unwrap();
+    let mut loaded = load(&folder).unwrap();
+    assert_eq!(loaded.state(), memory.state());
+    let byte: u8 = loaded.ram().memory().read_obj(address).unwrap();
+    assert_eq!(byte, 7);
+    // There is room for one more.
+    loaded.add_dimm(
+        loaded
+            .map_dimm(config.memory.size + (128 << 20))
+            .unwrap()
+            .unwrap(),
+    );
+    assert_eq!(loaded.dimms()[1].end, (4 << 30) + (256 << 20));
 }
 
 #[test]

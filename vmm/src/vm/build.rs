@@ -135,7 +135,7 @@ impl Parts {
         let residency =
             ResidencyProbe::new(self.memory.ram().clone()).map_err(VmError::Residency)?;
         let zones = self.memory.zones().to_vec();
-        let boot_bytes = self.memory.boot_bytes();
+        let ram_bytes = self.memory.own_bytes();
         let params = PcParams {
             cpus: config.cpus.clone(),
             numa: config.numa.clone().unwrap_or_default(),
@@ -174,7 +174,7 @@ impl Parts {
             mem: self.mem.clone(),
             counters,
         };
-        let observer = OwnObserver::new(observed, boot_bytes, pc.devices(), pvpanic);
+        let observer = OwnObserver::new(observed, ram_bytes, pc.devices(), pvpanic);
         Ok(Vm {
             pc,
             payload: self.payload,

@@ -17,6 +17,7 @@ mod reporting;
 #[cfg(test)]
 mod tests;
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
@@ -177,6 +178,12 @@ pub trait Machine {
     /// # Errors
     /// A removal is pending, or a vCPU cannot be added.
     fn resize_vcpus(&mut self, count: u32) -> Result<(), VmError>;
+
+    /// Adds memory so that the guest has `total_bytes`, and returns at once. Changes nothing if it has that much.
+    ///
+    /// # Errors
+    /// There is no room for it, or the host does not have it.
+    fn grow_memory(&mut self, total_bytes: u64) -> Result<(), VmError>;
 
     /// Sets how much memory the guest should plug in beyond what it booted with, and returns at once.
     ///
@@ -341,6 +348,14 @@ impl Machine for Vm {
 
     fn resize_vcpus(&mut self, count: u32) -> Result<(), VmError> {
         self.pc.resize_vcpus(count).map_err(VmError::Pc)
+    }
+
+    fn grow_memory(&mut self, total_bytes: u64) -> Result<(), VmError> {
+        let Some(zone) = self.pc.grow_memory(total_bytes).map_err(VmError::Pc)? else {
+            return Ok(());
+        };
+        self.observer.add_zone(zone);
+        self.pc.announce_memory().map_err(VmError::Pc)
     }
 
     fn resize_memory(&self, hotplugged_bytes: u64) -> Result<(), VmError> {

@@ -8,6 +8,7 @@ use api::{BalloonStatsResponse, DeviceNode, ReclaimStats, ReportingStatus, VmCou
 use machine::memory::Zone;
 use machine::pc::{PVPANIC_ID, Plugged};
 use machine::pci::Bdf;
+use serde_json::{Value, json};
 use virtio_devices::Unpoisoned;
 use virtio_devices::balloon::{BalloonHandle, StatsError};
 use virtio_devices::mem::MemHandle;
@@ -71,6 +72,8 @@ impl Observed {
 /// Data that is read without waiting for measurements; the lock is held for microseconds.
 #[derive(Default)]
 struct Published {
+    /// RAM except for what the guest plugs through virtio-mem.
+    ram_bytes: u64,
     device_tree: BTreeMap<String, DeviceNode>,
     balloon: Option<BalloonHandle>,
     mem: Option<MemHandle>,
@@ -151,13 +154,11 @@ pub trait MachineObserver: std::fmt::Debug + Send + Sync {
 /// remain, because the next machine may need the same files immediately.
 #[derive(Clone)]
 pub(super) struct VmObserver {
-    /// RAM at boot.
-    ram_bytes: u64,
     published: Arc<RwLock<Published>>,
     observed: Arc<RwLock<Option<Observed>>>,
 }
 
-virtio_devices::debug_fields!(VmObserver { ram_bytes });
+virtio_devices::debug_fields!(VmObserver {});
 
 /// The machine's own handle, which releases everything when it is dropped.
 #[derive(Debug)]
@@ -172,8 +173,8 @@ impl OwnObserver {
         pvpanic: Option<Bdf>,
     ) -> Self {
         Self(VmObserver {
-            ram_bytes,
             published: Arc::new(RwLock::new(Published {
+                ram_bytes,
                 device_tree: devices
                     .iter()
                     .flat_map(nodes)
@@ -210,6 +211,12 @@ impl OwnObserver {
                 observed.balloon = balloon;
             }
         });
+    }
+
+    /// Adds RAM of the running guest.
+    pub(super) fn add_zone(&self, zone: Zone) {
+        self.0.write_published().ram_bytes += zone.bytes();
+        self.change(|observed| observed.zones.push(zone));
     }
 
     /// Removes and drops a device. Waits for reads in progress, as dropping does.
@@ -274,7 +281,7 @@ impl MachineObserver for VmObserver {
         let balloon = published.balloon.as_ref();
         let ballooned_bytes = balloon.map_or(0, BalloonHandle::actual_bytes);
         let plugged_bytes = published.mem.as_ref().map_or(0, MemHandle::plugged_bytes);
-        let ram_bytes = self.ram_bytes.saturating_add(plugged_bytes);
+        let ram_bytes = published.ram_bytes.saturating_add(plugged_bytes);
         ram_bytes.saturating_sub(ballooned_bytes)
     }
 

@@ -13,7 +13,7 @@ use virtio_devices::balloon::{
 };
 use virtio_devices::reclaim::{RegionResidency, ResidencySample};
 
-use machine::memory::Zone;
+use machine::memory::{Zone, ZoneKind};
 
 use super::reporting;
 
@@ -26,10 +26,9 @@ pub(super) struct ConfiguredRam<'a> {
 
 impl ConfiguredRam<'_> {
     fn bytes_of(&self, zone: &Zone) -> u64 {
-        if zone.hotplug {
-            self.plugged_bytes
-        } else {
-            zone.bytes()
+        match zone.kind {
+            ZoneKind::VirtioMem => self.plugged_bytes,
+            ZoneKind::Boot | ZoneKind::Dimm => zone.bytes(),
         }
     }
 
@@ -212,7 +211,7 @@ mod tests {
             ranges,
             backing: "hugetlb-shared",
             page_bytes,
-            hotplug: false,
+            kind: ZoneKind::Boot,
         };
         let zones = [
             zone("a", vec![0..100, 1000..1100], 4096),
@@ -262,14 +261,17 @@ mod tests {
 
     #[test]
     fn memory_that_is_not_plugged_is_neither_configured_nor_reclaimed() {
-        let zone = |id: &str, range, hotplug| Zone {
+        let zone = |id: &str, range, kind| Zone {
             id: id.to_owned(),
             ranges: vec![range],
             backing: "anonymous-private",
             page_bytes: 4096,
-            hotplug,
+            kind,
         };
-        let zones = [zone("a", 0..100, false), zone("b", 1000..1400, true)];
+        let zones = [
+            zone("a", 0..100, ZoneKind::Boot),
+            zone("b", 1000..1400, ZoneKind::VirtioMem),
+        ];
         let figures = |plugged_bytes, resident_bytes| {
             let region = |guest_start, bytes, resident_bytes| RegionResidency {
                 guest_start,

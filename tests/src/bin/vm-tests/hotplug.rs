@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 pub(crate) fn tests() -> Vec<Test> {
     tests![
         memory_plugged_in_is_used_ballooned_and_comes_back,
+        memory_devices_are_used_reported_and_part_of_ram_after_a_reboot,
         devices_on_another_pci_segment_work_come_and_go,
         vcpus_come_and_go_with_their_topology,
     ]
@@ -200,6 +201,83 @@ fn disk_added_to_a_running_guest_keeps_data_and_goes() -> Result<Outcome> {
 
 fn resize(guest: &Guest, field: &str, mib: u64) -> Result<()> {
     expect(guest, "vm.resize", &json!({ field: mib * MIB }), 204).map(drop)
+}
+
+/// ACPI: Linux finds the memory in its memory devices, gives it back when it is free, and has what `memory.size` says
+/// after a reboot.
+fn memory_devices_are_used_reported_and_part_of_ram_after_a_reboot() -> Result<Outcome> {
+    const DIMM: &str = "/zones/2/resident_bytes";
+    let mut guest = Machine {
+        memory: "size=512M,hotplug_size=1G",
+        arguments: &["--balloon", "size=0,free_page_reporting=on"],
+        ..Machine::default()
+    }
+    .serve()?;
+    let before = guest.memory_bytes("total")?;
+    let sizes = |guest: &Guest| -> Result<[Option<u64>; 2]> {
+        let info = guest.vmm.get("vm.info")?;
+        let sizes = [
+            &info["config"]["memory"]["size"],
+            &info["memory_actual_size"],
+        ];
+        Ok(sizes.map(|bytes| bytes.as_u64().map(|bytes| bytes / MIB)))
+    };
+    for total in [640, 1024] {
+        resize(&guest, "desired_ram", total)?;
+        ensure!(sizes(&guest)? == [Some(total); 2], "{:?}", sizes(&guest)?);
+        let blocks = total / 128;
+        let script = format!(
+            "cd /sys/devices/system/memory; \
+             for i in $(seq 600); do [ $(ls -d memory[0-9]* | wc -l) -ge {blocks} ] && break; sleep 0.1; done; \
+             for block in memory[0-9]*; do \
+                 [ $(cat $block/state) = online ] || echo online > $block/state || exit 1; \
+             done"
+        );
+        guest.shell(&script)?;
+        let now = guest.memory_bytes("total")?;
+        let least = before + (total - 512) * MIB * 9 / 10;
+        ensure!(now >= least, "{total} MiB: {before} became {now}");
+    }
+    wait_figure(&guest, "/configured_bytes", |bytes| bytes == 1024 * MIB)?;
+    guest.command("alloc 700M seed=5")?;
+    guest.command("verify")?;
+    let stats = guest.vmm.get("vm.reclaim-stats")?;
+    let resident = stats.pointer(DIMM).and_then(Value::as_u64);
+    let resident = resident.context("no figures of the second memory device")?;
+    ensure!(resident > 100 * MIB, "{stats:#}");
+    guest.vmm.put("vm.pause", None)?;
+    guest.vmm.put("vm.resume", None)?;
+    guest.command("verify")?;
+    guest.command("free")?;
+    wait_figure(&guest, DIMM, |bytes| bytes < resident / 2)?;
+
+    for refused in [1025, 2048] {
+        expect(
+            &guest,
+            "vm.resize",
+            &json!({"desired_ram": refused * MIB}),
+            400,
+        )?;
+    }
+    resize(&guest, "desired_ram", 768)?;
+    ensure!(
+        sizes(&guest)? == [Some(768), Some(1024)],
+        "{:?}",
+        sizes(&guest)?
+    );
+    guest.command("alloc 700M seed=6")?;
+    guest.command("verify")?;
+    guest.vmm.put("vm.reboot", None)?;
+    guest.wait_init()?;
+    guest.wait_serving()?;
+    ensure!(sizes(&guest)? == [Some(768); 2], "{:?}", sizes(&guest)?);
+    let now = guest.memory_bytes("total")?;
+    let expected = before + 256 * MIB * 9 / 10..before + 256 * MIB;
+    ensure!(expected.contains(&now), "{now} not in {expected:?}");
+    // The slots are free again.
+    resize(&guest, "desired_ram", 1024)?;
+    guest.end_cleanly()?;
+    Ok(Outcome::Passed)
 }
 
 /// virtio-mem: plugged memory works like any other, and returns to the host when it is unplugged. Pages in use are

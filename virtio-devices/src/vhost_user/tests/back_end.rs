@@ -26,6 +26,8 @@ type Mem = GuestMemoryAtomic<GuestMemoryMmap>;
 struct Echo {
     mem: Option<Mem>,
     queues: usize,
+    /// Memory regions one at a time, beside whole tables.
+    takes_single_regions: bool,
     /// Leaves requests in the rings.
     idle: Arc<AtomicBool>,
 }
@@ -84,9 +86,12 @@ impl VhostUserBackendMut for Echo {
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        VhostUserProtocolFeatures::MQ
-            | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        let mut features = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
+        features.set(
+            VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS,
+            self.takes_single_regions,
+        );
+        features
     }
 
     fn set_event_idx(&mut self, _enabled: bool) {}
@@ -124,10 +129,16 @@ pub(super) struct BackEnd {
 impl BackEnd {
     /// Listens on `path`.
     pub(super) fn start(path: &Path, queues: usize) -> Self {
+        Self::start_with(path, queues, true)
+    }
+
+    /// Listens on `path`, with or without support for memory regions one at a time.
+    pub(super) fn start_with(path: &Path, queues: usize, takes_single_regions: bool) -> Self {
         let idle = Arc::new(AtomicBool::new(false));
         let echo = Arc::new(Mutex::new(Echo {
             mem: None,
             queues,
+            takes_single_regions,
             idle: Arc::clone(&idle),
         }));
         let mut listener = Listener::new(path, true).unwrap();

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use tempfile::TempDir;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::device::{GuestRam, VirtioDevice};
 use crate::fs::{Fs, FsParams};
@@ -20,12 +20,17 @@ const RAM_BYTES: usize = 16 << 20;
 const QUEUES: usize = 2;
 const REQUESTS: u16 = 1;
 
-/// Guest RAM that another process can map.
-fn shared_ram() -> TestRam {
+/// Memory that another process can map.
+fn region(start: GuestAddress) -> Arc<GuestRegionMmap> {
     let file = tempfile::tempfile().unwrap();
     file.set_len(RAM_BYTES as u64).unwrap();
-    let range = (GuestAddress(0), RAM_BYTES, Some(FileOffset::new(file, 0)));
-    let map = GuestMemoryMmap::from_ranges_with_files([range]).unwrap();
+    let mapping = MmapRegion::from_file(FileOffset::new(file, 0), RAM_BYTES).unwrap();
+    Arc::new(GuestRegionMmap::new(mapping, start).unwrap())
+}
+
+/// Guest RAM that another process can map.
+fn shared_ram() -> TestRam {
+    let map = GuestMemoryMmap::from_arc_regions(vec![region(GuestAddress(0))]).unwrap();
     TestRam::around(GuestRam::new(map), 0, RAM_BYTES as u64)
 }
 

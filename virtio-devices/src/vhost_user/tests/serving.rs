@@ -3,8 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use vm_memory::{GuestAddress, GuestAddressSpace};
+
 use super::back_end::BackEnd;
-use super::{QUEUES, REQUESTS, Rig, device};
+use super::{QUEUES, RAM_BYTES, REQUESTS, Rig, device, region};
 use crate::pci::PciFunction;
 use crate::reclaim::{DiscardEngine, Expected, GuestRange};
 use crate::testing::{Chain, Segment};
@@ -124,6 +126,34 @@ fn saved_device_continues_with_another_back_end() {
     let _back_end = BackEnd::start(&socket, QUEUES);
     rig.driver.function.resume();
     expect_answer(&mut rig, REQUESTS, &held);
+}
+
+/// Memory devices are added while the queues stand still.
+#[test]
+fn memory_added_to_the_guest_is_the_back_ends_when_its_queues_start_again() {
+    for takes_single_regions in [true, false] {
+        let mut rig = Rig::new();
+        let _back_end = BackEnd::start_with(&rig.socket(), QUEUES, takes_single_regions);
+        rig.wait_until_served();
+        for number in 1..=3 {
+            let start = GuestAddress(number * RAM_BYTES as u64 * 2);
+            rig.driver.function.pause();
+            let ram = rig.driver.ram.mem();
+            let grown = ram.memory().insert_region(region(start));
+            ram.lock().unwrap().replace(grown.unwrap());
+            rig.driver.function.resume();
+            rig.driver.ram.write(start, WORDS);
+            let segments = [
+                Segment::ReadableAt(start, WORDS.len() as u32),
+                Segment::Writable(64),
+            ];
+            let chain = rig.driver.queue(REQUESTS).push(&segments);
+            rig.driver.kick(REQUESTS);
+            expect_answer(&mut rig, REQUESTS, &chain);
+        }
+        assert_eq!(rig.count("connections"), 1);
+        assert_eq!(rig.count("protocol_errors"), 0);
+    }
 }
 
 /// A balloon discards pages while the back end has them mapped.
