@@ -3,5 +3,7 @@
 #include "page_reporting_bitmap.c"
 
 /* What the file keeps to itself and the tests ask for. */
+#ifndef CORE_ALONE
 const unsigned long full_granules = PRB_FULL_GRANULES, worth_granules = PRB_WORTH_GRANULES;
+#endif
 const unsigned long lent_pages_min = PRB_LENT_PAGES_MIN, lent_pages_max = PRB_LENT_PAGES_MAX;

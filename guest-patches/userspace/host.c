@@ -134,7 +134,7 @@ static void check_age(unsigned long pfn)
 /* Whether the device takes an entry for each range that a block can consist of. */
 static bool takes_all_ranges(void)
 {
-	return device.entries >= BITS_PER_LONG / 2;
+	return device.any_length && device.entries >= BITS_PER_LONG / 2;
 }
 
 /*
@@ -147,11 +147,26 @@ static void no_news(unsigned long from, unsigned long to, unsigned long first, u
 		if (granule < from || granule + PRB_GRANULE_PAGES > to)
 			continue;
 		/* May have gone along with its neighbours, see below. */
-		if (!takes_all_ranges() && granule != first && granule != last)
+		if (device.any_length && !takes_all_ranges() && granule != first && granule != last)
 			continue;
 		for (unsigned long pfn = granule; pfn < granule + PRB_GRANULE_PAGES; pfn++)
 			pfn_to_page(pfn)->news = false;
 	}
+}
+
+/* A device that takes one block an entry: some of it is news, and all of it is of age. */
+static void check_whole_block(unsigned long from, unsigned long to)
+{
+	bool news = false;
+
+	must(page_private(pfn_to_page(from)) && to - from == 1UL << page_private(pfn_to_page(from)),
+	     "the entry at page %#lx is not one block", from);
+	for (unsigned long granule = round_down(from, PRB_GRANULE_PAGES); granule < to;
+	     granule += PRB_GRANULE_PAGES)
+		news |= has_news(granule, from, to);
+	must(news, "page %#lx is reported twice without a change", from);
+	for (unsigned long pfn = from; pfn < to; pfn++)
+		check_age(pfn);
 }
 
 /*
@@ -163,6 +178,11 @@ static void check_part(unsigned long from, unsigned long to)
 	unsigned long first = round_down(from, PRB_GRANULE_PAGES);
 	unsigned long last = round_down(to - 1, PRB_GRANULE_PAGES);
 
+	if (!device.any_length) {
+		check_whole_block(from, to);
+		no_news(from, to, first, last);
+		return;
+	}
 	for (unsigned long granule = first; granule <= last; granule += PRB_GRANULE_PAGES) {
 		unsigned long end = min(granule + PRB_GRANULE_PAGES, to);
 
@@ -264,6 +284,7 @@ static int host_report(struct page_reporting_dev_info *prdev, struct scatterlist
 	return taken ? 0 : -5;
 }
 
+#ifndef CORE_ALONE
 static int host_submit(struct page_reporting_dev_info *prdev, struct scatterlist *sg,
 		       unsigned int count, void *token)
 {
@@ -287,16 +308,25 @@ static void *host_reap(struct page_reporting_dev_info *prdev, bool wait)
 	/* Answers come in any order. */
 	return answer(chance(in_flight), true);
 }
+#endif
 
 void host_init(bool queue, unsigned int capacity, unsigned int count)
 {
 	device = (struct page_reporting_dev_info){
 		.report = host_report,
-		.submit = queue ? host_submit : NULL,
-		.reap = queue ? host_reap : NULL,
-		.entries = queue ? capacity : PAGE_REPORTING_CAPACITY,
-		.batches = queue ? count : 1,
+		/* One that queues batches takes ranges; others may. */
+		.any_length = queue || one_in(2),
+		.entries = PAGE_REPORTING_CAPACITY,
+		.batches = 1,
 	};
+#ifndef CORE_ALONE
+	if (queue) {
+		device.submit = host_submit;
+		device.reap = host_reap;
+		device.entries = capacity;
+		device.batches = count;
+	}
+#endif
 	in_flight = 0;
 	/* The same host behind another device: it still knows what it knew. */
 	host_doubts_all();

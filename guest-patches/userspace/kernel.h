@@ -443,9 +443,12 @@ struct page_reporting_dev_info {
 	int (*submit)(struct page_reporting_dev_info *prdev, struct scatterlist *sg,
 		      unsigned int nents, void *token);
 	void *(*reap)(struct page_reporting_dev_info *prdev, bool wait);
+	bool any_length;
 	unsigned int entries;
 	unsigned int batches;
 	unsigned int order;
 };
+
+#define prb_capacity(prdev)	PAGE_REPORTING_CAPACITY
 
 #endif /* KERNEL_H */

@@ -266,17 +266,21 @@ bool memory_alloc(void)
 	if (page) {
 		unsigned int size = page->order;
 		unsigned long pfn = page->pfn;
+		/* expand(): what is split off stays reported. */
+		bool reported = page->reported && KEEPS_REPORTED;
 
 		unlist_block(page);
 		while (size > order) {
 			size--;
 			/* Any half may be given out. */
-			if (one_in(2)) {
-				list_block(pfn_to_page(pfn), size, false);
+			unsigned long rest = pfn;
+
+			if (one_in(2))
 				pfn += 1UL << size;
-			} else {
-				list_block(pfn_to_page(pfn + (1UL << size)), size, false);
-			}
+			else
+				rest += 1UL << size;
+			list_block(pfn_to_page(rest), size, false);
+			pfn_to_page(rest)->reported = reported;
 		}
 		set_state(pfn, order, PAGE_USED);
 		pfn_to_page(pfn)->order = order;

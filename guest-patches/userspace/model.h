@@ -6,6 +6,16 @@
 #include "kernel.h"
 #include "page_reporting_bitmap.h"
 
+/* The first series alone has no rates, one batch, and keeps no flag on what is split off. */
+#ifdef CORE_ALONE
+#define PRB_ANY_RATE 0
+#define PRB_BATCH_ENTRIES_MAX PAGE_REPORTING_CAPACITY
+#define PRB_BATCHES_MAX 1
+#define KEEPS_REPORTED false
+#else
+#define KEEPS_REPORTED true
+#endif
+
 /* ---- memory.c: the allocator ---- */
 
 #define SECTIONS 13

@@ -13,7 +13,7 @@
 static unsigned long seed, state, step;
 /* Processors that may run when another one could; 0 keeps them still. */
 static unsigned int depth, eagerness;
-static unsigned long counts[16];
+static unsigned long counts[16], reported_pages;
 
 _Noreturn void fail(const char *format, ...)
 {
@@ -119,11 +119,14 @@ struct prb_result pass(unsigned int flags)
 	passes++;
 	in_pass = true;
 	minds_age = !(flags & PRB_ANY_AGE);
+#ifndef CORE_ALONE
 	prb_note_reuse(one_in(8) ? chance(1UL << 16) : 0);
 	/* As the worker does it. */
 	if (!flags && prb_hold(16, 2000))
 		flags = PRB_AGE_ONLY;
+#endif
 	result = prb_pass(flags);
+	reported_pages += result.pages;
 	in_pass = false;
 	atomic_set(&prb_index.stop, 0);
 	mutex_unlock(&prb_index.pass_lock);
@@ -136,7 +139,6 @@ static void attach(void)
 	host_init(one_in(2), 1 + chance(PRB_BATCH_ENTRIES_MAX), 1 + chance(PRB_BATCHES_MAX));
 	mutex_lock(&prb_index.pass_lock);
 	must(!prb_attach(&device), "the core does not attach");
-	prb_index.order = page_reporting_order;
 	mutex_unlock(&prb_index.pass_lock);
 	tracking = true;
 }
@@ -153,6 +155,7 @@ static void detach(void)
 	depth--;
 }
 
+#ifndef CORE_ALONE
 /* As mm/page_reporting_worker.c does it. */
 static void set_order(void)
 {
@@ -177,6 +180,24 @@ static void set_rate(void)
 	prb_index.bytes_per_second = one_in(2) ? 0 : 1 + chance(1UL << 24);
 }
 
+/* What the second series adds. */
+static void change_settings(unsigned long what)
+{
+	if (what < 10)
+		set_rate();
+	else if (what < 20)
+		prb_pending_pages(NULL);
+	else if (what < 24)
+		set_order();
+	else
+		report_again();
+}
+#else
+static void change_settings(unsigned long what)
+{
+}
+#endif
+
 static void act(void)
 {
 	unsigned long what = chance(1000);
@@ -193,14 +214,8 @@ static void act(void)
 		hotplug();
 	else if (what < 970)
 		host_set_failing(one_in(4));
-	else if (what < 980)
-		set_rate();
-	else if (what < 990)
-		prb_pending_pages(NULL);
-	else if (what < 994)
-		set_order();
 	else if (what < 997)
-		report_again();
+		change_settings(what - 970);
 	else
 		detach(), attach();
 	eagerness = 0;
@@ -238,9 +253,11 @@ int main(int argc, char **argv)
 	state = (seed + 1) * 0x9e3779b97f4a7c15UL;
 	memory_init();
 	attach();
-	check_bursts();
 	check_lending();
+#ifndef CORE_ALONE
+	check_bursts();
 	check_rates();
+#endif
 	for (step = 1; step <= steps; step++) {
 		act();
 		if (one_in(16))
@@ -250,8 +267,8 @@ int main(int argc, char **argv)
 	}
 	settle(true);
 	printf("seed %lu: %lu allocations, %lu frees, %lu passes, %lu sections gone, "
-	       "%llu pages reported, %lu checks, settled %lu times\n",
+	       "%lu pages reported, %lu checks, settled %lu times\n",
 	       seed, counts[0], counts[1], counts[2], counts[5],
-	       (unsigned long long)prb_index.counters.pages, counts[3], counts[4]);
+	       reported_pages, counts[3], counts[4]);
 	return 0;
 }
