@@ -8,6 +8,9 @@ use strum::VariantArray;
 /// and so on; a worker has the name of its device.
 pub const SERIAL_THREAD: &str = "serial-manager";
 
+/// Name of the thread that fills guest RAM on demand.
+pub const FILL_THREAD: &str = "memory-fill";
+
 /// Kinds of devices, by the permissions that their workers need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, VariantArray)]
 pub enum DeviceKind {
@@ -40,6 +43,8 @@ pub enum MachineThread {
     Vcpu,
     /// Transfers serial port input and output.
     Serial,
+    /// Fills guest RAM on demand.
+    Fill,
     /// Serves queues of a device.
     Worker(DeviceKind),
 }
@@ -48,7 +53,9 @@ impl MachineThread {
     /// Every kind.
     pub fn all() -> impl Iterator<Item = Self> {
         let workers = DeviceKind::VARIANTS.iter().copied().map(Self::Worker);
-        [Self::Vcpu, Self::Serial].into_iter().chain(workers)
+        [Self::Vcpu, Self::Serial, Self::Fill]
+            .into_iter()
+            .chain(workers)
     }
 }
 

@@ -264,3 +264,160 @@ fn restored_vm_with_landlock_confines_every_thread_and_reads_no_other_folder() -
     second.put("vm.restore", Some(&from))?;
     second.get("vm.balloon-stats").map(drop)
 }
+
+/// A guest that has written 64 MiB and waits, saved into a folder.
+fn saved_with_data() -> Result<(Vmm, String)> {
+    let mut first = start("reread", BALLOON)?;
+    first.wait_api()?;
+    wait_for("the guest's data", SCENARIO_DEADLINE, || {
+        let written = first.text("serial").contains("PASS reread_written");
+        Ok(written.then_some(()))
+    })?;
+    let url = save(&mut first)?;
+    Ok((first, url))
+}
+
+/// Has the restored guest check its data. `first` has the file of the serial port.
+fn expect_data(first: &Vmm, mut restored: Vmm) -> Result<()> {
+    restored.put("vm.resume", None)?;
+    restored.put("vm.resize", Some(r#"{"desired_balloon": 1048576}"#))?;
+    let text = wait_for("the guest's closing line", SCENARIO_DEADLINE, || {
+        let ended = restored.has_ended()?;
+        let text = first.text("serial");
+        let closing = text.split_once("DONE ");
+        let done = closing.is_some_and(|(_, line)| line.contains('\n'));
+        ensure!(done || !ended, "the VMM ended: {}", restored.stderr());
+        Ok(done.then_some(text))
+    })?;
+    ensure!(
+        text.contains(", 0 failed") && text.contains("PASS reread_finds_what"),
+        "{text}"
+    );
+    restored.expect_clean_exit(SCENARIO_DEADLINE)
+}
+
+fn on_demand(url: &str, background: &str) -> Vec<String> {
+    let restore =
+        format!("source_url={url},memory_restore_mode=ondemand,background_fill={background}");
+    vec!["--restore".to_owned(), restore]
+}
+
+fn start_on_demand(url: &str, background: &str, more: &[&str]) -> Result<Option<Vmm>> {
+    if std::fs::File::open("/dev/userfaultfd").is_err() {
+        skip("/dev/userfaultfd does not open");
+        return Ok(None);
+    }
+    let arguments = on_demand(url, background);
+    let mut all: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    all.extend(more);
+    let vmm = Vmm::start(&all)?;
+    wait_for("the restored VM", PROCESS_DEADLINE, || {
+        let info = vmm.request("GET", "vm.info", None)?;
+        let paused = info
+            .body
+            .is_some_and(|body| body.contains(r#""state":"Paused""#));
+        Ok(paused.then_some(()))
+    })?;
+    Ok(Some(vmm))
+}
+
+#[test]
+fn guest_restored_on_demand_discards_while_its_memory_comes() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let (first, url) = saved_with_data()?;
+    let saved = disk_bytes(&first.folder().join("saved/memory-0"))?;
+    for background in ["off", "on"] {
+        let events = ["--event-monitor", "path=@/events"];
+        let Some(vmm) = start_on_demand(&url, background, &events)? else {
+            return Ok(());
+        };
+        match background {
+            "off" => {
+                let resident = resident_bytes(&vmm)?;
+                ensure!(resident <= saved / 10, "{resident} of {saved} bytes came");
+            }
+            _ => wait_for("the rest of the memory", PROCESS_DEADLINE, || {
+                let filled = vmm.text("events").contains("memory-filled");
+                Ok(filled.then_some(()))
+            })?,
+        }
+        expect_data(&first, vmm).context(background)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn guest_saved_while_its_memory_comes_is_saved_with_all_of_it() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let (first, url) = saved_with_data()?;
+    let Some(mut second) = start_on_demand(&url, "off", &[])? else {
+        return Ok(());
+    };
+    let folder = tempfile::tempdir()?;
+    let url = format!("file://{}", folder.path().display());
+    let body = json!({"destination_url": url}).to_string();
+    second.put("vm.snapshot", Some(&body))?;
+    second.put("vmm.shutdown", None)?;
+    second.expect_clean_exit(PROCESS_DEADLINE)?;
+    let third = Vmm::start(&[])?;
+    let body = json!({"source_url": url}).to_string();
+    third.put("vm.restore", Some(&body))?;
+    expect_data(&first, third)
+}
+
+#[test]
+fn memory_that_cannot_come_ends_the_vm_with_its_name() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let (first, url) = saved_with_data()?;
+    let memory = first.folder().join("saved/memory-0");
+    let sound = std::fs::read(&memory)?;
+    let damaged = || {
+        let mut bytes = sound.clone();
+        // In the middle of the guest's data.
+        bytes[(96 << 20) + 1] ^= 1;
+        bytes
+    };
+    let is_damaged = "memory file of zone mem0 is damaged at offset 0x6000000";
+    let is_cut = "Cannot access the memory file of zone mem0";
+    for (saves, content, word) in [
+        (false, damaged(), is_damaged),
+        (true, damaged(), is_damaged),
+        (false, Vec::new(), is_cut),
+    ] {
+        std::fs::write(&memory, &sound)?;
+        let events = ["--event-monitor", "path=@/events"];
+        let Some(mut vmm) = start_on_demand(&url, "off", &events)? else {
+            return Ok(());
+        };
+        // Whoever damages it after the start is found out as well.
+        std::fs::write(&memory, content)?;
+        if saves {
+            // Everything has to come.
+            let folder = tempfile::tempdir()?;
+            let url = format!("file://{}", folder.path().display());
+            let body = json!({"destination_url": url}).to_string();
+            let refused = vmm.request("PUT", "vm.snapshot", Some(&body))?;
+            ensure!(refused.status == 500, "{refused:?}");
+            ensure!(std::fs::read_dir(folder.path())?.next().is_none());
+        } else {
+            vmm.put("vm.resume", None)?;
+            vmm.put("vm.resize", Some(r#"{"desired_balloon": 1048576}"#))?;
+        }
+        let status = vmm.wait_exit(SCENARIO_DEADLINE)?;
+        let told = vmm.stderr();
+        ensure!(!status.success() && told.contains(word), "{status}: {told}");
+        let text = first.text("serial");
+        ensure!(
+            !text.contains("FAIL "),
+            "the guest saw another page: {text}"
+        );
+        ensure!(vmm.text("events").contains("memory-fill-failed"));
+    }
+    Ok(())
+}

@@ -139,6 +139,10 @@ events! {
         RestoreProgress "restore-progress" { done_bytes: u64, total_bytes: u64 }
         /// The machine exists, is paused, and has its memory.
         Restored "restored"
+        /// RAM that is filled on demand is complete.
+        MemoryFilled "memory-filled" { demanded_pages: u64, filled_pages: u64 }
+        /// RAM cannot be filled any further; the machine ends.
+        MemoryFillFailed "memory-fill-failed" { error: String }
         /// The machine could not be created; nothing was left behind.
         RestoreFailed "restore-failed" { error: String }
         /// Memory or balloon are being resized.

@@ -21,6 +21,9 @@ pub struct RestoreConfig {
     /// How RAM is filled.
     #[key]
     pub memory_restore_mode: MemoryRestoreMode,
+    /// With `OnDemand`, also fill RAM while there is no demand. Otherwise pages come only as they are touched.
+    #[key(default = true)]
+    pub background_fill: bool,
     /// Open taps for the network interfaces that were created from descriptors.
     #[key]
     pub net_fds: Option<Vec<RestoredNetConfig>>,
@@ -36,6 +39,9 @@ pub enum MemoryRestoreMode {
     #[default]
     #[word("copy")]
     Copy,
+    /// Pages come from the snapshot when they are touched first. Its files must stay, unchanged, until `memory-filled` or the end.
+    #[word("ondemand")]
+    OnDemand,
 }
 
 /// The taps of one network interface.
@@ -91,9 +97,17 @@ mod tests {
             serde_json::to_value(&restore).unwrap()["net_fds"],
             json!([{"id": "_net0", "num_fds": 2}, {"id": "b", "num_fds": 1}])
         );
+        let text = "source_url=file:///d,memory_restore_mode=ondemand,background_fill=off";
+        let on_demand = RestoreConfig::parse(text).unwrap();
+        let wire = serde_json::to_value(&on_demand).unwrap();
+        assert_eq!(
+            (&wire["memory_restore_mode"], &wire["background_fill"]),
+            (&json!("OnDemand"), &json!(false))
+        );
+        assert!(restore.background_fill);
         for text in [
             "resume=on",
-            "source_url=file:///d,memory_restore_mode=ondemand",
+            "source_url=file:///d,memory_restore_mode=lazy",
             "source_url=file:///d,net_fds=[a]",
             "source_url=file:///d,net_fds=[a@[x]]",
         ] {

@@ -28,8 +28,8 @@ use super::{GuestMemory, Zone, backing};
 
 const PART: Part = parts::MEMORY_CONTENT;
 
-const CHUNK_BYTES: usize = (2 * MIB) as usize;
-const PAGE: usize = PAGE_BYTES as usize;
+pub(super) const CHUNK_BYTES: usize = (2 * MIB) as usize;
+pub(super) const PAGE: usize = PAGE_BYTES as usize;
 const ZERO_PAGE: [u8; PAGE] = [0; PAGE];
 
 /// The table of one zone's file.
@@ -95,11 +95,11 @@ pub enum ContentError {
 
 /// A piece of a zone that ends with its range.
 #[derive(Debug, Clone, Copy)]
-struct Chunk {
+pub(super) struct Chunk {
     /// In the zone and in the file.
-    offset: u64,
-    guest: GuestAddress,
-    bytes: usize,
+    pub(super) offset: u64,
+    pub(super) guest: GuestAddress,
+    pub(super) bytes: usize,
 }
 
 fn chunks(zone: &Zone) -> impl Iterator<Item = Chunk> {
@@ -117,7 +117,7 @@ fn chunks(zone: &Zone) -> impl Iterator<Item = Chunk> {
 }
 
 /// Calls `visit` with each run of set bits, in bytes from the start of the chunk.
-fn each_run<E>(
+pub(super) fn each_run<E>(
     pages: &[u8],
     count: usize,
     mut visit: impl FnMut(usize, usize) -> Result<(), E>,
@@ -150,7 +150,7 @@ impl GuestMemory {
         mut done: impl FnMut(u64),
     ) -> Result<ZoneContentState, ContentError> {
         let pagemap = Pagemap::open().map_err(ContentError::Pages)?;
-        let in_file = |offset| in_file(zone, offset);
+        let in_file = |offset| in_file(&zone.id, offset);
         file.set_len(zone.bytes()).map_err(in_file(0))?;
         let mut buffer = vec![0; CHUNK_BYTES];
         let mut saved = Vec::new();
@@ -241,46 +241,15 @@ impl GuestMemory {
         thp: bool,
         mut done: impl FnMut(u64),
     ) -> Result<(), ContentError> {
-        let invalid = |field, reason| ContentError::Table(StateError::invalid(PART, field, reason));
-        let (saved, own) = (state.bytes, zone.bytes());
-        require(saved == own, PART, "bytes", || {
-            format!("is {saved}, zone {} has {own}", zone.id)
-        })
-        .map_err(ContentError::Table)?;
-        let in_file = |offset| in_file(zone, offset);
-        let found = file.metadata().map_err(in_file(0))?.len();
-        if found != own {
-            let reason = format!("is {own}, the memory file has {found}");
-            return Err(invalid("bytes", reason));
-        }
+        let table = checked_table(zone, file, state)?;
         self.advise_huge_pages(zone, false);
         let mut buffer = vec![0; CHUNK_BYTES];
-        let mut left = state.chunks.iter().peekable();
+        let mut left = table.into_iter().peekable();
         for chunk in chunks(zone) {
             done(chunk.bytes as u64);
-            let Some(saved) = left.next_if(|saved| saved.offset == chunk.offset) else {
-                continue;
-            };
-            let count = chunk.bytes / PAGE;
-            let surplus = (count..count.next_multiple_of(8)).any(|page| {
-                saved
-                    .pages
-                    .0
-                    .get(page / 8)
-                    .is_none_or(|it| it & 1 << (page % 8) != 0)
-            });
-            if saved.pages.0.len() != count.div_ceil(8) || surplus {
-                let reason = format!("has other pages at {:#x} than the zone", chunk.offset);
-                return Err(invalid("chunks", reason));
+            if let Some((_, saved)) = left.next_if(|(it, _)| it.offset == chunk.offset) {
+                self.load_chunk(zone, file, chunk, saved, &mut buffer[..chunk.bytes])?;
             }
-            self.load_chunk(zone, file, chunk, saved, &mut buffer[..chunk.bytes])?;
-        }
-        if let Some(saved) = left.next() {
-            let reason = format!(
-                "has a chunk at {:#x}, out of order or of no zone",
-                saved.offset
-            );
-            return Err(invalid("chunks", reason));
         }
         if thp {
             self.advise_huge_pages(zone, true);
@@ -298,15 +267,8 @@ impl GuestMemory {
         buffer: &mut [u8],
     ) -> Result<(), ContentError> {
         let count = chunk.bytes / PAGE;
-        let mut crc = crc32fast::Hasher::new();
-        each_run(&saved.pages.0, count, |start, bytes| {
-            let data = &mut buffer[start..start + bytes];
-            file.read_exact_at(data, chunk.offset + start as u64)?;
-            crc.update(data);
-            Ok(())
-        })
-        .map_err(in_file(zone, chunk.offset))?;
-        if crc.finalize() != saved.crc32 {
+        let read = read_chunk(file, chunk.offset, saved, buffer);
+        if !read.map_err(in_file(&zone.id, chunk.offset))? {
             return Err(ContentError::Damaged {
                 zone: zone.id.clone(),
                 offset: chunk.offset,
@@ -333,8 +295,72 @@ impl GuestMemory {
     }
 }
 
-fn in_file(zone: &Zone, offset: u64) -> impl Fn(io::Error) -> ContentError {
-    let zone = zone.id.clone();
+/// Checks that the table and the size of the file can be those of `zone`; returns its chunks that have pages.
+pub(super) fn checked_table<'a>(
+    zone: &Zone,
+    file: &File,
+    state: &'a ZoneContentState,
+) -> Result<Vec<(Chunk, &'a ChunkState)>, ContentError> {
+    let invalid = |field, reason| ContentError::Table(StateError::invalid(PART, field, reason));
+    let (saved, own) = (state.bytes, zone.bytes());
+    require(saved == own, PART, "bytes", || {
+        format!("is {saved}, zone {} has {own}", zone.id)
+    })
+    .map_err(ContentError::Table)?;
+    let found = file.metadata().map_err(in_file(&zone.id, 0))?.len();
+    if found != own {
+        let reason = format!("is {own}, the memory file has {found}");
+        return Err(invalid("bytes", reason));
+    }
+    let mut table = Vec::new();
+    let mut left = state.chunks.iter().peekable();
+    for chunk in chunks(zone) {
+        let Some(saved) = left.next_if(|saved| saved.offset == chunk.offset) else {
+            continue;
+        };
+        let count = chunk.bytes / PAGE;
+        let surplus = (count..count.next_multiple_of(8)).any(|page| {
+            saved
+                .pages
+                .0
+                .get(page / 8)
+                .is_none_or(|it| it & 1 << (page % 8) != 0)
+        });
+        if saved.pages.0.len() != count.div_ceil(8) || surplus {
+            let reason = format!("has other pages at {:#x} than the zone", chunk.offset);
+            return Err(invalid("chunks", reason));
+        }
+        table.push((chunk, saved));
+    }
+    match left.next() {
+        Some(saved) => {
+            let at = saved.offset;
+            let reason = format!("has a chunk at {at:#x}, out of order or of no zone");
+            Err(invalid("chunks", reason))
+        }
+        None => Ok(table),
+    }
+}
+
+/// Reads the pages of a chunk to their places in `buffer`. False: the checksum does not match.
+pub(super) fn read_chunk(
+    file: &File,
+    offset: u64,
+    saved: &ChunkState,
+    buffer: &mut [u8],
+) -> io::Result<bool> {
+    let mut crc = crc32fast::Hasher::new();
+    each_run(&saved.pages.0, buffer.len() / PAGE, |start, bytes| {
+        let data = &mut buffer[start..start + bytes];
+        file.read_exact_at(data, offset + start as u64)?;
+        crc.update(data);
+        Ok::<_, io::Error>(())
+    })?;
+    Ok(crc.finalize() == saved.crc32)
+}
+
+pub(super) fn in_file(zone: &str, offset: u64) -> impl Fn(io::Error) -> ContentError {
+    let zone = zone.to_owned();
     move |source| ContentError::File {
         zone: zone.clone(),
         offset,

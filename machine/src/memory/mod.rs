@@ -17,6 +17,7 @@ mod guest_ram;
 mod hotplug;
 pub mod layout;
 mod numa_policy;
+pub mod on_demand;
 mod source;
 mod state;
 mod zones;

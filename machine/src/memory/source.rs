@@ -6,6 +6,9 @@ use std::sync::Arc;
 
 use super::layout::PAGE_BYTES;
 
+/// Name of private anonymous memory.
+pub(super) const ANONYMOUS: &str = "anonymous-private";
+
 /// The source of a zone's pages, opened and checked.
 #[derive(Debug)]
 pub(super) struct Source {
@@ -25,7 +28,7 @@ impl Source {
             file: None,
             shared: false,
             page_bytes: PAGE_BYTES,
-            name: "anonymous-private",
+            name: ANONYMOUS,
         }
     }
 

@@ -96,6 +96,7 @@ mod tests {
     use std::path::PathBuf;
 
     use machine::cpu::CpuError;
+    use machine::memory::on_demand::OnDemandError;
     use machine::memory::{ContentError, MemoryError};
     use state::{StateError, parts};
     use virtio_devices::WorkerError;
@@ -132,6 +133,14 @@ mod tests {
         };
         let no_page_tables = ContentError::Pages(io::Error::other("host"));
         let too_large = MemoryError::SizeOverflow;
+        let shared = OnDemandError::Backing {
+            zone: "mem0".to_owned(),
+            backing: "memfd-shared",
+        };
+        let refused = OnDemandError::Unavailable {
+            device: io::ErrorKind::PermissionDenied.into(),
+            source: io::ErrorKind::PermissionDenied.into(),
+        };
         let ended = WorkerError::Unresponsive { reason: "ended" };
         let (save, restore) = (Endpoint::VmSnapshot, Endpoint::VmRestore);
         let cases = [
@@ -164,6 +173,13 @@ mod tests {
                 500,
             ),
             (restore, on_restore(SnapshotError::Memory(too_large)), 400),
+            (restore, on_restore(SnapshotError::OnDemand(shared)), 400),
+            (
+                restore,
+                LifecycleError::Snapshot(SnapshotError::OnDemand(refused)),
+                500,
+            ),
+            (save, on_restore(SnapshotError::Incomplete), 500),
             (restore, in_pc(PcError::State(invalid())), 400),
             (restore, in_pc(PcError::State(host())), 500),
             (restore, in_pc(device()), 400),

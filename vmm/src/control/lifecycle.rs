@@ -26,7 +26,7 @@ use super::error::{LifecycleError, RequestError};
 use crate::config::{self, NewDevice, with_device, without_device};
 use crate::events::{Event, EventKind};
 use crate::landlock::{self, Confinement};
-use crate::snapshot::{self, Progress, Snapshot, SnapshotState};
+use crate::snapshot::{self, Filling, Progress, Snapshot, SnapshotState};
 use crate::thresholds::{Subjects, Thresholds};
 use crate::view::{MachineView, PublishedView, View};
 use crate::vm::{HotplugError, Machine, MachineFactory, SavedMachine, VmContext, VmError};
@@ -420,7 +420,9 @@ impl Lifecycle {
         self.confinement
             .check(&[landlock::of_restore(&folder)])
             .map_err(LifecycleError::Landlock)?;
-        let snapshot = Snapshot::open(&folder).map_err(LifecycleError::Snapshot)?;
+        let filling = Filling::of(request).map_err(LifecycleError::Snapshot)?;
+        let mut snapshot = Snapshot::open(&folder).map_err(LifecycleError::Snapshot)?;
+        snapshot.filling = filling;
         let mut config = snapshot.config.clone();
         let numbers: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         snapshot::adapt(&mut config, request, &numbers).map_err(LifecycleError::Snapshot)?;

@@ -258,6 +258,7 @@ const MACHINE: &[Call] = calls![
     SYS_uname,
     SYS_unlink,
     SYS_unlinkat,
+    SYS_userfaultfd,
 ];
 
 /// Confines this thread further.
@@ -310,6 +311,7 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [Call]] {
             SOCKET_IO,
             calls![SYS_eventfd2, SYS_prctl [0 is PR_SCHED_CORE]],
         ],
+        MachineThread::Fill => &[calls![SYS_pread64]],
         // The console's socket is removed here if a client connects just as the control thread closes it.
         MachineThread::Serial => &[SOCKET_IO, TIMERS, calls![SYS_eventfd2, SYS_unlink]],
         MachineThread::Worker(DeviceKind::Balloon) => &[DISCARD, TIMERS, RESIDENCY],

@@ -136,6 +136,18 @@ const NEW_DISK: &[Request] = requests![
 const DISK: &[Request] = requests![BLKDISCARD = 0x1277, BLKZEROOUT = 0x127f];
 
 const PAGEMAP: &[Request] = requests![PAGEMAP_SCAN = 0xc060_6610];
+/// Has page faults reported, and answers them.
+const NEW_FAULTS: &[Request] = requests![
+    USERFAULTFD_IOC_NEW = 0xaa00,
+    UFFDIO_API = 0xc018_aa3f,
+    UFFDIO_REGISTER = 0xc020_aa00,
+];
+const FAULTS: &[Request] = requests![
+    UFFDIO_UNREGISTER = 0x8010_aa01,
+    UFFDIO_WAKE = 0x8010_aa02,
+    UFFDIO_COPY = 0xc028_aa03,
+    UFFDIO_ZEROPAGE = 0xc020_aa04,
+];
 const MESSAGE: &[Request] = requests![KVM_SIGNAL_MSI = 0x4020_aea5];
 
 /// The requests of a kind, without those of its children.
@@ -152,6 +164,7 @@ pub(super) fn own(kind: ThreadKind) -> Vec<Request> {
             CLOSE_ON_EXEC,
             NEW_TAP,
             NEW_DISK,
+            NEW_FAULTS,
             PAGEMAP,
         ],
         ThreadKind::Main => &[TERMINAL],
@@ -172,6 +185,7 @@ pub(super) fn own(kind: ThreadKind) -> Vec<Request> {
 fn of_machine(thread: MachineThread) -> &'static [&'static [Request]] {
     match thread {
         MachineThread::Vcpu => &[KVM_OF_VCPU],
+        MachineThread::Fill => &[FAULTS],
         // Input raises the serial port's interrupt, which the I/O APIC sends as a message.
         MachineThread::Serial => &[NONBLOCKING, TERMINAL, TERMINAL_SIZE, MESSAGE],
         MachineThread::Worker(DeviceKind::Console) => &[NONBLOCKING, TERMINAL, TERMINAL_SIZE],

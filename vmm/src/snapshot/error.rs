@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use machine::memory::on_demand::OnDemandError;
 use machine::memory::{ContentError, MemoryError};
 use state::StateError;
 
@@ -76,6 +77,18 @@ pub enum SnapshotError {
     /// The configured RAM cannot be created.
     #[error("Cannot create guest memory")]
     Memory(#[source] MemoryError),
+    /// RAM cannot be filled on demand.
+    #[error("Cannot restore memory on demand")]
+    OnDemand(#[source] OnDemandError),
+    /// The VM to save was restored on demand.
+    #[error("Guest RAM is not complete and cannot be filled from the snapshot it comes from")]
+    Incomplete,
+    /// Populating RAM would demand all of it.
+    #[error("prefault and memory_restore_mode=ondemand exclude each other")]
+    PrefaultOnDemand,
+    /// A copy has no background.
+    #[error("background_fill=off needs memory_restore_mode=ondemand")]
+    NoBackground,
     /// An interface that was created from descriptors needs new ones.
     #[error("Network device {id} needs {needed} file descriptors in net_fds; got {got}")]
     NetFds {
@@ -124,12 +137,16 @@ impl SnapshotError {
             | Self::Json { .. }
             | Self::NetFds { .. }
             | Self::NetTwice { .. }
+            | Self::PrefaultOnDemand
+            | Self::NoBackground
             | Self::FdCount { .. } => true,
             Self::State(error) => !error.is_of_host(),
             Self::Memory(error) => error.is_of_configuration(),
-            Self::Content(error) => {
+            Self::Content(error) | Self::OnDemand(OnDemandError::Content(error)) => {
                 matches!(error, ContentError::Damaged { .. } | ContentError::Table(_))
             }
+            Self::OnDemand(error) => matches!(error, OnDemandError::Backing { .. }),
+            Self::Incomplete => false,
             Self::File { source, .. } => source.kind() == io::ErrorKind::NotFound,
         }
     }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use api::VmConfig;
+use machine::memory::on_demand::{Faults, OnDemand, OnDemandError};
 use machine::memory::{GuestMemory, MemoryState, RestoreError, ZoneContentState};
 use machine::open_regular_file;
 use machine::pc::PcState;
@@ -14,9 +15,9 @@ use state::Saved;
 
 use super::adapt::set_prefault;
 use super::bounds::{Bounds, CONFIG_BYTES_MAX};
+use super::on_demand::{Filling, Owner, RestoreContext};
 use super::state_file::{StateFile, checksum_line};
 use super::{Progress, SnapshotError, SnapshotState};
-use crate::events::EventSink;
 
 const CONFIG: &str = "config.json";
 const STATE: &str = "state.json";
@@ -187,6 +188,8 @@ pub struct Snapshot {
     pub pc: PcState,
     /// The rest of the state.
     pub state: SnapshotState,
+    /// When RAM gets its content.
+    pub filling: Filling,
     /// The memory file of each zone and its table.
     memory: Vec<(File, ZoneContentState)>,
 }
@@ -222,19 +225,21 @@ impl Snapshot {
             config,
             pc,
             state,
+            filling: Filling::default(),
             memory,
         })
     }
 
-    /// Creates the RAM of `config` with the saved content, and reports the progress.
+    /// Creates the RAM of `config` with the saved content, and reports the progress. Content that comes on demand needs
+    /// the second value, until nobody accesses RAM any more.
     ///
     /// # Errors
-    /// RAM cannot be created, its zones differ from the saved ones, or a memory file is damaged.
+    /// RAM cannot be created or filled on demand, its zones differ from the saved ones, or a memory file is damaged.
     pub fn memory(
         &self,
         config: &VmConfig,
-        events: &EventSink,
-    ) -> Result<GuestMemory, SnapshotError> {
+        context: &RestoreContext,
+    ) -> Result<(GuestMemory, Option<OnDemand>), SnapshotError> {
         let mut unpopulated = config.memory.clone();
         set_prefault(&mut unpopulated, false);
         let map = self.pc.memory.read().map_err(SnapshotError::State)?;
@@ -243,7 +248,11 @@ impl Snapshot {
             RestoreError::Memory(error) => SnapshotError::Memory(error),
             RestoreError::State(error) => SnapshotError::State(error),
         })?;
-        let progress = Progress::of_restore(&memory, Arc::clone(events));
+        let progress = Progress::of_restore(&memory, Arc::clone(&context.events));
+        if let Filling::OnDemand { faults, background } = &self.filling {
+            let on_demand = self.on_demand(&memory, faults, *background, progress, context)?;
+            return Ok((memory, Some(on_demand)));
+        }
         for (zone, (file, table)) in memory.zones().iter().zip(&self.memory) {
             let thp = config.memory.thp;
             let loaded = memory.load_zone(zone, file, table, thp, |bytes| progress.add(bytes));
@@ -252,7 +261,39 @@ impl Snapshot {
         if config.memory.prefault {
             memory.populate().map_err(SnapshotError::Memory)?;
         }
-        Ok(memory)
+        Ok((memory, None))
+    }
+
+    fn on_demand(
+        &self,
+        memory: &GuestMemory,
+        faults: &Faults,
+        background: bool,
+        progress: Progress,
+        context: &RestoreContext,
+    ) -> Result<OnDemand, SnapshotError> {
+        let owner = Owner {
+            progress,
+            events: Arc::clone(&context.events),
+            signals: Arc::clone(&context.signals),
+        };
+        let files = self.memory.iter().map(|(file, table)| {
+            let file = file.try_clone();
+            file.map(|file| (file, table.clone()))
+        });
+        let files: Vec<_> = files
+            .collect::<io::Result<_>>()
+            .map_err(|error| SnapshotError::OnDemand(OnDemandError::Thread(error)))?;
+        let owner = Box::new(owner);
+        OnDemand::start(
+            memory,
+            files,
+            faults,
+            background,
+            &context.thread_start,
+            owner,
+        )
+        .map_err(SnapshotError::OnDemand)
     }
 }
 

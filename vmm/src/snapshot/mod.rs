@@ -17,6 +17,7 @@ mod adapt;
 mod bounds;
 mod error;
 mod files;
+mod on_demand;
 mod progress;
 mod state_file;
 #[cfg(test)]
@@ -29,6 +30,7 @@ use state::{Fields, Part, Saved, State, StateError, parts};
 pub use adapt::adapt;
 pub use error::SnapshotError;
 pub use files::{Snapshot, folder_of, saved_config, write};
+pub use on_demand::{Filling, RestoreContext};
 pub use progress::Progress;
 
 /// The machine as it was paused, and the operator's settings that are not in the configuration.

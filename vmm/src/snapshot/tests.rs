@@ -1,6 +1,6 @@
 #![allow(clippy::unwrap_used)]
 
-use api::config::{FsConfig, MemoryZoneConfig, NetConfig, RestoredNetConfig};
+use api::config::{FsConfig, MemoryRestoreMode, MemoryZoneConfig, NetConfig, RestoredNetConfig};
 use api::{RestoreConfig, VmConfig, error_chain};
 use machine::memory::GuestMemory;
 use serde_json::json;
@@ -32,6 +32,14 @@ fn state(memory: &GuestMemory) -> SnapshotState {
 
 fn sink() -> EventSink {
     std::sync::Arc::new(|_| ())
+}
+
+fn context() -> RestoreContext {
+    RestoreContext {
+        events: sink(),
+        signals: std::sync::Arc::new(machine::signals::VmSignals::new().unwrap()),
+        thread_start: std::sync::Arc::new(|_| ()),
+    }
 }
 
 fn progress(memory: &GuestMemory) -> Progress {
@@ -70,7 +78,8 @@ fn names(folder: &tempfile::TempDir) -> Vec<String> {
 
 fn load(folder: &tempfile::TempDir) -> Result<GuestMemory, SnapshotError> {
     let snapshot = Snapshot::open(folder.path())?;
-    snapshot.memory(&snapshot.config, &sink())
+    let loaded = snapshot.memory(&snapshot.config, &context());
+    loaded.map(|(memory, _)| memory)
 }
 
 #[test]
@@ -85,6 +94,48 @@ fn snapshot_comes_back_from_its_folder() {
     let ram = ram.ram().memory();
     ram.read_slice(&mut bytes, GuestAddress(4 << 20)).unwrap();
     assert_eq!((bytes[0], bytes[4999], bytes[5000]), (7, 7, 0));
+}
+
+fn request(mode: MemoryRestoreMode) -> RestoreConfig {
+    RestoreConfig {
+        memory_restore_mode: mode,
+        ..RestoreConfig::default()
+    }
+}
+
+#[test]
+fn snapshot_comes_back_on_demand() {
+    let folder = written();
+    let filling = match Filling::of(&request(MemoryRestoreMode::OnDemand)) {
+        Err(SnapshotError::OnDemand(error)) => return test_skip::skip(error),
+        filling => filling.unwrap(),
+    };
+    let mut snapshot = Snapshot::open(folder.path()).unwrap();
+    snapshot.filling = filling;
+    let (memory, on_demand) = snapshot.memory(&snapshot.config, &context()).unwrap();
+    let mut bytes = [0; 5001];
+    let ram = memory.ram().memory();
+    ram.read_slice(&mut bytes, GuestAddress(4 << 20)).unwrap();
+    assert_eq!((bytes[0], bytes[4999], bytes[5000]), (7, 7, 0));
+    assert!(on_demand.unwrap().finish());
+}
+
+#[test]
+fn settings_that_exclude_restoring_on_demand_are_refused() {
+    let refused = [
+        RestoreConfig {
+            prefault: true,
+            ..request(MemoryRestoreMode::OnDemand)
+        },
+        RestoreConfig {
+            background_fill: false,
+            ..request(MemoryRestoreMode::Copy)
+        },
+    ];
+    for request in refused {
+        let error = Filling::of(&request).unwrap_err();
+        assert!(error.is_of_request(), "{error}");
+    }
 }
 
 #[test]
@@ -314,12 +365,12 @@ fn memory_is_populated_only_if_the_snapshot_fits_it() {
     let snapshot = Snapshot::open(folder.path()).unwrap();
     let mut config = config();
     config.memory.prefault = true;
-    let memory = snapshot.memory(&config, &sink()).unwrap();
+    let (memory, _) = snapshot.memory(&config, &context()).unwrap();
     let probe = virtio_devices::reclaim::ResidencyProbe::new(memory.ram().clone()).unwrap();
     assert_eq!(probe.measure().unwrap().resident_bytes, 8 << 20);
     // More RAM than any host has.
     config.memory.size = 1 << 42;
-    let error = snapshot.memory(&config, &sink()).unwrap_err();
+    let error = snapshot.memory(&config, &context()).unwrap_err();
     assert!(
         error_chain(&error).join(": ").contains("memory-map"),
         "{error}"

@@ -17,6 +17,7 @@ use hypervisor::Kvm;
 use machine::boot::{Payload, PayloadFiles};
 use machine::cpu::{CpuError, Vcpus, guest_phys_bits};
 use machine::memory::GuestMemory;
+use machine::memory::on_demand::OnDemand;
 use machine::pc::{Pc, PcError, PcParams, PcState};
 use machine::serial::Endpoint;
 use virtio_devices::balloon::BalloonHandle;
@@ -43,6 +44,8 @@ pub(super) struct Parts {
     balloon: Option<BalloonHandle>,
     mem: Option<MemHandle>,
     handles: Handles,
+    /// Fills `memory`.
+    on_demand: Option<OnDemand>,
 }
 
 impl Parts {
@@ -75,15 +78,16 @@ impl Parts {
             }
         };
 
-        let memory = match snapshot {
+        let (memory, on_demand) = match snapshot {
             Some(snapshot) => {
                 let fits = snapshot.pc.check_host(&open_kvm()?, &config.cpus);
                 fits.map_err(|error| VmError::Pc(PcError::State(error)))?;
-                let memory = snapshot.memory(config, &context.events);
+                let memory = snapshot.memory(config, &context.of_restore());
                 memory.map_err(VmError::Snapshot)?
             }
             None => {
-                GuestMemory::new(&config.memory, config.cpus.max_phys_bits).map_err(in_memory)?
+                let memory = GuestMemory::new(&config.memory, config.cpus.max_phys_bits);
+                (memory.map_err(in_memory)?, None)
             }
         };
         let payload = payload.map(|payload| payload.load(&memory));
@@ -119,6 +123,7 @@ impl Parts {
             balloon: balloon_handle,
             mem: mem_handle,
             handles,
+            on_demand,
         })
     }
 
@@ -130,6 +135,8 @@ impl Parts {
         context: &VmContext,
         saved: Option<&PcState>,
     ) -> Result<Vm, VmError> {
+        // Here, so that it is dropped after the machine if that cannot be assembled.
+        let on_demand = self.on_demand.take();
         let phys_bits = guest_phys_bits(kvm, config.cpus.max_phys_bits).map_err(in_cpus)?;
         self.memory.narrow(phys_bits).map_err(in_memory)?;
         let residency =
@@ -183,6 +190,7 @@ impl Parts {
             mem: self.mem,
             handles: self.handles,
             observer,
+            on_demand,
         })
     }
 }

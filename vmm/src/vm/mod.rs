@@ -26,6 +26,7 @@ use api::{HintingAction, PciDeviceInfo, ReportingPolicy, VmBalloonReporting, VmC
 use machine::boot::Payload;
 use machine::events::{DeviceEventKind, GuestPanic};
 use machine::memory::GuestMemory;
+use machine::memory::on_demand::OnDemand;
 use machine::pc::{Pc, PcContext};
 use machine::signals::VmSignals;
 use machine::threads::DeviceKind;
@@ -42,7 +43,7 @@ pub use observer::{BalloonStatsError, MachineObserver};
 
 use crate::config::{NewDevice, rate_limits};
 use crate::events::{Event, EventKind, EventSink};
-use crate::snapshot::Snapshot;
+use crate::snapshot::{RestoreContext, Snapshot, SnapshotError};
 use crate::threads::{ThreadKind, ThreadStart};
 
 /// The machine's interface to the rest of the program.
@@ -93,6 +94,15 @@ impl VmContext {
                     left_out: event.left_out,
                 });
             }),
+        }
+    }
+
+    /// The part that restored RAM needs.
+    fn of_restore(&self) -> RestoreContext {
+        RestoreContext {
+            events: Arc::clone(&self.events),
+            signals: Arc::clone(&self.signals),
+            thread_start: self.start_of_machine_threads(),
         }
     }
 
@@ -254,6 +264,8 @@ pub struct Vm {
     mem: Option<MemHandle>,
     handles: Handles,
     observer: OwnObserver,
+    /// Fills guest RAM, and so outlives everything that accesses it.
+    on_demand: Option<OnDemand>,
 }
 
 impl Vm {
@@ -289,6 +301,10 @@ impl Machine for Vm {
     fn save(&self) -> Result<SavedMachine, VmError> {
         // The saved guest relies on completed writes, flushed or not.
         self.handles.sync()?;
+        // What has not come yet would count as never touched.
+        if !self.on_demand.as_ref().is_none_or(OnDemand::finish) {
+            return Err(VmError::Snapshot(SnapshotError::Incomplete));
+        }
         let state = self.pc.state().map_err(VmError::Pc)?;
         Ok(SavedMachine {
             pc: Saved::of(&state),

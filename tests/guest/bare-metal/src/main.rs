@@ -29,6 +29,7 @@ mod policy;
 mod queue;
 mod registers;
 mod report;
+mod reread;
 mod virtio;
 mod vsock;
 mod watchdog;
@@ -63,6 +64,7 @@ extern "C" fn guest_main(start_info: u64) -> ! {
             let seed = machine::option(command_line, "seed=").and_then(|seed| seed.parse().ok());
             registers::scenario(seed.unwrap_or(DEFAULT_SEED), &mut report);
         }
+        Some("reread") => balloon = reread::scenario(&mut report),
         Some("vsock") => vsock::scenario(&mut report),
         Some("watchdog") => watchdog::scenario(&mut report),
         Some("triple-fault") => machine::triple_fault(),

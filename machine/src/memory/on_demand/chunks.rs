@@ -1,0 +1,205 @@
+//! Which pages have to come from which file.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
+
+use super::super::content::{self, CHUNK_BYTES, ChunkState, ContentError, PAGE};
+use super::super::{GuestMemory, Zone, ZoneContentState};
+
+/// Mappings into which memory may be divided, at most: a process can have 65530.
+const RUNS_MAX: u64 = 8192;
+
+/// Up to 2 MiB of RAM with pages in a file.
+#[derive(Debug)]
+pub(super) struct Chunk {
+    /// Its addresses in this process.
+    pub(super) host: Range<u64>,
+    /// Its place in the file.
+    offset: u64,
+    zone: usize,
+    saved: ChunkState,
+    /// The pages that have not been filled in and were not discarded.
+    left: Vec<u8>,
+    /// The checksum matched.
+    pub(super) is_checked: bool,
+}
+
+/// The file of a zone.
+#[derive(Debug)]
+struct ZoneFile {
+    id: String,
+    file: File,
+}
+
+/// All chunks, in the order of their addresses.
+#[derive(Debug)]
+pub(super) struct Chunks {
+    zones: Vec<ZoneFile>,
+    all: Vec<Chunk>,
+}
+
+impl Chunks {
+    /// No chunks.
+    pub(super) fn new() -> Self {
+        Self {
+            zones: Vec::new(),
+            all: Vec::new(),
+        }
+    }
+
+    /// Adds those of `zone`.
+    ///
+    /// # Errors
+    /// The table or the size of the file cannot be those of the zone.
+    pub(super) fn add(
+        &mut self,
+        memory: &GuestMemory,
+        zone: &Zone,
+        file: File,
+        state: &ZoneContentState,
+    ) -> Result<(), ContentError> {
+        let ram = memory.ram().memory();
+        for (chunk, saved) in content::checked_table(zone, &file, state)? {
+            let region = ram.find_region(chunk.guest);
+            let region = region.expect("the zones are made of the regions");
+            let host = region.as_ptr() as u64 + (chunk.guest.0 - region.start_addr().0);
+            self.all.push(Chunk {
+                host: host..host + chunk.bytes as u64,
+                offset: chunk.offset,
+                zone: self.zones.len(),
+                saved: saved.clone(),
+                left: saved.pages.0.clone(),
+                is_checked: false,
+            });
+        }
+        self.all.sort_unstable_by_key(|chunk| chunk.host.start);
+        let id = zone.id.clone();
+        self.zones.push(ZoneFile { id, file });
+        Ok(())
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.all.len()
+    }
+
+    pub(super) fn get(&self, at: usize) -> &Chunk {
+        &self.all[at]
+    }
+
+    /// The number of the chunk with `address`; none if there is no data in its surroundings.
+    pub(super) fn find(&self, address: u64) -> Option<usize> {
+        let at = self.all.partition_point(|chunk| chunk.host.end <= address);
+        let chunk = self.all.get(at)?;
+        chunk.host.contains(&address).then_some(at)
+    }
+
+    /// Reads the pages of a chunk to their places in `buffer`, and checks them.
+    ///
+    /// # Errors
+    /// The file cannot be read, or its checksum does not match.
+    pub(super) fn read(&mut self, at: usize, buffer: &mut [u8]) -> Result<(), ContentError> {
+        let chunk = &mut self.all[at];
+        let ZoneFile { id, file } = &self.zones[chunk.zone];
+        let buffer = &mut buffer[..chunk.bytes()];
+        let read = content::read_chunk(file, chunk.offset, &chunk.saved, buffer);
+        chunk.is_checked = read.map_err(content::in_file(id, chunk.offset))?;
+        match chunk.is_checked {
+            true => Ok(()),
+            false => Err(ContentError::Damaged {
+                zone: id.clone(),
+                offset: chunk.offset,
+            }),
+        }
+    }
+
+    /// Reads one page of a chunk that has been checked; `buffer` has its size.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub(super) fn read_page(
+        &self,
+        at: usize,
+        page: usize,
+        buffer: &mut [u8],
+    ) -> Result<(), ContentError> {
+        let chunk = &self.all[at];
+        let ZoneFile { id, file } = &self.zones[chunk.zone];
+        let offset = chunk.offset + (page * PAGE) as u64;
+        file.read_exact_at(buffer, offset)
+            .map_err(content::in_file(id, offset))
+    }
+
+    /// The pages in `[start, end)` need not come any more; others than whole pages cannot be discarded.
+    pub(super) fn forget(&mut self, start: u64, end: u64) {
+        let first = self.all.partition_point(|chunk| chunk.host.end <= start);
+        for chunk in &mut self.all[first..] {
+            if chunk.host.start >= end {
+                break;
+            }
+            let from = start.max(chunk.host.start) - chunk.host.start;
+            let to = end.min(chunk.host.end) - chunk.host.start;
+            chunk.done(from as usize / PAGE..to as usize / PAGE);
+        }
+    }
+
+    /// These pages of a chunk have been filled in.
+    pub(super) fn done(&mut self, at: usize, pages: Range<usize>) {
+        self.all[at].done(pages);
+    }
+
+    /// The ranges of memory with chunks in them, so joined that there are not too many.
+    pub(super) fn ranges(&self, memory: &GuestMemory) -> Vec<Range<u64>> {
+        let ram = memory.ram().memory();
+        let bytes: u64 = ram.iter().map(|region| region.len()).sum();
+        let gap_max = (bytes / RUNS_MAX).next_multiple_of(CHUNK_BYTES as u64);
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        for region in ram.iter() {
+            let start = region.as_ptr() as u64;
+            let end = start + region.len();
+            let mut open = None::<Range<u64>>;
+            for chunk in &self.all {
+                if chunk.host.start < start || chunk.host.start >= end {
+                    continue;
+                }
+                open = Some(match open.take() {
+                    Some(run) if chunk.host.start - run.end < gap_max => run.start..chunk.host.end,
+                    run => {
+                        ranges.extend(run);
+                        chunk.host.clone()
+                    }
+                });
+            }
+            ranges.extend(open);
+        }
+        ranges
+    }
+}
+
+impl Chunk {
+    /// Its size.
+    pub(super) fn bytes(&self) -> usize {
+        (self.host.end - self.host.start) as usize
+    }
+
+    /// Whether a page still has to come from the file.
+    pub(super) fn is_left(&self, page: usize) -> bool {
+        self.left[page / 8] & 1 << (page % 8) != 0
+    }
+
+    /// The first run of pages that still have to come, from `page` on.
+    pub(super) fn next_left(&self, page: usize) -> Option<Range<usize>> {
+        let count = self.bytes() / PAGE;
+        let start = (page..count).find(|page| self.is_left(*page))?;
+        let end = (start..count).find(|page| !self.is_left(*page));
+        Some(start..end.unwrap_or(count))
+    }
+
+    fn done(&mut self, pages: Range<usize>) {
+        for page in pages {
+            self.left[page / 8] &= !(1 << (page % 8));
+        }
+    }
+}

@@ -1,0 +1,291 @@
+//! The thread that answers page faults.
+
+use std::collections::VecDeque;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd};
+use std::process;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::super::GuestMemory;
+use super::super::content::{CHUNK_BYTES, PAGE};
+use super::chunks::Chunks;
+use super::uffd::{Filled, Report, Userfaultfd};
+use super::{FillError, FillOwner, FillReport, Orders, Outcome};
+
+const TOKEN_REPORTS: u64 = 0;
+const TOKEN_ORDERS: u64 = 1;
+/// Whoever discards memory has read that it may go on, but not gone on.
+const DISCARD_PAUSE_MS: i32 = 1;
+const FOR_EVER: i32 = -1;
+/// For a machine to end whose RAM cannot be filled. A thread that waits for a page cannot be stopped.
+const END_DEADLINE: Duration = Duration::from_secs(2);
+
+/// The state of the thread.
+pub(super) struct Handler {
+    uffd: Arc<Userfaultfd>,
+    /// All ranges of which faults were reported at first.
+    watched: Vec<Range<u64>>,
+    epoll: Epoll,
+    chunks: Chunks,
+    orders: Arc<Orders>,
+    owner: Box<dyn FillOwner>,
+    /// Room for a chunk and for a page behind it, and the number of the chunk in it.
+    buffer: Vec<u8>,
+    loaded: Option<usize>,
+    /// Addresses that threads wait for. Each thread waits for one, so these are few.
+    faults: VecDeque<u64>,
+    /// The next chunk to fill in without demand.
+    next: usize,
+    report: FillReport,
+    /// Keeps it mapped.
+    memory: GuestMemory,
+}
+
+impl Handler {
+    pub(super) fn new(
+        memory: &GuestMemory,
+        uffd: Arc<Userfaultfd>,
+        watched: Vec<Range<u64>>,
+        chunks: Chunks,
+        orders: Arc<Orders>,
+        owner: Box<dyn FillOwner>,
+    ) -> io::Result<Self> {
+        let epoll = Epoll::new()?;
+        for (fd, token) in [
+            (uffd.as_fd().as_raw_fd(), TOKEN_REPORTS),
+            (orders.changed.as_raw_fd(), TOKEN_ORDERS),
+        ] {
+            let event = EpollEvent::new(EventSet::IN, token);
+            epoll.ctl(ControlOperation::Add, fd, event)?;
+        }
+        Ok(Self {
+            uffd,
+            watched,
+            epoll,
+            chunks,
+            orders,
+            owner,
+            buffer: vec![0; CHUNK_BYTES + PAGE],
+            loaded: None,
+            faults: VecDeque::new(),
+            next: 0,
+            report: FillReport {
+                demanded_pages: 0,
+                filled_pages: 0,
+            },
+            memory: memory.clone(),
+        })
+    }
+
+    /// Serves until everything is there or nobody accesses the memory any more.
+    pub(super) fn run(mut self) {
+        let guard = EndsProcess;
+        if let Err(error) = self.serve_all() {
+            self.owner.failed(&error);
+            self.orders.end(Outcome::Failed);
+            // Whoever waits for a page still does. Dropping the descriptor would show them zeros.
+            if !self.machine_ends() {
+                log::error!("The machine waits for RAM that does not come and cannot be stopped");
+                return drop(guard);
+            }
+        }
+        std::mem::forget(guard);
+    }
+
+    fn serve_all(&mut self) -> Result<(), FillError> {
+        let total: u64 = self
+            .memory
+            .zones()
+            .iter()
+            .map(super::super::Zone::bytes)
+            .sum();
+        let chunks = (0..self.chunks.count()).map(|at| self.chunks.get(at).bytes() as u64);
+        self.owner.progress(total - chunks.sum::<u64>());
+        while self.next < self.chunks.count() {
+            if self.orders.ends.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            let fills = self.orders.fills.load(Ordering::Acquire);
+            // Filling in without demand may have noted faults.
+            let waits = !fills && self.faults.is_empty();
+            let reported = self.wait(if waits { FOR_EVER } else { 0 });
+            let reported = reported.map_err(FillError::Faults)?;
+            if reported {
+                self.take_reports().map_err(FillError::Faults)?;
+            }
+            match self.faults.pop_front() {
+                Some(address) => self.answer(address)?,
+                None if fills && !reported => self.fill_next()?,
+                None => {}
+            }
+        }
+        for range in &self.watched {
+            self.uffd.unregister(range).map_err(FillError::Faults)?;
+        }
+        self.owner.filled(self.report);
+        self.orders.end(Outcome::Filled);
+        Ok(())
+    }
+
+    /// Waits a while until nobody accesses the memory any more.
+    fn machine_ends(&self) -> bool {
+        let reports = self.uffd.as_fd().as_raw_fd();
+        let ignored = EpollEvent::default();
+        let removed = self.epoll.ctl(ControlOperation::Delete, reports, ignored);
+        let ended = || self.orders.ends.load(Ordering::Acquire);
+        let deadline = Instant::now() + END_DEADLINE;
+        while removed.is_ok() && !ended() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left = i32::try_from(left.as_millis()).unwrap_or(FOR_EVER);
+            if left == 0 || self.wait(left).is_err() {
+                break;
+            }
+        }
+        ended()
+    }
+
+    /// Waits for reports. True: there are some.
+    fn wait(&self, timeout_ms: i32) -> io::Result<bool> {
+        let mut events = [EpollEvent::default(); 2];
+        let count = match self.epoll.wait(timeout_ms, &mut events) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            Err(error) => return Err(error),
+        };
+        let has = |token| events[..count].iter().any(|event| event.data() == token);
+        if has(TOKEN_ORDERS) {
+            // Nothing to read means that it has been read.
+            self.orders.changed.read().ok();
+        }
+        Ok(has(TOKEN_REPORTS))
+    }
+
+    /// Discards count at once, faults are noted: the kernel hands out a fault before an older discard.
+    fn take_reports(&mut self) -> io::Result<()> {
+        let mut reports = Vec::new();
+        self.uffd.read(&mut reports)?;
+        for report in reports {
+            match report {
+                Report::Removed(start, end) => self.chunks.forget(start, end),
+                Report::Fault(address) => self.faults.push_back(address),
+            }
+        }
+        Ok(())
+    }
+
+    /// Memory is being discarded, so nothing can be filled in until that has been read, and a moment longer.
+    fn let_discard(&mut self) -> Result<(), FillError> {
+        self.wait(DISCARD_PAUSE_MS)
+            .and_then(|_| self.take_reports())
+            .map_err(FillError::Faults)
+    }
+
+    /// Fills in the page at `address`.
+    fn answer(&mut self, address: u64) -> Result<(), FillError> {
+        let start = address - address % PAGE as u64;
+        loop {
+            let found = self.chunks.find(start);
+            let found = found.and_then(|at| {
+                let chunk = self.chunks.get(at);
+                let page = (start - chunk.host.start) as usize / PAGE;
+                chunk.is_left(page).then_some((at, page))
+            });
+            let filled = match found {
+                Some((at, page)) => {
+                    let data = self.load_page(at, page)?;
+                    self.uffd.copy(start, &self.buffer[data..data + PAGE])
+                }
+                None => match self.uffd.zero(start, PAGE as u64) {
+                    // The background fill has made this ordinary memory since.
+                    Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(Filled::Present),
+                    filled => filled,
+                },
+            };
+            match filled.map_err(FillError::Faults)? {
+                Filled::Bytes(0) => self.let_discard()?,
+                Filled::Bytes(_) => {
+                    if let Some((at, page)) = found {
+                        self.chunks.done(at, page..page + 1);
+                        self.report.demanded_pages += 1;
+                    }
+                    return Ok(());
+                }
+                // Several threads waited for it.
+                Filled::Present => {
+                    let woken = self.uffd.wake(start, PAGE as u64);
+                    return woken.map_err(FillError::Faults);
+                }
+            }
+        }
+    }
+
+    /// Makes one page available; returns its place in the buffer.
+    fn load_page(&mut self, at: usize, page: usize) -> Result<usize, FillError> {
+        let is_checked = self.chunks.get(at).is_checked;
+        if self.loaded != Some(at) && is_checked {
+            let buffer = &mut self.buffer[CHUNK_BYTES..];
+            let read = self.chunks.read_page(at, page, buffer);
+            return read.map(|()| CHUNK_BYTES).map_err(FillError::Content);
+        }
+        self.load(at)?;
+        Ok(page * PAGE)
+    }
+
+    /// Makes a chunk available in the buffer.
+    fn load(&mut self, at: usize) -> Result<(), FillError> {
+        if self.loaded != Some(at) {
+            self.loaded = None;
+            let read = self.chunks.read(at, &mut self.buffer);
+            read.map_err(FillError::Content)?;
+            self.loaded = Some(at);
+        }
+        Ok(())
+    }
+
+    /// Fills in what is left of the next chunk, which becomes ordinary memory.
+    fn fill_next(&mut self) -> Result<(), FillError> {
+        let at = self.next;
+        while let Some(pages) = self.chunks.get(at).next_left(0) {
+            self.load(at)?;
+            let start = self.chunks.get(at).host.start + (pages.start * PAGE) as u64;
+            let data = &self.buffer[pages.start * PAGE..pages.end * PAGE];
+            match self.uffd.copy(start, data).map_err(FillError::Faults)? {
+                Filled::Bytes(bytes) => {
+                    let count = bytes / PAGE;
+                    self.chunks.done(at, pages.start..pages.start + count);
+                    self.report.filled_pages += count as u64;
+                    if count < pages.len() {
+                        self.let_discard()?;
+                    }
+                }
+                Filled::Present => {
+                    // Never overwrites: what is there is newer.
+                    self.chunks.done(at, pages.start..pages.start + 1);
+                }
+            }
+        }
+        let chunk = self.chunks.get(at);
+        let bytes = chunk.bytes() as u64;
+        if let Err(error) = self.uffd.unregister(&chunk.host) {
+            // Its faults are answered with zeros until the end.
+            log::debug!("A part of guest RAM keeps its watch: {error}");
+        }
+        self.next += 1;
+        self.owner.progress(bytes);
+        Ok(())
+    }
+}
+
+/// Ends the process when it is dropped, so that a panic of the thread does too.
+struct EndsProcess;
+
+impl Drop for EndsProcess {
+    fn drop(&mut self) {
+        process::abort();
+    }
+}

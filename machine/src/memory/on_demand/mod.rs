@@ -1,0 +1,242 @@
+//! Guest RAM whose content comes from files while the guest runs.
+//!
+//! ```text
+//!  guest, KVM, device ── missing page ──► waits ─┐              file: checked by 2 MiB, then page by page
+//!  balloon ── discards ──► waits until read ─────┤                 │
+//!                                                ▼                 ▼
+//!                                    thread: forget what is discarded; fill in a page of the file, or zeros
+//!                                                └─ nothing to do: the next 2 MiB, in order
+//! ```
+//! The kernel reports a missing page through [`uffd`], and whoever touched it waits. A page that was discarded before it
+//! came is never filled in: it reads as zeros, as discarded memory does. Ranges without any data in the file are
+//! ordinary memory from the start, and so is each 2 MiB that the background fill has finished.
+//!
+//! # Failure
+//! Without the thread, whoever touches a missing page would wait for ever, and if the descriptor were closed, would find
+//! zeros. So a thread that cannot go on, because the file cannot be read or is damaged, has its owner stop the machine, and
+//! aborts the process if that cannot be stopped.
+//!
+//! # Rules for the thread
+//! It touches no guest RAM, discards none, and takes no lock of a thread that does either: such a thread may wait for it.
+
+mod chunks;
+mod handler;
+#[cfg(test)]
+mod tests;
+mod uffd;
+
+use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::{self, JoinHandle};
+
+use virtio_devices::Unpoisoned;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use self::chunks::Chunks;
+use self::handler::Handler;
+use self::uffd::Userfaultfd;
+use super::{ContentError, GuestMemory, ZoneContentState};
+use crate::threads::{FILL_THREAD, MachineThread, ThreadStart};
+
+/// Where the kernel hands out descriptors by the rights of a file.
+pub const DEVICE: &str = "/dev/userfaultfd";
+
+/// Why RAM cannot be filled on demand.
+#[derive(Debug, thiserror::Error)]
+pub enum OnDemandError {
+    /// Other memory than private memory without a file.
+    #[error(
+        "Memory zone {zone} is {backing}: only private memory without a file and without huge pages can be filled on demand"
+    )]
+    Backing {
+        /// The zone.
+        zone: String,
+        /// Its kind, as in statistics.
+        backing: &'static str,
+    },
+    /// The kernel refuses userfaultfd.
+    #[error(
+        "Cannot create a userfaultfd: {DEVICE}: {device}; userfaultfd(2), which needs CAP_SYS_PTRACE or \
+         vm.unprivileged_userfaultfd=1"
+    )]
+    Unavailable {
+        /// The error of the device.
+        device: io::Error,
+        /// The error of the call.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel is too old.
+    #[error(
+        "The kernel's userfaultfd does not report discarded memory (UFFD_FEATURE_EVENT_REMOVE)"
+    )]
+    Features(#[source] io::Error),
+    /// A range cannot be watched.
+    #[error("Cannot have page faults of guest RAM reported")]
+    Register(#[source] io::Error),
+    /// The files do not fit.
+    #[error(transparent)]
+    Content(ContentError),
+    /// No descriptor or thread is left.
+    #[error("Cannot start the thread that fills guest RAM")]
+    Thread(#[source] io::Error),
+}
+
+/// Through which the kernel reports page faults. For one [`OnDemand`].
+#[derive(Debug, Clone)]
+pub struct Faults(Arc<Userfaultfd>);
+
+impl Faults {
+    /// # Errors
+    /// This process may not have them, or the kernel is too old.
+    pub fn open() -> Result<Self, OnDemandError> {
+        Ok(Self(Arc::new(Userfaultfd::open()?)))
+    }
+}
+
+/// What the fill has done when everything is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FillReport {
+    /// Pages that came because something waited for them.
+    pub demanded_pages: u64,
+    /// Pages that came without.
+    pub filled_pages: u64,
+}
+
+/// Called by the thread.
+pub trait FillOwner: Send {
+    /// The content of so many more bytes of RAM is there.
+    fn progress(&self, bytes: u64);
+
+    /// Everything is there.
+    fn filled(&self, report: FillReport);
+
+    /// Nobody fills RAM any more. Must have the machine and [`OnDemand`] dropped, or else the process is aborted soon.
+    fn failed(&self, error: &FillError);
+}
+
+/// Why RAM cannot be filled any further.
+#[derive(Debug, thiserror::Error)]
+pub enum FillError {
+    /// A file.
+    #[error(transparent)]
+    Content(ContentError),
+    /// The kernel.
+    #[error("Cannot answer page faults of guest RAM")]
+    Faults(#[source] io::Error),
+}
+
+/// What the thread is to do.
+#[derive(Debug)]
+struct Orders {
+    /// End: nobody accesses the RAM any more.
+    ends: AtomicBool,
+    /// Fill without demand.
+    fills: AtomicBool,
+    /// Signalled after a change.
+    changed: EventFd,
+    /// How it ended, once it has.
+    outcome: Mutex<Option<Outcome>>,
+    /// Notified then.
+    over: Condvar,
+}
+
+impl Orders {
+    fn end(&self, outcome: Outcome) {
+        *self.outcome.lock().unpoisoned() = Some(outcome);
+        self.over.notify_all();
+    }
+}
+
+/// How filling ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Filled,
+    Failed,
+}
+
+/// RAM that is being filled. Drop it after everything that accesses the RAM.
+#[derive(Debug)]
+pub struct OnDemand {
+    orders: Arc<Orders>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl OnDemand {
+    /// Begins to fill `memory`, which nobody has touched, from the files of its zones. `fills`: also without demand.
+    ///
+    /// # Errors
+    /// A zone has another kind of memory, a table or file is not that of its zone, or the host refuses.
+    pub fn start(
+        memory: &GuestMemory,
+        files: impl IntoIterator<Item = (File, ZoneContentState)>,
+        faults: &Faults,
+        fills: bool,
+        thread_start: &ThreadStart,
+        owner: Box<dyn FillOwner>,
+    ) -> Result<Self, OnDemandError> {
+        let mut chunks = Chunks::new();
+        for (zone, (file, state)) in memory.zones().iter().zip(files) {
+            if zone.backing != super::source::ANONYMOUS {
+                let (zone, backing) = (zone.id.clone(), zone.backing);
+                return Err(OnDemandError::Backing { zone, backing });
+            }
+            let added = chunks.add(memory, zone, file, &state);
+            added.map_err(OnDemandError::Content)?;
+        }
+        let uffd = Arc::clone(&faults.0);
+        let watched = chunks.ranges(memory);
+        for range in &watched {
+            uffd.register(range).map_err(OnDemandError::Register)?;
+        }
+        let orders = Arc::new(Orders {
+            ends: AtomicBool::new(false),
+            fills: AtomicBool::new(fills),
+            changed: EventFd::new(EFD_NONBLOCK).map_err(OnDemandError::Thread)?,
+            outcome: Mutex::new(None),
+            over: Condvar::new(),
+        });
+        let handler = Handler::new(memory, uffd, watched, chunks, Arc::clone(&orders), owner);
+        let handler = handler.map_err(OnDemandError::Thread)?;
+        let thread_start = Arc::clone(thread_start);
+        let thread = thread::Builder::new().name(FILL_THREAD.to_owned());
+        let thread = thread.spawn(move || {
+            thread_start(MachineThread::Fill);
+            handler.run();
+        });
+        Ok(Self {
+            orders,
+            thread: Some(thread.map_err(OnDemandError::Thread)?),
+        })
+    }
+
+    /// Fills in everything that is not there yet, and returns then. False: it cannot be; the owner knows why.
+    pub fn finish(&self) -> bool {
+        self.order(&self.orders.fills);
+        let mut outcome = self.orders.outcome.lock().unpoisoned();
+        loop {
+            match *outcome {
+                Some(outcome) => return outcome == Outcome::Filled,
+                None => outcome = self.orders.over.wait(outcome).unpoisoned(),
+            }
+        }
+    }
+
+    fn order(&self, order: &AtomicBool) {
+        order.store(true, Ordering::Release);
+        // Fails only if the counter is full, and then the thread is about to wake up anyway.
+        self.orders.changed.write(1).ok();
+    }
+}
+
+impl Drop for OnDemand {
+    fn drop(&mut self) {
+        self.order(&self.orders.ends);
+        if let Some(thread) = self.thread.take() {
+            // A thread that panics ends the process.
+            thread.join().ok();
+        }
+    }
+}

@@ -1,0 +1,360 @@
+//! Memory that comes on demand, with no guest. Without userfaultfd the tests print the reason and pass; they then show
+//! nothing.
+
+use std::os::unix::fs::FileExt;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use api::config::{MemoryConfig, MemoryZoneConfig};
+use virtio_devices::reclaim::{DiscardEngine, Expected, GuestRange, ResidencyProbe};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend};
+
+use super::super::content::PAGE;
+use super::super::layout::{MIB, PAGE_BYTES};
+use super::*;
+
+const DEADLINE: Duration = Duration::from_secs(60);
+const ZONE_PAGES: u64 = 7 * MIB / PAGE_BYTES;
+/// At the borders of chunks and zones, single and in runs. The chunk from page 1024 on has none.
+const PAGES: [u64; 12] = [0, 1, 511, 512, 700, 701, 702, 1700, 1791, 1792, 2303, 3583];
+
+/// Two zones; neither size is a multiple of a chunk.
+fn memory(shared: bool) -> GuestMemory {
+    let zone = |id: &str, shared| MemoryZoneConfig {
+        id: id.to_owned(),
+        size: 7 * MIB,
+        shared,
+        ..MemoryZoneConfig::default()
+    };
+    let config = MemoryConfig {
+        size: 0,
+        zones: Some(vec![zone("a", false), zone("b", shared)]),
+        ..MemoryConfig::default()
+    };
+    GuestMemory::new(&config, 46).unwrap()
+}
+
+/// Each page starts with its number, and never with zero.
+fn mark(page: u64) -> u64 {
+    page | 1 << 63
+}
+
+fn address(page: u64) -> GuestAddress {
+    GuestAddress(page * PAGE_BYTES)
+}
+
+fn read(memory: &GuestMemory, page: u64) -> u64 {
+    memory.ram().memory().read_obj(address(page)).unwrap()
+}
+
+fn saved(pages: impl IntoIterator<Item = u64>) -> Vec<(File, ZoneContentState)> {
+    let memory = memory(false);
+    for page in pages {
+        let ram = memory.ram().memory();
+        ram.write_obj(mark(page), address(page)).unwrap();
+    }
+    let zones = memory.zones().iter();
+    let save = |zone| {
+        let file = tempfile::tempfile().unwrap();
+        let table = memory.save_zone(zone, &file, |_| ()).unwrap();
+        (file, table)
+    };
+    zones.map(save).collect()
+}
+
+fn copies(files: &[(File, ZoneContentState)]) -> Vec<(File, ZoneContentState)> {
+    let copy =
+        |(file, table): &(File, _)| (file.try_clone().unwrap(), ZoneContentState::clone(table));
+    files.iter().map(copy).collect()
+}
+
+#[derive(Debug, PartialEq)]
+enum Told {
+    Filled(FillReport),
+    Failed(String),
+}
+
+struct Owner(Sender<Told>);
+
+impl FillOwner for Owner {
+    fn progress(&self, _bytes: u64) {}
+
+    fn filled(&self, report: FillReport) {
+        self.0.send(Told::Filled(report)).unwrap();
+    }
+
+    fn failed(&self, error: &FillError) {
+        let text = api::error_chain(error).join(": ");
+        self.0.send(Told::Failed(text)).unwrap();
+    }
+}
+
+/// The memory of a machine that is restored from `files`.
+struct Restored {
+    on_demand: OnDemand,
+    memory: GuestMemory,
+    told: Receiver<Told>,
+}
+
+fn restored(files: &[(File, ZoneContentState)], fills: bool) -> Option<Restored> {
+    let faults = Faults::open().map_err(test_skip::skip).ok()?;
+    let (owner, told) = channel();
+    let memory = memory(false);
+    let start: ThreadStart = Arc::new(|_| ());
+    let owner = Box::new(Owner(owner));
+    let on_demand = OnDemand::start(&memory, copies(files), &faults, fills, &start, owner);
+    Some(Restored {
+        on_demand: on_demand.unwrap(),
+        memory,
+        told,
+    })
+}
+
+impl Restored {
+    fn resident_pages(&self) -> u64 {
+        let probe = ResidencyProbe::new(self.memory.ram().clone()).unwrap();
+        probe.measure().unwrap().resident_bytes / PAGE_BYTES
+    }
+
+    fn discard(&self, pages: std::ops::Range<u64>) {
+        discard(&self.memory, pages);
+    }
+}
+
+fn discard(memory: &GuestMemory, pages: std::ops::Range<u64>) {
+    let mut claims = [GuestRange {
+        start: pages.start * PAGE_BYTES,
+        bytes: (pages.end - pages.start) * PAGE_BYTES,
+    }];
+    let mut engine = DiscardEngine::new(Default::default());
+    let outcome = engine.discard(memory.ram(), &mut claims, Expected::Anything);
+    assert_eq!(outcome.discarded.bytes, claims[0].bytes, "{outcome:?}");
+}
+
+#[test]
+fn page_comes_when_it_is_touched_and_no_other_does() {
+    let Some(it) = restored(&saved(PAGES), false) else {
+        return;
+    };
+    assert_eq!(it.resident_pages(), 0);
+    for (done, page) in (1..).zip(PAGES) {
+        assert_eq!(read(&it.memory, page), mark(page));
+        assert_eq!(it.resident_pages(), done);
+    }
+    for page in (0..2 * ZONE_PAGES).filter(|page| !PAGES.contains(page)) {
+        assert_eq!(read(&it.memory, page), 0, "{page}");
+    }
+    assert!(it.on_demand.finish());
+    let report = FillReport {
+        demanded_pages: PAGES.len() as u64,
+        filled_pages: 0,
+    };
+    assert_eq!(it.told.recv_timeout(DEADLINE), Ok(Told::Filled(report)));
+}
+
+#[test]
+fn rest_comes_without_demand_and_holes_stay_absent() {
+    let Some(it) = restored(&saved(PAGES), true) else {
+        return;
+    };
+    let told = it.told.recv_timeout(DEADLINE).unwrap();
+    let report = FillReport {
+        demanded_pages: 0,
+        filled_pages: PAGES.len() as u64,
+    };
+    assert_eq!(told, Told::Filled(report));
+    assert_eq!(it.resident_pages(), PAGES.len() as u64);
+    for page in 0..2 * ZONE_PAGES {
+        let expected = if PAGES.contains(&page) { mark(page) } else { 0 };
+        assert_eq!(read(&it.memory, page), expected, "{page}");
+    }
+}
+
+#[test]
+fn write_to_a_page_that_is_still_to_come_changes_only_what_it_writes() {
+    let Some(it) = restored(&saved(PAGES), false) else {
+        return;
+    };
+    let ram = it.memory.ram().memory();
+    ram.write_obj(7_u64, GuestAddress(701 * PAGE_BYTES + 8))
+        .unwrap();
+    ram.write_obj(8_u64, GuestAddress(100 * PAGE_BYTES))
+        .unwrap();
+    assert!(it.on_demand.finish());
+    assert_eq!(read(&it.memory, 701), mark(701));
+    assert_eq!(read(&it.memory, 100), 8);
+    assert_eq!(
+        ram.read_obj::<u64>(GuestAddress(701 * PAGE_BYTES + 8))
+            .unwrap(),
+        7
+    );
+}
+
+#[test]
+fn page_discarded_before_or_after_it_came_is_zero_for_good() {
+    let Some(it) = restored(&saved(PAGES), false) else {
+        return;
+    };
+    assert_eq!(read(&it.memory, 700), mark(700));
+    // 700 is there; 701, the chunk between the zones and the one without data are not.
+    it.discard(700..702);
+    it.discard(1024..2000);
+    for page in [700, 701, 1700, 1791, 1792] {
+        assert_eq!(read(&it.memory, page), 0, "{page}");
+    }
+    it.discard(3583..3584);
+    assert!(it.on_demand.finish());
+    for page in [700, 701, 1700, 1791, 1792, 3583] {
+        assert_eq!(read(&it.memory, page), 0, "{page}");
+    }
+    for page in [0, 1, 511, 512, 702, 2303] {
+        assert_eq!(read(&it.memory, page), mark(page), "{page}");
+    }
+    let report = FillReport {
+        demanded_pages: 1,
+        filled_pages: 6,
+    };
+    assert_eq!(it.told.recv_timeout(DEADLINE), Ok(Told::Filled(report)));
+}
+
+#[test]
+fn memory_that_is_touched_filled_and_discarded_at_once_has_no_wrong_page() {
+    let all = 0..2 * ZONE_PAGES;
+    let files = saved(all.clone());
+    for round in 0..8 {
+        let Some(it) = restored(&files, true) else {
+            return;
+        };
+        // Each discards other pages, in another order than they come; one touches all.
+        std::thread::scope(|scope| {
+            for first in 0..2 {
+                let memory = &it.memory;
+                scope.spawn(move || {
+                    for step in 0..2 * ZONE_PAGES / 16 {
+                        let block = (step * 37 + round) % (2 * ZONE_PAGES / 16);
+                        let start = block * 16 + first * 8;
+                        discard(memory, start..start + 4);
+                        assert_eq!(read(memory, start + 1), 0);
+                    }
+                });
+            }
+            let (memory, all) = (&it.memory, all.clone());
+            scope.spawn(move || {
+                for page in all.rev() {
+                    let found = read(memory, page);
+                    assert!(
+                        found == mark(page) || (found == 0 && page % 8 < 4),
+                        "{page}"
+                    );
+                }
+            });
+        });
+        assert!(it.on_demand.finish());
+        for page in all.clone() {
+            let expected = if page % 8 < 4 { 0 } else { mark(page) };
+            assert_eq!(read(&it.memory, page), expected, "{page}");
+        }
+        assert!(matches!(
+            it.told.recv_timeout(DEADLINE),
+            Ok(Told::Filled(_))
+        ));
+    }
+}
+
+/// Touches a page that cannot come; returns what the owner is told.
+fn failure(files: &[(File, ZoneContentState)], page: u64) -> Option<String> {
+    let it = restored(files, false)?;
+    let memory = it.memory.clone();
+    let waits = std::thread::spawn(move || read(&memory, page));
+    let told = it.told.recv_timeout(DEADLINE).unwrap();
+    assert!(!waits.is_finished(), "nobody gets a page that is not there");
+    let Told::Failed(error) = told else {
+        panic!("{told:?}");
+    };
+    assert!(!it.on_demand.finish());
+    // The machine would have ended before.
+    drop(it.on_demand);
+    waits.join().unwrap();
+    Some(error)
+}
+
+#[test]
+fn damaged_chunk_is_refused_by_name_before_any_page_of_it_comes() {
+    let files = saved(PAGES);
+    let (file, _) = &files[0];
+    // Of the chunk of pages 512 to 1023.
+    file.write_all_at(&[1], 702 * PAGE_BYTES + 1).unwrap();
+    let Some(told) = failure(&files, 512) else {
+        return;
+    };
+    assert_eq!(
+        told,
+        "The memory file of zone a is damaged at offset 0x200000"
+    );
+    let it = restored(&files, false).unwrap();
+    assert_eq!(read(&it.memory, 511), mark(511), "others are sound");
+}
+
+#[test]
+fn file_that_was_cut_since_is_refused_by_name() {
+    let files = saved(PAGES);
+    files[1].0.set_len(PAGE as u64).unwrap();
+    files[1].0.set_len(7 * MIB).unwrap();
+    if let Some(told) = failure(&files, 3583) {
+        assert_eq!(
+            told,
+            "The memory file of zone b is damaged at offset 0x600000"
+        );
+    }
+    let files = saved(PAGES);
+    let Some(it) = restored(&files, false) else {
+        return;
+    };
+    files[0].0.set_len(0).unwrap();
+    let memory = it.memory.clone();
+    let waits = std::thread::spawn(move || read(&memory, 0));
+    let told = it.told.recv_timeout(DEADLINE).unwrap();
+    let Told::Failed(error) = &told else {
+        panic!("{told:?}");
+    };
+    assert!(
+        error.starts_with("Cannot access the memory file of zone a at offset 0x0"),
+        "{error}"
+    );
+    drop(it.on_demand);
+    waits.join().unwrap();
+}
+
+#[test]
+fn other_memory_than_private_memory_is_refused_by_name() {
+    let Ok(faults) = Faults::open().map_err(test_skip::skip) else {
+        return;
+    };
+    let (owner, _told) = channel();
+    let start: ThreadStart = Arc::new(|_| ());
+    let owner = Box::new(Owner(owner));
+    let files = saved(PAGES);
+    let refused = OnDemand::start(&memory(true), files, &faults, true, &start, owner);
+    let told = refused.unwrap_err().to_string();
+    assert!(told.contains("zone b is memfd-shared"), "{told}");
+}
+
+#[test]
+fn ranges_are_joined_so_that_there_are_not_too_many() {
+    let files = saved(PAGES);
+    let memory = memory(false);
+    let mut chunks = Chunks::new();
+    for (zone, (file, table)) in memory.zones().iter().zip(files) {
+        chunks.add(&memory, zone, file, &table).unwrap();
+    }
+    let ram = memory.ram().memory();
+    let host = |page: u64| ram.get_host_address(address(page)).unwrap() as u64;
+    // Each of the two regions has its own; chunks without data are in none.
+    let expected = [
+        host(0)..host(1024),
+        host(1536)..host(1791) + PAGE_BYTES,
+        host(1792)..host(2304),
+        host(3328)..host(3583) + PAGE_BYTES,
+    ];
+    assert_eq!(chunks.ranges(&memory), expected);
+}
