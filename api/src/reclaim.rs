@@ -46,6 +46,11 @@ pub struct ReclaimStats {
     /// Guest RAM in the host's swap, bytes; absent when the method cannot tell.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub swapped_bytes: Option<u64>,
+    /// Memory beyond `configured_bytes` that the guest can take without the host's consent, bytes: memory that it was
+    /// asked to plug and has not plugged; all of `hotplug_size` once another process, such as a file system's back end,
+    /// has mapped guest RAM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub obtainable_bytes: Option<u64>,
     /// Bytes the guest says are in the balloon.
     pub ballooned_bytes: u64,
     /// Target size of the balloon, bytes.

@@ -106,6 +106,7 @@ impl Numbers<'_> {
             ballooned: Bytes(self.next()),
             resident: Bytes(self.next()),
             swapped: Bytes(self.next()),
+            obtainable: Bytes(self.next()),
             guest: Some(GuestClaims {
                 at_ms: self.next(),
                 free: Bytes(self.next()),

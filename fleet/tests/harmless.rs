@@ -165,6 +165,27 @@ fn vm_of_impossible_size_harms_no_books() {
 }
 
 #[test]
+fn memory_that_a_guest_can_plug_unasked_is_a_liability_as_far_as_a_host_can_have_it() {
+    let config = Config::default();
+    let liability = |obtainable| {
+        let mut vm = vm(
+            "plugs",
+            PriorityClass::Normal,
+            sample(SAMPLE_MS, Bytes::ZERO, Bytes::ZERO, Bytes::gib(6)),
+        );
+        vm.sample.as_mut().unwrap().obtainable = obtainable;
+        let inventory = inventory(SAMPLE_MS, Bytes::gib(20), vec![vm]);
+        let plan = plan(&inventory, &config, &PlannerMemory::default());
+        assert_ne!(reason(&plan, "plugs"), Reason::Lying);
+        plan.ledger.callable_liability
+    };
+    let plain = liability(Bytes::ZERO);
+    assert_eq!(liability(Bytes::gib(4)), plain + Bytes::gib(4));
+    let most = HOST.scale(config.admission.overcommit_max.max(1.0));
+    assert!(liability(Bytes(u64::MAX)) <= most);
+}
+
+#[test]
 fn balloons_of_silent_guests_go_back_slowly_between_the_marks() {
     let config = Config::default();
     let mut memory = PlannerMemory::default();

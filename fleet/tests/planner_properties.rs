@@ -66,6 +66,7 @@ fn vm(
             ballooned: configured.scale(ballooned),
             resident: configured.scale(resident),
             swapped: Bytes::ZERO,
+            obtainable: Bytes::ZERO,
             guest: claims.map(|(available, free, stalls)| GuestClaims {
                 at_ms,
                 available: configured.scale(available),

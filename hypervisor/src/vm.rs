@@ -4,11 +4,12 @@
 // stays mapped.
 
 use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
-    KVM_X2APIC_API_USE_32BIT_IDS, KvmIrqRouting, kvm_clock_data, kvm_enable_cap,
+    KVM_CAP_DISABLE_QUIRKS2, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API,
+    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
+    KVM_X86_QUIRK_SLOT_ZAP_ALL, KvmIrqRouting, kvm_clock_data, kvm_enable_cap,
     kvm_irq_routing_entry, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{NoDatamatch, VmFd};
+use kvm_ioctls::{Cap, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::{Error, Result, ioctl};
@@ -76,6 +77,33 @@ impl Vm {
         // SAFETY: size zero deletes the slot; the kernel receives no memory.
         unsafe { self.fd.set_user_memory_region(region) }
             .map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))
+    }
+
+    /// The number of memory slots that the machine can have (`KVM_CAP_NR_MEMSLOTS`); slots are numbered from 0.
+    #[must_use]
+    pub fn memory_slots_max(&self) -> u32 {
+        // The documentation's value for kernels that do not answer.
+        const WITHOUT_ANSWER: u32 = 32;
+        let answer = self.fd.check_extension_int(Cap::NrMemslots);
+        u32::try_from(answer).map_or(WITHOUT_ANSWER, |count| count.max(WITHOUT_ANSWER))
+    }
+
+    /// Makes the removal of a slot cost the guest only the mappings of that slot (Linux 6.12). By default, KVM drops
+    /// the mappings of all slots, and the guest faults them in again. Returns whether KVM can do so.
+    ///
+    /// # Errors
+    /// `KVM_ENABLE_CAP(KVM_CAP_DISABLE_QUIRKS2)` failed.
+    pub fn keep_mappings_of_other_slots(&self) -> Result<bool> {
+        let known = self.fd.check_extension_raw(KVM_CAP_DISABLE_QUIRKS2.into());
+        if known & KVM_X86_QUIRK_SLOT_ZAP_ALL.cast_signed() == 0 {
+            return Ok(false);
+        }
+        self.enable_cap(
+            KVM_CAP_DISABLE_QUIRKS2,
+            u64::from(KVM_X86_QUIRK_SLOT_ZAP_ALL),
+            "KVM_ENABLE_CAP(KVM_CAP_DISABLE_QUIRKS2)",
+        )?;
+        Ok(true)
     }
 
     /// Creates the local APICs in the kernel and leaves an I/O APIC with `pins` pins to user space. Must come before

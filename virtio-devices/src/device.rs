@@ -176,6 +176,12 @@ pub trait VirtioDevice: Send {
     /// The driver wrote 0 to the status register. The transport resets the workers; this resets the configuration half.
     fn reset(&mut self) {}
 
+    /// Whether another process maps guest RAM for the device. It has all of RAM then, including hot-pluggable blocks
+    /// that are not plugged: a back end accepts few regions, and none after its start.
+    fn ram_is_mapped_elsewhere(&self) -> bool {
+        false
+    }
+
     /// Everything that a new device with the same configuration lacks: values that a driver can see or has set, and the
     /// host's requests. Called while the handlers are paused.
     fn state(&self) -> Saved;

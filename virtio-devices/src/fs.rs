@@ -99,6 +99,10 @@ impl VirtioDevice for Fs {
         std::mem::take(&mut self.handlers)
     }
 
+    fn ram_is_mapped_elsewhere(&self) -> bool {
+        true
+    }
+
     fn state(&self) -> Saved {
         Saved::of(&FsState {})
     }

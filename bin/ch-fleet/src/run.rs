@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use api::config::MemoryConfig;
+use api::config::{HotplugMethod, MemoryConfig};
 use fleet::agent::{ConfirmRequest, ReleaseRequest, ReserveAnswer, ReserveRequest};
 use fleet::model::Bytes;
 use fleet::reservations::Reservation;
@@ -137,17 +137,24 @@ impl Wanted {
         // The VMM's own default.
         let memory = memory.as_deref().unwrap_or("size=512M");
         let memory = MemoryConfig::parse(memory, &zones)?;
+        let in_region = memory.hotplug_method == HotplugMethod::VirtioMem;
+        // Before it runs, nobody knows whether this VMM keeps the region of virtio-mem from its guest.
+        let plugged = |plugged: Option<u64>, room: Option<u64>| {
+            let room = room.filter(|_| in_region);
+            Bytes(plugged.max(room).unwrap_or(0))
+        };
         let zones = memory.zones.iter().flatten();
         let in_zones: Bytes = zones
-            .map(|zone| Bytes(zone.size) + Bytes(zone.hotplugged_size.unwrap_or(0)))
+            .map(|zone| Bytes(zone.size) + plugged(zone.hotplugged_size, zone.hotplug_size))
             .sum();
+        let own = Bytes(memory.size) + plugged(memory.hotplugged_size, memory.hotplug_size);
         // The agent cannot distinguish zones, so if one zone uses huge pages, all are assumed to.
         let huge_pages =
             memory.hugepages || memory.zones.iter().flatten().any(|zone| zone.hugepages);
         Ok(Self {
             socket,
             huge_pages,
-            memory: Bytes(memory.size) + Bytes(memory.hotplugged_size.unwrap_or(0)) + in_zones,
+            memory: own + in_zones,
         })
     }
 }
@@ -201,6 +208,10 @@ mod tests {
             (
                 "--memory=size=1G,hotplug_size=8G,hotplugged_size=512M --api-socket=path=/run/ch/a.sock",
                 1536,
+            ),
+            (
+                "--memory size=1G,hotplug_method=virtio-mem,hotplug_size=8G,hotplugged_size=512M --api-socket /run/ch/a.sock",
+                9216,
             ),
             (
                 "--memory size=0 --memory-zone id=a,size=1G id=b,size=2G --api-socket path=/run/ch/a.sock",

@@ -58,7 +58,7 @@ impl Ledger {
             ledger.ballooned += sample.ballooned.min(vm.configured);
             ledger.resident += sample.resident;
             ledger.reclaimed += vm.configured - sample.resident;
-            ledger.callable_liability += vm.callable();
+            ledger.callable_liability += vm.liability();
         }
         // The burst cannot exceed the callable memory.
         ledger.burst_measured = burst;

@@ -149,6 +149,9 @@ pub struct VmSample {
     pub resident: Bytes,
     /// Its memory in the host's swap.
     pub swapped: Bytes,
+    /// Memory beyond that of the VM that the guest can take without asking: of memory hot-plug.
+    #[serde(default)]
+    pub obtainable: Bytes,
     /// The guest's claims; absent below [`FeatureLevel::L1`] and if the guest sends none.
     pub guest: Option<GuestClaims>,
     /// The memory that returned to the host; absent below [`FeatureLevel::L2`].
@@ -210,7 +213,13 @@ pub struct Inventory {
 }
 
 impl VmFacts {
-    /// Memory that the guest may take without a request: neither in the balloon nor resident.
+    /// All that the host may have to provide without notice.
+    pub fn liability(&self) -> Bytes {
+        let obtainable = self.sample.map_or(Bytes::ZERO, |sample| sample.obtainable);
+        self.callable() + obtainable
+    }
+
+    /// Memory of the VM that the guest may take without asking: neither in the balloon nor resident.
     pub fn callable(&self) -> Bytes {
         self.sample.map_or(self.configured, |sample| {
             self.configured

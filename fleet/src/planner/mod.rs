@@ -229,7 +229,17 @@ fn believable<'a>(
     for (index, vm) in inventory.vms.iter().enumerate() {
         let sample = vm.sample.unwrap_or_default();
         // Without facts about the host, no size is known to be too large.
-        if possible == Bytes::ZERO || vm.configured <= possible {
+        if possible == Bytes::ZERO {
+            continue;
+        }
+        // Nor can it take more than there is.
+        let obtainable = sample.obtainable.min(possible - vm.configured);
+        if obtainable < sample.obtainable
+            && let Some(sample) = &mut bounded.to_mut().vms[index].sample
+        {
+            sample.obtainable = obtainable;
+        }
+        if vm.configured <= possible {
             continue;
         }
         impossible.insert(vm.id.clone());

@@ -190,7 +190,7 @@ fn explain(view: &View<'_>, now_ms: u64) -> Explanation {
         target_range: (view.low, view.high),
         ballooned: view.sample.ballooned,
         resident: view.sample.resident,
-        callable: view.facts.callable(),
+        callable: view.facts.liability(),
         guest_available: view.available,
         guest_keeps: view.keeps,
         class: view.facts.policy.class,

@@ -211,6 +211,10 @@ struct InfoMemory {
     #[serde(default)]
     hotplugged_size: Option<u64>,
     #[serde(default)]
+    hotplug_size: Option<u64>,
+    #[serde(default)]
+    hotplug_method: Option<String>,
+    #[serde(default)]
     zones: Option<Vec<InfoZone>>,
     #[serde(default)]
     hugepages: bool,
@@ -223,6 +227,8 @@ struct InfoZone {
     size: u64,
     #[serde(default)]
     hotplugged_size: Option<u64>,
+    #[serde(default)]
+    hotplug_size: Option<u64>,
     #[serde(default)]
     hugepages: bool,
     #[serde(default)]
@@ -244,6 +250,20 @@ impl InfoMemory {
     fn configured(&self) -> Bytes {
         let zones = self.zones.iter().flatten();
         self.own() + zones.map(InfoZone::configured).sum::<Bytes>()
+    }
+
+    /// What a guest can take beyond that where its VMM does not tell. With virtio-mem it is all of the region: plain Cloud
+    /// Hypervisor shows it to the guest from the start.
+    fn obtainable(&self) -> Bytes {
+        if self.hotplug_method.as_deref() != Some("VirtioMem") {
+            return Bytes::ZERO;
+        }
+        let beyond = |size: Option<u64>, plugged: Option<u64>| {
+            Bytes(size.unwrap_or(0)) - Bytes(plugged.unwrap_or(0))
+        };
+        let zones = self.zones.iter().flatten();
+        let in_zones = zones.map(|zone| beyond(zone.hotplug_size, zone.hotplugged_size));
+        beyond(self.hotplug_size, self.hotplugged_size) + in_zones.sum::<Bytes>()
     }
 
     /// RAM that belongs to no zone.
@@ -433,6 +453,7 @@ fn from_info(info: &Info, pid: i32, at_ms: u64) -> VmReading {
             } else {
                 configured - actual
             },
+            obtainable: info.config.memory.obtainable(),
             ..VmSample::default()
         },
         requested: Bytes::ZERO,
@@ -452,6 +473,9 @@ fn fill_from_reclaim(reading: &mut VmReading, stats: &ReclaimStats, at_ms: u64) 
     sample.ballooned = Bytes(stats.ballooned_bytes);
     sample.resident = Bytes(stats.resident_bytes);
     sample.swapped = Bytes(stats.swapped_bytes.unwrap_or(0));
+    if let Some(obtainable) = stats.obtainable_bytes {
+        sample.obtainable = Bytes(obtainable);
+    }
     sample.guest = stats
         .guest
         .as_ref()
@@ -607,6 +631,37 @@ mod tests {
             huge: Bytes::ZERO,
         });
         assert!(reading.huge_pages);
+    }
+
+    #[test]
+    fn hot_pluggable_memory_is_booked_unless_the_vmm_keeps_it_from_the_guest() {
+        const GIB: u64 = 1 << 30;
+        let obtainable = |memory_config: &str, stats: &str| {
+            let info = format!(r#"{{"config":{{"memory":{memory_config}}},"state":"Running"}}"#);
+            figures(&info, stats).unwrap().1.obtainable
+        };
+        let region = format!(
+            r#"{{"size":{GIB},"hotplug_size":{},"hotplugged_size":{GIB},"hotplug_method":"VirtioMem"}}"#,
+            8 * GIB
+        );
+        let stats = |tail: &str| {
+            format!(
+                r#"{{"configured_bytes":{GIB},"resident_bytes":0,"reclaimed_bytes":0,"ballooned_bytes":0,"balloon_target_bytes":0{tail}}}"#
+            )
+        };
+        // Level 0, and a VMM of level 2 that does not tell.
+        assert_eq!(obtainable(&region, "none"), Bytes::gib(7));
+        assert_eq!(obtainable(&region, &stats("")), Bytes::gib(7));
+        let promised = stats(&format!(r#","obtainable_bytes":{GIB}"#));
+        assert_eq!(obtainable(&region, &promised), Bytes::gib(1));
+        // Memory of ACPI is not there before it is plugged.
+        let acpi = region.replace("VirtioMem", "Acpi");
+        assert_eq!(obtainable(&acpi, "none"), Bytes::ZERO);
+        let zones = format!(
+            r#"{{"size":0,"hotplug_method":"VirtioMem","zones":[{{"size":{GIB},"hotplug_size":{}}}]}}"#,
+            2 * GIB
+        );
+        assert_eq!(obtainable(&zones, "none"), Bytes::gib(2));
     }
 
     #[test]

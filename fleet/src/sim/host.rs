@@ -319,6 +319,7 @@ fn sample_of(guests: &Guests, i: usize, character: Character, now_ms: u64) -> Vm
         ballooned: bytes(claimed),
         resident: bytes(guests.resident(i)),
         swapped: Bytes::ZERO,
+        obtainable: Bytes::ZERO,
         guest: Some(GuestClaims {
             at_ms: now_ms,
             free: bytes(free),

@@ -50,6 +50,16 @@ pub enum MemoryError {
         #[source]
         source: ZoneError,
     },
+    /// KVM has fewer memory slots than there are blocks for memory hot-plug.
+    #[error(
+        "KVM has {slots_max} memory slots, too few for {blocks} blocks of hot-plugged memory: reduce hotplug_size"
+    )]
+    TooFewSlots {
+        /// The number of blocks.
+        blocks: u64,
+        /// The number of slots of a machine.
+        slots_max: u32,
+    },
     /// KVM rejected a memory slot.
     #[error("KVM refused guest RAM at {guest_address:#x}")]
     Slot {

@@ -16,6 +16,7 @@ use vm_memory::{
 use super::backing::{self, Backing};
 use super::dimms::{DIMMS_MAX, Dimm};
 use super::layout::AddressMap;
+use super::plugged::{HotplugRam, hotplug_block_bytes};
 use super::source::Source;
 use super::zones::{Zone, ZoneKind, hotplug_zone_of, place, zones_of};
 use super::{E820Entry, MemoryError, ZoneError, e820_map};
@@ -24,6 +25,7 @@ use super::{E820Entry, MemoryError, ZoneError, e820_map};
 #[derive(Debug, Clone)]
 pub struct GuestMemory {
     pub(super) ram: GuestRam,
+    hotplug: Option<Arc<HotplugRam>>,
     map: AddressMap,
     pub(super) zones: Vec<Zone>,
     /// Of memory devices that are added later; none if there is no room for them.
@@ -67,7 +69,7 @@ impl GuestMemory {
                 let mapping = plan.backing.map(source, offset, bytes);
                 let mapping = mapping.map_err(|source| plan.error(source))?;
                 let region = GuestRegionMmap::new(mapping, GuestAddress(range.start));
-                regions.push(region.ok_or(MemoryError::SizeOverflow)?);
+                regions.push(Arc::new(region.ok_or(MemoryError::SizeOverflow)?));
                 offset += bytes;
             }
             made.push(Zone {
@@ -78,10 +80,18 @@ impl GuestMemory {
                 kind: plan.kind,
             });
         }
-        let mmap = GuestMemoryMmap::from_regions(regions)
+        let mmap = GuestMemoryMmap::from_arc_regions(regions.clone())
             .expect("the address map has at least one range, in order and without overlap");
+        let last = made.last();
+        let last = last.filter(|zone| zone.kind == ZoneKind::VirtioMem);
+        let hotplug = last.and_then(|zone| {
+            let whole = regions.pop()?;
+            let block_bytes = hotplug_block_bytes(zone.bytes(), zone.page_bytes);
+            Some(Arc::new(HotplugRam::new(regions, whole, block_bytes)))
+        });
         Ok(Self {
             ram: GuestRam::new(mmap),
+            hotplug,
             map,
             zones: made,
             dimm_backing,
@@ -111,7 +121,8 @@ impl GuestMemory {
         }
         if let Some(zone) = hotplug_zone_of(config) {
             let mut plan = ZonePlan::new(zone, config.thp, Vec::new())?;
-            map = map.with_hotplug(plan.bytes, plan.backing.page_bytes(), phys_bits)?;
+            let block_bytes = hotplug_block_bytes(plan.bytes, plan.backing.page_bytes());
+            map = map.with_hotplug(plan.bytes, block_bytes, phys_bits)?;
             plan.ranges.push(map.hotplug.clone());
             plan.kind = ZoneKind::VirtioMem;
             plans.push(plan);
@@ -177,9 +188,20 @@ impl GuestMemory {
         zones.find(|zone| zone.kind == ZoneKind::VirtioMem)
     }
 
-    /// RAM as devices and loaders use it, including memory that can be hot-plugged.
+    /// All RAM that the VMM maps, including memory that is not plugged. Not for what follows the guest's addresses:
+    /// that is [`GuestMemory::device_ram`].
     pub fn ram(&self) -> &GuestRam {
         &self.ram
+    }
+
+    /// RAM as the guest has it now: of memory hot-plug, the blocks that are plugged.
+    pub fn device_ram(&self) -> &GuestRam {
+        self.hotplug.as_ref().map_or(&self.ram, |it| it.view())
+    }
+
+    /// The region for memory hot-plug, if configured.
+    pub fn hotplug_ram(&self) -> Option<&Arc<HotplugRam>> {
+        self.hotplug.as_ref()
     }
 
     /// The address map.
@@ -201,10 +223,21 @@ impl GuestMemory {
             vm: Arc::clone(vm),
             ram: self.ram.memory().into_inner(),
             count: 0,
+            hotplug: None,
+            end: 0,
         };
         let regions = Arc::clone(&slots.ram);
-        for region in regions.iter() {
+        let in_blocks = |region: &GuestRegionMmap| {
+            let hotplug = self.hotplug.as_ref();
+            hotplug.is_some_and(|it| it.range().contains(&region.start_addr().0))
+        };
+        for region in regions.iter().filter(|region| !in_blocks(region)) {
             slots.set(region)?;
+        }
+        slots.end = slots.count + DIMMS_MAX as u32;
+        if let Some(hotplug) = &self.hotplug {
+            slots.end = hotplug.attach(vm, slots.count)?;
+            slots.hotplug = Some(Arc::clone(hotplug));
         }
         Ok(slots)
     }
@@ -264,14 +297,17 @@ fn open(zones: &[ZonePlan]) -> Result<Vec<Source>, MemoryError> {
 pub struct RamSlots {
     vm: Arc<Vm>,
     ram: Arc<GuestMemoryMmap<()>>,
-    /// Slots 0 to `count` exist.
+    /// Slots 0 to `count` exist, for RAM that the guest has from the start.
     count: u32,
+    /// Has the slots behind them, up to `end`.
+    hotplug: Option<Arc<HotplugRam>>,
+    end: u32,
 }
 
 impl RamSlots {
     /// The number of the first slot behind them and behind those of all memory devices that can be added.
     pub fn end(&self) -> u32 {
-        self.count + DIMMS_MAX as u32
+        self.end
     }
 
     /// Makes a memory device visible to the guest.
@@ -309,6 +345,9 @@ impl RamSlots {
 
 impl Drop for RamSlots {
     fn drop(&mut self) {
+        if let Some(hotplug) = &self.hotplug {
+            hotplug.detach();
+        }
         for slot in 0..self.count {
             if let Err(error) = self.vm.remove_memory_slot(slot) {
                 // KVM would continue to use the range. Keep it mapped forever, so that the guest still accesses nothing

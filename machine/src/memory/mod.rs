@@ -4,7 +4,8 @@
 //!   MemoryConfig ─► zones ─► GuestMemory::new ─► GuestRam (shared with devices)
 //!                                 │
 //!                                 ├─ attach ─► RamSlots (KVM's view, removed on drop)
-//!                                 └─ map_dimm ─► Dimm, added while the guest runs
+//!                                 ├─ map_dimm ─► Dimm, added while the guest runs
+//!                                 └─ HotplugRam (opens and closes blocks of virtio-mem for KVM and devices)
 //! ```
 
 mod backing;
@@ -18,6 +19,7 @@ mod hotplug;
 pub mod layout;
 mod numa_policy;
 pub mod on_demand;
+mod plugged;
 mod source;
 mod state;
 mod zones;
@@ -29,5 +31,6 @@ pub use error::{MemoryError, ZoneError};
 pub use guest_ram::{GuestMemory, RamSlots};
 pub use hotplug::{MEMORY_HOTPLUG_BYTES, MemoryHotplug, MemoryHotplugState};
 pub use numa_policy::HOST_NUMA_NODE_MAX;
+pub use plugged::{HotplugRam, hotplug_block_bytes};
 pub use state::{MemoryRangeState, MemoryState, ZoneState};
 pub use zones::{DEFAULT_ZONE_ID, HOTPLUG_ZONE_ID, Zone, ZoneKind, all_shared};

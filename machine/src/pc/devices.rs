@@ -165,12 +165,20 @@ impl Pc {
         plug: &Plug,
         saved: Option<&Saved>,
     ) -> Result<Arc<VirtioPciFunction>, PcError> {
-        let count = vectors_needed(&*plug.device.lock().unpoisoned());
+        let device = plug.device.lock().unpoisoned();
+        let count = vectors_needed(&*device);
+        let ram = if device.ram_is_mapped_elsewhere() {
+            self.memory.hotplug_ram().inspect(|it| it.bypass());
+            self.memory.ram()
+        } else {
+            self.memory.device_ram()
+        };
+        drop(device);
         let vectors = FunctionVectors::new(Arc::clone(&self.chassis.router), count);
         let params = VirtioPciParams {
             id: plug.id.clone(),
             device: Arc::clone(&plug.device),
-            mem: self.memory.ram().clone(),
+            mem: ram.clone(),
             vectors: Arc::new(vectors),
             thread_start: worker_start(&self.context.thread_start, plug.kind),
             listener: Some(Arc::new(DeviceEvents::new(Arc::clone(

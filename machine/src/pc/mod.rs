@@ -15,6 +15,7 @@ mod state;
 mod tests;
 mod vcpus;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use api::config::{CpusConfig, NumaConfig, PlatformConfig};
@@ -24,6 +25,7 @@ use vm_memory::GuestAddressSpace;
 
 use crate::acpi::{self, AcpiParams, NumaNode, PciSegmentEntry, VcpuEntry};
 use crate::boot::Payload;
+use crate::bus::BusDevice;
 use crate::cpu::{GuestEvent, Vcpus, VcpusContext};
 use crate::events::DeviceEventSink;
 use crate::interrupt::IOAPIC_PIN_COUNT;
@@ -109,6 +111,12 @@ impl Pc {
         let slots = memory.attach(&vm).map_err(PcError::Memory)?;
         let device_slots = DeviceSlots::new(Arc::clone(&vm), slots.end());
         let chassis = Chassis::new(&vm, &memory, &params, &context.signals)?;
+        if let Some(hotplug) = memory.hotplug_ram() {
+            let Range { start, end } = hotplug.range();
+            let closed = Arc::clone(hotplug) as Arc<dyn BusDevice>;
+            let inserted = chassis.mmio.insert(start, end - start, closed);
+            inserted.map_err(PcError::Bus)?;
+        }
         chassis.pci.reserve(params.wished_slots.iter().copied());
         let vcpus_context = VcpusContext {
             handler: Arc::new(Exits::new(&chassis)),

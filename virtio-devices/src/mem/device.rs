@@ -17,12 +17,15 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use state::{Part, Saved, State, StateError, parts, require};
 
+use super::access::BlockAccess;
 use super::handle::{MemHandle, ResizeError};
 use super::region::MemRegion;
 use super::shared::Shared;
 use super::spec::{VIRTIO_F_VERSION_1, VIRTIO_ID_MEM, VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE};
 use super::worker::MemWorker;
-use crate::device::{Counters, Interrupt, QueueHandler, VirtioDevice, boxed, read_config_space};
+use crate::device::{
+    Counters, GuestRam, Interrupt, QueueHandler, VirtioDevice, boxed, read_config_space,
+};
 use crate::queue::SingleQueue;
 use crate::reclaim::DiscardEngine;
 
@@ -51,15 +54,24 @@ impl State for MemState {
 }
 
 /// Parameters of the device.
-#[derive(Debug)]
 pub struct MemParams {
     /// Names the device and its thread.
     pub id: String,
-    /// Its region of guest RAM: mapped, but not in any memory map that the guest sees at boot.
+    /// Its region of guest RAM: not in any memory map that the guest sees at boot.
     pub region: MemRegion,
+    /// RAM with all of the region, whether blocks are open or not.
+    pub ram: GuestRam,
+    /// Opens and closes its blocks, which are closed.
+    pub access: Arc<dyn BlockAccess>,
     /// Bytes requested initially.
     pub requested_bytes: u64,
 }
+
+crate::debug_fields!(MemParams(it) {
+    id: it.id,
+    region: it.region,
+    requested_bytes: it.requested_bytes
+});
 
 /// A virtio-mem device, as its transport sees it.
 #[derive(Debug)]
@@ -77,11 +89,11 @@ impl Mem {
     /// # Errors
     /// The region cannot have the requested size.
     pub fn new(params: MemParams) -> Result<(Self, MemHandle), ResizeError> {
-        let shared = Arc::new(Shared::new(params.region, 0));
+        let shared = Arc::new(Shared::new(params.region, params.access));
         let handle = MemHandle::new(Arc::clone(&shared));
         handle.set_requested_bytes(params.requested_bytes)?;
         let engine = DiscardEngine::new(Arc::default());
-        let worker = MemWorker::new(params.id, Arc::clone(&shared), engine);
+        let worker = MemWorker::new(params.id, Arc::clone(&shared), params.ram, engine);
         let device = Self {
             shared,
             worker: Some(worker),
@@ -99,8 +111,8 @@ impl VirtioDevice for Mem {
         &QUEUE_SIZES
     }
 
-    /// Reading an unplugged block would allocate a page of a shared file, so the driver should promise not to. The
-    /// standard also allows a driver that does not promise it.
+    /// Unplugged blocks are closed, so the driver must promise not to access them. A driver that does not promise it may
+    /// run nevertheless, as the standard allows: it reads all ones.
     fn features(&self) -> u64 {
         VIRTIO_F_VERSION_1 | VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE
     }

@@ -74,6 +74,16 @@ impl MemHandle {
         self.shared.plugged_bytes()
     }
 
+    /// Memory that the guest can take beyond the plugged size without another request.
+    #[must_use]
+    pub fn obtainable_bytes(&self) -> u64 {
+        let most = match self.shared.access.is_bypassed() {
+            true => self.region_bytes(),
+            false => self.requested_bytes(),
+        };
+        most.saturating_sub(self.plugged_bytes())
+    }
+
     /// The maximum size.
     #[must_use]
     pub fn region_bytes(&self) -> u64 {

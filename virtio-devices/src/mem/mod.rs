@@ -4,18 +4,20 @@
 //!   control thread ── MemHandle ──┐                  ┌── Mem: VirtioDevice (vCPU threads)
 //!     requested size, figures     ├── Shared (Arc) ──┤     features, configuration space
 //!                                 │                  └── MemWorker: QueueHandler (own thread)
-//!                                                          plug, unplug, state ─► DiscardEngine
+//!                                                          plug, unplug, state ─► BlockAccess, DiscardEngine
 //! ```
 //!
 //! The device owns one region of guest RAM, divided into blocks. The host requests a number of bytes. The guest plugs
-//! blocks until it has that many, or unplugs blocks that it can spare. The region is mapped from the start and uses no
-//! memory until it is touched, so plugging is bookkeeping. Unplugging is a discard: a block counts as unplugged only
-//! after its memory has been returned to the host.
+//! blocks until it has that many, or unplugs blocks that it can spare. The VMM maps the region from the start, which costs
+//! nothing until it is touched. Guest and devices reach plugged blocks only: plugging opens a block ([`BlockAccess`]);
+//! unplugging closes it and then discards it. A block counts as unplugged only after its memory has been returned to
+//! the host.
 //!
 //! Errors are contained as follows. An invalid request gets an error response, is counted, and changes nothing. A block
-//! that the host cannot discard stays plugged, and the guest must try again. A guest can use blocks without plugging
-//! them, because the region is mapped. It cannot use more than the region, and the resident size includes those blocks.
+//! that the host cannot open, close or discard keeps its state, and the guest must try again. A guest that accesses
+//! blocks without plugging them gets no memory, and its accesses are counted.
 
+mod access;
 mod blocks;
 mod device;
 mod handle;
@@ -27,6 +29,7 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
+pub use access::BlockAccess;
 pub use device::{Mem, MemParams, MemState};
 pub use handle::{MemHandle, ResizeError};
 pub use region::{MemRegion, RegionError};

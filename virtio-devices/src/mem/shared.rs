@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use super::access::BlockAccess;
 use super::region::MemRegion;
 use crate::Unpoisoned;
 use crate::counters::counters;
@@ -17,7 +18,7 @@ counters! {
         state_requests,
         /// Requests to plug more than the requested size.
         requests_nacked,
-        /// Requests to unplug blocks that the host could not discard.
+        /// Requests to unplug blocks that the host could not close or discard, or to plug blocks that it could not open.
         requests_busy,
         /// Requests that name blocks outside the region, or blocks in the wrong state.
         requests_wrong,
@@ -37,6 +38,7 @@ counters! {
 
 pub(super) struct Shared {
     pub(super) region: MemRegion,
+    pub(super) access: Arc<dyn BlockAccess>,
     pub(super) tally: Tally,
     requested_bytes: AtomicU64,
     plugged_bytes: AtomicU64,
@@ -44,11 +46,12 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub(super) fn new(region: MemRegion, requested_bytes: u64) -> Self {
+    pub(super) fn new(region: MemRegion, access: Arc<dyn BlockAccess>) -> Self {
         Self {
             region,
+            access,
             tally: Tally::default(),
-            requested_bytes: AtomicU64::new(requested_bytes),
+            requested_bytes: AtomicU64::new(0),
             plugged_bytes: AtomicU64::new(0),
             interrupt: Mutex::new(None),
         }
@@ -91,6 +94,7 @@ impl Shared {
         counters.insert("region_bytes", self.region.bytes());
         counters.insert("requested_bytes", self.requested_bytes());
         counters.insert("plugged_bytes", self.plugged_bytes());
+        counters.insert("unplugged_accesses", self.access.refused_accesses());
         counters
     }
 }

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
+use state::Saved;
 use vm_memory::GuestAddress;
 
 use super::request::{ANSWER_BYTES, REQUEST_BYTES};
@@ -10,10 +11,12 @@ use super::spec::{
     VIRTIO_MEM_RESP_ACK, VIRTIO_MEM_RESP_BUSY, VIRTIO_MEM_RESP_ERROR, VIRTIO_MEM_RESP_NACK,
     VIRTIO_MEM_STATE_MIXED, VIRTIO_MEM_STATE_PLUGGED, VIRTIO_MEM_STATE_UNPLUGGED,
 };
-use super::{Mem, MemHandle, MemParams, MemRegion, ResizeError};
-use crate::device::{QueueHandler, VirtioDevice};
+use super::{Mem, MemBlocksState, MemHandle, MemParams, MemRegion, ResizeError, RunState};
+use crate::device::{GuestRam, QueueHandler, VirtioDevice};
 use crate::reclaim::guarded_ram::{GuardedRam, Kind, PAGE, RamArea};
-use crate::testing::{Desc, HandlerHarness, MockInterrupt, Segment, TestRam, WRITE, conformance};
+use crate::testing::{
+    Desc, HandlerHarness, MockInterrupt, Segment, TestBlocks, TestRam, WRITE, conformance,
+};
 
 const MIB: u64 = 1 << 20;
 const BLOCK: u64 = 2 * MIB;
@@ -28,19 +31,35 @@ const BUSY: Response = (VIRTIO_MEM_RESP_BUSY, 0);
 const ERROR: Response = (VIRTIO_MEM_RESP_ERROR, 0);
 
 struct Rig {
+    blocks: Arc<TestBlocks>,
     device: Mem,
     handle: MemHandle,
     interrupt: Arc<MockInterrupt>,
     harness: HandlerHarness<Box<dyn QueueHandler>>,
 }
 
-fn device(start: u64, blocks: u64, requested: u64) -> (Mem, MemHandle) {
-    Mem::new(MemParams {
+struct Made {
+    blocks: Arc<TestBlocks>,
+    device: Mem,
+    handle: MemHandle,
+}
+
+fn device(ram: GuestRam, start: u64, blocks: u64, requested: u64) -> Made {
+    let region = MemRegion::new(start, blocks * BLOCK, BLOCK).unwrap();
+    let blocks = Arc::new(TestBlocks::new(BLOCK));
+    let (device, handle) = Mem::new(MemParams {
         id: "mem0".into(),
-        region: MemRegion::new(start, blocks * BLOCK, BLOCK).unwrap(),
+        region,
+        ram,
+        access: Arc::clone(&blocks) as _,
         requested_bytes: requested * BLOCK,
     })
-    .unwrap()
+    .unwrap();
+    Made {
+        blocks,
+        device,
+        handle,
+    }
 }
 
 impl Rig {
@@ -48,10 +67,16 @@ impl Rig {
     fn new(requested: u64) -> Self {
         let bytes = (BLOCKS * BLOCK) as usize;
         let ram = TestRam::from_regions(&[(0, 4 << 20), (START, bytes)]);
-        Self::around(ram, device(START, BLOCKS, requested))
+        let made = device(ram.mem(), START, BLOCKS, requested);
+        Self::around(ram, made)
     }
 
-    fn around(ram: TestRam, (mut device, handle): (Mem, MemHandle)) -> Self {
+    fn around(ram: TestRam, made: Made) -> Self {
+        let Made {
+            blocks,
+            mut device,
+            handle,
+        } = made;
         let interrupt = Arc::new(MockInterrupt::default());
         device.set_interrupt(Arc::clone(&interrupt) as _);
         let handler = device.take_handlers().remove(0);
@@ -59,6 +84,7 @@ impl Rig {
         harness.add_queues(1);
         harness.activate().unwrap();
         Self {
+            blocks,
             device,
             handle,
             interrupt,
@@ -102,6 +128,12 @@ impl Rig {
         u64::from_le_bytes(bytes)
     }
 
+    /// The numbers of the blocks that guest and devices reach.
+    fn open(&self) -> Vec<u64> {
+        let starts = self.blocks.open();
+        starts.iter().map(|start| (start - START) / BLOCK).collect()
+    }
+
     fn byte_of(&self, block: u64) -> u8 {
         let last = GuestAddress(START + (block + 1) * BLOCK - 1);
         self.harness.ram.read(last, 1)[0]
@@ -115,7 +147,9 @@ impl Rig {
 
 #[test]
 fn mem_conforms() {
-    conformance("mem", |_| Arc::new(Mutex::new(device(START, BLOCKS, 2).0)));
+    conformance("mem", |ram| {
+        Arc::new(Mutex::new(device(ram.mem(), START, BLOCKS, 2).device))
+    });
 }
 
 #[test]
@@ -347,11 +381,13 @@ fn block_that_the_host_cannot_take_back_stays_plugged() {
     let ram = TestRam::around(guarded.ram, 0, MIB);
     // The rings must initially be zeros.
     ram.write(GuestAddress(0), &vec![0; MIB as usize]);
-    let mut rig = Rig::around(ram, device(START, 1, 1));
+    let made = device(ram.mem(), START, 1, 1);
+    let mut rig = Rig::around(ram, made);
     assert_eq!(rig.ask(VIRTIO_MEM_REQ_PLUG, 0, 1), ACK);
     for kind in [VIRTIO_MEM_REQ_UNPLUG, VIRTIO_MEM_REQ_UNPLUG_ALL] {
         assert_eq!(rig.ask(kind, 0, 1), BUSY);
         assert_eq!(rig.state(0, 1), VIRTIO_MEM_STATE_PLUGGED);
+        assert_eq!(rig.open(), [0], "the guest keeps it");
     }
     assert_eq!(rig.handle.plugged_bytes(), BLOCK);
     assert_eq!(
@@ -361,6 +397,65 @@ fn block_that_the_host_cannot_take_back_stays_plugged() {
         ),
         (2, 2 * BLOCK)
     );
+}
+
+#[test]
+fn blocks_are_open_as_long_as_they_are_plugged() {
+    let mut rig = Rig::new(6);
+    assert_eq!(rig.open(), [0; 0]);
+    assert_eq!(rig.ask(VIRTIO_MEM_REQ_PLUG, 1, 4), ACK);
+    assert_eq!(rig.open(), [1, 2, 3, 4]);
+    // Refused requests open and close nothing.
+    assert_eq!(rig.ask(VIRTIO_MEM_REQ_PLUG, 4, 2), ERROR);
+    assert_eq!(rig.ask(VIRTIO_MEM_REQ_PLUG, 5, 3), NACK);
+    assert_eq!(rig.ask(VIRTIO_MEM_REQ_UNPLUG, 4, 2), ERROR);
+    assert_eq!(rig.open(), [1, 2, 3, 4]);
+    assert_eq!(rig.ask(VIRTIO_MEM_REQ_UNPLUG, 2, 2), ACK);
+    assert_eq!(rig.open(), [1, 4]);
+    rig.device.reset();
+    rig.harness.reset();
+    rig.harness.activate().unwrap();
+    assert_eq!(rig.open(), [1, 4]);
+    assert_eq!(rig.ask_at(VIRTIO_MEM_REQ_UNPLUG_ALL, 0, 0), ACK);
+    assert_eq!(rig.open(), [0; 0]);
+}
+
+#[test]
+fn blocks_that_the_host_cannot_open_or_close_keep_their_state() {
+    let mut rig = Rig::new(BLOCKS);
+    assert_eq!(rig.ask(VIRTIO_MEM_REQ_PLUG, 0, 2), ACK);
+    rig.mark(0);
+    rig.blocks.refuse(true);
+    assert_eq!(rig.ask(VIRTIO_MEM_REQ_PLUG, 2, 2), BUSY);
+    assert_eq!(rig.ask(VIRTIO_MEM_REQ_UNPLUG, 0, 1), BUSY);
+    assert_eq!(rig.ask_at(VIRTIO_MEM_REQ_UNPLUG_ALL, 0, 0), BUSY);
+    assert_eq!(rig.counter("requests_busy"), 3);
+    assert_eq!(rig.counter("unplug_requested_bytes"), 0);
+    assert_eq!((rig.open(), rig.byte_of(0)), (vec![0, 1], 7));
+    assert_eq!(rig.handle.plugged_bytes(), 2 * BLOCK);
+    rig.blocks.refuse(false);
+    assert_eq!(rig.ask(VIRTIO_MEM_REQ_PLUG, 2, 2), ACK);
+    assert_eq!(rig.open(), [0, 1, 2, 3]);
+}
+
+#[test]
+fn saved_blocks_are_open_in_the_restored_device_and_no_others() {
+    let ram = TestRam::from_regions(&[(0, 4 << 20), (START, (BLOCKS * BLOCK) as usize)]);
+    let mut made = device(ram.mem(), START, BLOCKS, 4);
+    let run = |first, count| RunState { first, count };
+    let state = Saved::of(&MemBlocksState {
+        plugged: vec![run(1, 2), run(6, 1)],
+    });
+    let mut handler = made.device.take_handlers().remove(0);
+    handler.restore(Some(&state)).unwrap();
+    let starts = [1, 2, 6].map(|block| START + block * BLOCK);
+    assert_eq!(made.blocks.open(), starts);
+    // A host that refuses ends the restore, with a reason.
+    let mut made = device(ram.mem(), START, BLOCKS, 4);
+    made.blocks.refuse(true);
+    let mut handler = made.device.take_handlers().remove(0);
+    let error = handler.restore(Some(&state)).unwrap_err().to_string();
+    assert!(error.contains("cannot be opened on this host"), "{error}");
 }
 
 #[test]

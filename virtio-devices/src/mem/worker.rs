@@ -1,5 +1,6 @@
 //! The queue half, on its own thread.
 
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -15,6 +16,9 @@ use crate::reclaim::{DiscardEngine, Expected, GuestRange, Outcome};
 use crate::worker::Turn;
 
 const PART: Part = parts::MEM_BLOCKS;
+
+/// Blocks opened or closed before the worker checks for commands: a system call each, of some 10 µs.
+const BLOCKS_AT_ONCE: u64 = 16;
 
 /// The plugged blocks. There can be more than the host requests, while the guest is still returning some.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,34 +48,110 @@ impl State for MemBlocksState {
 pub(super) struct MemWorker {
     name: String,
     shared: Arc<Shared>,
+    /// With all of the region.
+    ram: GuestRam,
     engine: DiscardEngine,
     blocks: Blocks,
+    /// A request stopped half-way: blocks can be open without being plugged, or the other way round.
+    unsettled: bool,
 }
 
 impl MemWorker {
-    pub(super) fn new(name: String, shared: Arc<Shared>, engine: DiscardEngine) -> Self {
+    pub(super) fn new(
+        name: String,
+        shared: Arc<Shared>,
+        ram: GuestRam,
+        engine: DiscardEngine,
+    ) -> Self {
         Self {
             name,
             blocks: Blocks::new(shared.region.block_count()),
             shared,
+            ram,
             engine,
+            unsettled: false,
         }
     }
 
+    /// Opens or closes runs of blocks. `None`: a command arrived in between.
+    fn set_access(
+        &self,
+        runs: impl IntoIterator<Item = Range<u64>>,
+        open: bool,
+        turn: &mut Turn,
+    ) -> Option<io::Result<()>> {
+        let mut first = true;
+        for run in runs {
+            let mut start = run.start;
+            while start < run.end {
+                if !std::mem::take(&mut first) && turn.is_called() {
+                    return None;
+                }
+                let end = run.end.min(start + BLOCKS_AT_ONCE);
+                let range = self.shared.region.range(&(start..end));
+                (start..end).for_each(|_block| turn.charge_call(1, 0));
+                if let Err(error) = self.shared.access.set(range, open) {
+                    return Some(Err(error));
+                }
+                start = end;
+            }
+        }
+        Some(Ok(()))
+    }
+
+    /// Closes all blocks that are not plugged, and opens those that are.
+    fn settle(&mut self, turn: &mut Turn) -> Option<io::Result<()>> {
+        let plugged = self.blocks.plugged_runs();
+        let ends = plugged.iter().map(|run| run.end);
+        let starts = plugged.iter().map(|run| run.start);
+        let closed = [0]
+            .into_iter()
+            .chain(ends)
+            .zip(starts.chain([self.shared.region.block_count()]))
+            .map(|(start, end)| start..end);
+        for (runs, open) in [(closed.collect(), false), (plugged.clone(), true)] {
+            let runs: Vec<Range<u64>> = runs;
+            if let Err(error) = self.set_access(runs, open, turn)? {
+                return Some(Err(error));
+            }
+        }
+        self.unsettled = false;
+        Some(Ok(()))
+    }
+
+    /// Logs why blocks cannot be opened or closed; once, because a guest could repeat it at will.
+    fn refuse(&self, error: &io::Error) -> Answer {
+        if self.shared.tally.requests_busy.get() == 0 {
+            log::warn!("{}: blocks cannot be opened or closed: {error}", self.name);
+        }
+        Answer::Busy
+    }
+
     /// Executes a request. `None`: a command arrived during it, and the request must be executed again.
-    fn carry_out(&mut self, mem: &GuestRam, request: Request, turn: &mut Turn) -> Option<Answer> {
+    fn carry_out(&mut self, request: Request, turn: &mut Turn) -> Option<Answer> {
+        let settled = if self.unsettled {
+            self.settle(turn)?
+        } else {
+            Ok(())
+        };
         let answer = match request {
-            Request::Plug(named) => self.named(named).map_or(Answer::Error, |it| self.plug(it)),
+            Request::Unknown => Answer::Error,
+            _ if settled.is_err() => {
+                settled.map_or_else(|error| self.refuse(&error), |()| Answer::Busy)
+            }
+            Request::Plug(named) => match self.named(named) {
+                Some(blocks) => self.plug(blocks, turn)?,
+                None => Answer::Error,
+            },
             Request::Unplug(named) => match self.named(named) {
-                Some(blocks) => self.unplug(mem, blocks, turn)?,
+                Some(blocks) => self.unplug(blocks, turn)?,
                 None => Answer::Error,
             },
             Request::UnplugAll => {
                 let runs = self.blocks.plugged_runs();
-                self.give_back(mem, &runs, turn)?
+                self.give_back(&runs, turn)?
             }
             Request::State(named) => self.named(named).map_or(Answer::Error, |it| self.state(it)),
-            Request::Unknown => Answer::Error,
         };
         let tally = &self.shared.tally;
         let requests = match request {
@@ -96,25 +176,31 @@ impl MemWorker {
         self.shared.region.blocks(named.address, named.count)
     }
 
-    fn plug(&mut self, blocks: Range<u64>) -> Answer {
+    fn plug(&mut self, blocks: Range<u64>, turn: &mut Turn) -> Option<Answer> {
         if self.blocks.plugged_in(blocks.clone()) > 0 {
-            return Answer::Error;
+            return Some(Answer::Error);
         }
         let more = self.shared.region.bytes_of(blocks.end - blocks.start);
         let plugged_bytes = self.shared.plugged_bytes() + more;
         if plugged_bytes > self.shared.requested_bytes() {
-            return Answer::Nack;
+            return Some(Answer::Nack);
         }
+        // Until they are plugged, no more blocks are open than the host has allowed.
+        self.unsettled = true;
+        if let Err(error) = self.set_access([blocks.clone()], true, turn)? {
+            return Some(self.refuse(&error));
+        }
+        self.unsettled = false;
         self.blocks.set(blocks, true);
         self.shared.set_plugged_bytes(plugged_bytes);
-        Answer::Ack
+        Some(Answer::Ack)
     }
 
-    fn unplug(&mut self, mem: &GuestRam, blocks: Range<u64>, turn: &mut Turn) -> Option<Answer> {
+    fn unplug(&mut self, blocks: Range<u64>, turn: &mut Turn) -> Option<Answer> {
         if self.blocks.plugged_in(blocks.clone()) < blocks.end - blocks.start {
             return Some(Answer::Error);
         }
-        self.give_back(mem, &[blocks], turn)
+        self.give_back(&[blocks], turn)
     }
 
     fn state(&self, blocks: Range<u64>) -> Answer {
@@ -126,28 +212,40 @@ impl MemWorker {
         })
     }
 
-    /// Unplugs runs of plugged blocks, if the host can discard all of their memory. A driver may not rely on the
-    /// content of a block that it plugs again, so the content need not be zeros.
-    fn give_back(
-        &mut self,
-        mem: &GuestRam,
-        runs: &[Range<u64>],
-        turn: &mut Turn,
-    ) -> Option<Answer> {
+    /// Unplugs runs of plugged blocks, if the host can close them and discard all of their memory. They are closed first:
+    /// what is discarded stays so. A driver may not rely on the content of a block that it plugs again, so
+    /// the content need not be zeros.
+    fn give_back(&mut self, runs: &[Range<u64>], turn: &mut Turn) -> Option<Answer> {
         let region = self.shared.region;
+        self.unsettled = true;
+        if let Err(error) = self.set_access(runs.iter().cloned(), false, turn)? {
+            self.open_again();
+            return Some(self.refuse(&error));
+        }
         let mut claims: Vec<GuestRange> = runs.iter().map(|run| region.range(run)).collect();
         let engine = &mut self.engine;
-        let outcome = engine.discard_unless_called(mem, &mut claims, Expected::Anything, turn)?;
+        let outcome =
+            engine.discard_unless_called(&self.ram, &mut claims, Expected::Anything, turn)?;
         self.record(&outcome);
         if outcome.discarded.bytes < outcome.requested.bytes {
+            self.open_again();
             return Some(Answer::Busy);
         }
+        self.unsettled = false;
         for run in runs {
             self.blocks.set(run.clone(), false);
         }
         let left_bytes = self.shared.plugged_bytes() - outcome.requested.bytes;
         self.shared.set_plugged_bytes(left_bytes);
         Some(Answer::Ack)
+    }
+
+    /// Blocks that stay plugged are open before the guest reads the response. If the host refuses, the next request
+    /// tries it again.
+    fn open_again(&mut self) {
+        if let Some(Err(error)) = self.settle(&mut Turn::default()) {
+            log::error!("{}: plugged blocks cannot be opened: {error}", self.name);
+        }
     }
 
     fn record(&self, outcome: &Outcome) {
@@ -185,7 +283,7 @@ impl SingleQueueDevice for MemWorker {
 
     fn answer(
         &mut self,
-        driver: &Driver,
+        _driver: &Driver,
         request: Result<ChainBuffers, ChainError>,
         turn: &mut Turn,
     ) -> Reply {
@@ -193,7 +291,7 @@ impl SingleQueueDevice for MemWorker {
             self.shared.tally.requests_malformed.count();
             return Reply::Done(0);
         };
-        let Some(answer) = self.carry_out(&driver.ram, request, turn) else {
+        let Some(answer) = self.carry_out(request, turn) else {
             return Reply::PutBack;
         };
         buffers.writable.copy_in(&answer.bytes());
@@ -230,6 +328,14 @@ impl SingleQueueDevice for MemWorker {
         }
         self.shared
             .set_plugged_bytes(self.shared.region.bytes_of(plugged));
-        Ok(())
+        // There is no worker thread yet, so nothing waits for it.
+        match self.settle(&mut Turn::default()) {
+            Some(Err(error)) => Err(StateError::invalid(
+                PART,
+                "plugged",
+                format!("cannot be opened on this host: {error}"),
+            )),
+            _ => Ok(()),
+        }
     }
 }

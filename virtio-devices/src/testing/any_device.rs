@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use tempfile::{NamedTempFile, TempDir};
 
+use super::TestBlocks;
 use super::fuzz_input::AREAS;
+use super::ram::TestRam;
 use crate::block::{Block, BlockParams, EngineChoice};
 use crate::console::{Console, ConsoleEndpoint, WindowSize};
 use crate::device::VirtioDevice;
@@ -72,8 +74,8 @@ fn shared(device: impl VirtioDevice + 'static) -> Arc<Mutex<dyn VirtioDevice>> {
     Arc::new(Mutex::new(device))
 }
 
-/// Creates the device.
-pub(super) fn make(choice: u8) -> Made {
+/// Makes the device, for a guest with this RAM.
+pub(super) fn make(choice: u8, ram: &TestRam) -> Made {
     let mut image = None;
     let mut folder = None;
     let mut wire = None;
@@ -126,6 +128,8 @@ pub(super) fn make(choice: u8) -> Made {
             let (device, _) = Mem::new(MemParams {
                 id: "mem0".into(),
                 region: MemRegion::new(start, BLOCKS * BLOCK_BYTES, BLOCK_BYTES).expect("aligned"),
+                ram: ram.mem(),
+                access: Arc::new(TestBlocks::new(BLOCK_BYTES)),
                 requested_bytes: BLOCK_BYTES,
             })
             .expect("descriptors");

@@ -71,7 +71,7 @@ struct Guest {
 impl Guest {
     fn new(choice: u8, guarded: &GuardedRam, input: &mut Input<'_>) -> Self {
         let ram = driver_ram(guarded);
-        let made = any_device::make(choice);
+        let made = any_device::make(choice, &ram);
         let mut device = made.device.lock().unpoisoned();
         let features = device.features() & input.number(8) | VERSION_1;
         let mut harnesses: Vec<Harness> = device
@@ -243,7 +243,7 @@ impl Guest {
 
     /// Pauses, saves, restores a second device from the saved state, and continues the first one.
     fn save(&mut self) {
-        let second = any_device::make(self.choice);
+        let second = any_device::make(self.choice, &self.ram);
         let mut other = second.device.lock().unpoisoned();
         for harness in &mut self.harnesses {
             harness.handler.pause();

@@ -23,8 +23,8 @@ const EDITS_MAX: usize = 8;
 /// The device does not work after a reset.
 pub fn run(bytes: &[u8]) {
     let mut input = Input(bytes);
-    let made = any_device::make(input.byte());
     let ram = TestRam::new(RAM_BYTES);
+    let made = any_device::make(input.byte(), &ram);
     let mut driver = MockPciDriver::new(made.device.clone(), &ram);
     driver.start(u64::MAX);
     for _ in 0..STEPS_MAX {
@@ -93,8 +93,8 @@ fn step(driver: &mut MockPciDriver, input: &mut Input<'_>) {
 pub fn run_state(bytes: &[u8]) -> bool {
     let mut input = Input(bytes);
     let choice = input.byte();
-    let made = any_device::make(choice);
     let ram = TestRam::new(RAM_BYTES);
+    let made = any_device::make(choice, &ram);
     let mut driver = MockPciDriver::new(made.device.clone(), &ram);
     driver.start(u64::MAX);
     for index in 0..driver.num_queues() {
@@ -117,7 +117,7 @@ pub fn run_state(bytes: &[u8]) -> bool {
     let Ok(read) = serde_json::from_slice::<Saved>(&text) else {
         return false;
     };
-    let other = any_device::make(choice);
+    let other = any_device::make(choice, &moving.ram);
     match restore(other.device.clone(), &moving.ram, &read) {
         Ok((function, _)) => {
             function.resume();

@@ -11,6 +11,7 @@
 mod any_device;
 pub mod any_guest;
 pub mod any_registers;
+mod blocks;
 mod conformance;
 mod conformance_state;
 mod driver;
@@ -24,6 +25,7 @@ mod ram;
 mod turns;
 mod vectors;
 
+pub use blocks::TestBlocks;
 pub use conformance::conformance;
 pub use driver::{MockPciDriver, MovingDriver, Windows, common};
 pub use handler::HandlerHarness;

@@ -130,6 +130,7 @@ fn every_figure() -> Value {
     };
     let every = ReclaimStats {
         swapped_bytes: Some(0),
+        obtainable_bytes: Some(0),
         report: path.clone(),
         inflate: path.clone(),
         hint: path,

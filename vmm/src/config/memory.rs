@@ -3,8 +3,8 @@
 use api::config::{HotplugMethod, MemoryConfig, MemoryZoneConfig};
 
 use super::error::MemoryFault;
-use machine::memory::HOST_NUMA_NODE_MAX;
 use machine::memory::layout::{MIN_RAM_BYTES, SECTION_BYTES};
+use machine::memory::{HOST_NUMA_NODE_MAX, hotplug_block_bytes};
 
 const PAGE_BYTES: u64 = 4 << 10;
 /// The two sizes of huge pages of x86-64.
@@ -90,7 +90,8 @@ fn hotplug(memory: &MemoryConfig, added_bytes: u64) -> Result<u64, MemoryFault> 
         };
     }
     let huge_page_bytes = memory.hugepage_size.filter(|_| memory.hugepages);
-    let block_bytes = huge_page_bytes.unwrap_or(HUGE_PAGE_BYTES[0]);
+    let page_bytes = huge_page_bytes.unwrap_or(PAGE_BYTES);
+    let block_bytes = hotplug_block_bytes(bytes, page_bytes);
     let whole = |field, bytes: u64, unit_bytes| match bytes.is_multiple_of(unit_bytes) {
         true => Ok(()),
         false => Err(MemoryFault::HotplugNotWhole {

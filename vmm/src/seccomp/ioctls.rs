@@ -148,6 +148,8 @@ const FAULTS: &[Request] = requests![
     UFFDIO_COPY = 0xc028_aa03,
     UFFDIO_ZEROPAGE = 0xc020_aa04,
 ];
+/// Opens and closes blocks of hot-plugged memory.
+const SLOTS: &[Request] = requests![KVM_SET_USER_MEMORY_REGION = 0x4020_ae46];
 const MESSAGE: &[Request] = requests![KVM_SIGNAL_MSI = 0x4020_aea5];
 
 /// The requests of a kind, without those of its children.
@@ -193,8 +195,7 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [Request]] {
         MachineThread::Worker(DeviceKind::Balloon) => &[PAGEMAP],
         MachineThread::Worker(DeviceKind::Block) => &[DISK],
         MachineThread::Worker(DeviceKind::Net) => &[TAP],
-        MachineThread::Worker(
-            DeviceKind::Mem | DeviceKind::Rng | DeviceKind::Watchdog | DeviceKind::Pmem,
-        ) => &[],
+        MachineThread::Worker(DeviceKind::Mem) => &[SLOTS],
+        MachineThread::Worker(DeviceKind::Rng | DeviceKind::Watchdog | DeviceKind::Pmem) => &[],
     }
 }

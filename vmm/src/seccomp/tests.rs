@@ -312,7 +312,10 @@ fn forbidden() -> Vec<Forbidden> {
         ),
         call(
             "memory slot",
-            but_control,
+            |kind| {
+                let opens_blocks = MachineThread::Worker(DeviceKind::Mem);
+                kind != ThreadKind::Control && kind != ThreadKind::Machine(opens_blocks)
+            },
             libc::SYS_ioctl,
             [-1, 0x4020_ae46, 0, 0, 0, 0],
         ),

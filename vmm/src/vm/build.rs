@@ -20,6 +20,7 @@ use machine::memory::GuestMemory;
 use machine::memory::on_demand::OnDemand;
 use machine::pc::{Pc, PcError, PcParams, PcState};
 use machine::serial::Endpoint;
+use machine::threads::DeviceKind;
 use virtio_devices::balloon::BalloonHandle;
 use virtio_devices::mem::MemHandle;
 use virtio_devices::reclaim::ResidencyProbe;
@@ -158,6 +159,11 @@ impl Parts {
             pc.plug_debug_console(port, output).map_err(VmError::Pc)?;
         }
         let mut counters = Vec::new();
+        if saved.is_some() {
+            // Rings of other devices may be in hot-plugged memory, which this device opens. Slots are those of the state.
+            self.devices
+                .sort_by_key(|made| made.plug.kind != DeviceKind::Mem);
+        }
         for made in self.devices {
             let plugged = match saved {
                 Some(saved) => pc.plug_restored(made.plug, saved),

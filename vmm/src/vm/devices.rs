@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -9,7 +10,6 @@ use std::time::Duration;
 
 use api::VmConfig;
 use api::config::{BalloonConfig, DiskConfig, FsConfig, PmemConfig, VsockConfig};
-use machine::memory::layout::MIB;
 use machine::memory::{DEFAULT_ZONE_ID, GuestMemory};
 use machine::pc::Plug;
 use machine::pci::Place;
@@ -30,10 +30,7 @@ use super::VmError;
 use super::observer::CounterSource;
 use crate::device_ids::{BALLOON_ID, RNG_ID, WATCHDOG_ID};
 
-/// Minimum granularity of memory hot-plug: a transparent huge page, or a page of this size, can be returned as a whole.
-const BLOCK_BYTES_MIN: u64 = 2 * MIB;
-
-/// The slot that a device's section requests.
+/// The place that a device's section asks for.
 macro_rules! place {
     ($config:expr) => {
         ::machine::pci::Place {
@@ -161,17 +158,18 @@ pub(super) fn mem(
     config: &VmConfig,
     memory: &GuestMemory,
 ) -> Result<Option<(Made, MemHandle)>, VmError> {
-    let Some(zone) = memory.hotplug_zone() else {
+    let Some(hotplug) = memory.hotplug_ram() else {
         return Ok(None);
     };
     let id = DEFAULT_ZONE_ID;
-    let block_bytes = zone.page_bytes.max(BLOCK_BYTES_MIN);
-    let start = memory.map().hotplug.start;
-    let region = MemRegion::new(start, zone.bytes(), block_bytes)
+    let Range { start, end } = hotplug.range();
+    let region = MemRegion::new(start, end - start, hotplug.block_bytes())
         .map_err(|source| VmError::device(id, source))?;
     let (mem, handle) = Mem::new(MemParams {
         id: id.to_owned(),
         region,
+        ram: memory.ram().clone(),
+        access: Arc::clone(hotplug) as _,
         requested_bytes: config.memory.hotplugged_size.unwrap_or(0),
     })
     .map_err(|source| VmError::device(id, source))?;

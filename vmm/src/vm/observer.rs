@@ -65,6 +65,7 @@ impl Observed {
         ConfiguredRam {
             zones: &self.zones,
             plugged_bytes: self.mem.as_ref().map_or(0, MemHandle::plugged_bytes),
+            obtainable_bytes: self.mem.as_ref().map_or(0, MemHandle::obtainable_bytes),
         }
     }
 }

@@ -22,6 +22,8 @@ pub(super) struct ConfiguredRam<'a> {
     pub(super) zones: &'a [Zone],
     /// The plugged part of the zone for memory hot-plug.
     pub(super) plugged_bytes: u64,
+    /// What the guest can take beyond it.
+    pub(super) obtainable_bytes: u64,
 }
 
 impl ConfiguredRam<'_> {
@@ -47,6 +49,7 @@ pub(super) fn reclaim_stats(
     let mut stats = ReclaimStats {
         backing: backing_name(ram.zones).to_owned(),
         reporting: reporting::missing(),
+        obtainable_bytes: Some(ram.obtainable_bytes),
         ..ReclaimStats::default()
     };
     if let Some(residency) = residency {
@@ -238,6 +241,7 @@ mod tests {
         let ram = |plugged_bytes| ConfiguredRam {
             zones: &zones,
             plugged_bytes,
+            obtainable_bytes: 7,
         };
         let stats = reclaim_stats(Some(&residency), &ram(0), None);
         let figures: Vec<_> = stats
@@ -253,6 +257,7 @@ mod tests {
             .collect();
         assert_eq!(figures, [(200, 35, 165), (200, 200, 0)]);
         assert_eq!(stats.backing, "hugetlb-shared");
+        assert_eq!(stats.obtainable_bytes, Some(7));
         let reason = |at: usize| stats.zones[at].reporting.reason.clone().unwrap();
         assert!(reason(0).contains("no balloon"), "{}", reason(0));
         assert!(reason(1).contains("1073741824"), "{}", reason(1));
@@ -291,6 +296,7 @@ mod tests {
             let ram = ConfiguredRam {
                 zones: &zones,
                 plugged_bytes,
+                obtainable_bytes: 0,
             };
             let stats = reclaim_stats(Some(&residency), &ram, None);
             let zone = &stats.zones[1];

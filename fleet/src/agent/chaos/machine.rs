@@ -498,6 +498,7 @@ impl Machine {
                 ballooned: Bytes(ballooned),
                 resident: Bytes(self.resident()),
                 swapped: Bytes::ZERO,
+                obtainable: Bytes::ZERO,
                 guest,
                 reclaim,
             },
