@@ -9,6 +9,7 @@ mod burst;
 mod chart;
 mod host;
 mod overcommit;
+mod patience;
 mod plan;
 mod recorder;
 mod turns;

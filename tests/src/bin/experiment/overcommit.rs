@@ -1,12 +1,13 @@
 //! How many guests a host holds: one after another starts, touches its memory, frees it, idles.
 //!
-//! The host is full when the next guest's peak makes the kernel kill a guest. The result is compared with the number of
-//! idle guests that would fit: (host − one peak) / idle resident size.
+//! The host is full when the next guest's peak makes the kernel kill a guest, or leaves the guest without memory to
+//! continue. A run that ends for another reason has no count. The result is compared with the number of idle guests
+//! that would fit: (host − one peak) / idle resident size.
 
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result};
 use integration_tests::linux::Guest;
 use serde::Serialize;
 use serde_json::json;
@@ -14,9 +15,85 @@ use serde_json::json;
 use crate::host::{Host, OOM_SCORE_ADJ_DEFAULT};
 use crate::plan::Overcommit;
 use crate::recorder::Recorder;
-use crate::{Outcome, chart};
+use crate::{Outcome, chart, patience};
 
 const MIB: u64 = 1 << 20;
+
+/// A host with less than this share available has no memory for the next guest.
+const SHORT_SHARE: u64 = 32;
+
+/// Why no more guests start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum End {
+    /// All that were asked for run.
+    Asked(usize),
+    /// The host has no memory for one more.
+    Full(String),
+    /// Anything else: how many guests the host holds is not known.
+    Other(String),
+}
+
+impl End {
+    /// Guest `number` failed, or others ended meanwhile.
+    fn of(number: usize, lost: usize, error: Option<&Error>, memory: &Memory) -> Self {
+        let what = match lost {
+            0 => format!("guest {number} did not make it"),
+            lost => format!("guest {number} cost {lost} guests their lives"),
+        };
+        if memory.kills > 0 {
+            return Self::Full(what);
+        }
+        let refused = error.is_some_and(|error| {
+            // What the VMM printed is in the error as text.
+            format!("{error:#}").contains("Cannot allocate memory (os error 12)")
+        });
+        if lost == 0 && (refused || memory.is_short()) {
+            return Self::Full(format!(
+                "{what}, with {} MiB available",
+                memory.available_bytes / MIB
+            ));
+        }
+        Self::Other(format!(
+            "{what}, with {} MiB available and no process killed for memory",
+            memory.available_bytes / MIB
+        ))
+    }
+
+    fn text(&self) -> String {
+        match self {
+            Self::Asked(count) => format!("the {count} guests asked for run"),
+            Self::Full(why) => why.clone(),
+            Self::Other(why) => format!("ended for another reason than memory: {why}"),
+        }
+    }
+
+    fn is_for_memory(&self) -> bool {
+        !matches!(self, Self::Other(_))
+    }
+}
+
+/// The host's memory when a guest failed.
+#[derive(Clone, Copy, Debug)]
+struct Memory {
+    total_bytes: u64,
+    available_bytes: u64,
+    /// Processes killed for want of it since the experiment began.
+    kills: u64,
+}
+
+impl Memory {
+    fn of(host: &Host, kills_before: u64) -> Result<Self> {
+        Ok(Self {
+            total_bytes: host.total_bytes()?,
+            available_bytes: host.available_bytes()?,
+            kills: host.oom_kills()?.saturating_sub(kills_before),
+        })
+    }
+
+    fn is_short(&self) -> bool {
+        self.available_bytes < self.total_bytes / SHORT_SHARE
+    }
+}
 
 /// One guest that fitted.
 #[derive(Clone, Debug, Serialize)]
@@ -35,6 +112,7 @@ struct Row {
 pub(crate) fn run(plan: &Overcommit) -> Result<Outcome> {
     let host = Host::enter(plan.host_bytes)?;
     let begin_bytes = host.available_bytes()?;
+    let kills_before = host.oom_kills()?;
     println!(
         "host: {} MiB, {} MiB of them available; guests of {} MiB touch {} MiB; reporting {}",
         host.total_bytes()? / MIB,
@@ -47,7 +125,7 @@ pub(crate) fn run(plan: &Overcommit) -> Result<Outcome> {
     let recorder = Recorder::start(&host);
     let mut guests: Vec<Guest> = Vec::new();
     let mut rows: Vec<Row> = Vec::new();
-    let mut end = format!("the {} guests asked for run", plan.guests_max);
+    let mut end = End::Asked(plan.guests_max);
     for number in 1..=plan.guests_max {
         let added = add(plan, &host, &recorder, number, &mut guests);
         let lost = guests
@@ -67,13 +145,13 @@ pub(crate) fn run(plan: &Overcommit) -> Result<Outcome> {
                 );
                 rows.push(row);
             }
-            Ok(_) => {
-                end = format!("guest {number} cost {lost} guests their lives");
-                break;
-            }
-            Err(error) => {
-                println!("{error:#}");
-                end = format!("guest {number} did not make it");
+            added => {
+                let error = added.err();
+                if let Some(error) = &error {
+                    println!("{error:#}");
+                }
+                let memory = Memory::of(&host, kills_before)?;
+                end = End::of(number, lost, error.as_ref(), &memory);
                 break;
             }
         }
@@ -87,7 +165,7 @@ pub(crate) fn run(plan: &Overcommit) -> Result<Outcome> {
 fn own_use_when_idle(plan: &Overcommit, guests: &mut [Guest], rows: &mut [Row]) {
     for (guest, row) in guests.iter_mut().zip(rows) {
         // A killed guest keeps its last figure.
-        if let Ok(free_bytes) = guest.memory_bytes("free") {
+        if let Ok(free_bytes) = patience::free_bytes(guest) {
             row.own_use_bytes = plan.guest_bytes.saturating_sub(free_bytes);
         }
     }
@@ -111,13 +189,12 @@ fn add(
     .context("oom_score_adj")?;
     recorder.watch(number, vmm.pid());
     let mut guest = Guest::on_socket(vmm, "serial.sock")?;
-    guest.wait_init()?;
-    guest.wait_serving()?;
-    guest.command(&format!("alloc {}", plan.touch_bytes))?;
+    patience::boot(&mut guest)?;
+    patience::command(&mut guest, &format!("alloc {}", plan.touch_bytes))?;
     let peak_bytes = guest.vmm.resident_bytes()?;
-    guest.command("free")?;
+    patience::command(&mut guest, "free")?;
     thread::sleep(Duration::from_millis(plan.settle_ms));
-    let free_bytes = guest.memory_bytes("free")?;
+    let free_bytes = patience::free_bytes(&mut guest)?;
     let idle_bytes = guest.vmm.resident_bytes()?;
     guests.push(guest);
     Ok(Row {
@@ -136,7 +213,7 @@ fn summary(
     begin_bytes: u64,
     recorder: &Recorder,
     rows: &[Row],
-    end: &str,
+    end: &End,
 ) -> Result<Outcome> {
     let samples = recorder.samples();
     let count = rows.len();
@@ -150,16 +227,23 @@ fn summary(
         0 => 0.0,
         bytes => begin_bytes.saturating_sub(peak_bytes) as f64 / bytes as f64,
     };
-    let sentence = format!(
-        "{count} guests with reporting {}: {end}; idle {} MiB each ({} MiB by the guest's own \
-         figures), {:.0} % of the {bound:.1} that (host − one peak) / idle allows",
-        plan.reporting.word(),
-        idle_bytes / MIB,
-        own_use_bytes / MIB,
-        100.0 * count as f64 / bound.max(1.0),
-    );
+    let reporting = plan.reporting.word();
+    let why = end.text();
+    let (counted, sentence) = if end.is_for_memory() {
+        let sentence = format!(
+            "{count} guests with reporting {reporting}: {why}; idle {} MiB each ({} MiB by the \
+             guest's own figures), {:.0} % of the {bound:.1} that (host − one peak) / idle allows",
+            idle_bytes / MIB,
+            own_use_bytes / MIB,
+            100.0 * count as f64 / bound.max(1.0),
+        );
+        (format!("{count} guests"), sentence)
+    } else {
+        let sentence = format!("no count with reporting {reporting}: {why}");
+        ("No count, guests".to_owned(), sentence)
+    };
     let title = format!(
-        "{count} guests of {} MiB on a host with {} MiB, reporting {}",
+        "{counted} of {} MiB on a host with {} MiB, reporting {}",
         plan.guest_bytes / MIB,
         host.total_bytes()? / MIB,
         plan.reporting.word()
@@ -169,8 +253,8 @@ fn summary(
         svg: chart::svg(&title, host.total_bytes()?, &samples),
         figures: json!({
             "plan": plan,
-            "guests": count,
-            "end": end,
+            "guests": end.is_for_memory().then_some(count),
+            "end": why,
             "host_total_bytes": host.total_bytes()?,
             "host_available_at_begin_bytes": begin_bytes,
             "peak_bytes": peak_bytes,
@@ -181,8 +265,7 @@ fn summary(
             "rows": rows,
             "samples": samples,
         }),
-        fault: (count < plan.expect)
-            .then(|| format!("{count} guests, {} were expected", plan.expect)),
+        fault: fault(end, count, plan.expect),
         sentence,
     })
 }
@@ -208,4 +291,68 @@ fn idle_sizes(samples: &[crate::recorder::Sample], rows: &[Row]) -> Vec<u64> {
 fn median(values: &mut [u64]) -> u64 {
     values.sort_unstable();
     values.get(values.len() / 2).copied().unwrap_or_default()
+}
+
+/// Why the run is a failure.
+fn fault(end: &End, count: usize, expect: usize) -> Option<String> {
+    if !end.is_for_memory() {
+        return Some(end.text());
+    }
+    (count < expect).then(|| format!("{count} guests, {expect} were expected"))
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::anyhow;
+
+    use super::*;
+
+    fn memory(available_mib: u64, kills: u64) -> Memory {
+        Memory {
+            total_bytes: 15 << 30,
+            available_bytes: available_mib * MIB,
+            kills,
+        }
+    }
+
+    #[test]
+    fn host_is_full_when_a_process_was_killed_or_nothing_is_left() {
+        let stalled = anyhow!("alloc: no progress for 120 s");
+        for end in [
+            End::of(22, 1, None, &memory(4000, 1)),
+            End::of(22, 0, Some(&stalled), &memory(4000, 1)),
+            End::of(22, 0, Some(&stalled), &memory(100, 0)),
+        ] {
+            assert!(matches!(end, End::Full(_)), "{end:?}");
+            assert_eq!(fault(&end, 21, 21), None);
+        }
+    }
+
+    #[test]
+    fn host_is_full_when_a_vmm_gets_no_memory() {
+        let refused =
+            anyhow!("guest memory: Cannot allocate memory (os error 12)").context("start");
+        let end = End::of(22, 0, Some(&refused), &memory(4000, 0));
+        assert!(matches!(end, End::Full(_)), "{end:?}");
+    }
+
+    #[test]
+    fn slowness_and_crashes_give_no_count() {
+        let stalled = anyhow!("alloc: no progress for 120 s");
+        for end in [
+            End::of(6, 0, Some(&stalled), &memory(13_000, 0)),
+            // A VMM that ends by itself was not killed for memory, however little is left.
+            End::of(6, 1, None, &memory(100, 0)),
+        ] {
+            assert!(matches!(end, End::Other(_)), "{end:?}");
+            assert!(end.text().contains("another reason than memory"), "{end:?}");
+            assert!(fault(&end, 5, 0).is_some());
+        }
+    }
+
+    #[test]
+    fn too_few_guests_are_a_fault() {
+        assert_eq!(fault(&End::Asked(40), 40, 40), None);
+        assert!(fault(&End::Asked(20), 20, 40).is_some());
+    }
 }
