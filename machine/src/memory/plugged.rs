@@ -344,7 +344,7 @@ fn runs(numbers: &BTreeSet<u64>) -> Vec<Range<u64>> {
 
 #[cfg(test)]
 mod tests {
-    use api::config::MemoryConfig;
+    use api::config::{HotplugMethod, MemoryConfig};
     use hypervisor::Kvm;
     use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryBackend};
 
@@ -358,6 +358,7 @@ mod tests {
     fn memory(shared: bool) -> GuestMemory {
         let config = MemoryConfig {
             size: 64 * MIB,
+            hotplug_method: HotplugMethod::VirtioMem,
             hotplug_size: Some(128 * MIB),
             shared,
             ..MemoryConfig::default()
