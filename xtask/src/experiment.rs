@@ -261,6 +261,7 @@ pub(crate) fn say_what_was_measured(path: &Path, kernel: KernelChoice) -> Result
         KernelChoice::Patched | KernelChoice::Mainline => {
             format!("{}, patched", guest::source_version()?).into()
         }
+        KernelChoice::Rival => format!("{}, rival", guest::source_version()?).into(),
     };
     let text = serde_json::to_string_pretty(&figures)?;
     std::fs::write(path, text + "\n").with_context(|| path.display().to_string())

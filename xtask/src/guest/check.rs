@@ -6,6 +6,7 @@
 //! | `scripts/checkpatch.pl` finds nothing | every patch | by the patch |
 //! | links without a warning and boots, small, options on, off and mixed | every prefix: see `prefixes.rs` | by the prefix |
 //! | builds with the configuration of the test kernels | the series | by the series |
+//! | applies to the base source | the rival in `guest-patches/rival` | – |
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -68,6 +69,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 fn on_base(options: &Options, series: &Series, base: &Source, report: &mut Report) -> Result<()> {
     let applies = every_prefix_applies(series, base, report)?;
     checkpatch(series, base, report)?;
+    rival_applies(base, report)?;
     if applies && !options.no_build {
         if !options.quick {
             let prefixes = Prefixes::new(series, base, Honoured::All)?;
@@ -90,6 +92,14 @@ fn every_prefix_applies(series: &Series, source: &Source, report: &mut Report) -
     let name = format!("all {count} prefixes apply to {}", source.name);
     let applied = series.prefixes(&pristine(source)?).map(drop);
     Ok(report.check(name, applied))
+}
+
+/// The rival is built for measurements only, so that nothing else would notice.
+fn rival_applies(source: &Source, report: &mut Report) -> Result<()> {
+    let tree = pristine(source)?;
+    let applied = Series::rival().and_then(|rival| rival.prefixes(&tree).map(drop));
+    report.check(format!("the rival applies to {}", source.name), applied);
+    Ok(())
 }
 
 /// Runs the kernel's own script, one patch at a time.

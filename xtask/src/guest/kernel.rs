@@ -1,5 +1,5 @@
-//! The test kernels: Debian's kernel source with our configuration, and the same with our patch series and its unit
-//! tests. Tests need only the second one; benchmarks compare both.
+//! The test kernels: Debian's kernel source with our configuration, the same with our patch series and its unit tests,
+//! and the same with the rival of the series. Tests need only the second one; benchmarks compare them.
 //!
 //! ```text
 //! cache/workshop-SOURCE/main/   objects of both, kept: the second kernel builds from the first
@@ -71,24 +71,30 @@ impl Kernel {
     pub(super) fn patched() -> Result<Self> {
         let ours = fragments(&["patched", "kunit"])?;
         let fragment = format!("{FRAGMENT}\n{ours}");
-        Self::with_series("Patched test kernel", fragment, None)
+        Self::with_series("Patched test kernel", Series::read()?, fragment, None)
+    }
+
+    /// With the smallest series that might do as well as ours, in its place.
+    pub(super) fn rival() -> Result<Self> {
+        Self::with_series("Rival test kernel", Series::rival()?, FRAGMENT.into(), None)
     }
 
     /// A small patched kernel with one kind of checking compiled in (`config/KIND.config` over
     /// `config/sanitize.config`).
     pub(super) fn sanitized(kind: &'static str) -> Result<Self> {
         let fragment = fragments(&["sanitize", "patched", kind])?;
-        let mut kernel = Self::with_series("Checking kernel", fragment, Some(kind))?;
+        let series = Series::read()?;
+        let mut kernel = Self::with_series("Checking kernel", series, fragment, Some(kind))?;
         kernel.expected_steps = SMALL_STEPS;
         Ok(kernel)
     }
 
     fn with_series(
         what: &'static str,
+        series: Series,
         fragment: String,
         objects: Option<&'static str>,
     ) -> Result<Self> {
-        let series = Series::read()?;
         let source = Source::base()?;
         let key = key(&[
             &source.key,

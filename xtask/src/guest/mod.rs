@@ -3,6 +3,7 @@
 //! ```text
 //! linux-source package + stock.config ─→ cache/kernel-KEY/{vmlinux,bzImage} ─→ target/guest/stock/
 //!   + guest-patches/{series,config}   ─→ cache/kernel-KEY/{vmlinux,bzImage} ─→ target/guest/patched/
+//!   or guest-patches/rival            ─→ cache/kernel-KEY/{vmlinux,bzImage} ─→ target/guest/rival/
 //! busybox-static + tests/guest        ─→ target/guest/initramfs.cpio.gz
 //! linux-image-cloud-amd64, unpacked   ─→ target/guest/debian/{vmlinuz,vmlinux,initramfs.cpio.gz}
 //! as above, 6.1, 6.12 and the newest  ─→ target/guest/debian-SERIES/{vmlinuz,initramfs.cpio.gz}
@@ -93,6 +94,8 @@ pub(crate) enum Wanted {
     Stock,
     /// The stock kernel with the series in guest-patches
     Patched,
+    /// The stock kernel with guest-patches/rival, which the series is measured against
+    Rival,
 }
 
 impl Wanted {
@@ -102,6 +105,7 @@ impl Wanted {
             Self::Debian => return Ok(None),
             Self::Stock => (Kernel::stock()?, "stock"),
             Self::Patched => (Kernel::patched()?, "patched"),
+            Self::Rival => (Kernel::rival()?, "rival"),
         };
         Ok(Some((kernel, paths::guest().join(folder))))
     }

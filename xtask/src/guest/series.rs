@@ -154,6 +154,13 @@ impl Series {
         Self::read_from(&folder())
     }
 
+    /// The series that ours is measured against.
+    pub(super) fn rival() -> Result<Self> {
+        let series = Self::read_from(&folder().join("rival"))?;
+        ensure!(!series.is_empty(), "guest-patches/rival lists no patch");
+        Ok(series)
+    }
+
     fn read_from(folder: &Path) -> Result<Self> {
         let list = folder.join("series");
         if !list.exists() {
@@ -337,7 +344,21 @@ impl Drop for Scratch {
 
 #[cfg(test)]
 mod tests {
-    use super::{Patch, names, parts_for};
+    use super::{Patch, Series, names, parts_for};
+
+    /// What a reviewer reads in one go.
+    const PATCH_LINES_MAX: usize = 400;
+
+    #[test]
+    fn no_patch_is_too_long_to_review() {
+        for series in [Series::read().unwrap(), Series::rival().unwrap()] {
+            assert!(!series.is_empty());
+            for patch in &series.patches {
+                let lines = patch.text.lines().count();
+                assert!(lines <= PATCH_LINES_MAX, "{}: {lines} lines", patch.name);
+            }
+        }
+    }
 
     #[test]
     fn series_without_comments_and_blanks_is_the_order() {

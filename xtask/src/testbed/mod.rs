@@ -113,6 +113,8 @@ pub(crate) enum KernelChoice {
     Stock,
     /// The stock kernel with the series in guest-patches
     Patched,
+    /// The stock kernel with guest-patches/rival, which the series is measured against
+    Rival,
     /// The patched one, told to track free memory as mainline does: all that most tests need is one kernel
     Mainline,
 }
@@ -129,6 +131,7 @@ impl KernelChoice {
             Self::Debian => Wanted::Debian,
             Self::Stock => Wanted::Stock,
             Self::Patched | Self::Mainline => Wanted::Patched,
+            Self::Rival => Wanted::Rival,
         }
     }
 }
