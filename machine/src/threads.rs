@@ -28,8 +28,8 @@ pub enum DeviceKind {
     Console,
     /// The watchdog.
     Watchdog,
-    /// A shared folder.
-    Fs,
+    /// Any device that a vhost-user back end serves.
+    VhostUser,
     /// The vsock device.
     Vsock,
     /// Persistent memory.

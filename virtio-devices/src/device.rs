@@ -116,6 +116,17 @@ pub(crate) fn boxed<H: QueueHandler + 'static>(handler: Option<H>) -> Vec<Box<dy
         .collect()
 }
 
+/// What a device can tell a driver about itself. It changes for a device that another process serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceIdentity {
+    /// Features and configuration space are valid.
+    Known,
+    /// The device waits for them.
+    Awaited,
+    /// The device has waited long enough. It offers no feature, so no driver can use it until a later reset.
+    Absent,
+}
+
 /// The configuration half of a device.
 ///
 /// Called under a lock, by the vCPU thread that accesses a register and by the VMM's control thread. It must not block,
@@ -131,6 +142,17 @@ pub trait VirtioDevice: Send {
     /// Offered feature bits, including VIRTIO_F_VERSION_1.
     fn features(&self) -> u64 {
         1 << VIRTIO_F_VERSION_1
+    }
+
+    /// Whether [`VirtioDevice::features`] and the configuration space are known. A driver's reset lasts until they are,
+    /// or until the device stops waiting for them.
+    fn identity(&self) -> DeviceIdentity {
+        DeviceIdentity::Known
+    }
+
+    /// Every feature bit that the device could ever offer.
+    fn features_possible(&self) -> u64 {
+        self.features()
     }
 
     /// The driver has accepted `features` (a subset of those offered) with FEATURES_OK. Called once between two resets.

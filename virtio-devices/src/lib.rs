@@ -31,14 +31,14 @@ mod thread_name;
 pub mod transport;
 mod unix_connect;
 mod unpoisoned;
-mod vhost_user;
+pub mod vhost_user;
 pub mod vsock;
 pub mod watchdog;
 pub mod worker;
 
 pub use device::{
-    Activation, ActiveQueue, Counters, GuestRam, HandlerState, Interrupt, QueueHandler,
-    QueuePosition, VirtioDevice, WorkerError,
+    Activation, ActiveQueue, Counters, DeviceIdentity, GuestRam, HandlerState, Interrupt,
+    QueueHandler, QueuePosition, VirtioDevice, WorkerError,
 };
 pub use listening_socket::ListeningSocket;
 pub use unpoisoned::Unpoisoned;

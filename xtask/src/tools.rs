@@ -1,4 +1,4 @@
-//! Programs of other projects, installed from their registries. `cargo xtask test-tools` installs those that tests use;
+//! Programs of other projects, installed from their registries or as packages. `cargo xtask test-tools` installs those that tests use;
 //! without them, these tests are skipped.
 //!
 //! ```text
@@ -76,8 +76,18 @@ const FOR_TESTS: [Tool; 2] = [
     },
 ];
 
+/// Programs of the distribution that tests use.
+const PACKAGES: [Need; 1] = [Need {
+    package: "qemu-utils",
+    why: "qemu-storage-daemon, which serves disks of guests",
+}];
+
 /// Installs the missing programs that tests use.
 pub(crate) fn run(options: &Options) -> Result<()> {
+    match apt::ensure(&PACKAGES) {
+        Err(error) if options.if_possible => println!("packages are not available: {error:#}"),
+        result => result?,
+    }
     for tool in &FOR_TESTS {
         match tool.install().and_then(|place| tool.link(&place)) {
             Ok(()) => println!("{} {}", tool.name, tool.version),

@@ -37,10 +37,10 @@ pub struct DiskConfig {
     /// Entries in each queue, a power of two.
     #[key("<size_of_each_queue>", default = DEFAULT_DISK_QUEUE_SIZE)]
     pub queue_size: u16,
-    /// Served by a vhost-user process.
+    /// Served by the vhost-user back end at `socket`, which has the image. Needs shared memory.
     #[key]
     pub vhost_user: bool,
-    /// Socket of the vhost-user process.
+    /// Socket on which the vhost-user back end listens.
     #[key("<vhost_user_socket_path>", name = "socket")]
     pub vhost_socket: Option<PathBuf>,
     /// Name of a rate limit group the disk shares.

@@ -25,7 +25,10 @@ impl Pc {
         self.slots.add(&dimm).map_err(PcError::Memory)?;
         let zone = dimm.zone().clone();
         // A back end must know the memory before the guest puts buffers there. It learns of it when its queues start.
-        let vhost_user = self.plugged.iter().filter(|it| it.kind == DeviceKind::Fs);
+        let vhost_user = self
+            .plugged
+            .iter()
+            .filter(|it| it.kind == DeviceKind::VhostUser);
         let stopped: Vec<_> = vhost_user.filter(|_| !self.paused).cloned().collect();
         for device in &stopped {
             device.function.pause();

@@ -58,6 +58,7 @@ fn identity_is_virtio(driver: &mut MockPciDriver) {
 }
 
 fn features_are_negotiated_strictly(driver: &mut MockPciDriver) {
+    driver.reset();
     let offered = driver.offered();
     let version_1 = 1 << 32;
     assert_ne!(offered & version_1, 0, "VERSION_1 is on offer");

@@ -22,7 +22,7 @@ const S_ACKNOWLEDGE: u8 = VIRTIO_CONFIG_S_ACKNOWLEDGE as u8;
 const S_DRIVER: u8 = VIRTIO_CONFIG_S_DRIVER as u8;
 pub(super) const S_DRIVER_OK: u8 = VIRTIO_CONFIG_S_DRIVER_OK as u8;
 pub(super) const S_FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
-const S_NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;
+pub(super) const S_NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;
 const S_FAILED: u8 = VIRTIO_CONFIG_S_FAILED as u8;
 pub(super) const S_KNOWN: u8 =
     S_ACKNOWLEDGE | S_DRIVER | S_DRIVER_OK | S_FEATURES_OK | S_NEEDS_RESET | S_FAILED;
@@ -86,8 +86,8 @@ pub(super) struct CommonConfig {
     pub(super) driver_feature_select: u32,
     pub(super) queue_select: u16,
     pub(super) queues: Vec<QueueConfig>,
-    /// A reset was requested, and not all workers have released their queues.
-    resetting: bool,
+    /// A reset was requested. Not all workers have released their queues, or the device does not know its features.
+    pub(super) resetting: bool,
 }
 
 impl CommonConfig {
@@ -141,9 +141,10 @@ impl CommonConfig {
         self.resetting = true;
     }
 
-    /// Finishes a reset: the status now reads 0.
-    pub(super) fn finish_reset(&mut self) {
+    /// Now the status reads 0, and a driver may accept `offered`.
+    pub(super) fn finish_reset(&mut self, offered: u64) {
         self.resetting = false;
+        self.offered = offered;
         self.interrupt.clear_status();
     }
 

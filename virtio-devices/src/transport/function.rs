@@ -8,7 +8,7 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::common_config::{CommonConfig, Effects};
+use super::common_config::{CommonConfig, Effects, S_NEEDS_RESET};
 use super::counters::TransportCounters;
 use super::interrupt::PciInterrupt;
 use super::layout::{
@@ -18,7 +18,7 @@ use super::layout::{
 use super::state::VirtioPciState;
 use super::{LifecycleListener, TransportError, VirtioPciParams, vectors_needed};
 use crate::Unpoisoned;
-use crate::device::{Counters, Doorbell, GuestRam, QueueHandler, VirtioDevice};
+use crate::device::{Counters, DeviceIdentity, Doorbell, GuestRam, QueueHandler, VirtioDevice};
 use crate::pci::{Bar, DoorbellRegister, MsixLines, MsixTable, PciFunction};
 use crate::worker::{Pausing, Worker, WorkerHandle};
 
@@ -101,7 +101,7 @@ impl VirtioPciFunction {
         let lines = msix.lines();
         let interrupt = Arc::new(PciInterrupt::new(Arc::clone(&lines), queue_sizes.len()));
         let counters = Arc::new(TransportCounters::default());
-        let offered = locked.features() & !FEATURES_NOT_OFFERED | 1 << VIRTIO_F_VERSION_1;
+        let offered = offered(&*locked);
         let doorbells = queue_sizes
             .iter()
             .map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new))
@@ -123,7 +123,7 @@ impl VirtioPciFunction {
         };
         let mut handlers = locked.take_handlers();
         if let Some(state) = state {
-            state.check(locked.device_type(), &registers.common, handlers.len())?;
+            state.check(&*locked, &registers.common, handlers.len())?;
             restore_device(&mut *locked, &mut handlers, state)?;
             registers.restore(state, &interrupt)?;
         }
@@ -196,7 +196,13 @@ impl VirtioPciFunction {
     fn begin_reset(&self, state: &mut Registers) {
         self.counters.resets.count();
         state.common.begin_reset();
-        lock(&self.device).reset();
+        let mut device = lock(&self.device);
+        device.reset();
+        if device.identity() == DeviceIdentity::Awaited {
+            // Before its first reset the status is 0, for which a driver waits.
+            self.interrupt.add_status(S_NEEDS_RESET);
+        }
+        drop(device);
         if state.active
             && let Some(listener) = &self.listener
         {
@@ -207,7 +213,10 @@ impl VirtioPciFunction {
     fn finish_reset_if_done(&self, state: &mut Registers) {
         if state.common.is_resetting() && self.workers.iter().all(WorkerHandle::reset_done) {
             state.active = false;
-            state.common.finish_reset();
+            let device = lock(&self.device);
+            if device.identity() != DeviceIdentity::Awaited {
+                state.common.finish_reset(offered(&*device));
+            }
         }
     }
 
@@ -404,6 +413,19 @@ impl PciFunction for VirtioPciFunction {
             doorbell.read().ok();
         }
     }
+}
+
+/// Feature bits that a driver may accept now.
+fn offered(device: &dyn VirtioDevice) -> u64 {
+    match device.identity() {
+        DeviceIdentity::Known => on_this_transport(device.features()),
+        DeviceIdentity::Awaited | DeviceIdentity::Absent => 0,
+    }
+}
+
+/// The feature bits of a device as the transport offers them.
+pub(super) fn on_this_transport(features: u64) -> u64 {
+    features & !FEATURES_NOT_OFFERED | 1 << VIRTIO_F_VERSION_1
 }
 
 /// Restores the device's own state and the accepted features.

@@ -17,10 +17,10 @@ use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::QueueT;
 use vm_memory::GuestAddressSpace;
 
-use super::common_config::{CommonConfig, S_DRIVER_OK, S_FEATURES_OK, S_KNOWN};
-use super::function::{Registers, VirtioPciFunction, lock};
+use super::common_config::{CommonConfig, S_DRIVER_OK, S_FEATURES_OK, S_KNOWN, S_NEEDS_RESET};
+use super::function::{Registers, VirtioPciFunction, lock, on_this_transport};
 use super::interrupt::{ISR_KNOWN, PciInterrupt, VIRTIO_MSI_NO_VECTOR};
-use crate::device::{HandlerState, QueuePosition, WorkerError};
+use crate::device::{HandlerState, QueuePosition, VirtioDevice, WorkerError};
 use crate::worker::WorkerHandle;
 
 const PART: Part = parts::VIRTIO_PCI;
@@ -211,26 +211,23 @@ impl VirtioPciState {
     /// Rejects states that cannot belong to a function of this device.
     pub(super) fn check(
         &self,
-        device_type: u32,
+        device: &dyn VirtioDevice,
         common: &CommonConfig,
         handlers: usize,
     ) -> Result<(), StateError> {
         let version_1 = 1 << VIRTIO_F_VERSION_1;
+        let device_type = device.device_type();
+        let possible = on_this_transport(device.features_possible());
         let is = |holds, field, reason: &dyn Fn() -> String| require(holds, PART, field, reason);
         is(self.device_type == device_type, "device_type", &|| {
             format!("is {}, the device's is {device_type}", self.device_type)
         })?;
-        let surplus = self.offered & !common.offered;
-        is(
-            surplus == 0 && self.offered & version_1 != 0,
-            "offered",
-            &|| {
-                format!(
-                    "is {:#x}, the device offers {:#x}",
-                    self.offered, common.offered
-                )
-            },
-        )?;
+        let surplus = self.offered & !possible;
+        // A device that does not know its features yet offers none.
+        let usable = self.offered & version_1 != 0 || self.offered == 0 && common.offered == 0;
+        is(surplus == 0 && usable, "offered", &|| {
+            format!("is {:#x}, the device offers {possible:#x}", self.offered)
+        })?;
         let declined = self.accepted & !self.offered;
         let negotiated = declined == 0 && self.accepted & version_1 != 0;
         is(
@@ -290,6 +287,11 @@ impl CommonConfig {
         self.driver_feature_select = state.driver_feature_select;
         self.queue_select = state.queue_select;
         interrupt.restore(state.status, state.isr, state.config_generation);
+        // A driver that has seen no features continues to wait for them.
+        self.resetting = state.offered == 0;
+        if self.resetting {
+            interrupt.add_status(S_NEEDS_RESET);
+        }
         interrupt.set_config_vector(state.config_vector);
         for ((index, queue), saved) in (0u16..).zip(&mut self.queues).zip(&state.queues) {
             queue.size = saved.size;

@@ -2,15 +2,19 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::Shared;
 use super::gate::{Gate, Reason, Step};
+use super::identity::{Identity, Learned};
+use super::profile::Profile;
 use super::session::{Session, SessionError};
 use crate::device::{Activation, HandlerState, QueueHandler, WorkerError};
 use crate::unix_connect::connect;
@@ -27,7 +31,15 @@ const WAKE: u64 = 0;
 const RETRY: u64 = 1;
 const SOCKET: u64 = 2;
 
-pub(super) struct Link {
+/// Where the link puts what the back end says about the device.
+struct Lesson {
+    profile: Profile,
+    queue_sizes: Vec<u16>,
+    learned: Arc<Learned>,
+}
+
+/// The handler without queues.
+pub(crate) struct Link {
     name: String,
     socket: PathBuf,
     queues: usize,
@@ -42,16 +54,17 @@ pub(super) struct Link {
     session: Option<Session>,
     /// The failure that was logged last.
     failure: Option<String>,
+    lesson: Option<Lesson>,
 }
 
 impl Link {
-    pub(super) fn new(
+    pub(crate) fn new(
         id: &str,
         socket: PathBuf,
         queues: usize,
-        gate: Arc<Gate>,
         shared: Arc<Shared>,
     ) -> io::Result<Self> {
+        let gate = Arc::new(Gate::new()?);
         let epoll = Epoll::new()?;
         let retry = TimerFd::new()?;
         for (fd, datum) in [(gate.wake_fd(), WAKE), (retry.as_raw_fd(), RETRY)] {
@@ -72,7 +85,27 @@ impl Link {
             waiting: false,
             session: None,
             failure: None,
+            lesson: None,
         })
+    }
+
+    /// A link that learns features and configuration space from each back end.
+    pub(super) fn learning(
+        mut self,
+        profile: Profile,
+        queue_sizes: Vec<u16>,
+        learned: Arc<Learned>,
+    ) -> Self {
+        self.lesson = Some(Lesson {
+            profile,
+            queue_sizes,
+            learned,
+        });
+        self
+    }
+
+    pub(super) fn gate(&self) -> &Arc<Gate> {
+        &self.gate
     }
 
     /// Handles events, then does all work that is possible now.
@@ -156,7 +189,7 @@ impl Link {
         if !self.gate.greet(other) {
             return Ok(false);
         }
-        match Session::open(stream, self.queues) {
+        match self.greet(stream) {
             Ok(session) => {
                 let event = EpollEvent::new(EventSet::IN | EventSet::READ_HANG_UP, SOCKET);
                 self.epoll.ctl(ControlOperation::Add, session.fd(), event)?;
@@ -171,6 +204,21 @@ impl Link {
                 Ok(false)
             }
         }
+    }
+
+    fn greet(&self, stream: UnixStream) -> Result<Session, SessionError> {
+        let mut session = Session::open(stream, self.queues)?;
+        if let Some(lesson) = &self.lesson {
+            let features = session.features();
+            let missing = 1 << VIRTIO_F_VERSION_1 & !features;
+            if missing != 0 {
+                return Err(SessionError::Features { missing });
+            }
+            let mut config = session.config(lesson.profile.config_bytes)?;
+            (lesson.profile.complete)(&mut config, &lesson.queue_sizes);
+            lesson.learned.learn(Identity { features, config });
+        }
+        Ok(session)
     }
 
     /// Handles a failed handshake or message exchange.
@@ -193,7 +241,8 @@ impl Link {
         self.shared.serving.set(0);
         self.report(reason.to_owned());
         if let Some(rings) = self.gate.lose() {
-            rings.continue_after_last_completed();
+            let uncertain = rings.continue_after_loss();
+            self.shared.uncertain_requests.add(uncertain);
         }
         self.gate.end_talk(false);
         self.wait_for_next()

@@ -10,7 +10,12 @@
 //!   link     a handler without queues: connects and communicates with the back end
 //!   gate     state shared by both threads: which rings are offered, and whether the back end has them
 //!   session  one connection
+//!   config   reads the configuration space of the back end
 //!   rings    the queues in the form that the back end needs
+//!   ledger   the requests in flight of a back end that does not record them
+//!   device   the configuration half of a device; that of a shared folder is in `fs`
+//!   identity features and configuration space, as the link has read them from the back end
+//!   profile  the features and the configuration space that a driver may see
 //! ```
 //!
 //! Only the link waits for the back end, without a time limit. If the guest resets the device, or the VM pauses or
@@ -19,19 +24,26 @@
 //!
 //! The link tries forever to reconnect to a back end that has disconnected. If the back end keeps a record of its
 //! requests in flight, the VMM keeps that record for its successor (`VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD`). Otherwise
-//! the successor continues after the last completed request, which is exact for a back end that completes requests in
-//! order.
+//! the queues' thread follows the rings at each interrupt, and puts the requests in flight where the successor starts.
+//! If it has lost track, the successor continues after the last completed request, which is exact for a back end that
+//! completes requests in order.
+//!
+//! A device whose features come from the back end has none until a back end connects. A driver that probes it waits in
+//! its first reset (`DeviceIdentity`).
 
+mod config;
+mod device;
 mod gate;
+mod identity;
+mod ledger;
 mod link;
+mod profile;
 mod queues;
 mod rings;
 mod session;
 #[cfg(test)]
 mod tests;
 
-use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,8 +54,9 @@ use virtio_bindings::bindings::virtio_ring::{
 
 use crate::counters::counters;
 use crate::device::QueueHandler;
-use gate::Gate;
-use link::Link;
+pub use device::{IdentityState, VhostUser, VhostUserParams, VhostUserState};
+pub(crate) use link::Link;
+pub use profile::Profile;
 use queues::Queues;
 
 /// Features, common to all device types, that the back end implements.
@@ -66,19 +79,14 @@ counters! {
         protocol_errors,
         /// Number of times the back end did not return the rings in time.
         rings_taken_away,
+        /// Requests in flight at the end of a back end, which its successor may not get, or get although they were completed.
+        uncertain_requests,
         interrupts,
     }
 }
 
-/// Both handlers of a device, in the order that the transport needs: queues first.
-pub(crate) fn handlers(
-    id: &str,
-    socket: PathBuf,
-    queues: usize,
-    shared: &Arc<Shared>,
-) -> io::Result<Vec<Box<dyn QueueHandler>>> {
-    let gate = Arc::new(Gate::new()?);
-    let link = Link::new(id, socket, queues, Arc::clone(&gate), Arc::clone(shared))?;
-    let queues = Queues::new(id.to_owned(), gate, Arc::clone(shared));
-    Ok(vec![Box::new(queues), Box::new(link)])
+/// Both handlers of a device, in the order in which the transport needs them: queues first.
+pub(crate) fn handlers(id: String, link: Link, shared: &Arc<Shared>) -> Vec<Box<dyn QueueHandler>> {
+    let queues = Queues::new(id, Arc::clone(link.gate()), Arc::clone(shared));
+    vec![Box::new(queues), Box::new(link)]
 }

@@ -78,6 +78,7 @@ impl QueueHandler for Queues {
             // EAGAIN: the event has already been read.
             ring.call.read().ok();
             self.shared.interrupts.count();
+            rings.follow(ring);
             rings.interrupt.signal_queue(ring.index);
         }
         Ok(())

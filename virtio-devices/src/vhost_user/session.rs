@@ -1,5 +1,6 @@
 //! One connection to a back end. Every call waits for the back end.
 
+use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 
@@ -10,6 +11,7 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap};
 
+use super::config::{self, ConfigError};
 use super::rings::{Ring, Rings};
 use crate::Unpoisoned;
 
@@ -27,6 +29,14 @@ pub(super) enum SessionError {
     },
     #[error("the back end lacks features {missing:#x}, which the guest's driver uses")]
     Features { missing: u64 },
+    #[error("the back end does not share its configuration space (protocol feature CONFIG)")]
+    NoConfig,
+    #[error("the back end has no configuration space of {bytes} bytes")]
+    NoConfigOfSize { bytes: usize },
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error("cannot duplicate the socket")]
+    Duplicate(#[source] io::Error),
     #[error("the back end supports {queues} queues; the device has {wanted}")]
     Queues { queues: u64, wanted: usize },
     #[error("the back end accepts {max} memory regions; the guest has {regions}")]
@@ -43,6 +53,8 @@ fn in_call(what: &'static str) -> impl FnOnce(vhost::Error) -> SessionError {
 
 pub(super) struct Session {
     frontend: Frontend,
+    /// The same connection, for what the crate cannot do.
+    stream: UnixStream,
     /// Features of the back end.
     features: u64,
     protocol: VhostUserProtocolFeatures,
@@ -53,6 +65,7 @@ pub(super) struct Session {
 impl Session {
     /// Negotiates the protocol. `queues`: the maximum number for the device.
     pub(super) fn open(stream: UnixStream, queues: usize) -> Result<Self, SessionError> {
+        let own = stream.try_clone().map_err(SessionError::Duplicate)?;
         let mut frontend = Frontend::from_stream(stream, queues as u64);
         let features = frontend.get_features().map_err(in_call("GET_FEATURES"))?;
         frontend.set_owner().map_err(in_call("SET_OWNER"))?;
@@ -60,6 +73,7 @@ impl Session {
         if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0 {
             let wanted = VhostUserProtocolFeatures::MQ
                 | VhostUserProtocolFeatures::REPLY_ACK
+                | VhostUserProtocolFeatures::CONFIG
                 | VhostUserProtocolFeatures::INFLIGHT_SHMFD
                 | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
             let offered = frontend
@@ -84,6 +98,7 @@ impl Session {
         }
         Ok(Self {
             frontend,
+            stream: own,
             features,
             protocol,
             shared: Vec::new(),
@@ -93,6 +108,19 @@ impl Session {
     /// The socket, to detect when it closes.
     pub(super) fn fd(&self) -> RawFd {
         self.frontend.as_raw_fd()
+    }
+
+    /// Features of the device that the back end offers.
+    pub(super) fn features(&self) -> u64 {
+        self.features & !VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+    }
+
+    /// The beginning of the configuration space.
+    pub(super) fn config(&mut self, bytes: usize) -> Result<Vec<u8>, SessionError> {
+        if !self.has(VhostUserProtocolFeatures::CONFIG) {
+            return Err(SessionError::NoConfig);
+        }
+        config::read(&self.stream, bytes)?.ok_or(SessionError::NoConfigOfSize { bytes })
     }
 
     fn has(&self, feature: VhostUserProtocolFeatures) -> bool {
@@ -111,7 +139,9 @@ impl Session {
             .map_err(in_call("SET_FEATURES"))?;
         let mem = rings.mem.memory();
         self.share_memory(&mem)?;
-        if self.has(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
+        let recorded = self.has(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
+        rings.begin(recorded);
+        if recorded {
             self.pass_inflight(rings)?;
         }
         for ring in &rings.rings {

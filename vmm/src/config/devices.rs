@@ -33,13 +33,14 @@ const LAST_STANDARD_FD: i32 = 2;
 pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
     // The maximum counts, not the number at boot, because a VM with fewer vCPUs than before must be able to boot again.
     let vcpus = usize::try_from(config.cpus.max_vcpus).unwrap_or(usize::MAX);
+    let shared = all_shared(&config.memory);
     for (index, disk) in config.disks.iter().flatten().enumerate() {
-        check_disk(disk, vcpus).map_err(|fault| at("disk", index, disk.id.as_deref(), fault))?;
+        check_disk(disk, vcpus, shared)
+            .map_err(|fault| at("disk", index, disk.id.as_deref(), fault))?;
     }
     for (index, net) in config.net.iter().flatten().enumerate() {
         check_net(net, vcpus).map_err(|fault| at("net", index, net.id.as_deref(), fault))?;
     }
-    let shared = all_shared(&config.memory);
     for (index, fs) in config.fs.iter().flatten().enumerate() {
         check_fs(fs, shared).map_err(|fault| at("fs", index, fs.id.as_deref(), fault))?;
     }
@@ -67,7 +68,15 @@ pub(super) fn at(
     }
 }
 
-fn check_disk(disk: &DiskConfig, vcpus: usize) -> Result<(), DeviceFault> {
+fn check_disk(disk: &DiskConfig, vcpus: usize, shared: bool) -> Result<(), DeviceFault> {
+    queue_size(disk.queue_size)?;
+    queue_count(disk.num_queues, 1, vcpus)?;
+    if disk.vhost_user {
+        return check_vhost_user_disk(disk, shared);
+    }
+    if disk.vhost_socket.is_some() {
+        return Err(DeviceFault::SocketWithoutVhostUser);
+    }
     if disk
         .path
         .as_ref()
@@ -75,9 +84,35 @@ fn check_disk(disk: &DiskConfig, vcpus: usize) -> Result<(), DeviceFault> {
     {
         return Err(DeviceFault::PathMissing);
     }
-    queue_size(disk.queue_size)?;
-    queue_count(disk.num_queues, 1, vcpus)?;
     queue_affinity(disk)
+}
+
+/// The back end has the image, so it decides about everything that concerns it.
+fn check_vhost_user_disk(disk: &DiskConfig, memory_shared: bool) -> Result<(), DeviceFault> {
+    let defaults = DiskConfig::default();
+    let for_images = [
+        ("path", disk.path.is_some()),
+        ("readonly", disk.readonly),
+        ("direct", disk.direct),
+        ("serial", disk.serial.is_some()),
+        ("image_type", disk.image_type.is_some()),
+        ("sparse", disk.sparse != defaults.sparse),
+        (
+            "lock_granularity",
+            disk.lock_granularity != defaults.lock_granularity,
+        ),
+        ("queue_affinity", disk.queue_affinity.is_some()),
+        ("rate_limit_group", disk.rate_limit_group.is_some()),
+        ("a rate limit", disk.rate_limiter_config.is_some()),
+    ];
+    if let Some((key, _)) = for_images.into_iter().find(|(_, given)| *given) {
+        return Err(DeviceFault::OfBackEnd { key });
+    }
+    if !memory_shared {
+        return Err(DeviceFault::MemoryPrivate);
+    }
+    let socket = disk.vhost_socket.as_deref();
+    socket_path(socket.ok_or(DeviceFault::SocketMissing)?)
 }
 
 /// Does not check that the host has these CPUs, which is known only when the threads start.

@@ -384,6 +384,18 @@ pub enum DeviceFault {
         "a vhost-user device needs shared guest memory: set shared=on in --memory (and in each --memory-zone)"
     )]
     MemoryPrivate,
+    /// A vhost-user device without a back end.
+    #[error("vhost_user=on needs socket=PATH")]
+    SocketMissing,
+    /// A socket that nobody would use.
+    #[error("socket needs vhost_user=on")]
+    SocketWithoutVhostUser,
+    /// A key for what only the back end can do.
+    #[error("{key} cannot be set with vhost_user=on: configure it in the back end")]
+    OfBackEnd {
+        /// The key.
+        key: &'static str,
+    },
     /// A name that a guest cannot mount.
     #[error("tag must have 1 to {max} bytes and no NUL; got {tag:?}")]
     Tag {

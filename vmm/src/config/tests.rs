@@ -841,6 +841,55 @@ fn validate_vsock_needs_an_address_of_a_guest_and_a_path() {
 }
 
 #[test]
+fn validate_vhost_user_disk_needs_shared_memory_and_a_socket_and_has_no_image() {
+    let shared = |disk: &Value, shared: bool| {
+        let mut config = with("disks", json!([disk]));
+        config.memory.shared = shared;
+        match validate(&config) {
+            Ok(()) => None,
+            Err(ValidationError::Device { fault, .. }) => Some(fault),
+            Err(other) => panic!("{other}"),
+        }
+    };
+    let disk = json!({"vhost_user": true, "vhost_socket": "/s"});
+    assert_eq!(shared(&disk, true), None);
+    assert_eq!(shared(&disk, false), Some(DeviceFault::MemoryPrivate));
+    for (key, value) in [
+        ("path", json!("/d")),
+        ("readonly", json!(true)),
+        ("direct", json!(true)),
+        ("serial", json!("s")),
+        ("image_type", json!("Raw")),
+        ("sparse", json!(false)),
+        ("lock_granularity", json!("Full")),
+        (
+            "queue_affinity",
+            json!([{"queue_index": 0, "host_cpus": [0]}]),
+        ),
+    ] {
+        let mut wrong = disk.clone();
+        wrong[key] = value;
+        assert_eq!(shared(&wrong, true), Some(DeviceFault::OfBackEnd { key }));
+    }
+    let without_socket = json!({"vhost_user": true});
+    assert_eq!(
+        shared(&without_socket, true),
+        Some(DeviceFault::SocketMissing)
+    );
+    let without_vhost_user = json!({"path": "/d", "vhost_socket": "/s"});
+    assert_eq!(
+        shared(&without_vhost_user, true),
+        Some(DeviceFault::SocketWithoutVhostUser)
+    );
+    for wrong in [json!(""), json!("s".repeat(108))] {
+        let mut disk = disk.clone();
+        disk["vhost_socket"] = wrong;
+        let fault = shared(&disk, true);
+        assert!(matches!(fault, Some(DeviceFault::SocketPath { .. })));
+    }
+}
+
+#[test]
 fn validate_shared_folder_needs_shared_memory_a_tag_and_a_path() {
     let shared = |fs: Value| {
         let mut config = with("fs", json!([fs]));
@@ -923,7 +972,6 @@ fn validate_what_is_not_built_is_refused_by_name() {
             json!([{"path": "/d", "image_type": "Qcow2"}]),
             "disks.image_type other than raw",
         ),
-        ("disks", json!([{"vhost_user": true}]), "disks.vhost_user"),
         (
             "disks",
             json!([{"path": "/d", "backing_files": true}]),

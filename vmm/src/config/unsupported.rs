@@ -75,10 +75,6 @@ fn numa(node: &NumaConfig) -> Option<String> {
 fn disk(disk: &DiskConfig) -> Vec<String> {
     let raw = matches!(disk.image_type, None | Some(ImageType::Raw));
     [
-        asked(
-            "disks.vhost_user",
-            disk.vhost_user || disk.vhost_socket.is_some(),
-        ),
         asked("disks.backing_files", disk.backing_files),
         asked("disks.image_type other than raw", !raw),
     ]

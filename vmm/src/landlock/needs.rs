@@ -196,6 +196,9 @@ fn of_memory(memory: &MemoryConfig) -> Vec<Need> {
 }
 
 fn of_disk(disk: &DiskConfig) -> Option<Need> {
+    if let Some(socket) = &disk.vhost_socket {
+        return Some(Need::socket(socket));
+    }
     let access = match disk.readonly {
         true => READ & OF_FILES,
         false => CHANGE,

@@ -152,6 +152,10 @@ fn devices_are_checked_as_the_kernel_would() {
         let fs = json!({"tag": "t", "socket": files.path(name)});
         NewDevice::Fs(serde_json::from_value(fs).unwrap())
     };
+    let vhost_user_disk = |name: &str| {
+        let disk = json!({"vhost_user": true, "vhost_socket": files.path(name)});
+        NewDevice::Disk(serde_json::from_value(disk).unwrap())
+    };
     let net = NewDevice::Net(serde_json::from_value(json!({})).unwrap());
     confined(&files.config(&rules), |confinement| {
         let checked = |device: &NewDevice| confinement.check(&of_device(device));
@@ -166,6 +170,8 @@ fn devices_are_checked_as_the_kernel_would() {
             (vsock("vsock"), false),
             (fs("sockets/fs"), true),
             (fs("fs"), false),
+            (vhost_user_disk("sockets/disk"), true),
+            (vhost_user_disk("socket"), false),
         ] {
             assert_eq!(checked(&device).is_ok(), allowed, "{device:?}");
         }

@@ -322,7 +322,7 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [Call]] {
         MachineThread::Worker(DeviceKind::Console) => &[SOCKET_IO, TIMERS],
         MachineThread::Worker(DeviceKind::Watchdog) => &[TIMERS],
         // Connects to the back end.
-        MachineThread::Worker(DeviceKind::Fs) => &[
+        MachineThread::Worker(DeviceKind::VhostUser) => &[
             SOCKET_IO,
             TIMERS,
             calls![SYS_connect, SYS_eventfd2, SYS_socket [0 is AF_UNIX]],

@@ -191,7 +191,7 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [Request]] {
         // Input raises the serial port's interrupt, which the I/O APIC sends as a message.
         MachineThread::Serial => &[NONBLOCKING, TERMINAL, TERMINAL_SIZE, MESSAGE],
         MachineThread::Worker(DeviceKind::Console) => &[NONBLOCKING, TERMINAL, TERMINAL_SIZE],
-        MachineThread::Worker(DeviceKind::Fs | DeviceKind::Vsock) => &[NONBLOCKING],
+        MachineThread::Worker(DeviceKind::VhostUser | DeviceKind::Vsock) => &[NONBLOCKING],
         MachineThread::Worker(DeviceKind::Balloon) => &[PAGEMAP],
         MachineThread::Worker(DeviceKind::Block) => &[DISK],
         MachineThread::Worker(DeviceKind::Net) => &[TAP],

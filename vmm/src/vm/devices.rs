@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -23,6 +23,7 @@ use virtio_devices::mem::{Mem, MemHandle, MemParams, MemRegion};
 use virtio_devices::pmem::{Pmem, PmemHandle, PmemParams};
 use virtio_devices::rate_limit::RateLimiter;
 use virtio_devices::rng::Rng;
+use virtio_devices::vhost_user::{Profile, VhostUser, VhostUserParams};
 use virtio_devices::vsock::{Vsock, VsockParams};
 use virtio_devices::watchdog::{self, Watchdog};
 
@@ -67,6 +68,22 @@ impl Made {
             },
         }
     }
+}
+
+/// A disk whose back end need not run yet.
+pub(super) fn vhost_user_disk(disk: &DiskConfig, socket: &Path) -> Result<Made, VmError> {
+    let id = disk
+        .id
+        .as_deref()
+        .expect("ids are assigned before a machine is built");
+    let device = VhostUser::new(VhostUserParams {
+        id: id.to_owned(),
+        profile: Profile::block(),
+        socket: socket.to_owned(),
+        queue_sizes: vec![disk.queue_size; disk.num_queues],
+    })
+    .map_err(|source| VmError::device(id, source))?;
+    Ok(Made::new(id, DeviceKind::VhostUser, place!(disk), device))
 }
 
 /// Opens a disk's image.
@@ -214,7 +231,7 @@ pub(super) fn fs(config: &FsConfig) -> Result<Made, VmError> {
         queue_size: config.queue_size,
     })
     .map_err(|source| VmError::device(id, source))?;
-    Ok(Made::new(id, DeviceKind::Fs, place!(config), fs))
+    Ok(Made::new(id, DeviceKind::VhostUser, place!(config), fs))
 }
 
 /// Persistent memory. The file is mapped here, and becomes visible to the guest when the device is plugged into the

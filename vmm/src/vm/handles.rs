@@ -29,8 +29,11 @@ impl Handles {
         }
     }
 
-    /// Opens a disk and keeps its handles.
+    /// Opens a disk and keeps its handles; one that a back end serves has none.
     pub(super) fn disk(&mut self, disk: &DiskConfig) -> Result<Made, VmError> {
+        if let Some(socket) = &disk.vhost_socket {
+            return devices::vhost_user_disk(disk, socket);
+        }
         let (limiter, kept) = self.limiters.for_disk(disk);
         let (made, handle) = devices::disk(disk, limiter)?;
         self.limiters.keep(made.plug.id.clone(), kept);

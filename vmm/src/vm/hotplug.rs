@@ -46,6 +46,12 @@ pub enum HotplugError {
         /// The name.
         id: String,
     },
+    /// The VMM has no part in its data.
+    #[error("Device {id} is served by a vhost-user back end: change it there")]
+    OfBackEnd {
+        /// The name.
+        id: String,
+    },
     /// A second balloon.
     #[error("The VM already has balloon {id}")]
     BalloonPresent {
@@ -121,7 +127,7 @@ impl Vm {
             (
                 DeviceKind::Block
                 | DeviceKind::Net
-                | DeviceKind::Fs
+                | DeviceKind::VhostUser
                 | DeviceKind::Pmem
                 | DeviceKind::Vsock
                 | DeviceKind::Balloon,

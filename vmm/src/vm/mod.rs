@@ -334,6 +334,10 @@ impl Machine for Vm {
 
     fn resize_disk(&self, id: &str, bytes: u64) -> Result<(), VmError> {
         let plugged = self.pc.devices().iter().find(|it| it.id == id);
+        if plugged.is_some_and(|it| it.kind == DeviceKind::VhostUser) {
+            let id = id.to_owned();
+            return Err(VmError::Hotplug(HotplugError::OfBackEnd { id }));
+        }
         let (Some(plugged), Some(disk)) = (plugged, self.handles.find_disk(id)) else {
             let id = id.to_owned();
             return Err(VmError::Hotplug(HotplugError::NoSuchDevice { id }));
@@ -346,6 +350,10 @@ impl Machine for Vm {
     fn set_rate_limit(&self, id: &str, limit: Option<&RateLimiterConfig>) -> Result<(), VmError> {
         let Some(users) = self.handles.limit(id, rate_limits(limit)) else {
             let id = id.to_owned();
+            let mut devices = self.pc.devices().iter();
+            if devices.any(|it| it.id == id && it.kind == DeviceKind::VhostUser) {
+                return Err(VmError::Hotplug(HotplugError::OfBackEnd { id }));
+            }
             return Err(VmError::Hotplug(HotplugError::NoSuchDevice { id }));
         };
         let devices = self.pc.devices().iter();

@@ -23,13 +23,33 @@ use super::super::RING_FEATURES;
 
 type Mem = GuestMemoryAtomic<GuestMemoryMmap>;
 
+/// What it says about the device.
+#[derive(Debug, Clone)]
+pub(super) struct About {
+    pub(super) features: u64,
+    pub(super) config: Vec<u8>,
+    /// Supports memory regions one at a time, beside whole tables.
+    pub(super) takes_single_regions: bool,
+}
+
+impl Default for About {
+    fn default() -> Self {
+        Self {
+            features: RING_FEATURES,
+            config: Vec::new(),
+            takes_single_regions: true,
+        }
+    }
+}
+
 struct Echo {
     mem: Option<Mem>,
     queues: usize,
-    /// Memory regions one at a time, beside whole tables.
-    takes_single_regions: bool,
+    about: About,
     /// Leaves requests in the rings.
     idle: Arc<AtomicBool>,
+    /// The first request of those that it finds is never completed.
+    forgetful: Arc<AtomicBool>,
 }
 
 impl Echo {
@@ -46,7 +66,8 @@ impl Echo {
             .iter(mem.clone())
             .map_err(io::Error::other)?
             .collect();
-        for chain in chains {
+        let forgotten = usize::from(self.forgetful.load(Ordering::SeqCst));
+        for chain in chains.into_iter().skip(forgotten) {
             let head = chain.head_index();
             let (mut request, mut written) = (Vec::new(), 0);
             for desc in chain {
@@ -82,16 +103,24 @@ impl VhostUserBackendMut for Echo {
     }
 
     fn features(&self) -> u64 {
-        RING_FEATURES | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+        self.about.features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        let mut features = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
+        let mut features = VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIG;
         features.set(
             VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS,
-            self.takes_single_regions,
+            self.about.takes_single_regions,
         );
         features
+    }
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        let (offset, size) = (offset as usize, size as usize);
+        let config = self.about.config.get(offset..offset + size);
+        config.unwrap_or_default().to_vec()
     }
 
     fn set_event_idx(&mut self, _enabled: bool) {}
@@ -124,22 +153,25 @@ pub(super) struct BackEnd {
     shutdown: mpsc::Receiver<ShutdownHandle>,
     thread: Option<JoinHandle<()>>,
     pub(super) idle: Arc<AtomicBool>,
+    pub(super) forgetful: Arc<AtomicBool>,
 }
 
 impl BackEnd {
     /// Listens on `path`.
     pub(super) fn start(path: &Path, queues: usize) -> Self {
-        Self::start_with(path, queues, true)
+        Self::start_as(path, queues, About::default())
     }
 
-    /// Listens on `path`, with or without support for memory regions one at a time.
-    pub(super) fn start_with(path: &Path, queues: usize, takes_single_regions: bool) -> Self {
+    /// Listens on `path`. The device is as `about` says.
+    pub(super) fn start_as(path: &Path, queues: usize, about: About) -> Self {
         let idle = Arc::new(AtomicBool::new(false));
+        let forgetful = Arc::new(AtomicBool::new(false));
         let echo = Arc::new(Mutex::new(Echo {
             mem: None,
             queues,
-            takes_single_regions,
+            about,
             idle: Arc::clone(&idle),
+            forgetful: Arc::clone(&forgetful),
         }));
         let mut listener = Listener::new(path, true).unwrap();
         let (sender, shutdown) = mpsc::channel();
@@ -159,6 +191,7 @@ impl BackEnd {
             shutdown,
             thread: Some(thread),
             idle,
+            forgetful,
         }
     }
 

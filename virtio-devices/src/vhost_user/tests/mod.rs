@@ -1,8 +1,11 @@
 //! Tests a shared folder with mock back ends: well-behaved, disconnected, silent and misbehaving.
 
 mod back_end;
+mod by_hand;
+mod disk;
 mod hostile;
 mod serving;
+mod storage_daemon;
 mod virtiofsd;
 
 use std::path::{Path, PathBuf};
@@ -53,15 +56,21 @@ struct Rig {
 impl Rig {
     /// A device with its driver, without a back end.
     fn new() -> Self {
+        let mut rig = Self::idle(device);
+        rig.driver.start(u64::MAX);
+        rig
+    }
+
+    /// A device that no driver has reset yet.
+    fn idle(make: impl FnOnce(&Path) -> Arc<Mutex<dyn VirtioDevice>>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let ram = shared_ram();
-        let mut driver = MockPciDriver::new(device(&folder.path().join("fs")), &ram);
-        driver.start(u64::MAX);
+        let driver = MockPciDriver::new(make(&folder.path().join("socket")), &ram);
         Self { folder, driver }
     }
 
     fn socket(&self) -> PathBuf {
-        self.folder.path().join("fs")
+        self.folder.path().join("socket")
     }
 
     fn count(&self, name: &str) -> u64 {

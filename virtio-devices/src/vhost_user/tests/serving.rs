@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use vm_memory::{GuestAddress, GuestAddressSpace};
 
-use super::back_end::BackEnd;
+use super::back_end::{About, BackEnd};
 use super::{QUEUES, RAM_BYTES, REQUESTS, Rig, device, region};
 use crate::pci::PciFunction;
 use crate::reclaim::{DiscardEngine, Expected, GuestRange};
@@ -133,7 +133,11 @@ fn saved_device_continues_with_another_back_end() {
 fn memory_added_to_the_guest_is_the_back_ends_when_its_queues_start_again() {
     for takes_single_regions in [true, false] {
         let mut rig = Rig::new();
-        let _back_end = BackEnd::start_with(&rig.socket(), QUEUES, takes_single_regions);
+        let about = About {
+            takes_single_regions,
+            ..About::default()
+        };
+        let _back_end = BackEnd::start_as(&rig.socket(), QUEUES, about);
         rig.wait_until_served();
         for number in 1..=3 {
             let start = GuestAddress(number * RAM_BYTES as u64 * 2);
