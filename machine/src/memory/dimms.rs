@@ -323,7 +323,7 @@ mod tests {
             let refused = GuestMemory::with_dimms(&config(bytes), 46, &state).unwrap_err();
             assert!(refused.to_string().contains(text), "{refused}");
         }
-        let mut many = state.clone();
+        let mut many = state;
         let dimm = many.zones.pop().unwrap();
         many.zones.extend(vec![dimm; 9]);
         let refused = GuestMemory::with_dimms(&config(64 * GIB), 46, &many).unwrap_err();
