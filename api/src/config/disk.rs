@@ -70,12 +70,18 @@ pub struct DiskConfig {
     /// Return space the guest discards to the file system.
     #[key(default = true)]
     pub sparse: bool,
-    /// Format of the image. If absent, the format is detected and writes to sector 0 are rejected.
+    /// Format of the image; detected when absent, and then the guest cannot write the signature of another format.
     #[key]
     pub image_type: Option<ImageType>,
     /// How the image is locked against a second user.
     #[key]
     pub lock_granularity: LockGranularity,
+    /// Do without io_uring, for tests. System calls on a thread of each queue take its place.
+    #[key(name = "_disable_io_uring", hidden, omit_false)]
+    pub disable_io_uring: bool,
+    /// Accepted for tests that are written for upstream. Linux AIO is not used.
+    #[key(name = "_disable_aio", hidden, omit_false)]
+    pub disable_aio: bool,
 }
 
 /// Format of a disk image.
@@ -96,7 +102,7 @@ pub enum ImageType {
     /// Hyper-V VHDX.
     #[word("vhdx")]
     Vhdx,
-    /// Unknown to the VMM; only for an image that another process reads.
+    /// As if absent.
     Unknown,
 }
 

@@ -37,7 +37,7 @@ pub(crate) const FIELDS: &[(&str, &str)] = &[
         "DiskConfig",
         "path readonly direct iommu num_queues queue_size vhost_user vhost_socket rate_limit_group \
          rate_limiter_config id pci_segment pci_device_id serial queue_affinity backing_files sparse image_type \
-         lock_granularity",
+         lock_granularity disable_io_uring disable_aio",
     ),
     ("VirtQueueAffinity", "queue_index host_cpus"),
     (

@@ -63,6 +63,8 @@ pub(super) struct BlockCounters {
     write_zeroes_bytes: AtomicU64,
     /// Requests at fault: malformed, unknown, out of range, or rejected.
     bad_requests: AtomicU64,
+    /// Writes of signatures to an image whose format was guessed.
+    refused_signatures: AtomicU64,
     /// Host errors: the image could not be read or written.
     io_errors: AtomicU64,
     /// Number of times a queue waited for its rate limit.
@@ -78,6 +80,7 @@ impl BlockCounters {
             discard_bytes: AtomicU64::new(0),
             write_zeroes_bytes: AtomicU64::new(0),
             bad_requests: AtomicU64::new(0),
+            refused_signatures: AtomicU64::new(0),
             io_errors: AtomicU64::new(0),
             throttled: AtomicU64::new(0),
         }
@@ -108,6 +111,11 @@ impl BlockCounters {
         self.bad_requests.fetch_add(1, Relaxed)
     }
 
+    /// Counts a write that was refused for its signature and returns the number before it.
+    pub(super) fn add_refused_signature(&self) -> u64 {
+        self.refused_signatures.fetch_add(1, Relaxed)
+    }
+
     /// Counts a host error and returns the previous count.
     pub(super) fn add_io_error(&self) -> u64 {
         self.io_errors.fetch_add(1, Relaxed)
@@ -133,6 +141,7 @@ impl BlockCounters {
             ("discard_bytes", self.discard_bytes.load(Relaxed)),
             ("write_zeroes_bytes", self.write_zeroes_bytes.load(Relaxed)),
             ("bad_requests", self.bad_requests.load(Relaxed)),
+            ("refused_signatures", self.refused_signatures.load(Relaxed)),
             ("io_errors", self.io_errors.load(Relaxed)),
             ("throttled", self.throttled.load(Relaxed)),
         ])

@@ -73,7 +73,7 @@ impl DiskState {
             discard: !self.params.readonly && self.params.sparse,
             write_zeroes: !self.params.readonly,
             unmap: self.params.sparse,
-            protect_sector_0: self.params.autodetect,
+            guards_format: self.params.autodetect,
         }
     }
 
@@ -109,6 +109,10 @@ impl DiskState {
 
     pub(super) fn counters(&self) -> &BlockCounters {
         &self.counters
+    }
+
+    pub(super) fn id(&self) -> &str {
+        &self.params.id
     }
 
     pub(super) fn path(&self) -> &Path {

@@ -51,6 +51,19 @@ pub(super) fn dio_alignment(file: &File) -> Option<(u32, u32)> {
     (result == 0 && mask & STATX_DIOALIGN != 0 && mem != 0 && offset != 0).then_some((mem, offset))
 }
 
+/// Allocates the first `bytes` of a file.
+///
+/// # Errors
+/// There is no space, or the file system cannot do that.
+pub(super) fn allocate(file: &File, bytes: u64) -> io::Result<()> {
+    let bytes = i64::try_from(bytes).map_err(io::Error::other)?;
+    // SAFETY: takes numbers only.
+    match unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, bytes) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Sizes that a block device reports, in bytes (linux/fs.h `BLK*GET`).
 #[derive(Debug, Clone, Copy)]
 pub(super) struct BlockDeviceSizes {

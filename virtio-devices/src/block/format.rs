@@ -1,8 +1,8 @@
 //! Recognises disk image formats by their signatures.
 //!
-//! Serving a qcow2 file as a raw disk would show the guest the container instead of its content, so a known signature
-//! is an error. Conversely, a guest could write a signature into a raw image, so that the next start misinterprets it.
-//! Therefore sector 0 of an image with a guessed format is write-protected.
+//! Serving a qcow2 file as a raw disk would show the guest the container instead of its contents, so a known signature
+//! is an error. The reverse danger is a guest that writes a signature into a raw image, so that the next start misreads
+//! it. Therefore signatures cannot be written to an image with a guessed format.
 
 use std::fmt;
 

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use super::format::{self, HEADER_BYTES, ImageFormat};
@@ -31,6 +32,29 @@ pub(super) struct Topology {
     pub(super) io_opt: u32,
 }
 
+/// The end of an image whose size is no multiple of what one transfer must have.
+#[derive(Debug)]
+struct Tail {
+    /// Where it begins; the largest number once the image has another size.
+    start: AtomicU64,
+    /// The image without direct I/O, if it is open for that.
+    buffered: Option<File>,
+}
+
+impl Tail {
+    fn open(params: &BlockParams, start: u64) -> Result<Self, BlockError> {
+        let buffered = BlockParams {
+            direct: false,
+            ..params.clone()
+        };
+        let buffered = params.direct.then(|| open_file(&buffered));
+        Ok(Self {
+            start: AtomicU64::new(start),
+            buffered: buffered.transpose()?,
+        })
+    }
+}
+
 /// An opened, locked image. The lock exists as long as the descriptor.
 #[derive(Debug)]
 pub(super) struct Image {
@@ -38,6 +62,7 @@ pub(super) struct Image {
     block_device: bool,
     dio: Option<DioAlignment>,
     bytes: u64,
+    tail: Option<Tail>,
     topology: Topology,
     default_serial: String,
     partial_writes: Mutex<()>,
@@ -66,34 +91,30 @@ impl Image {
             path: path.clone(),
             source,
         })?;
-        if bytes % SECTOR_BYTES != 0 {
-            log::warn!(
-                "{}: size of {bytes} bytes is not a multiple of {SECTOR_BYTES}; \
-                 the guest does not see the last {} bytes",
-                path.display(),
-                bytes % SECTOR_BYTES
-            );
-        }
         let dio = params.direct.then(|| dio_alignment(&file, block_device));
-        if let Some(align) = dio
-            && !(bytes / SECTOR_BYTES * SECTOR_BYTES).is_multiple_of(align.offset as u64)
-        {
-            return Err(BlockError::DirectSize {
-                path: path.clone(),
-                bytes,
-                block_bytes: align.offset,
-            });
-        }
-        let topology =
-            topology(&file, block_device, dio).map_err(|source| BlockError::Inspect {
+        let unit_bytes = dio.map_or(SECTOR_BYTES, |align| SECTOR_BYTES.max(align.offset as u64));
+        let tail = match bytes.is_multiple_of(unit_bytes) {
+            true => None,
+            false => Some(Tail::open(params, bytes / unit_bytes * unit_bytes)?),
+        };
+        let topology = topology(&file, block_device, params.direct, bytes).map_err(|source| {
+            BlockError::Inspect {
                 path: path.clone(),
                 source,
-            })?;
+            }
+        })?;
+        if !(params.sparse || params.readonly || block_device || bytes == 0)
+            && let Err(error) = disk_sys::allocate(&file, bytes)
+        {
+            // As upstream: the disk works nevertheless, as long as there is space.
+            log::warn!("{}: cannot be allocated: {error}", path.display());
+        }
         Ok(Self {
             file,
             block_device,
             dio,
             bytes,
+            tail,
             topology,
             default_serial: serial_of(&stat),
             partial_writes: Mutex::new(()),
@@ -138,9 +159,36 @@ impl Image {
         self.partial_writes.lock().unpoisoned()
     }
 
-    /// Size when opened, in sectors.
+    /// Size when opened. The last sector may be in the file in part; the rest of it reads as zeros.
     pub(super) fn sectors(&self) -> u64 {
-        self.bytes / SECTOR_BYTES
+        self.bytes.div_ceil(SECTOR_BYTES)
+    }
+
+    /// Where the end begins that needs [`Image::tail_file`].
+    pub(super) fn tail_start(&self) -> u64 {
+        let tail = self.tail.as_ref();
+        tail.map_or(u64::MAX, |tail| tail.start.load(Ordering::Relaxed))
+    }
+
+    /// For transfers of any size and alignment.
+    pub(super) fn tail_file(&self) -> &File {
+        let buffered = self.tail.as_ref().and_then(|tail| tail.buffered.as_ref());
+        buffered.unwrap_or(&self.file)
+    }
+
+    /// How many zeros follow if a read ends at `offset`: the rest of the last sector.
+    pub(super) fn padding_at(&self, offset: u64) -> usize {
+        match offset == self.bytes {
+            true => (offset.next_multiple_of(SECTOR_BYTES) - offset) as usize,
+            false => 0,
+        }
+    }
+
+    /// The image was resized to whole units. The caller has paused the disk.
+    pub(super) fn forget_tail(&self) {
+        if let Some(tail) = &self.tail {
+            tail.start.store(u64::MAX, Ordering::Relaxed);
+        }
     }
 
     pub(super) fn topology(&self) -> Topology {
@@ -172,7 +220,7 @@ fn refuse_container(path: &Path) -> Result<(), BlockError> {
     match format::detect(&header[..front], &footer[..back]) {
         ImageFormat::Raw => {
             log::warn!(
-                "{}: no image_type given; taken as raw, and writes to sector 0 are refused",
+                "{}: no image_type given; taken as raw, and the guest cannot write the signature of another format",
                 path.display()
             );
             Ok(())
@@ -260,10 +308,9 @@ fn dio_alignment(file: &File, block_device: bool) -> DioAlignment {
     }
 }
 
-/// The sizes of a block device are passed on. An image file is a disk of 512-byte logical blocks on any file system:
-/// partition tables count in logical blocks, and an image must mean the same on every host. The block size preferred
-/// for direct I/O is reported as the physical block size.
-fn topology(file: &File, block_device: bool, dio: Option<DioAlignment>) -> io::Result<Topology> {
+/// A block device passes its sizes on. An image file is a disk of 512-byte blocks. With direct I/O its blocks are those
+/// that the file system needs for it, as upstream has it, unless that would hide its last sectors.
+fn topology(file: &File, block_device: bool, direct: bool, bytes: u64) -> io::Result<Topology> {
     if block_device {
         let sizes = disk_sys::block_device_sizes(file)?;
         return Ok(Topology {
@@ -274,9 +321,11 @@ fn topology(file: &File, block_device: bool, dio: Option<DioAlignment>) -> io::R
         });
     }
     let sector = SECTOR_BYTES as u32;
-    let physical = dio.map_or(sector, |align| (align.offset as u32).max(sector));
+    let dio = direct.then(|| disk_sys::dio_alignment(file)).flatten();
+    let physical = dio.map_or(sector, |(memory, offset)| memory.max(offset).max(sector));
+    let is_whole = bytes.is_multiple_of(u64::from(physical));
     Ok(Topology {
-        logical: sector,
+        logical: if is_whole { physical } else { sector },
         physical,
         io_min: physical,
         io_opt: 0,

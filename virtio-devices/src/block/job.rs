@@ -61,6 +61,15 @@ impl Transfer {
         }
     }
 
+    /// `front` and then `data`.
+    pub(super) fn with_front(offset: u64, front: GuestBuffers, data: GuestBuffers) -> Self {
+        Self {
+            offset,
+            piece: front,
+            rest: Some(data),
+        }
+    }
+
     /// Whether there is more to move.
     fn advance(&mut self, moved: u64) -> bool {
         self.offset += moved;

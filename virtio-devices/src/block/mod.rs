@@ -80,9 +80,9 @@ pub struct BlockParams {
     pub queue_size: u16,
     /// Up to 20 bytes for GET_ID; derived from device and inode if absent.
     pub serial: Option<String>,
-    /// Discarded ranges become holes. If off, nothing is ever deallocated.
+    /// Discarded ranges become holes. If off, the whole file is allocated at the start, and nothing is ever deallocated.
     pub sparse: bool,
-    /// No image_type was configured: known container formats and writes to sector 0 are rejected.
+    /// No image_type was given: reject known container formats, and writes of their signatures.
     pub autodetect: bool,
     /// The range to lock.
     pub lock_granularity: LockGranularity,
@@ -116,19 +116,6 @@ pub enum BlockError {
         path: PathBuf,
         #[source]
         source: io::Error,
-    },
-    /// With direct I/O, the last block of the image could not be written without growing it.
-    #[error(
-        "{}: direct I/O needs a size in multiples of {block_bytes} bytes, not {bytes}",
-        path.display()
-    )]
-    DirectSize {
-        /// The image.
-        path: PathBuf,
-        /// Its size.
-        bytes: u64,
-        /// The block size of direct I/O.
-        block_bytes: usize,
     },
     /// The size or block sizes cannot be determined.
     #[error("cannot inspect disk image {}", path.display())]

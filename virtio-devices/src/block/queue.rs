@@ -13,7 +13,7 @@ use super::config_space::has;
 use super::device::DiskState;
 use super::flights::{Flights, Landed};
 use super::job::{Job, Kind, Range, Step, Transfer};
-use super::request::{Operation, Request};
+use super::request::{Operation, Refusal, Request};
 use crate::device::{Activation, GuestRam, HandlerState, QueueHandler, WorkerError};
 use crate::queue::{GuestBuffers, Next, Popped, RamGuard, ServedQueue};
 use crate::taken::with_taken;
@@ -197,7 +197,10 @@ impl BlockQueue {
                 return Ok(Some(self.job(head, status, operation, write_through)));
             }
             Err(refusal) => {
-                self.bad_request(&refusal);
+                match refusal {
+                    Refusal::Signature(_) => self.signature_refused(&refusal),
+                    _ => self.bad_request(&refusal),
+                }
                 (refusal.status(), 0)
             }
         };
@@ -218,9 +221,21 @@ impl BlockQueue {
                 Kind::Read(data.bytes() as u64),
                 Step::Read(Transfer::new(offset, data)),
             ),
-            Operation::Write { offset, data } => (
+            Operation::Write {
+                offset,
+                front: None,
+                data,
+            } => (
                 Kind::Write(data.bytes() as u64),
                 Step::Write(Transfer::new(offset, data)),
+            ),
+            Operation::Write {
+                offset,
+                front: Some(front),
+                data,
+            } => (
+                Kind::Write((front.bytes() + data.bytes()) as u64),
+                Step::Write(Transfer::with_front(offset, front, data)),
             ),
             Operation::Flush | Operation::GetId { .. } => (Kind::Flush, Step::Sync),
             Operation::Discard { offset, bytes } => (
@@ -289,6 +304,18 @@ impl BlockQueue {
             queue.push_used(ram, job.head, data + 1)?;
         }
         Ok(())
+    }
+
+    /// The guest may be right and the image meant to be raw, which only the operator knows.
+    fn signature_refused(&self, why: &Refusal) {
+        if worth_logging(self.disk.counters().add_refused_signature()) {
+            log::warn!(
+                "Disk {}, {}: {why}. It was refused, because the disk has no image_type. If the guest may do that, give \
+                 the disk image_type=raw",
+                self.disk.id(),
+                self.disk.path().display()
+            );
+        }
     }
 
     fn bad_request(&self, why: &dyn std::error::Error) {

@@ -9,6 +9,7 @@ use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
+use super::format::{self, HEADER_BYTES as SIGNATURE_BYTES, ImageFormat};
 use super::{DATA_BYTES_MAX, SECTOR_BYTES, WRITE_ZEROES_SECTORS_MAX};
 use crate::queue::{ChainBuffers, ChainError, GuestBuffers};
 
@@ -26,7 +27,8 @@ pub(super) struct Rules {
     pub(super) write_zeroes: bool,
     /// Whether write zeroes with the unmap flag deallocates.
     pub(super) unmap: bool,
-    pub(super) protect_sector_0: bool,
+    /// The format was guessed: the guest must not write the signature of another one.
+    pub(super) guards_format: bool,
 }
 
 /// A valid request. Offsets and lengths in bytes of the image, inside its capacity.
@@ -38,6 +40,8 @@ pub(super) enum Operation {
     },
     Write {
         offset: u64,
+        /// A copy of the beginning, if that was checked.
+        front: Option<GuestBuffers>,
         data: GuestBuffers,
     },
     Flush,
@@ -87,8 +91,8 @@ pub(super) enum Refusal {
     OutOfRange,
     #[error("disk is read-only")]
     ReadOnly,
-    #[error("sector 0 is protected because the image format was guessed")]
-    SectorZero,
+    #[error("the write would make the raw image look like a {0} image at its next start")]
+    Signature(ImageFormat),
     #[error("unknown or not offered request type or flag")]
     Unsupported,
 }
@@ -141,10 +145,13 @@ fn parse_operation(
         }
         VIRTIO_BLK_T_OUT => {
             only(&readable, &writable)?;
-            rules.may_write(sector)?;
+            rules.may_write()?;
             let offset = rules.transfer(sector, readable.bytes())?;
+            let guarded = rules.guards_format && sector == 0;
+            let front = guarded.then(|| checked_front(&mut readable)).transpose()?;
             Ok(Operation::Write {
                 offset,
+                front,
                 data: readable,
             })
         }
@@ -185,6 +192,17 @@ fn parse_operation(
     }
 }
 
+/// The first sector of the image, if it has no signature. A copy, because the guest can change its memory at any time.
+fn checked_front(data: &mut GuestBuffers) -> Result<GuestBuffers, Refusal> {
+    let front = data.split_front_copy(SIGNATURE_BYTES);
+    let mut header = [0; SIGNATURE_BYTES];
+    front.copy_out(&mut header);
+    match format::detect(&header, &[]) {
+        ImageFormat::Raw => Ok(front),
+        format => Err(Refusal::Signature(format)),
+    }
+}
+
 /// Rejects data in the other direction.
 fn only(data: &GuestBuffers, other: &GuestBuffers) -> Result<(), Refusal> {
     if other.bytes() != 0 || data.bytes() == 0 {
@@ -217,14 +235,11 @@ impl Range {
 }
 
 impl Rules {
-    fn may_write(&self, sector: u64) -> Result<(), Refusal> {
-        if self.readonly {
-            return Err(Refusal::ReadOnly);
+    fn may_write(&self) -> Result<(), Refusal> {
+        match self.readonly {
+            true => Err(Refusal::ReadOnly),
+            false => Ok(()),
         }
-        if self.protect_sector_0 && sector == 0 {
-            return Err(Refusal::SectorZero);
-        }
-        Ok(())
     }
 
     /// Offset in bytes of a transfer of `bytes` from `sector` on.
@@ -244,7 +259,7 @@ impl Rules {
         if range.sectors == 0 {
             return Err(Refusal::DataLength);
         }
-        self.may_write(range.sector)?;
+        self.may_write()?;
         let sectors = u64::from(range.sectors);
         Ok((self.inside(range.sector, sectors)?, sectors * SECTOR_BYTES))
     }
@@ -281,7 +296,7 @@ mod tests {
             discard: true,
             write_zeroes: true,
             unmap: true,
-            protect_sector_0: false,
+            guards_format: false,
         };
         let most = DATA_BYTES_MAX as usize;
         assert_eq!(rules.transfer(1, most), Ok(SECTOR_BYTES));

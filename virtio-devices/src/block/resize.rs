@@ -128,6 +128,7 @@ impl DiskHandle {
         if !image.is_block_device() {
             image.file().set_len(bytes).map_err(host)?;
         }
+        image.forget_tail();
         self.disk.set_capacity(bytes / SECTOR_BYTES);
         Ok(())
     }

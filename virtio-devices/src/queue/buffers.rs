@@ -45,14 +45,16 @@ pub(crate) enum ChainError {
     TooManyPieces,
 }
 
-/// A list of pieces of guest RAM, in order.
+/// A list of pieces of guest RAM, in order; or a copy of some.
 pub(crate) struct GuestBuffers {
     iovecs: Vec<libc::iovec>,
     bytes: usize,
     ram: RamGuard,
+    /// What the pieces refer to, if it is a copy.
+    _copy: Option<Box<[u8]>>,
 }
 
-// SAFETY: the pointers refer to the mapping kept alive by `ram`, which is `Send`;
+// SAFETY: the pointers refer to the mapping kept alive by `ram`, which is `Send`, or to the copy;
 // guest RAM may be accessed from any thread.
 unsafe impl Send for GuestBuffers {}
 
@@ -64,6 +66,7 @@ impl GuestBuffers {
             iovecs: Vec::new(),
             bytes: 0,
             ram: ram.clone(),
+            _copy: None,
         }
     }
 
@@ -81,7 +84,9 @@ impl GuestBuffers {
     /// length of 0 appends nothing.
     fn push(&mut self, addr: GuestAddress, len: usize) -> Result<(), ChainError> {
         // Split borrows: the slices borrow the map while pieces are appended.
-        let Self { iovecs, bytes, ram } = self;
+        let Self {
+            iovecs, bytes, ram, ..
+        } = self;
         for slice in GuestMemoryBackend::get_slices(&**ram, addr, len) {
             let slice = slice.map_err(|_| ChainError::OutOfRam)?;
             let base = slice.ptr_guard_mut().as_ptr();
@@ -126,6 +131,7 @@ impl GuestBuffers {
             iovecs: Vec::new(),
             bytes: count.min(self.bytes),
             ram: self.ram.clone(),
+            _copy: None,
         };
         let mut left = front.bytes;
         for piece in &self.iovecs {
@@ -156,7 +162,25 @@ impl GuestBuffers {
             iovecs: vec![byte],
             bytes: 1,
             ram: self.ram.clone(),
+            _copy: None,
         })
+    }
+
+    /// Replaces the first `count` bytes (all if there are fewer) by a copy, which the guest cannot change any more, and
+    /// splits it off.
+    pub(crate) fn split_front_copy(&mut self, count: usize) -> Self {
+        let mut copy = vec![0; count.min(self.bytes)].into_boxed_slice();
+        let bytes = self.copy_out(&mut copy);
+        self.advance(bytes);
+        Self {
+            iovecs: vec![libc::iovec {
+                iov_base: copy.as_mut_ptr().cast(),
+                iov_len: bytes,
+            }],
+            bytes,
+            ram: self.ram.clone(),
+            _copy: Some(copy),
+        }
     }
 
     /// Copies from the front into `out` and returns the number of bytes.
@@ -201,8 +225,8 @@ impl GuestBuffers {
 
     fn slices(&self) -> impl Iterator<Item = VolatileSlice<'_>> {
         self.iovecs.iter().map(|piece| {
-            // SAFETY: `iov_base..+iov_len` came from a slice of guest RAM checked in `push` and has only been shrunk;
-            // the mapping outlives `self` through `ram`.
+            // SAFETY: `iov_base..+iov_len` came from a slice of guest RAM checked in
+            // `push`, or is the copy, and only ever shrunk; `self` keeps both.
             unsafe { VolatileSlice::new(piece.iov_base.cast(), piece.iov_len) }
         })
     }

@@ -73,7 +73,10 @@ fn numa(node: &NumaConfig) -> Option<String> {
 }
 
 fn disk(disk: &DiskConfig) -> Vec<String> {
-    let raw = matches!(disk.image_type, None | Some(ImageType::Raw));
+    let raw = matches!(
+        disk.image_type,
+        None | Some(ImageType::Raw | ImageType::Unknown)
+    );
     [
         asked("disks.backing_files", disk.backing_files),
         asked("disks.image_type other than raw", !raw),

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use api::VmConfig;
-use api::config::{BalloonConfig, DiskConfig, FsConfig, PmemConfig, VsockConfig};
+use api::config::{BalloonConfig, DiskConfig, FsConfig, ImageType, PmemConfig, VsockConfig};
 use machine::memory::{DEFAULT_ZONE_ID, GuestMemory};
 use machine::pc::Plug;
 use machine::pci::Place;
@@ -17,7 +17,7 @@ use machine::signals::VmSignals;
 use machine::threads::DeviceKind;
 use virtio_devices::VirtioDevice;
 use virtio_devices::balloon::{Balloon, BalloonHandle, BalloonParams};
-use virtio_devices::block::{self, Block, BlockParams, DiskHandle};
+use virtio_devices::block::{Block, BlockParams, DiskHandle, EngineChoice};
 use virtio_devices::fs::{Fs, FsParams};
 use virtio_devices::mem::{Mem, MemHandle, MemParams, MemRegion};
 use virtio_devices::pmem::{Pmem, PmemHandle, PmemParams};
@@ -105,9 +105,12 @@ pub(super) fn disk(
         queue_size: disk.queue_size,
         serial: disk.serial.clone(),
         sparse: disk.sparse,
-        autodetect: disk.image_type.is_none(),
+        autodetect: disk.image_type != Some(ImageType::Raw),
         lock_granularity: disk.lock_granularity,
-        engine: block::EngineChoice::default(),
+        engine: match disk.disable_io_uring {
+            true => EngineChoice::Sync,
+            false => EngineChoice::Auto,
+        },
         queue_affinity: disk
             .queue_affinity
             .iter()

@@ -2,9 +2,11 @@
 //! it cannot execute.
 
 #![allow(unsafe_code)]
-// UNSAFETY: preadv, pwritev and pwrite on vectors whose validity the caller guarantees; fallocate takes plain numbers.
+// UNSAFETY: preadv, pwritev and pwrite on vectors whose validity is the caller's
+// promise, and zeros written to them; fallocate takes plain numbers.
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use super::IoOperation;
@@ -50,10 +52,21 @@ impl Calls {
         Self { image, bounce }
     }
 
-    /// Whether only [`Calls::perform`] can execute this operation: misaligned direct I/O, and ioctls.
+    /// Whether only [`Calls::perform`] can do this: misaligned direct I/O, the end of an image that is not whole blocks,
+    /// and ioctls.
     pub(super) fn must_perform(&self, operation: &IoOperation<'_>) -> bool {
         match (operation, &self.bounce) {
             (IoOperation::DeviceDiscard { .. }, _) => true,
+            (IoOperation::Read { offset, into: v } | IoOperation::Write { offset, from: v }, _)
+                if self.is_in_tail(*offset, v) =>
+            {
+                true
+            }
+            (IoOperation::WriteZeroBuffer { offset, bytes }, _)
+                if self.is_in_tail(*offset, &[zeroes_vector(*bytes)]) =>
+            {
+                true
+            }
             (
                 IoOperation::Read { offset, into: v } | IoOperation::Write { offset, from: v },
                 Some(bounce),
@@ -63,6 +76,11 @@ impl Calls {
             }
             _ => false,
         }
+    }
+
+    fn is_in_tail(&self, offset: u64, vectors: &[libc::iovec]) -> bool {
+        let start = self.image.tail_start();
+        start < u64::MAX && offset.saturating_add(total(vectors) as u64) > start
     }
 
     /// Executes an operation; returns the number of bytes moved, or the negated errno.
@@ -106,6 +124,10 @@ impl Calls {
     /// # Safety
     /// `into` describes writable memory.
     unsafe fn read(&mut self, offset: u64, into: &[libc::iovec]) -> io::Result<usize> {
+        if self.is_in_tail(offset, into) {
+            // SAFETY: passed on.
+            return unsafe { read_tail(&self.image, offset, into) };
+        }
         if let Some(bounce) = &mut self.bounce
             && bounce.is_needed(offset, into)
         {
@@ -120,6 +142,11 @@ impl Calls {
     /// # Safety
     /// `from` describes readable memory.
     unsafe fn write(&mut self, offset: u64, from: &[libc::iovec]) -> io::Result<usize> {
+        if self.is_in_tail(offset, from) {
+            let (fd, count) = (self.image.tail_file().as_raw_fd(), from.len() as i32);
+            // SAFETY: the caller's promise covers the vectors, of which there are `count`.
+            return bytes_moved(unsafe { libc::pwritev(fd, from.as_ptr(), count, offset as i64) });
+        }
         if let Some(bounce) = &mut self.bounce
             && bounce.is_needed(offset, from)
         {
@@ -130,6 +157,34 @@ impl Calls {
         // SAFETY: the caller guarantees that the vectors are valid; there are `count` of them.
         bytes_moved(unsafe { libc::pwritev(fd, from.as_ptr(), count, offset as i64) })
     }
+}
+
+fn total(vectors: &[libc::iovec]) -> usize {
+    vectors.iter().map(|piece| piece.iov_len).sum()
+}
+
+/// Reads through the page cache, which has no alignment, and adds the zeros that the last sector lacks.
+///
+/// # Safety
+/// `into` describes writable memory.
+unsafe fn read_tail(image: &Image, offset: u64, into: &[libc::iovec]) -> io::Result<usize> {
+    let (fd, count) = (image.tail_file().as_raw_fd(), into.len() as i32);
+    // SAFETY: the caller's promise covers the vectors, of which there are `count`.
+    let moved = bytes_moved(unsafe { libc::preadv(fd, into.as_ptr(), count, offset as i64) })?;
+    let mut skip = moved;
+    let mut left = image
+        .padding_at(offset + moved as u64)
+        .min(total(into) - moved);
+    let padded = moved + left;
+    for piece in into {
+        let from = skip.min(piece.iov_len);
+        let zeros = left.min(piece.iov_len - from);
+        // SAFETY: `from + zeros` is at most the length of the piece, which is writable.
+        unsafe { piece.iov_base.cast::<u8>().add(from).write_bytes(0, zeros) };
+        skip -= from;
+        left -= zeros;
+    }
+    Ok(padded)
 }
 
 fn fallocate(fd: i32, mode: i32, offset: u64, bytes: u64) -> io::Result<usize> {

@@ -1,6 +1,10 @@
 //! Tests which images can be opened, and the errors of the others.
 
+use std::io::{Seek, SeekFrom};
+use std::os::unix::fs::MetadataExt;
+
 use super::*;
+use crate::VirtioDevice;
 
 fn refused(params: BlockParams) -> BlockError {
     Block::new(params).expect_err("must be refused")
@@ -45,10 +49,66 @@ fn container_is_refused_only_when_the_format_was_not_given() {
 }
 
 #[test]
-fn odd_size_is_cut_to_sectors() {
-    let mut file = image(3);
-    file.write_all(&[0; 100]).unwrap();
-    assert_eq!(Block::new(params(&file)).unwrap().size_bytes(), 1536);
+fn odd_size_is_filled_up_to_a_sector() {
+    for engine in ENGINES {
+        for direct in [false, true] {
+            for (sectors, extra) in [(3, 100), (17, 0), (8, 511)] {
+                let mut file = image(sectors);
+                file.as_file_mut().seek(SeekFrom::End(0)).unwrap();
+                file.write_all(&vec![0xee; extra]).unwrap();
+                let odd = BlockParams {
+                    engine,
+                    direct,
+                    ..params(&file)
+                };
+                let block = match Block::new(odd) {
+                    Err(BlockError::NoDirectIo { .. }) => {
+                        test_skip::skip("the temporary directory has no direct I/O");
+                        continue;
+                    }
+                    block => block.unwrap(),
+                };
+                let all = sectors + extra.div_ceil(512) as u64;
+                assert_eq!(block.size_bytes(), all * 512);
+                let features = block.features();
+                let mut rig = Rig::with_features(block, features);
+                let last = all - 1;
+                let mut content = vec![last as u8; 512];
+                if extra > 0 {
+                    content.fill(0);
+                    content[..extra].fill(0xee);
+                }
+                assert_eq!(rig.read(last, 512), (S_OK, content.clone()));
+                // Over the last whole block as well.
+                let (status, data) = rig.read(0, all as u32 * 512);
+                assert_eq!((status, &data[last as usize * 512..]), (S_OK, &content[..]));
+                assert_eq!(rig.read(all, 512).0, S_IOERR);
+                assert_eq!(rig.write(last - 1, &[7; 1024]), S_OK);
+                assert_eq!(rig.read(last - 1, 1024), (S_OK, vec![7; 1024]));
+                assert_eq!(rig.flush(), S_OK);
+                let written = std::fs::read(file.path()).unwrap();
+                assert_eq!(written.len() as u64, all * 512);
+                assert_eq!(written[written.len() - 1024..], [7; 1024]);
+                assert_eq!(rig.counter("io_errors"), 0);
+            }
+        }
+    }
+}
+
+#[test]
+fn image_that_is_not_sparse_is_allocated() {
+    for (sparse, readonly) in [(true, false), (false, true), (false, false)] {
+        let file = NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let block = Block::new(BlockParams {
+            sparse,
+            readonly,
+            ..params(&file)
+        });
+        block.unwrap();
+        let allocated = file.as_file().metadata().unwrap().blocks() * 512;
+        assert_eq!(allocated >= 1 << 20, !sparse && !readonly, "{allocated}");
+    }
 }
 
 #[test]

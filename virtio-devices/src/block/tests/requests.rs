@@ -170,17 +170,33 @@ fn read_only_refuses_every_change() {
 }
 
 #[test]
-fn autodetected_image_protects_sector_0_from_every_write() {
-    let file = image(64);
-    let mut rig = Rig::new(BlockParams {
-        autodetect: true,
-        ..params(&file)
-    });
-    assert_eq!(rig.write(0, &[9; 1024]), S_IOERR);
-    assert_eq!(rig.on_range(11, range(0, 8, 0)), S_IOERR);
-    assert_eq!(rig.on_range(13, range(0, 8, 0)), S_IOERR);
-    assert_eq!(rig.write(1, &[9; 512]), S_OK);
-    assert_eq!(rig.read(0, 512), (S_OK, vec![0; 512]));
+fn autodetected_image_takes_every_write_but_signatures() {
+    for (autodetect, status) in [(true, S_IOERR), (false, S_OK)] {
+        let file = image(64);
+        let mut rig = Rig::new(BlockParams {
+            autodetect,
+            ..params(&file)
+        });
+        // A file system with blocks of 4096 bytes writes its superblock, at 1024, with what is before it.
+        let data: Vec<u8> = (0..4096_u32).map(|at| (at / 16) as u8).collect();
+        assert_eq!(rig.write(0, &data), S_OK);
+        assert_eq!(rig.read(0, 4096), (S_OK, data.clone()));
+        for magic in [&b"QFI\xfb"[..], b"conectix", b"vhdxfile", b"KDMV"] {
+            let mut image = data.clone();
+            image[..magic.len()].copy_from_slice(magic);
+            for bytes in [512, 4096] {
+                assert_eq!(rig.write(0, &image[..bytes]), status);
+            }
+            // Elsewhere it is no signature.
+            assert_eq!(rig.write(1, &image), S_OK);
+        }
+        let refused = if autodetect { 8 } else { 0 };
+        assert_eq!(rig.counter("refused_signatures"), refused);
+        assert_eq!(rig.counter("bad_requests"), 0);
+        assert_eq!(rig.on_range(13, range(0, 8, 0)), S_OK);
+        assert_eq!(rig.on_range(11, range(0, 8, 0)), S_OK);
+        assert_eq!(rig.read(0, 512), (S_OK, vec![0; 512]));
+    }
 }
 
 #[test]
