@@ -9,6 +9,7 @@
 #![allow(unsafe_code)]
 // UNSAFETY: memfd_create, madvise and the mapping that keeps an address range occupied have no safe wrapper.
 
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -25,6 +26,8 @@ use super::layout::{MIB, PAGE_BYTES};
 use super::numa_policy;
 use super::source::Source;
 
+/// The kernel takes 80 bytes with the final zero.
+const MAPPING_NAME_CHARS_MAX: usize = 64;
 /// Transparent huge pages on x86-64. Guest and host addresses must agree modulo this size; otherwise KVM cannot map any
 /// range of the guest with a huge page.
 const THP_BYTES: usize = (2 * MIB) as usize;
@@ -32,6 +35,8 @@ const THP_BYTES: usize = (2 * MIB) as usize;
 /// The backing of one zone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Backing {
+    /// Seen in the process's map.
+    name: CString,
     kind: Kind,
     host_numa_node: Option<u32>,
     reserve: bool,
@@ -64,6 +69,7 @@ impl Backing {
             (None, false, false) => Kind::PrivateAnonymous,
         };
         Self {
+            name: mapping_name(&zone.id),
             kind,
             host_numa_node: zone.host_numa_node,
             reserve: zone.reserve,
@@ -157,6 +163,10 @@ impl Backing {
         region: &MmapRegion<()>,
         bytes: u64,
     ) -> Result<(), ZoneError> {
+        // The kernel joins neighbours of the same name, and a zone is to be seen by itself.
+        if source.file.is_none() {
+            name_mapping(region, &self.name);
+        }
         // Before the first page exists, so that none has to be migrated.
         if let Some(node) = self.host_numa_node {
             numa_policy::bind(region, node)
@@ -187,6 +197,27 @@ impl Backing {
             false => Ok(()),
         }
     }
+}
+
+/// The name of a zone's mappings: what the kernel takes of its own.
+fn mapping_name(zone: &str) -> CString {
+    let is_taken = |it: &char| it.is_ascii_alphanumeric() || "-_.".contains(*it);
+    let id = zone.chars().filter(is_taken).take(MAPPING_NAME_CHARS_MAX);
+    CString::new(format!("ch_ram_{}", id.collect::<String>())).expect("there is no zero in it")
+}
+
+/// A kernel that has no names for anonymous memory joins neighbours, which changes nothing but what is to be seen.
+fn name_mapping(region: &MmapRegion<()>, name: &CStr) {
+    // SAFETY: the range is exactly one mapping, alive through the borrow; the kernel copies the name.
+    unsafe {
+        libc::prctl(
+            libc::PR_SET_VMA,
+            libc::PR_SET_VMA_ANON_NAME,
+            region.as_ptr(),
+            region.size(),
+            name.as_ptr(),
+        )
+    };
 }
 
 /// Makes the whole region resident. Its content is kept.
@@ -370,6 +401,37 @@ mod tests {
             libc::MAP_PRIVATE | libc::MAP_NORESERVE
         );
         assert_eq!(region.as_ptr() as usize % THP_BYTES, 0);
+    }
+
+    #[test]
+    fn mappings_of_two_zones_are_seen_as_two() {
+        let bytes = 4 * MIB;
+        let mapped = |id: &str| {
+            let zone = MemoryZoneConfig {
+                id: id.to_owned(),
+                ..zone()
+            };
+            map(&zone, true, bytes)
+        };
+        // Where the kernel puts them is its own affair: some of these are neighbours.
+        let regions: Vec<_> = (0..8)
+            .map(|number| mapped(&format!("z {number}")))
+            .collect();
+        let text = std::fs::read_to_string("/proc/self/maps").unwrap();
+        if !text.contains("[anon:ch_ram_z0]") {
+            test_skip::skip("the kernel has no names for anonymous memory");
+            return;
+        }
+        for (number, region) in regions.iter().enumerate() {
+            let start = region.as_ptr() as u64;
+            let range = format!("{start:x}-{:x} ", start + bytes);
+            let line = text.lines().find(|line| line.starts_with(&range));
+            let name = format!("[anon:ch_ram_z{number}]");
+            assert!(
+                line.is_some_and(|line| line.contains(&name)),
+                "{range}: {text}"
+            );
+        }
     }
 
     #[test]
