@@ -11,8 +11,8 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use crate::args::AgentOptions as Options;
 use crate::{allocator, logger};
 
-/// Runs the agent until a signal ends it.
-pub(crate) fn run(options: &Options) -> Result<()> {
+/// Runs the agent until a signal ends it. `socket` overrides the one in the settings.
+pub(crate) fn run(options: &Options, socket: Option<&Path>) -> Result<()> {
     allocator::keep_small();
     logger::install(options.log_format, options.verbose).context("Cannot log")?;
     end_on_panic();
@@ -29,6 +29,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         log::info!("settings from {}", file.display());
     }
     loaded.config.agent.dry_run |= options.dry_run;
+    if let Some(socket) = socket {
+        loaded.config.agent.socket = socket.to_owned();
+    }
     let agent = Agent::start_with_signals(AgentOptions {
         config: loaded.config,
         file: Some((options.config.clone(), required)),

@@ -1,7 +1,7 @@
 //! The command line of `ch-fleet`.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use api::options::parse_bytes;
@@ -23,9 +23,9 @@ use fleet::config::SafetyRule;
                   ch-fleet run -- cloud-hypervisor --api-socket /run/ch/web-2.sock --memory size=4G …"
 )]
 pub(crate) struct Arguments {
-    /// Socket of the agent
-    #[arg(long, global = true, value_name = "PATH", default_value = DEFAULT_SOCKET)]
-    pub(crate) socket: PathBuf,
+    /// Socket of the agent [default: /run/ch-fleet/agent.sock, and for `agent` the one in its settings]
+    #[arg(long, global = true, value_name = "PATH")]
+    pub(crate) socket: Option<PathBuf>,
 
     /// Output format
     #[arg(long, short, global = true, value_enum, default_value_t = Output::Table)]
@@ -41,6 +41,11 @@ pub(crate) struct Arguments {
 }
 
 impl Arguments {
+    /// The socket of the agent that is asked.
+    pub(crate) fn socket(&self) -> &Path {
+        self.socket.as_deref().unwrap_or(Path::new(DEFAULT_SOCKET))
+    }
+
     pub(crate) fn timeout(&self) -> Duration {
         Duration::from_secs(self.timeout)
     }

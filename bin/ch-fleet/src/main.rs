@@ -51,10 +51,10 @@ fn main() -> ExitCode {
 }
 
 fn execute(arguments: &Arguments) -> Result<ExitCode> {
-    let agent = Agent::new(&arguments.socket, arguments.timeout());
+    let agent = Agent::new(arguments.socket(), arguments.timeout());
     let mut out = io::stdout().lock();
     match &arguments.command {
-        Command::Agent(options) => agent_command::run(options)?,
+        Command::Agent(options) => agent_command::run(options, arguments.socket.as_deref())?,
         Command::Run(options) => return run::run(&agent, options),
         #[cfg(feature = "simulate")]
         Command::Simulate(options) => return simulate::run(options, arguments.output, &mut out),

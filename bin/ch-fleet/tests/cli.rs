@@ -17,6 +17,21 @@ struct Agent {
     child: Child,
 }
 
+#[test]
+fn agent_listens_where_the_command_line_says() {
+    let folder = TempDir::new().unwrap();
+    fs::write(
+        folder.path().join("agent.toml"),
+        config(folder.path(), "").replace("agent.sock", "settings.sock"),
+    )
+    .unwrap();
+    let socket = folder.path().join("agent.sock");
+    let child = spawn_with(folder.path(), &["--socket", socket.to_str().unwrap()]);
+    let agent = Agent { folder, child };
+    agent.wait_up();
+    assert!(!agent.folder.path().join("settings.sock").exists());
+}
+
 impl Drop for Agent {
     fn drop(&mut self) {
         // It may have ended already.
@@ -34,7 +49,12 @@ fn config(folder: &Path, more: &str) -> String {
 }
 
 fn spawn(folder: &Path) -> Child {
+    spawn_with(folder, &[])
+}
+
+fn spawn_with(folder: &Path, more: &[&str]) -> Child {
     Command::new(PROGRAM)
+        .args(more)
         .args(["agent", "--config"])
         .arg(folder.join("agent.toml"))
         .stdin(Stdio::null())

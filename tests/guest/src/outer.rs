@@ -36,6 +36,9 @@ const BIN_DIR: &str = "/opt/vmm/bin";
 /// The command's TMPDIR, in memory.
 const TMPDIR: &str = "/run/tmp";
 
+/// The serial number of the disk for swap.
+const SWAP_SERIAL: &str = "swap";
+
 /// Maximum time until a virtio port appears, and the polling interval.
 const PORT_DEADLINE: Duration = Duration::from_secs(30);
 const PORT_INTERVAL: Duration = Duration::from_millis(5);
@@ -232,9 +235,8 @@ fn fill_root(plan: &Plan) -> io::Result<()> {
 fn environment_for_kvm() -> io::Result<()> {
     step("hostname", sys::set_hostname("testbed"))?;
     step("loopback", sys::loopback_up())?;
-    // The host attaches a disk only as swap, with the header already written.
-    if Path::new("/dev/vda").exists() {
-        step("swapon", sys::swapon("/dev/vda"))?;
+    if let Some(disk) = swap_disk(Path::new("/sys/block")) {
+        step("swapon", sys::swapon(&format!("/dev/{disk}")))?;
     }
     // Without the controllers turned on, no cgroup below the root can limit anything.
     step(
@@ -244,6 +246,18 @@ fn environment_for_kvm() -> io::Result<()> {
             "+cpu +memory +pids +cpuset",
         ),
     )
+}
+
+/// The disk that the host attaches as swap, with the header written; others are the test's.
+fn swap_disk(blocks: &Path) -> Option<String> {
+    let mut names = fs::read_dir(blocks).ok()?.filter_map(|disk| {
+        let disk = disk.ok()?;
+        disk.file_name().into_string().ok()
+    });
+    names.find(|name| {
+        let serial = fs::read_to_string(blocks.join(name).join("serial"));
+        serial.is_ok_and(|serial| serial.trim() == SWAP_SERIAL)
+    })
 }
 
 fn port_to_write(name: &str) -> io::Result<File> {
@@ -394,6 +408,19 @@ fn finish() -> ! {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn swap_is_the_disk_of_that_serial_number() {
+        let blocks = std::env::temp_dir().join(format!("blocks-{}", std::process::id()));
+        for (name, serial) in [("vda", "data\n"), ("vdb", "swap\n")] {
+            fs::create_dir_all(blocks.join(name)).unwrap();
+            fs::write(blocks.join(name).join("serial"), serial).unwrap();
+        }
+        fs::create_dir_all(blocks.join("loop0")).unwrap();
+        let found = swap_disk(&blocks);
+        fs::remove_dir_all(&blocks).unwrap();
+        assert_eq!(found.as_deref(), Some("vdb"));
+    }
 
     #[test]
     fn plan_is_read_to_its_end_and_not_beyond() {

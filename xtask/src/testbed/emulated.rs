@@ -75,7 +75,9 @@ pub(crate) fn run(job: &Job) -> Result<Outcome> {
             "if=none,id=swap,format=raw,cache=unsafe,file={}",
             fd_path(swap)
         );
-        command.args(["-drive", &drive, "-device", "virtio-blk-pci,drive=swap"]);
+        // The guest finds it by its serial number, beside other disks.
+        let device = "virtio-blk-pci,drive=swap,serial=swap";
+        command.args(["-drive", &drive, "-device", device]);
     }
     command.args(
         job.options
