@@ -196,6 +196,10 @@ endpoints! {
     VmReboot = Upstream Put "vm.reboot",
         request None, response None, command "reboot",
         failure "The VM could not reboot";
+    /// Write a core file of the guest.
+    VmCoredump = Upstream Put "vm.coredump",
+        request Some("VmCoredumpData"), response None, command "coredump",
+        failure "The core file of the VM could not be written";
     /// Send a non-maskable interrupt to the VM's vCPUs.
     VmNmi = Upstream Put "vm.nmi",
         request None, response None, command "nmi",

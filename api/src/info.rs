@@ -92,7 +92,7 @@ pub struct SnapshotProgress {
 pub struct DeviceNode {
     /// The device's id, equal to its key in the map.
     pub id: String,
-    /// Bus resources the device holds, in upstream's form (an enum with data, for example
+    /// Bus resources the device holds now, in upstream's form (an enum with data, for example
     /// `{"PciBar":{"index":0,"base":…,"size":…,"type_":"Mmio64","prefetchable":false}}`).
     #[serde(default)]
     #[schemars(with = "Vec<Map<String, Value>>")]

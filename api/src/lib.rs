@@ -16,6 +16,7 @@ mod balloon_stats;
 mod bounded;
 pub mod client;
 pub mod config;
+mod coredump;
 mod endpoints;
 mod error;
 mod event;
@@ -36,6 +37,7 @@ pub use ascii_json::to_ascii_json;
 pub use balloon_stats::BalloonStatsResponse;
 pub use client::{Client, ClientError, Peer, SocketFile};
 pub use config::{RestoreConfig, VmConfig};
+pub use coredump::*;
 pub use device_facts::{
     BalloonStats, GuestReporting, PolicyError, ReportingPolicy, ReportingPolicyChange,
 };

@@ -257,6 +257,81 @@ fn guest_restored_twice_has_two_new_generations_and_is_notified() {
     assert!(!interrupted && !again.has_generation_id);
 }
 
+/// What a debugger finds by the program headers.
+#[test]
+fn core_file_has_the_ram_that_is_there_and_the_registers() {
+    let Some(rig) = Rig::new() else {
+        return;
+    };
+    let output = rig.folder.path().join("serial");
+    let mut pc = rig.booted(&output);
+    wait_for_bytes(&output, 50);
+    let core = File::create_new(rig.folder.path().join("core")).unwrap();
+    assert!(pc.write_core(&core).is_err(), "not paused");
+    pc.pause().unwrap();
+    pc.write_core(&core).unwrap();
+
+    let path = rig.folder.path().join("core");
+    let bytes = std::fs::read(&path).unwrap();
+    let number = |at: usize, count: usize| {
+        let mut value = [0; 8];
+        value[..count].copy_from_slice(&bytes[at..at + count]);
+        u64::from_le_bytes(value) as usize
+    };
+    assert_eq!(bytes[..6], *b"\x7fELF\x02\x01");
+    // A core file of x86-64, with program headers of 56 bytes.
+    assert_eq!([16, 18, 54, 56].map(|at| number(at, 2)), [4, 62, 56, 2]);
+    let header = |index: usize| {
+        let at = number(32, 8) + index * 56;
+        [
+            number(at, 4),
+            number(at + 8, 8),
+            number(at + 24, 8),
+            number(at + 40, 8),
+        ]
+    };
+    let [kind, notes, _, notes_bytes] = header(0);
+    assert_eq!((kind, notes_bytes), (4, 20 + 336 + 20 + 440));
+    let [kind, ram, address, ram_bytes] = header(1);
+    assert_eq!((kind, address, ram_bytes), (1, 0, 64 << 20));
+    assert_eq!(bytes.len(), ram + ram_bytes);
+    let count: u32 = pc
+        .memory()
+        .ram()
+        .memory()
+        .read_obj(vm_memory::GuestAddress(0x20_0000))
+        .unwrap();
+    assert_eq!(number(ram + 0x20_0000, 4), count as usize);
+    assert!(count >= 50);
+
+    let name = |at: usize| String::from_utf8_lossy(&bytes[at + 12..at + 16]).into_owned();
+    let qemu = notes + 20 + 336;
+    assert_eq!((name(notes), number(notes + 8, 4)), ("CORE".to_owned(), 1));
+    assert_eq!((name(qemu), number(qemu + 8, 4)), ("QEMU".to_owned(), 0));
+    // The guest's loop: 32-bit code, without paging.
+    let code = LOAD_ADDRESS as usize..LOAD_ADDRESS as usize + 0x1000;
+    let (prstatus, state) = (notes + 20, qemu + 20);
+    let (rip, qemu_rip) = (
+        number(prstatus + 112 + 16 * 8, 8),
+        number(state + 8 + 16 * 8, 8),
+    );
+    assert!(
+        code.contains(&rip) && rip == qemu_rip,
+        "{rip:#x} {qemu_rip:#x}"
+    );
+    assert_eq!(number(state, 4), 1);
+    assert_eq!(number(state + 4, 4), 440);
+    assert_eq!(number(state + 392, 8) & 1, 1, "protected mode");
+
+    use std::os::unix::fs::MetadataExt;
+    let allocated = std::fs::metadata(&path).unwrap().blocks() * 512;
+    assert!(
+        allocated < 4 << 20,
+        "{allocated} bytes of a guest that touched little"
+    );
+    pc.resume().unwrap();
+}
+
 #[test]
 fn nmi_requested_in_a_pause_is_saved_with_the_guest() {
     let Some(rig) = Rig::new() else {

@@ -50,6 +50,7 @@ fn walk(vmm: &Vmm, state: &str, steps: &[Step<'_>]) -> Result<()> {
 }
 
 /// There is no such disk.
+const CORE: &str = r#"{"destination_url": "file:///nonexistent/core"}"#;
 const DISK_8K: &str = "{\"id\":\"_disk0\",\"desired_size\":8192}";
 /// As above.
 const LIMIT: &str = "{\"id\":\"_disk0\"}";
@@ -66,6 +67,7 @@ const WITHOUT_CONFIG: &[Step<'_>] = &[
     ("PUT", "vm.shutdown", None, 500),
     ("PUT", "vm.power-button", None, 500),
     ("PUT", "vm.nmi", None, 500),
+    ("PUT", "vm.coredump", Some(CORE), 500),
     ("PUT", "vm.resize-disk", Some(DISK_8K), 404),
     ("PUT", "vm.update-rate-limiter", Some(LIMIT), 404),
     ("GET", "vm.counters", None, 500),
@@ -94,6 +96,7 @@ const CREATED: &[Step<'_>] = &[
     ("PUT", "vm.pause", None, 500),
     ("PUT", "vm.shutdown", None, 500),
     ("PUT", "vm.nmi", None, 500),
+    ("PUT", "vm.coredump", Some(CORE), 500),
     ("PUT", "vm.resize-disk", Some(DISK_8K), 500),
     ("PUT", "vm.update-rate-limiter", Some(LIMIT), 404),
     ("GET", "vm.counters", None, 500),

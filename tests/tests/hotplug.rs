@@ -82,6 +82,11 @@ fn disk_and_balloon_come(
             bdf.is_some_and(|bdf| bdf.starts_with(&expected)),
             "{info:#}"
         );
+        let bar = &info["device_tree"][format!("_virtio-pci-{id}")]["resources"][0]["PciBar"];
+        ensure!(
+            bar["base"].as_u64() > Some(1 << 32) && bar["type_"] == "Mmio64",
+            "{info:#}"
+        );
     }
 
     wait_ready(&mut vmm, "balloon")?;

@@ -125,6 +125,8 @@ events! {
         Resuming "resuming"
         /// The vCPUs run again.
         Resumed "resumed"
+        /// A core file of the paused machine is being written.
+        Coredumping "coredumping"
         /// The paused machine is being saved.
         Snapshotting "snapshotting"
         /// Amount of RAM that has been scanned and written.

@@ -29,6 +29,7 @@ pub(crate) fn schemas() -> BTreeMap<String, Value> {
     generator.subschema_for::<VmUpdateRateLimiter>();
     generator.subschema_for::<VmRemoveDevice>();
     generator.subschema_for::<VmSnapshotConfig>();
+    generator.subschema_for::<VmCoredumpData>();
     generator.subschema_for::<RestoreConfig>();
     generator.subschema_for::<PciDeviceInfo>();
     generator.subschema_for::<VmBalloonHinting>();

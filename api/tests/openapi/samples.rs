@@ -55,6 +55,7 @@ samples![
     VmUpdateRateLimiter,
     VmRemoveDevice,
     VmSnapshotConfig,
+    VmCoredumpData,
     RestoreConfig,
     MemoryRestoreMode,
     RestoredNetConfig,

@@ -11,8 +11,8 @@ use api::config::{BalloonConfig, DiskConfig, FsConfig, NetConfig, PmemConfig, Vs
 use api::options::{OptionError, parse_bytes};
 use api::{
     Endpoint, HintingAction, ReclaimThresholdsChange, ReportingAction, RestoreConfig,
-    VmBalloonHinting, VmBalloonReporting, VmRemoveDevice, VmResize, VmResizeDisk, VmSnapshotConfig,
-    VmUpdateRateLimiter, to_ascii_json,
+    VmBalloonHinting, VmBalloonReporting, VmCoredumpData, VmRemoveDevice, VmResize, VmResizeDisk,
+    VmSnapshotConfig, VmUpdateRateLimiter, to_ascii_json,
 };
 use clap::error::ErrorKind;
 use clap::{ArgGroup, ArgMatches, Args, FromArgMatches, Subcommand, ValueEnum};
@@ -52,6 +52,8 @@ pub(crate) enum Command {
     AddBalloon(AddBalloonArguments),
     /// Save the paused VM to files
     Snapshot(SnapshotArguments),
+    /// Write a core file of the guest
+    Coredump(CoredumpArguments),
     /// Create a VM from saved files
     Restore(RestoreArguments),
     /// Remove a disk, a network interface, a shared folder, persistent memory, the vsock device or the balloon from the VM
@@ -244,6 +246,13 @@ pub(crate) struct SnapshotArguments {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct CoredumpArguments {
+    /// A file that does not exist yet, as file:// and its absolute path
+    #[arg(value_name = "URL")]
+    pub(crate) url: String,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct RestoreArguments {
     #[arg(value_name = "RESTORE", value_parser = |text: &str| told(RestoreConfig::parse(text)), help = RestoreConfig::syntax())]
     pub(crate) restore: RestoreConfig,
@@ -370,6 +379,10 @@ impl Request {
                 let destination_url = snapshot.url.clone();
                 Some(to_ascii_json(&VmSnapshotConfig { destination_url })?)
             }
+            Command::Coredump(coredump) => {
+                let destination_url = coredump.url.clone();
+                Some(to_ascii_json(&VmCoredumpData { destination_url })?)
+            }
             Command::Restore(restore) => Some(to_ascii_json(&restore.restore)?),
             Command::RemoveDevice(remove) => {
                 let id = remove.id.clone();
@@ -412,6 +425,7 @@ pub(crate) fn endpoint(command: &Command) -> Endpoint {
         Command::AddBalloon(_) => Endpoint::VmAddBalloon,
         Command::RemoveDevice(_) => Endpoint::VmRemoveDevice,
         Command::Snapshot(_) => Endpoint::VmSnapshot,
+        Command::Coredump(_) => Endpoint::VmCoredump,
         Command::Restore(_) => Endpoint::VmRestore,
         Command::ReclaimStats(_) => Endpoint::VmReclaimStats,
         Command::ReclaimThresholds(thresholds) if thresholds.change().is_some() => {

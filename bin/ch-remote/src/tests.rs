@@ -138,6 +138,7 @@ fn every_command_calls_its_endpoint() {
             Endpoint::VmAddBalloon => " size=0",
             Endpoint::VmRemoveDevice => " _disk0",
             Endpoint::VmSnapshot => " file:///d",
+            Endpoint::VmCoredump => " file:///core",
             Endpoint::VmRestore => " source_url=file:///d",
             Endpoint::VmBalloonReporting => " pause",
             _ => "",

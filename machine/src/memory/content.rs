@@ -182,6 +182,25 @@ impl GuestMemory {
         })
     }
 
+    /// Writes the pages of `zone` that hold data into `file`, in which the zone begins at `start`. The machine is paused.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::save_zone`].
+    pub fn write_zone(&self, zone: &Zone, file: &File, start: u64) -> Result<(), ContentError> {
+        let pagemap = Pagemap::open().map_err(ContentError::Pages)?;
+        let mut buffer = vec![0; CHUNK_BYTES];
+        for chunk in chunks(zone) {
+            let buffer = &mut buffer[..chunk.bytes];
+            let pages = self.read_chunk(zone, &pagemap, chunk, buffer)?;
+            each_run(&pages, chunk.bytes / PAGE, |at, bytes| {
+                let data = &buffer[at..at + bytes];
+                file.write_all_at(data, start + chunk.offset + at as u64)
+            })
+            .map_err(in_file(&zone.id, chunk.offset))?;
+        }
+        Ok(())
+    }
+
     /// Fills `buffer` and returns a bitmap of its non-zero pages.
     fn read_chunk(
         &self,
@@ -202,16 +221,20 @@ impl GuestMemory {
         let region = ram.find_region(chunk.guest);
         let region = region.expect("the zones are made of the regions");
         let at = chunk.guest.0 - region.start_addr().0;
+        let is_shared = region.flags() & libc::MAP_SHARED != 0;
         match region.file_offset() {
-            Some(file) => file
+            Some(file) if is_shared => file
                 .file()
                 .read_exact_at(buffer, file.start() + at)
                 .map_err(in_ram)?,
-            None => {
-                let start = region.as_ptr() as u64 + at;
-                pagemap
-                    .mark_held(start, &mut is_held)
-                    .map_err(ContentError::Pages)?;
+            file => {
+                // What the guest has not written shows the file.
+                if file.is_none() {
+                    let start = region.as_ptr() as u64 + at;
+                    pagemap
+                        .mark_held(start, &mut is_held)
+                        .map_err(ContentError::Pages)?;
+                }
                 let data = buffer.chunks_exact_mut(PAGE).zip(&is_held);
                 for (page, (data, _)) in data.enumerate().filter(|(_, (_, held))| **held) {
                     let address = GuestAddress(chunk.guest.0 + (page * PAGE) as u64);

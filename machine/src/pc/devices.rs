@@ -7,12 +7,12 @@
 //! ```
 //! No step waits for the guest. If the guest never releases a device, the device stays until the guest reboots.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use state::Saved;
 use virtio_devices::Unpoisoned;
 use virtio_devices::VirtioDevice;
-use virtio_devices::pci::PciFunction;
+use virtio_devices::pci::{Bar, PciFunction};
 use virtio_devices::transport::{VirtioPciFunction, VirtioPciParams, vectors_needed};
 use virtio_devices::worker::ThreadStart as WorkerStart;
 
@@ -37,6 +37,24 @@ pub struct Plug {
 
 virtio_devices::debug_fields!(Plug { id, kind, place });
 
+/// The BARs of a function, for as long as it exists.
+#[derive(Clone)]
+pub struct BarView(Weak<dyn PciFunction>);
+
+virtio_devices::debug_fields!(BarView {});
+
+impl BarView {
+    pub(super) fn new(function: Weak<dyn PciFunction>) -> Self {
+        Self(function)
+    }
+
+    /// With their present addresses.
+    pub fn bars(&self) -> Vec<Bar> {
+        let function = self.0.upgrade();
+        function.map_or(Vec::new(), |function| function.bars())
+    }
+}
+
 /// A device on the bus.
 #[derive(Debug, Clone)]
 pub struct Plugged {
@@ -49,6 +67,14 @@ pub struct Plugged {
     pub(super) function: Arc<VirtioPciFunction>,
     /// Held for the effect of its drop.
     _memory: Option<Arc<MappedMemory>>,
+}
+
+impl Plugged {
+    /// Its BARs.
+    pub fn bar_view(&self) -> BarView {
+        let function: Weak<VirtioPciFunction> = Arc::downgrade(&self.function);
+        BarView::new(function)
+    }
 }
 
 impl Pc {

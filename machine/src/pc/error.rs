@@ -84,6 +84,9 @@ pub enum PcError {
     /// The guest cannot be notified that memory was added.
     #[error("Cannot notify the guest about its memory")]
     AnnounceMemory(#[source] io::Error),
+    /// A core file cannot be written.
+    #[error(transparent)]
+    Core(super::CoreError),
     /// Kernel, firmware, initramfs or command line.
     #[error("Cannot load the payload")]
     Payload(#[source] BootError),

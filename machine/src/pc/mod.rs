@@ -3,6 +3,7 @@
 //! One thread owns it. No call makes that thread wait for the guest.
 
 mod chassis;
+mod coredump;
 mod device_events;
 mod device_memory;
 mod devices;
@@ -16,7 +17,7 @@ mod tests;
 mod vcpus;
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use api::config::{CpusConfig, NumaConfig, PlatformConfig};
 use hypervisor::Kvm;
@@ -41,7 +42,8 @@ use device_memory::DeviceSlots;
 use exits::Exits;
 use pvpanic::Pvpanic;
 
-pub use devices::{Plug, Plugged};
+pub use coredump::CoreError;
+pub use devices::{BarView, Plug, Plugged};
 pub use error::PcError;
 pub use pvpanic::PVPANIC_ID;
 pub use state::PcState;
@@ -183,6 +185,13 @@ impl Pc {
             id: PVPANIC_ID.to_owned(),
             source: source.into(),
         })
+    }
+
+    /// The BARs of that device, if there is one.
+    pub fn pvpanic_bar_view(&self) -> Option<BarView> {
+        let pvpanic = self.pvpanic.as_ref()?;
+        let function: Weak<Pvpanic> = Arc::downgrade(pvpanic);
+        Some(BarView::new(function))
     }
 
     fn new_pvpanic(&self) -> Arc<Pvpanic> {

@@ -146,6 +146,7 @@ impl Dispatcher {
                 self.change_to(call, |vm, update| vm.update_rate_limiter(&update));
             }
             Endpoint::VmSnapshot => self.change_to(call, |vm, request| vm.snapshot(&request)),
+            Endpoint::VmCoredump => self.change_to(call, |vm, request| vm.coredump(&request)),
             Endpoint::VmRestore => {
                 if let Some((request, mut call)) = call.read_body() {
                     let fds = std::mem::take(&mut call.fds);

@@ -1,6 +1,7 @@
 //! Responses to failed requests: maps each cause to a status.
 
 use std::error::Error;
+use std::io::ErrorKind;
 
 use api::{Endpoint, ErrorBody};
 use machine::pc::PcError;
@@ -56,6 +57,11 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
                 HotplugError::VsockPresent { .. } => Status::InternalServerError,
             }
         }
+        LifecycleError::CoreUrl { .. } => Status::BadRequest,
+        LifecycleError::CoreFile { source, .. } => match source.kind() {
+            ErrorKind::AlreadyExists | ErrorKind::NotFound => Status::BadRequest,
+            _ => Status::InternalServerError,
+        },
         LifecycleError::RateLimiter(RateLimiterError::Unknown { .. }) => Status::NotFound,
         LifecycleError::RateLimiter(RateLimiterError::InGroup { .. }) => Status::BadRequest,
         LifecycleError::Snapshot(SnapshotError::NetTwice { .. }) => Status::Conflict,

@@ -166,6 +166,10 @@ impl Machine for FakeMachine {
         Ok(SavedMachine { pc, memory })
     }
 
+    fn write_core(&self, _file: &std::fs::File) -> Result<(), VmError> {
+        Ok(())
+    }
+
     fn power_button(&self) -> Result<(), VmError> {
         Ok(())
     }
@@ -544,6 +548,7 @@ fn body_of(endpoint: Endpoint) -> Option<&'static str> {
         Endpoint::VmRemoveDevice => Some(r#"{"id": "__balloon"}"#),
         Endpoint::VmBalloonReporting => Some(PAUSE),
         Endpoint::VmSnapshot => Some(r#"{"destination_url": "file:///nonexistent"}"#),
+        Endpoint::VmCoredump => Some(r#"{"destination_url": "file:///nonexistent/core"}"#),
         Endpoint::VmRestore => Some(r#"{"source_url": "file:///nonexistent"}"#),
         _ => None,
     }
@@ -583,6 +588,7 @@ fn expected(endpoint: Endpoint) -> [u16; 4] {
         Endpoint::VmDelete => [204; 4],
         // The folder is checked last.
         Endpoint::VmSnapshot => [500, 500, 500, 400],
+        Endpoint::VmCoredump => [500, 500, 400, 400],
         Endpoint::VmRestore => [400, 500, 500, 500],
     }
 }
@@ -700,12 +706,7 @@ fn endpoints_refuse_other_methods_and_wrong_bodies_with_400() {
         };
         assert_eq!(vmm.call(endpoint, wrong).status, 400, "{endpoint:?}");
     }
-    for path in [
-        "/",
-        "/api/v1/vm.unknown",
-        "/api/v1/vm.info/x",
-        "/api/v1/vm.coredump",
-    ] {
+    for path in ["/", "/api/v1/vm.unknown", "/api/v1/vm.info/x"] {
         let response = vmm.raw("GET", path, None);
         assert_eq!(
             (response.status, response.body),
@@ -713,6 +714,39 @@ fn endpoints_refuse_other_methods_and_wrong_bodies_with_400() {
             "{path}"
         );
     }
+}
+
+#[test]
+fn core_file_is_written_in_a_pause_and_never_over_another_file() {
+    let vmm = vmm();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("core");
+    let body = json!({"destination_url": format!("file://{}", path.display())}).to_string();
+    vmm.create("");
+    vmm.ok(Endpoint::VmBoot, None);
+    vmm.ok(Endpoint::VmCoredump, Some(&body));
+    assert!(path.is_file());
+    assert_eq!(vmm.state(), "Running");
+    let events = vmm.events.lock().unwrap().clone();
+    let events: Vec<_> = events.iter().map(String::as_str).rev().take(5).collect();
+    let expected = [
+        "vm resumed",
+        "vm resuming",
+        "vm coredumping",
+        "vm paused",
+        "vm pausing",
+    ];
+    assert_eq!(events, expected);
+    let again = vmm.call(Endpoint::VmCoredump, Some(&body));
+    assert_eq!(again.status, 400, "{again:?}");
+    for url in ["core", "file://core", "http:///core"] {
+        let body = json!({"destination_url": url}).to_string();
+        assert_eq!(vmm.call(Endpoint::VmCoredump, Some(&body)).status, 400);
+    }
+    std::fs::remove_file(&path).unwrap();
+    vmm.ok(Endpoint::VmPause, None);
+    vmm.ok(Endpoint::VmCoredump, Some(&body));
+    assert_eq!(vmm.state(), "Paused");
 }
 
 #[test]

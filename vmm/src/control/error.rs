@@ -97,6 +97,21 @@ pub enum LifecycleError {
     /// Saving failed, or the request or the files to restore are invalid.
     #[error(transparent)]
     Snapshot(SnapshotError),
+    /// Not a file's URL.
+    #[error("destination_url must be file:// and the absolute path of a file; got {url:?}")]
+    CoreUrl {
+        /// The URL.
+        url: String,
+    },
+    /// The core file cannot be created.
+    #[error("Cannot create the core file {}", path.display())]
+    CoreFile {
+        /// The file.
+        path: PathBuf,
+        /// The error from the system.
+        #[source]
+        source: io::Error,
+    },
     /// The machine failed.
     #[error(transparent)]
     Machine(VmError),

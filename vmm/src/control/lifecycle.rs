@@ -13,13 +13,15 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use api::config::{HotplugMethod, MemoryConfig};
 use api::{
     Endpoint, PciDeviceInfo, ReclaimThresholdsChange, ReportingAction, RestoreConfig,
-    VmBalloonReporting, VmConfig, VmResize, VmResizeDisk, VmSnapshotConfig, VmState,
-    VmUpdateRateLimiter,
+    VmBalloonReporting, VmConfig, VmCoredumpData, VmResize, VmResizeDisk, VmSnapshotConfig,
+    VmState, VmUpdateRateLimiter,
 };
 
 use super::error::{LifecycleError, RequestError};
@@ -378,6 +380,54 @@ impl Lifecycle {
         self.publish_with(Some(Arc::clone(&progress)));
         snapshot::write(&folder, &config, &state, &memory, &progress)
             .map_err(LifecycleError::Snapshot)
+    }
+
+    /// `vm.coredump`: writes a core file of the guest. A running machine is paused meanwhile.
+    ///
+    /// # Errors
+    /// There is no machine, it did not pause, or the file cannot be written. There is no file then, and the machine is
+    /// paused if it could not be written.
+    pub fn coredump(&mut self, request: &VmCoredumpData) -> Result<(), LifecycleError> {
+        if self.machine.is_none() {
+            return Err(LifecycleError::VmNotRunning);
+        }
+        let url = &request.destination_url;
+        let path = url.strip_prefix("file://").map(Path::new);
+        let path = path.filter(|path| path.is_absolute());
+        let (Some(path), Some(folder)) = (path, path.and_then(Path::parent)) else {
+            let url = url.clone();
+            return Err(LifecycleError::CoreUrl { url });
+        };
+        self.confinement
+            .check(&[landlock::of_core_file(folder)])
+            .map_err(LifecycleError::Landlock)?;
+        let mut options = File::options();
+        let options = options.write(true).create_new(true).mode(0o600);
+        let file = options
+            .open(path)
+            .map_err(|source| LifecycleError::CoreFile {
+                path: path.to_owned(),
+                source,
+            })?;
+        let runs = !self.paused;
+        let written = match runs {
+            true => self.pause(),
+            false => Ok(()),
+        };
+        let written = written.and_then(|()| {
+            self.emit(EventKind::Coredumping);
+            self.on_machine(|machine| machine.write_core(&file))
+        });
+        if written.is_err()
+            && let Err(error) = std::fs::remove_file(path)
+        {
+            log::warn!("Cannot remove {}: {error}", path.display());
+        }
+        written?;
+        match runs {
+            true => self.resume(),
+            false => Ok(()),
+        }
     }
 
     /// `vm.restore`: creates a machine from a snapshot, paused unless the request says otherwise. Network interfaces

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use api::VmConfig;
 
 pub use error::LandlockError;
-pub use needs::{Need, of_config, of_device, of_restore, of_snapshot};
+pub use needs::{Need, of_config, of_core_file, of_device, of_restore, of_snapshot};
 use rules::Rules;
 
 use crate::threads::{ThreadKind, ThreadStart};

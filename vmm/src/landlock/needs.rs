@@ -171,6 +171,11 @@ pub fn of_snapshot(folder: &Path) -> Need {
     Need::new(folder, MEMORY_FILES)
 }
 
+/// What writing a core file does in its folder.
+pub fn of_core_file(folder: &Path) -> Need {
+    Need::new(folder, MEMORY_FILES)
+}
+
 /// The access that restoring a VM from `folder` needs.
 pub fn of_restore(folder: &Path) -> Need {
     Need::new(folder, READ)

@@ -187,7 +187,8 @@ impl Parts {
             mem: self.mem.clone(),
             counters,
         };
-        let observer = OwnObserver::new(observed, ram_bytes, pc.devices(), pvpanic);
+        let pvpanic = pvpanic.zip(pc.pvpanic_bar_view());
+        let observer = OwnObserver::new(observed, ram_bytes, pc.devices(), pvpanic.as_ref());
         Ok(Vm {
             pc,
             payload: self.payload,

@@ -156,6 +156,12 @@ pub trait Machine {
     /// The guest has not released a device yet, or KVM cannot return a part of the state.
     fn save(&self) -> Result<SavedMachine, VmError>;
 
+    /// Writes a core file of the paused machine.
+    ///
+    /// # Errors
+    /// KVM refuses to show a part, or RAM or the file cannot be accessed.
+    fn write_core(&self, file: &File) -> Result<(), VmError>;
+
     /// Presses the ACPI power button.
     ///
     /// # Errors
@@ -286,6 +292,14 @@ impl Vm {
     ) -> Result<Self, VmError> {
         build::build(config, context, snapshot)
     }
+
+    /// Loads what a restored machine has not loaded yet: it would count as never touched.
+    fn complete_memory(&self) -> Result<(), VmError> {
+        match self.on_demand.as_ref().is_none_or(OnDemand::finish) {
+            true => Ok(()),
+            false => Err(VmError::Snapshot(SnapshotError::Incomplete)),
+        }
+    }
 }
 
 impl Machine for Vm {
@@ -301,10 +315,7 @@ impl Machine for Vm {
     fn save(&self) -> Result<SavedMachine, VmError> {
         // The saved guest relies on completed writes, flushed or not.
         self.handles.sync()?;
-        // What has not come yet would count as never touched.
-        if !self.on_demand.as_ref().is_none_or(OnDemand::finish) {
-            return Err(VmError::Snapshot(SnapshotError::Incomplete));
-        }
+        self.complete_memory()?;
         let state = self.pc.state().map_err(VmError::Pc)?;
         Ok(SavedMachine {
             pc: Saved::of(&state),
@@ -322,6 +333,11 @@ impl Machine for Vm {
 
     fn shutdown(mut self: Box<Self>) -> Result<(), VmError> {
         self.pc.shutdown().map_err(VmError::Pc)
+    }
+
+    fn write_core(&self, file: &File) -> Result<(), VmError> {
+        self.complete_memory()?;
+        self.pc.write_core(file).map_err(VmError::Pc)
     }
 
     fn power_button(&self) -> Result<(), VmError> {

@@ -6,12 +6,13 @@ use std::time::{Instant, SystemTime};
 
 use api::{BalloonStatsResponse, DeviceNode, ReclaimStats, ReportingStatus, VmCounters};
 use machine::memory::Zone;
-use machine::pc::{PVPANIC_ID, Plugged};
+use machine::pc::{BarView, PVPANIC_ID, Plugged};
 use machine::pci::Bdf;
 use serde_json::{Value, json};
 use virtio_devices::Unpoisoned;
 use virtio_devices::balloon::{BalloonHandle, StatsError};
 use virtio_devices::mem::MemHandle;
+use virtio_devices::pci::Bar;
 use virtio_devices::reclaim::{ResidencyError, ResidencyProbe};
 use virtio_devices::{Counters, VirtioDevice};
 
@@ -76,14 +77,31 @@ struct Published {
     /// RAM except for what the guest plugs through virtio-mem.
     ram_bytes: u64,
     device_tree: BTreeMap<String, DeviceNode>,
+    /// By the name of the node that has them.
+    bars: BTreeMap<String, BarView>,
     balloon: Option<BalloonHandle>,
     mem: Option<MemHandle>,
+}
+
+fn function_id(id: &str) -> String {
+    format!("_virtio-pci-{id}")
+}
+
+/// A BAR in upstream's form.
+fn resource(bar: &Bar) -> Value {
+    json!({"PciBar": {
+        "index": bar.index,
+        "base": bar.address,
+        "size": bar.size_bytes,
+        "type_": if bar.is_64bit { "Mmio64" } else { "Mmio32" },
+        "prefetchable": false,
+    }})
 }
 
 /// A device has two nodes, as in upstream: the PCI function and, below it, the virtio device.
 fn nodes(plugged: &Plugged) -> [(String, DeviceNode); 2] {
     let id = &plugged.id;
-    let function_id = format!("_virtio-pci-{id}");
+    let function_id = function_id(id);
     let function = DeviceNode {
         id: function_id.clone(),
         children: vec![id.clone()],
@@ -166,21 +184,25 @@ virtio_devices::debug_fields!(VmObserver {});
 pub(super) struct OwnObserver(VmObserver);
 
 impl OwnObserver {
-    /// `pvpanic` is the address of the pvpanic device, if there is one.
+    /// `pvpanic`: where the device is that reports panics, and its BARs, if there is one.
     pub(super) fn new(
         observed: Observed,
         ram_bytes: u64,
         devices: &[Plugged],
-        pvpanic: Option<Bdf>,
+        pvpanic: Option<&(Bdf, BarView)>,
     ) -> Self {
+        let functions = devices.iter();
+        let functions = functions.map(|it| (function_id(&it.id), it.bar_view()));
+        let others = pvpanic.map(|(_, bars)| (PVPANIC_ID.to_owned(), bars.clone()));
         Self(VmObserver {
             published: Arc::new(RwLock::new(Published {
                 ram_bytes,
                 device_tree: devices
                     .iter()
                     .flat_map(nodes)
-                    .chain(pvpanic.map(pvpanic_node))
+                    .chain(pvpanic.map(|(bdf, _)| pvpanic_node(*bdf)))
                     .collect(),
+                bars: functions.chain(others).collect(),
                 balloon: observed.balloon.clone(),
                 mem: observed.mem.clone(),
             })),
@@ -202,6 +224,8 @@ impl OwnObserver {
         {
             let mut published = self.0.write_published();
             published.device_tree.extend(nodes(plugged));
+            let bars = plugged.bar_view();
+            published.bars.insert(function_id(&plugged.id), bars);
             if balloon.is_some() {
                 published.balloon.clone_from(&balloon);
             }
@@ -238,6 +262,7 @@ impl OwnObserver {
         let node = published.device_tree.remove(id);
         if let Some(parent) = node.and_then(|node| node.parent) {
             published.device_tree.remove(&parent);
+            published.bars.remove(&parent);
         }
         if is_balloon {
             published.balloon = None;
@@ -379,7 +404,15 @@ impl MachineObserver for VmObserver {
 
     fn device_tree(&self) -> BTreeMap<String, DeviceNode> {
         let published = self.published.read().unpoisoned();
-        published.device_tree.clone()
+        let mut tree = published.device_tree.clone();
+        let bars = published.bars.clone();
+        drop(published);
+        for (id, node) in &mut tree {
+            // The guest may have moved them.
+            let bars = bars.get(id).map_or(Vec::new(), BarView::bars);
+            node.resources = bars.iter().map(resource).collect();
+        }
+        tree
     }
 }
 
