@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use integration_tests::bare_metal::{
     SCENARIO_DEADLINE, expect_all_passed, expect_all_passed_while, kvm_opens, start,
 };
+use integration_tests::huge_pages::ReservedHugePages;
 use integration_tests::vmm::Vmm;
 use integration_tests::wait::wait_for;
 use serde_json::{Value, json};
@@ -178,6 +179,67 @@ fn noise_at_every_device_is_contained() -> Result<()> {
 #[test]
 fn hostile_guest_of_every_device_is_contained() -> Result<()> {
     runs_with_every_device("hostile")
+}
+
+/// A guest that touches what it has not plugged gets no memory, nor do its devices for it. It runs twice: a reboot takes
+/// away what was plugged.
+fn unplugged_memory_is_closed(memory: &str) -> Result<()> {
+    /// Checks of closed blocks: each is two reads and a write.
+    const ACCESSES: u64 = 4 * 3;
+    const BLOCK: u64 = 2 << 20;
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let memory = format!("{memory},hotplug_method=virtio-mem,hotplug_size=128M,hotplugged_size=2M");
+    let arguments = ["--memory", &memory, "--cmdline", "scenario=plug stay"];
+    let mut vmm = start("plug", &arguments)?;
+    for round in 0..2 {
+        if round > 0 {
+            vmm.put("vm.reboot", None)?;
+        } else {
+            expect_all_passed(&mut vmm)?;
+        }
+        let figures = wait_for("the last block to be full", SCENARIO_DEADLINE, || {
+            let counters = vmm.get("vm.counters")?["mem0"].clone();
+            let zones = vmm.get("vm.reclaim-stats")?["zones"].clone();
+            let zone = zones.as_array().into_iter().flatten();
+            let mut zone = zone.filter(|zone| zone["id"] == "mem0-hotplug");
+            let zone = zone.next().cloned().context("no such zone")?;
+            let full = zone["resident_bytes"] == BLOCK && counters["plug_requests"] == 2;
+            ensure!(
+                zone["resident_bytes"].as_u64() <= Some(BLOCK),
+                "{zone:#}: more than is plugged"
+            );
+            Ok(full.then_some((counters, zone)))
+        });
+        let (counters, zone) = figures?;
+        ensure!(zone["configured_bytes"] == BLOCK, "{zone:#}");
+        ensure!(counters["plugged_bytes"] == BLOCK, "{counters:#}");
+        ensure!(counters["unplugged_accesses"] == ACCESSES, "{counters:#}");
+        expect_all_passed(&mut vmm)?;
+    }
+    vmm.put("vmm.shutdown", None)?;
+    vmm.expect_clean_exit(SCENARIO_DEADLINE)
+}
+
+#[test]
+fn unplugged_private_memory_is_closed() -> Result<()> {
+    unplugged_memory_is_closed("size=256M")
+}
+
+#[test]
+fn unplugged_shared_memory_is_closed() -> Result<()> {
+    unplugged_memory_is_closed("size=256M,shared=on")
+}
+
+#[test]
+fn unplugged_huge_pages_are_closed() -> Result<()> {
+    // RAM, and all that can be plugged: the pool does not grow.
+    let Some(_pool) = ReservedHugePages::new((256 + 128) / 2)? else {
+        test_skip::skip("the host has too few huge pages of 2 MiB");
+        return Ok(());
+    };
+    unplugged_memory_is_closed("size=256M,hugepages=on,hugepage_size=2M")
 }
 
 /// Both scenarios request a reset, so the guest restarts forever, which its boot count shows.

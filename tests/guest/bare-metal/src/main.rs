@@ -25,6 +25,7 @@ mod machine;
 mod memory;
 mod panic;
 mod pci;
+mod plug;
 mod policy;
 mod queue;
 mod registers;
@@ -55,6 +56,7 @@ extern "C" fn guest_main(start_info: u64) -> ! {
         Some("balloon") => balloon = balloon::scenario(&mut report),
         Some("hotplug") => hotplug::scenario(0, &mut report),
         Some("hotplug-on-segment-1") => hotplug::scenario(1, &mut report),
+        Some("plug") => plug::scenario(&mut report),
         Some("policy") => policy::scenario(false, &mut report),
         Some("policy-lies") => policy::scenario(true, &mut report),
         Some("hostile") => hostile::scenario(&mut report),
