@@ -10,7 +10,7 @@ use crate::ReclaimPath;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[schemars(extend("example" = json!({"action": "start"})))]
 pub struct VmBalloonHinting {
-    /// What to do.
+    /// The action.
     pub action: HintingAction,
 }
 

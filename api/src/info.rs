@@ -26,7 +26,7 @@ pub struct VmmPingResponse {
     /// Process id of the VMM, in its own pid namespace.
     #[serde(default)]
     pub pid: i64,
-    /// Optional parts this build has, by name.
+    /// Optional features of this build.
     #[serde(default)]
     pub features: Vec<String>,
 }
@@ -61,7 +61,7 @@ impl fmt::Display for VmState {
     "memory_actual_size": 512 << 20,
 })))]
 pub struct VmInfo {
-    /// The configuration as it is now, with generated ids and with what `vm.resize` changed.
+    /// The configuration as it is now, with generated ids and changes by `vm.resize`.
     pub config: VmConfig,
     /// State of the VM.
     pub state: VmState,
@@ -81,9 +81,9 @@ pub struct VmInfo {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[schemars(extend("example" = json!({"done_bytes": 268435456, "total_bytes": 536870912})))]
 pub struct SnapshotProgress {
-    /// RAM that has been looked through, bytes. Only pages that hold data are written.
+    /// RAM that has been examined, bytes. Only pages that hold data are written.
     pub done_bytes: u64,
-    /// All RAM, including what can be hot-plugged, bytes.
+    /// All RAM, including memory that can be hot-plugged, bytes.
     pub total_bytes: u64,
 }
 
@@ -97,10 +97,10 @@ pub struct DeviceNode {
     #[serde(default)]
     #[schemars(with = "Vec<Map<String, Value>>")]
     pub resources: Vec<Value>,
-    /// The device this one hangs below.
+    /// The device to which this one is attached, for example its PCI function.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<String>,
-    /// The devices that hang below this one.
+    /// The devices that are attached to this one.
     #[serde(default)]
     pub children: Vec<String>,
     /// PCI address as `0000:00:05.0`.

@@ -4,7 +4,7 @@ use api_macros::section;
 
 use crate::config::{RATE_LIMIT_KEYS, RateLimiterConfig};
 
-/// A new rate limit. It replaces the old one with full buckets; without one there is no limit.
+/// A new rate limit. It replaces the old one with full buckets; without a new limit, the old one is removed.
 #[section(option = "update-rate-limiter", about = "New rate limit")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmUpdateRateLimiter {

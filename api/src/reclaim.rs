@@ -13,7 +13,7 @@ use serde_json::json;
 
 use crate::{HintingStatus, ReportingStatus};
 
-/// How much memory is back on the host. Ballooned, reported and reclaimed memory overlap and must not be added.
+/// How much guest memory returned to the host. Ballooned, reported and reclaimed memory overlap and must not be added.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[schemars(extend("example" = json!({
     "configured_bytes": 1 << 30,
@@ -46,12 +46,12 @@ pub struct ReclaimStats {
     /// Guest RAM in the host's swap, bytes; absent when the method cannot tell.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub swapped_bytes: Option<u64>,
-    /// Memory beyond `configured_bytes` that the guest can take without the host's consent, bytes: memory that it was
-    /// asked to plug and has not plugged; all of `hotplug_size` once another process, such as a file system's back end,
-    /// has mapped guest RAM.
+    /// Memory beyond `configured_bytes` that the guest can take without the host's consent, bytes: memory that the
+    /// guest was asked to plug and has not plugged; all of `hotplug_size` once another process, such as the back end of
+    /// a shared folder, has mapped guest RAM.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub obtainable_bytes: Option<u64>,
-    /// Bytes the guest says are in the balloon.
+    /// Size of the balloon as the guest reports it, bytes.
     pub ballooned_bytes: u64,
     /// Target size of the balloon, bytes.
     pub balloon_target_bytes: u64,
@@ -80,10 +80,10 @@ pub struct ReclaimStats {
     /// Memory the guest put into the balloon (inflate queue).
     #[serde(default)]
     pub inflate: ReclaimPath,
-    /// Memory the guest hinted at in runs the operator asked for (free page hinting queue).
+    /// Memory the guest hinted at in runs that the operator requested (free page hinting queue).
     #[serde(default)]
     pub hint: ReclaimPath,
-    /// Where such a run stands.
+    /// State of the current or latest run of free page hinting.
     #[serde(default)]
     pub hinting: HintingStatus,
     /// The guest's own view, from the statistics queue; absent before the first sample.
@@ -117,7 +117,7 @@ pub struct ZoneResidency {
 pub struct ZoneReporting {
     /// True if reported memory is discarded.
     pub active: bool,
-    /// Why it is not active; absent if it is.
+    /// Reason why reporting is inactive; absent if it is active.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
@@ -130,7 +130,7 @@ pub struct ReclaimPath {
     pub requested_bytes: u64,
     /// Ranges the guest named, before merging.
     pub requested_ranges: u64,
-    /// Bytes that the host kernel was asked to free, successfully.
+    /// Bytes that the host kernel freed on request.
     pub discarded_bytes: u64,
     /// `discarded_bytes` per second, the mean of the last ten whole seconds.
     #[serde(default)]
@@ -148,7 +148,7 @@ pub struct ReclaimPath {
     pub batches: u64,
     /// System calls that discarded memory.
     pub discard_syscalls: u64,
-    /// Time from taking a batch off the queue to its answer, µs.
+    /// Time from the removal of a batch from the queue to its completion, µs.
     #[serde(default)]
     pub latency_us: LatencySummary,
     /// The most recent batch; absent before the first.
@@ -209,7 +209,7 @@ pub struct LastBatch {
 pub struct GuestSample {
     /// The statistics the guest sent.
     pub stats: BalloonStats,
-    /// What a guest with our kernel patches says of its reporting; absent from any other.
+    /// Reporting statistics of a guest with our kernel patches; absent for other guests.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reporting: Option<GuestReporting>,
     /// Time since they arrived, ms.

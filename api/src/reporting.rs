@@ -8,9 +8,9 @@ use serde_json::json;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[schemars(extend("example" = json!({"action": "pause"})))]
 pub struct VmBalloonReporting {
-    /// What to do.
+    /// The action.
     pub action: ReportingAction,
-    /// With `report-now`: includes memory that the guest has reported before, for example after a restore that made it
+    /// With `report-now`: include memory that the guest has reported before, for example after a restore that made it
     /// resident.
     #[serde(default)]
     pub again: bool,
@@ -20,12 +20,13 @@ pub struct VmBalloonReporting {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ReportingAction {
-    /// Stop it. Answered when nothing that is reported is discarded any more: when the guest has confirmed that it
-    /// reports nothing, or without the guest if it cannot, or does not within five seconds.
+    /// Pause reporting. The VMM responds once it no longer discards reported memory: after the guest has confirmed that
+    /// it reports nothing, or without the guest if it cannot confirm, or does not within five seconds.
     Pause,
-    /// Go on. Answered at once.
+    /// Resume reporting. The VMM responds immediately.
     Resume,
-    /// Ask the guest to report all it has free, at once. Answered before it has; refused if the guest cannot.
+    /// Request an immediate report of all free memory. The VMM responds before the guest has reported, and rejects the
+    /// request if the guest does not support it.
     ReportNow,
 }
 
@@ -41,15 +42,15 @@ pub enum ReportingAction {
 pub struct ReportingStatus {
     /// True if reported memory is discarded.
     pub active: bool,
-    /// Why it is not active; absent if it is.
+    /// Reason why reporting is inactive; absent if it is active.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     /// State that the operator requested: `running`, `pausing` (not confirmed; reports in progress are still discarded)
     /// or `paused`. Empty without a balloon.
     #[serde(default)]
     pub state: String,
-    /// Who holds a pause: `guest`, which has confirmed that it reports nothing, or `device`, which ignores reports.
-    /// Absent unless paused.
+    /// Side that enforces the pause: `guest`, which has confirmed that it reports nothing, or `device`, which ignores
+    /// reports. Absent unless paused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub paused_by: Option<String>,
     /// The latest request for a report of everything.
@@ -62,8 +63,8 @@ pub struct ReportingStatus {
 pub struct ReportNow {
     /// Number of the latest request; 0 before the first.
     pub id: u32,
-    /// The guest has not completed the latest request.
+    /// True if the guest has not completed the latest request.
     pub pending: bool,
-    /// Number of the last request that the guest has completed; 0 for none since its driver started.
+    /// Number of the last request that the guest has completed; 0 if it has completed none since its driver started.
     pub done_id: u32,
 }

@@ -29,11 +29,11 @@ use crate::options::{OptionError, OptionFault, Options, parse_bytes};
 pub struct ReclaimThresholds {
     /// The rules with their states, in order of creation.
     pub alerts: Vec<AlertStatus>,
-    /// How the guest shall report, and whether it does.
+    /// The host's settings for free page reporting, and whether the guest follows them.
     pub reporting_policy: ReportingPolicyStatus,
 }
 
-/// On which side of its values an alert is active.
+/// Side of its values on which an alert is active.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, Words, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum AlertDirection {
@@ -54,7 +54,7 @@ pub struct AlertRule {
     /// A number of `vm.reclaim-stats` by its path (`resident_bytes`, `report/failed_bytes`), or a counter of
     /// `vm.counters` (`_disk0/read_ops`).
     pub figure: String,
-    /// Which side is the one to be told of.
+    /// Side of `enter` on which the alert is active.
     pub direction: AlertDirection,
     /// The alert becomes active when the figure is beyond this value, in the figure's unit.
     pub enter: u64,
@@ -74,7 +74,7 @@ pub struct AlertStatus {
     pub active: bool,
     /// Time since the state last changed, ms.
     pub since_ms: u64,
-    /// The figure at the last evaluation; absent while there is no such figure.
+    /// The figure at the last evaluation; absent while the figure is unavailable.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub value: Option<u64>,
     /// Number of times the alert became active since the rule was created.
@@ -89,7 +89,7 @@ pub struct ReportingPolicyStatus {
     pub policy: ReportingPolicy,
     /// True if the guest has read the policy and follows all of it.
     pub in_effect: bool,
-    /// Why not; absent if `in_effect` is true.
+    /// Reason why `in_effect` is false; absent if it is true.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     /// Each setting by name, and the other requests to the guest: `pause`, `report_now` and `report_again`.
@@ -100,7 +100,7 @@ pub struct ReportingPolicyStatus {
 impl ReportingPolicyStatus {
     /// The default policy, and a guest that does not follow it. For brevity, it has only one setting.
     fn example() -> Self {
-        let reason = "the guest's driver does not take VIRTIO_BALLOON_F_REPORTING_POLICY";
+        let reason = "the guest's driver does not accept VIRTIO_BALLOON_F_REPORTING_POLICY";
         let not_followed = SettingStatus {
             in_effect: false,
             reason: Some(reason.to_owned()),
@@ -119,7 +119,7 @@ impl ReportingPolicyStatus {
 pub struct SettingStatus {
     /// True if the guest follows it.
     pub in_effect: bool,
-    /// Why not; absent if `in_effect` is true.
+    /// Reason why `in_effect` is false; absent if it is true.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
@@ -162,7 +162,7 @@ pub struct AlertChange {
     /// A number of `vm.reclaim-stats` by its path, or a counter of `vm.counters`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub figure: Option<String>,
-    /// On which side of `enter` the alert is active.
+    /// Side of `enter` on which the alert is active.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub direction: Option<AlertDirection>,
     /// The alert becomes active when the figure is beyond this value.

@@ -123,7 +123,7 @@ macro_rules! reporting_policy {
         // No two variants share a bit.
         const _: () = assert!(PolicySetting::MASK.count_ones() as usize == PolicySetting::COUNT);
 
-        /// How the guest shall report free memory.
+        /// The host's settings for free page reporting in the guest.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
         #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
         pub struct ReportingPolicy {
@@ -235,7 +235,7 @@ reporting_policy! {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PolicyError {
     /// A setting of the policy is out of bounds.
-    #[error("{setting} of the reporting policy is {value}, which is not between {min} and {max}")]
+    #[error("{setting} of the reporting policy must be between {min} and {max}; got {value}")]
     OutOfBounds {
         /// Name of the setting.
         setting: &'static str,
@@ -247,7 +247,7 @@ pub enum PolicyError {
         max: u64,
     },
     /// Two settings contradict each other.
-    #[error("{low} of the reporting policy is {low_value}, above its {high} of {high_value}")]
+    #[error("{low} of the reporting policy must be at most {high} ({high_value}); got {low_value}")]
     Reversed {
         /// The setting that must not exceed the other.
         low: &'static str,
@@ -404,7 +404,10 @@ mod tests {
         };
         assert_eq!(
             older.check().map_err(|error| error.to_string()),
-            Err("age_ms_min of the reporting policy is 101, above its delay_ms_max of 100".into())
+            Err(
+                "age_ms_min of the reporting policy must be at most delay_ms_max (100); got 101"
+                    .into()
+            )
         );
     }
 

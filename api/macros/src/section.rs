@@ -259,6 +259,10 @@ impl Rule {
             Some(version) => quote!(Some(#version)),
             None => quote!(None),
         };
+        let meaning = match &self.group {
+            Some(group) => quote!(|key| crate::options::KeyGroup::meaning(&#group, key)),
+            None => quote!(|_| None),
+        };
         let is_size =
             matches!(&self.read, Some(Expr::Path(read)) if read.path.is_ident("parse_bytes"));
         let same_as = rules.iter().find(|other| {
@@ -283,6 +287,7 @@ impl Rule {
             crate::options::KeyReference {
                 syntax: keys.shown_keys().to_vec(),
                 doc: #doc,
+                meaning: #meaning,
                 default: #default,
                 is_size: #is_size,
                 since: #since,

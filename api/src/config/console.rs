@@ -81,7 +81,7 @@ pub struct DebugConsoleConfig {
     /// Where the output goes.
     #[key(group = DEBUG_OUTPUT, required, default = ConsoleOutputMode::Off)]
     pub mode: ConsoleOutputMode,
-    /// The I/O port; 0xe9 when absent. The command line takes hexadecimal numbers too.
+    /// The I/O port; 0xe9 when absent. The command line also accepts hexadecimal numbers.
     #[key("<port>", read = parse_port, default = Some(DEFAULT_DEBUG_CONSOLE_PORT))]
     pub iobase: Option<u16>,
 }

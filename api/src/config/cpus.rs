@@ -23,7 +23,7 @@ pub struct CpusConfig {
     #[key("<max_vcpus>", name = "max", required, default = boot_vcpus)]
     #[schemars(range(min = 1))]
     pub max_vcpus: u32,
-    /// Arrangement of the vCPUs that the guest sees.
+    /// Topology of the vCPUs that the guest sees.
     #[key]
     pub topology: Option<CpuTopology>,
     /// Hyper-V enlightenments.
@@ -32,13 +32,13 @@ pub struct CpusConfig {
     /// Upper limit on the guest's physical address width, in bits; the host's width limits it too.
     #[key("<maximum_number_of_physical_bits>", default = DEFAULT_MAX_PHYS_BITS)]
     pub max_phys_bits: u8,
-    /// Host CPUs each vCPU may run on; a vCPU not named may run anywhere.
+    /// Host CPUs that each vCPU may run on. A vCPU that is not listed may run on any.
     #[key]
     pub affinity: Option<Vec<CpuAffinity>>,
     /// Optional CPU features.
     #[key]
     pub features: CpuFeatures,
-    /// Whether the guest may itself run VMs.
+    /// Let the guest itself run VMs.
     #[key(default = true)]
     pub nested: bool,
     /// Which vCPUs may share a physical core.
@@ -69,7 +69,7 @@ pub struct CpuAffinity {
     pub host_cpus: Vec<usize>,
 }
 
-/// Optional CPU features; all off unless asked for.
+/// Optional CPU features; off by default.
 #[section]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CpuFeatures {

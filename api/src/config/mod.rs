@@ -69,21 +69,21 @@ pub struct VmConfig {
     pub cpus: CpusConfig,
     /// Guest RAM.
     pub memory: MemoryConfig,
-    /// What is booted. Needed to boot, not to create.
+    /// Kernel or firmware to boot. `vm.boot` requires it; `vm.create` does not.
     pub payload: Option<PayloadConfig>,
     /// Disks, in the order of their PCI slots.
     pub disks: Option<Vec<DiskConfig>>,
     /// Network interfaces, in the order of their PCI slots.
     pub net: Option<Vec<NetConfig>>,
-    /// The random number device; always there.
+    /// The random number device, which every VM has.
     pub rng: RngConfig,
-    /// The memory balloon; there is none when absent.
+    /// The memory balloon; when absent, the VM has none.
     pub balloon: Option<BalloonConfig>,
     /// Shared folders (virtio-fs), in the order of their PCI slots.
     pub fs: Option<Vec<FsConfig>>,
     /// Persistent memory, in the order of its PCI slots.
     pub pmem: Option<Vec<PmemConfig>>,
-    /// The vsock device; there is none when absent.
+    /// The vsock device; when absent, the VM has none.
     pub vsock: Option<VsockConfig>,
     /// The serial port.
     pub serial: SerialConfig,
@@ -97,7 +97,7 @@ pub struct VmConfig {
     pub platform: Option<PlatformConfig>,
     /// A virtual IOMMU. Unsupported.
     pub iommu: bool,
-    /// A watchdog device, which resets a guest that has pinged it and then stops.
+    /// A watchdog device, which resets a guest that has pinged it and then stops pinging.
     pub watchdog: bool,
     /// A device (pvpanic) through which the guest reports a panic; each report is an event.
     pub pvpanic: bool,

@@ -9,9 +9,9 @@ use crate::options::{KeyGroup, Keys, OptionError, Options};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
 pub struct RateLimiterConfig {
-    /// Limit on bytes.
+    /// Limit on bytes: those of reads and writes of a disk, or of each direction of a network interface.
     pub bandwidth: Option<TokenBucket>,
-    /// Limit on operations.
+    /// Limit on operations: requests of a disk, or frames of each direction of a network interface.
     pub ops: Option<TokenBucket>,
 }
 
@@ -31,12 +31,13 @@ pub struct RateLimitGroupConfig {
 #[section]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TokenBucket {
-    /// Tokens the bucket holds.
+    /// Tokens that the full bucket holds: bytes or operations that can pass in each `refill_time`. If 0, there is no
+    /// limit.
     #[key(required)]
     pub size: u64,
-    /// Extra tokens that can be used once.
+    /// Tokens that can be used once, in addition to `size`; 0 when absent.
     pub one_time_burst: Option<u64>,
-    /// Milliseconds in which an empty bucket fills, at most a day. As with a size of 0, there is no limit if this is 0.
+    /// Time in which an empty bucket fills completely, ms; at most a day. If 0, there is no limit.
     #[key(required)]
     pub refill_time: u64,
 }
@@ -48,12 +49,16 @@ pub(crate) const RATE_LIMIT_KEYS: RateLimitKeys = RateLimitKeys {
         one_time_burst: "bw_one_time_burst",
         refill_time: "bw_refill_time",
         unit: "<bytes>",
+        #[cfg(test)]
+        tokens: "Bytes",
     },
     ops: BucketKeys {
         size: "ops_size",
         one_time_burst: "ops_one_time_burst",
         refill_time: "ops_refill_time",
         unit: "<io_ops>",
+        #[cfg(test)]
+        tokens: "Operations (requests of a disk, frames of a network interface)",
     },
 };
 
@@ -67,6 +72,9 @@ struct BucketKeys {
     one_time_burst: &'static str,
     refill_time: &'static str,
     unit: &'static str,
+    /// What the bucket limits, as the subject of a sentence.
+    #[cfg(test)]
+    tokens: &'static str,
 }
 
 impl KeyGroup<Option<RateLimiterConfig>> for RateLimitKeys {
@@ -76,6 +84,12 @@ impl KeyGroup<Option<RateLimiterConfig>> for RateLimitKeys {
             keys.shown(bucket.one_time_burst, bucket.unit);
             keys.shown(bucket.refill_time, "<ms>");
         }
+    }
+
+    #[cfg(test)]
+    fn meaning(&self, key: &str) -> Option<String> {
+        let meanings = [&self.bandwidth, &self.ops].map(|bucket| bucket.meaning(key));
+        meanings.into_iter().flatten().next()
     }
 
     /// `None` if neither limit is complete: a bucket needs both its size and its refill time.
@@ -88,6 +102,27 @@ impl KeyGroup<Option<RateLimiterConfig>> for RateLimitKeys {
 }
 
 impl BucketKeys {
+    #[cfg(test)]
+    fn meaning(&self, key: &str) -> Option<String> {
+        let (size, refill_time, tokens) = (self.size, self.refill_time, self.tokens);
+        if key == size {
+            return Some(format!(
+                "{tokens} that can pass in each `{refill_time}`. Without it, or if it is 0, there is no limit."
+            ));
+        }
+        if key == self.one_time_burst {
+            return Some(format!(
+                "{tokens} that can pass once, in addition to `{size}`."
+            ));
+        }
+        (key == refill_time).then(|| {
+            format!(
+                "Time after which a used-up `{size}` is available again in full; at most a day. \
+                 Without it, or if it is 0, there is no limit."
+            )
+        })
+    }
+
     fn read(&self, options: &Options) -> Result<Option<TokenBucket>, OptionError> {
         let size = options.get(self.size)?;
         let one_time_burst = options.get(self.one_time_burst)?;

@@ -35,11 +35,12 @@ pub struct RestoreConfig {
 /// How RAM is filled.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema, Words)]
 pub enum MemoryRestoreMode {
-    /// All of it is copied before the VM exists.
+    /// All RAM is copied before the VM is created.
     #[default]
     #[word("copy")]
     Copy,
-    /// Pages come from the snapshot when they are touched first. Its files must stay, unchanged, until `memory-filled` or the end.
+    /// A page is read from the snapshot when it is first touched. The snapshot's files must exist unchanged until event
+    /// `memory-filled` or the end of the VM.
     #[word("ondemand")]
     OnDemand,
 }

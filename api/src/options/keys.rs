@@ -16,6 +16,11 @@ pub(crate) struct Keys {
 pub(crate) trait KeyGroup<T> {
     /// Adds them to the keys of an option.
     fn declare(&self, keys: &mut Keys);
+    /// What `key` of the group means; `None` if the field's documentation describes it.
+    #[cfg(test)]
+    fn meaning(&self, _key: &str) -> Option<String> {
+        None
+    }
     /// Creates the field from the keys.
     fn read(&self, options: &Options) -> Result<T, OptionError>;
 }

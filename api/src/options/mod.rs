@@ -68,7 +68,7 @@ pub enum OptionFault {
         key: String,
     },
     /// A bare word with `=`.
-    #[error("parameter {key:?} takes no value, but {value:?} is given")]
+    #[error("parameter {key:?} accepts no value; got {value:?}")]
     UnexpectedValue {
         /// The bare word.
         key: String,

@@ -27,6 +27,8 @@ pub(crate) struct KeyReference {
     /// `key=values` of each.
     pub(crate) syntax: Vec<String>,
     pub(crate) doc: &'static str,
+    /// The meaning of a key, if `doc` describes the group as a whole.
+    pub(crate) meaning: fn(&str) -> Option<String>,
     pub(crate) default: KeyDefault,
     /// A number of bytes that may have a suffix.
     pub(crate) is_size: bool,
@@ -108,6 +110,7 @@ fn row(key: &KeyReference, syntax: &str) -> String {
         Some((name, values)) if !name.contains('|') => (name, values),
         _ => ("", syntax),
     };
+    let meaning = (key.meaning)(name).unwrap_or_else(|| key.doc.to_owned());
     let name = if name.is_empty() {
         "one of".to_owned()
     } else {
@@ -119,7 +122,7 @@ fn row(key: &KeyReference, syntax: &str) -> String {
         values.replace('|', "\\|"),
         default(&key.default, values, unit == "bytes"),
         key.since.unwrap_or(FIRST_VERSION),
-        key.doc.replace('|', "\\|"),
+        meaning.replace('|', "\\|"),
     )
 }
 
@@ -226,7 +229,8 @@ mod tests {
             "| `mac` | `<mac_addr>` |  | generated |",
             "| `guest_numa_id` | `<node_id>` |  | required |",
             "| `lock_granularity` | `byte-range\\|full` |  | byte-range |",
-            "| `bw_refill_time` | `<ms>` | ms | – |",
+            "| `bw_refill_time` | `<ms>` | ms | – | 0.1.0 | Time after which a used-up `bw_size` is",
+            "| `ops_one_time_burst` | `<io_ops>` | operations | – | 0.1.0 | Operations (",
         ] {
             assert!(page.contains(part), "{part} is missing:\n{page}");
         }

@@ -62,7 +62,7 @@ impl SettingState {
             Self::NotOffered => "the balloon is not configured with reporting_policy=on",
             Self::DriverNotReady => "no balloon driver is running",
             Self::GuestDeclined => {
-                "the guest's driver does not take VIRTIO_BALLOON_F_REPORTING_POLICY"
+                "the guest's driver does not accept VIRTIO_BALLOON_F_REPORTING_POLICY"
             }
             Self::NotSet => "no policy has been set; the guest reports as it does by itself",
             Self::NotAcknowledged => "the guest has been told and has not acknowledged it yet",
