@@ -179,7 +179,7 @@ endpoints! {
     /// Pause or resume free page reporting, or request a full report.
     VmBalloonReporting = Ours Put "vm.balloon-reporting",
         request Some("VmBalloonReporting"), response Some("ReportingStatus"), command "balloon-reporting",
-        failure "Free page reporting could not be steered";
+        failure "Free page reporting could not be controlled";
     /// Stop the VM's vCPUs.
     VmPause = Upstream Put "vm.pause",
         request None, response None, command "pause",

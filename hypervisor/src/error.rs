@@ -65,7 +65,7 @@ pub enum Error {
         count: usize,
     },
     /// A saved model specific register cannot be set and has another value on this host.
-    #[error("KVM refuses {data:#x} for model specific register {index:#x}")]
+    #[error("KVM rejects {data:#x} for model specific register {index:#x}")]
     MsrRefused {
         /// The register.
         index: u32,

@@ -108,7 +108,7 @@ fn disk_and_balloon_come(
     let refused = remove()?;
     expect(&refused, 400)?;
     let cause = refused.json()?[2].to_string();
-    ensure!(cause.contains(" 65536 bytes in the balloon"), "{cause}");
+    ensure!(cause.contains(" holds 65536 bytes"), "{cause}");
     let stats = vmm.get("vm.reclaim-stats")?;
     ensure!(stats["inflate"]["discarded_bytes"] == 65536, "{stats:#}");
     ensure!(stats["ballooned_bytes"] == 65536, "{stats:#}");

@@ -60,7 +60,10 @@ impl Drop for ListeningSocket {
 fn bind(path: &Path) -> io::Result<UnixListener> {
     match UnixListener::bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_dead(path) => {
-            log::info!("{} is replaced: nobody listens on it", path.display());
+            log::info!(
+                "{} is replaced, because no process listens on it",
+                path.display()
+            );
             std::fs::remove_file(path)?;
             UnixListener::bind(path)
         }

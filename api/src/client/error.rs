@@ -44,7 +44,7 @@ pub enum ClientError {
         source: io::Error,
     },
     /// A process other than the intended one listens. Nothing was sent.
-    #[error("The request is for process {expected}, and process {found} listens")]
+    #[error("The request is for process {expected}, but process {found} listens on the socket")]
     OtherPeer {
         /// The intended process.
         expected: i32,

@@ -97,7 +97,7 @@ pub enum BootError {
         path: PathBuf,
     },
     /// A bzImage that is older than protocol 2.10, or that does not load high.
-    #[error("{} speaks Linux boot protocol {version:#06x}, which is not supported", path.display())]
+    #[error("Unsupported Linux boot protocol {version:#06x} in {}", path.display())]
     BzImageProtocol {
         /// The file.
         path: PathBuf,

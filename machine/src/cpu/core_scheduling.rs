@@ -67,7 +67,7 @@ impl CoreCookies {
             CoreScheduling::Vm => self.share(),
         };
         if let Err(error) = taken {
-            log::warn!("A vCPU runs without a cookie of core scheduling: {error}");
+            log::warn!("A vCPU runs without a core scheduling cookie: {error}");
         }
     }
 

@@ -120,7 +120,7 @@ pub enum CpuError {
     #[error("core_scheduling=vcpu is not supported by this host")]
     CoreScheduling(#[source] io::Error),
     /// More CPUID leaves than KVM accepts.
-    #[error("The guest's CPUID has {count} leaves, more than KVM takes")]
+    #[error("The guest's CPUID has {count} leaves, more than KVM accepts")]
     CpuidLeaves {
         /// The number of leaves.
         count: usize,
@@ -145,7 +145,7 @@ pub enum CpuError {
         source: io::Error,
     },
     /// vCPUs are stuck in the VMM: a device handler does not return.
-    #[error("{stuck} vCPUs did not stand still within {deadline_ms} ms")]
+    #[error("{stuck} vCPUs did not stop within {deadline_ms} ms")]
     Stuck {
         /// The number of vCPUs.
         stuck: usize,

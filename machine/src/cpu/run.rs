@@ -167,7 +167,7 @@ fn run_guest(vcpu: &mut Vcpu, cell: &VcpuCell, gate: &Gate, context: &VcpusConte
             Step::Over(event) => {
                 // Logged once per boot: a triple fault leaves no trace on the guest's console.
                 let rip = vcpu.regs().map_or(0, |regs| regs.rip);
-                log::warn!("vCPU {} asks at {rip:#x} for: {event:?}", cell.index);
+                log::warn!("vCPU {} requests at {rip:#x}: {event:?}", cell.index);
                 return Outcome::Over(event);
             }
             Step::Lost(reason) => {

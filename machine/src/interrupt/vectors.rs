@@ -114,11 +114,11 @@ impl Drop for FunctionVectors {
                 continue;
             };
             if let Err(error) = self.disarm(&mut vector) {
-                log::warn!("irqfd of GSI {} stays registered: {error}", vector.gsi);
+                log::warn!("Cannot unregister the irqfd of GSI {}: {error}", vector.gsi);
                 continue;
             }
             if let Err(error) = self.router.release(vector.gsi) {
-                log::warn!("route of GSI {} stays: {error}", vector.gsi);
+                log::warn!("Cannot remove the route of GSI {}: {error}", vector.gsi);
             }
         }
     }

@@ -88,9 +88,9 @@ pub fn insert(
 
 /// Signals the control thread. It may receive the same signal twice, because a guest tries several ways to reset.
 fn raise(event: &EventFd, what: &str) {
-    log::info!("The guest asks for a {what}");
+    log::info!("The guest requests a {what}");
     if let Err(error) = event.write(1) {
-        log::error!("The control thread cannot be told of a {what}: {error}");
+        log::error!("Cannot notify the control thread of a {what}: {error}");
     }
 }
 

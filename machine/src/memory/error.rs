@@ -61,7 +61,7 @@ pub enum MemoryError {
         slots_max: u32,
     },
     /// KVM rejected a memory slot.
-    #[error("KVM refused guest RAM at {guest_address:#x}")]
+    #[error("KVM rejected guest RAM at {guest_address:#x}")]
     Slot {
         /// The address of the slot.
         guest_address: u64,

@@ -352,7 +352,7 @@ impl Drop for RamSlots {
             if let Err(error) = self.vm.remove_memory_slot(slot) {
                 // KVM would continue to use the range. Keep it mapped forever, so that the guest still accesses nothing
                 // but its own RAM.
-                log::error!("Memory slot {slot} stays: {error}");
+                log::error!("Cannot remove memory slot {slot}: {error}");
                 std::mem::forget(Arc::clone(&self.ram));
             }
         }

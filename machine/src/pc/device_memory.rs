@@ -119,7 +119,7 @@ impl Drop for MappedMemory {
         if let Err(error) = self.slots.vm.remove_memory_slot(self.number) {
             // KVM would continue to use the range. Keep it mapped forever, so that the guest still accesses nothing
             // else.
-            log::error!("Memory slot {} stays: {error}", self.number);
+            log::error!("Cannot remove memory slot {}: {error}", self.number);
             std::mem::forget(Arc::clone(&self.mapping));
             return;
         }

@@ -351,7 +351,7 @@ fn guest_events(signals: &Arc<VmSignals>) -> Arc<dyn Fn(GuestEvent) + Send + Syn
             GuestEvent::Failed => &signals.failed,
         };
         if let Err(error) = signal.write(1) {
-            log::error!("The control thread cannot be told of {event:?}: {error}");
+            log::error!("Cannot notify the control thread of {event:?}: {error}");
         }
     })
 }

@@ -131,7 +131,10 @@ fn map(function: &Arc<dyn PciFunction>, bar: &Bar, fabric: &Fabric<'_>) -> bool 
                 .register_doorbell(bar.address + doorbell.offset, doorbell.event)
         {
             // Not fatal: the write then reaches `bar_write`, which signals the doorbell.
-            log::warn!("Doorbell of {} stays slow: {error}", function.id());
+            log::warn!(
+                "Cannot register the doorbell of {} with KVM, notifications remain slow: {error}",
+                function.id()
+            );
         }
     });
     true
@@ -145,7 +148,7 @@ fn unmap(function: &Arc<dyn PciFunction>, bar: &Bar, fabric: &Fabric<'_>) {
                 .unregister_doorbell(bar.address + doorbell.offset, doorbell.event)
         {
             log::warn!(
-                "Doorbell of {} cannot be taken away: {error}",
+                "Cannot unregister the doorbell of {}: {error}",
                 function.id()
             );
         }

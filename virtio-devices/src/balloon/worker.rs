@@ -301,7 +301,7 @@ impl BalloonWorker {
         drop(figures);
         // Logged once: a guest could repeat the error at will, and the counters show the rest.
         if let Some(e) = outcome.first_error.filter(|_| first_failure) {
-            log::warn!("balloon: guest memory cannot be given back ({path:?}): {e}");
+            log::warn!("balloon: cannot return guest memory to the host ({path:?}): {e}");
         }
         Ok(Left::Nothing)
     }

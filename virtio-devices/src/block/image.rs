@@ -220,7 +220,7 @@ fn refuse_container(path: &Path) -> Result<(), BlockError> {
     match format::detect(&header[..front], &footer[..back]) {
         ImageFormat::Raw => {
             log::warn!(
-                "{}: no image_type given; taken as raw, and the guest cannot write the signature of another format",
+                "{}: no image_type is given: the image is treated as raw, and the guest cannot write the signature of another format",
                 path.display()
             );
             Ok(())

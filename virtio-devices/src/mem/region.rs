@@ -15,7 +15,7 @@ pub struct MemRegion {
 /// A region that no guest could use.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{bytes} bytes of memory at {start:#x} are no whole blocks of {block_bytes} bytes, a power of two"
+    "{bytes} bytes of memory at {start:#x} are not whole blocks of {block_bytes} bytes, or {block_bytes} is not a power of two"
 )]
 pub struct RegionError {
     start: u64,

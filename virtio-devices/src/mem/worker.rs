@@ -255,7 +255,7 @@ impl MemWorker {
             && tally.unplug_failed_bytes.get() == 0
         {
             log::warn!(
-                "{}: unplugged memory cannot be given back: {error}",
+                "{}: cannot return unplugged memory to the host: {error}",
                 self.name
             );
         }

@@ -104,7 +104,7 @@ pub enum NetError {
         num_queues: u16,
     },
     /// Below the minimum that IPv4 allows.
-    #[error("MTU {mtu} is less than 68")]
+    #[error("mtu must be at least 68; got {mtu}")]
     Mtu {
         /// The requested value.
         mtu: u16,

@@ -37,7 +37,7 @@ pub(super) enum SessionError {
     Config(#[from] ConfigError),
     #[error("cannot duplicate the socket")]
     Duplicate(#[source] io::Error),
-    #[error("the back end supports {queues} queues; the device has {wanted}")]
+    #[error("the back end supports only {queues} queues; the device has {wanted}")]
     Queues { queues: u64, wanted: usize },
     #[error("the back end accepts {max} memory regions; the guest has {regions}")]
     Regions { max: u64, regions: usize },

@@ -147,7 +147,10 @@ impl WorkerHandle {
         if self.post(Command::Reset(None)).is_err() {
             // Cannot happen while the thread is alive, see COMMANDS_PENDING_MAX. If it has ended, `reset_done` returns
             // true.
-            log::error!("{}: worker took no reset command", self.name());
+            log::error!(
+                "{}: the worker did not accept the reset command",
+                self.name()
+            );
         }
     }
 

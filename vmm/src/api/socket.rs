@@ -36,7 +36,7 @@ pub enum ApiSocketError {
         source: io::Error,
     },
     /// The path exists but is not a socket.
-    #[error("{} exists and is no socket", path.display())]
+    #[error("{} exists and is not a socket", path.display())]
     NotASocket {
         /// The path.
         path: PathBuf,

@@ -974,7 +974,7 @@ fn balloon_comes_once_and_goes_only_when_it_is_empty() {
     let refused = remove();
     assert_eq!(refused.status, 400);
     let cause = refused.body[2].as_str().unwrap();
-    assert!(cause.contains("4096 bytes in the balloon"), "{cause}");
+    assert!(cause.contains("holds 4096 bytes"), "{cause}");
     vmm.ok(Endpoint::VmResize, Some(r#"{"desired_balloon": 0}"#));
     assert_eq!(remove().status, 204);
     assert_eq!(add(r#"{"size": 0}"#).status, 429, "its removal is pending");
@@ -1017,7 +1017,7 @@ fn hinting_that_the_balloon_refuses_tells_why() {
         json!([
             "Error from API",
             "Free page hinting could not be started or stopped",
-            "The balloon refused it",
+            "Cannot start or stop free page hinting",
             refusal
         ])
     );
@@ -1036,8 +1036,8 @@ fn report_now_to_a_guest_that_cannot_is_refused_as_the_callers_mistake() {
         response.body,
         json!([
             "Error from API",
-            "Free page reporting could not be steered",
-            "The balloon refused it",
+            "Free page reporting could not be controlled",
+            "Cannot control free page reporting",
             refusal
         ])
     );

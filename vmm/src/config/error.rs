@@ -444,7 +444,7 @@ pub enum DeviceFault {
         max: usize,
     },
     /// A queue that the disk does not have.
-    #[error("queue_affinity names queue {queue_index}, and num_queues is {num_queues}")]
+    #[error("queue_affinity names queue {queue_index}, but num_queues is {num_queues}")]
     AffinityQueue {
         /// The queue.
         queue_index: u16,
@@ -554,6 +554,6 @@ pub enum DeviceFault {
         port: u16,
     },
     /// A mode that needs a path.
-    #[error("This mode needs a path")]
+    #[error("This console mode needs a path")]
     ConsolePathMissing,
 }

@@ -378,7 +378,7 @@ impl Control {
     fn guest_reset(&mut self) -> Option<Ending> {
         clear(&self.signals.reset);
         let machine = self.lifecycle.machine_number()?;
-        log::info!("The guest has asked for a reset");
+        log::info!("The guest has requested a reset");
         self.lifecycle.note_reset_request();
         let delayed = self.delayed_reset.as_ref();
         if delayed.is_some_and(|delayed| delayed.machine == machine) {

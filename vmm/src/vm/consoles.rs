@@ -143,7 +143,7 @@ pub(super) fn open_console(
     if shares_terminal {
         if console.mode == ConsoleOutputMode::Tty {
             log::warn!(
-                "Serial port and console share the terminal: both write to it, the serial port gets its input"
+                "Serial port and console share the terminal: both write to it, and the serial port receives its input"
             );
         }
         mode = mode.map(without_input);

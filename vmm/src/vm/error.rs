@@ -38,16 +38,16 @@ pub enum VmError {
         source: std::io::Error,
     },
     /// A disk cannot have this size.
-    #[error("The size of the disk cannot be changed so")]
+    #[error("Cannot change the size of the disk")]
     DiskResize(#[source] virtio_devices::block::DiskResizeError),
     /// A run of hinting cannot be started or stopped.
-    #[error("The balloon refused it")]
+    #[error("Cannot start or stop free page hinting")]
     Hinting(#[source] virtio_devices::balloon::HintingError),
     /// A device cannot be added or removed.
     #[error(transparent)]
     Hotplug(super::HotplugError),
     /// Reporting cannot be controlled this way.
-    #[error("The balloon refused it")]
+    #[error("Cannot control free page reporting")]
     Reporting(#[source] virtio_devices::balloon::policy::ReportingError),
     /// Residency of guest RAM cannot be measured.
     #[error("Cannot measure the residency of guest memory")]

@@ -21,7 +21,7 @@ pub enum HotplugError {
     },
     /// A device that every machine has, or that does not support removal.
     #[error(
-        "Device {id} cannot be removed: only disks, network devices, shared folders, persistent memory, the vsock device and the balloon can"
+        "Device {id} cannot be removed: only disks, network devices, shared folders, persistent memory, the vsock device and the balloon support removal"
     )]
     NotRemovable {
         /// The name.
@@ -29,7 +29,7 @@ pub enum HotplugError {
     },
     /// The balloon is inflated, or has a target.
     #[error(
-        "The guest has {ballooned_bytes} bytes in the balloon {id} of {target_bytes} bytes it is asked for: \
+        "Balloon {id} holds {ballooned_bytes} bytes; its target is {target_bytes} bytes: \
          resize the balloon to 0 and wait until it is empty"
     )]
     BalloonInflated {

@@ -110,7 +110,9 @@ pub(super) fn new_engine(
     match IoUringEngine::new(Arc::clone(image), depth) {
         Ok(engine) => Ok(Box::new(engine)),
         Err(error) if choice == EngineChoice::Auto => {
-            log::info!("no restricted io_uring ({error}); disk I/O by system calls");
+            log::info!(
+                "restricted io_uring is not available ({error}); disk I/O uses system calls"
+            );
             Ok(Box::new(SyncEngine::new(Arc::clone(image))))
         }
         Err(error) => Err(error),

@@ -77,7 +77,7 @@ impl Answer {
                 body: Some(body),
             },
             Err(error) => {
-                log::error!("An answer cannot be written as JSON: {error}");
+                log::error!("Cannot write a response as JSON: {error}");
                 Self::empty(Status::InternalServerError)
             }
         }

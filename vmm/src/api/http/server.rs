@@ -303,7 +303,7 @@ impl<H: Handler> Loop<H> {
                 Err(error) => {
                     // Most likely out of descriptors. Without a pause, the pending connection would wake the thread in
                     // a tight loop.
-                    log::warn!("The API takes no connections for a moment: {error}");
+                    log::warn!("The API temporarily accepts no connections: {error}");
                     self.accept_again_at = Some(Instant::now() + ACCEPT_PAUSE);
                     self.watch_listener(EventSet::empty());
                     return;
