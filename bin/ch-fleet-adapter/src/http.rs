@@ -27,7 +27,7 @@ pub(crate) enum HttpError {
         source: io::Error,
     },
     /// A file that contains no certificate.
-    #[error("{} holds no certificate", path.display())]
+    #[error("{} contains no certificate", path.display())]
     NoCertificate { path: PathBuf },
     /// No response.
     #[error("{method} {path}: no response")]

@@ -180,7 +180,7 @@ fn ask(socket: &Path) -> Result<Offer> {
     let client = api::Client::new(socket).with_timeout(Some(AGENT_TIMEOUT));
     let body = client
         .get("fleet.status")?
-        .context("The agent's answer is empty")?;
+        .context("The agent's response is empty")?;
     let status: AgentStatus =
         serde_json::from_str(&body).context("Unexpected response of the agent")?;
     Ok(Offer::of(&status))

@@ -14,7 +14,7 @@ use crate::{allocator, logger};
 /// Runs the agent until a signal ends it. `socket` overrides the one in the settings.
 pub(crate) fn run(options: &Options, socket: Option<&Path>) -> Result<()> {
     allocator::keep_small();
-    logger::install(options.log_format, options.verbose).context("Cannot log")?;
+    logger::install(options.log_format, options.verbose).context("Cannot set up logging")?;
     end_on_panic();
     open_files_as_many_as_allowed();
     // The default file is optional; a file named on the command line must exist.

@@ -59,12 +59,12 @@ impl Agent {
 
     pub(crate) fn get<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
         let text = self.text(name)?;
-        serde_json::from_str(&text).context("The agent's answer is not understood")
+        serde_json::from_str(&text).context("Cannot parse the agent's response")
     }
 
     pub(crate) fn text(&self, name: &str) -> Result<String> {
-        let answer = self.client.get(name).context("The agent did not answer")?;
-        answer.context("The agent's answer is empty")
+        let answer = self.client.get(name).context("The agent did not respond")?;
+        answer.context("The agent's response is empty")
     }
 
     pub(crate) fn put<T: DeserializeOwned>(&self, name: &str, body: &impl Serialize) -> Result<T> {
@@ -72,14 +72,16 @@ impl Agent {
         let answer = self
             .client
             .put(name, Some(&body))
-            .context("The agent did not do it")?;
-        let text = answer.context("The agent's answer is empty")?;
-        serde_json::from_str(&text).context("The agent's answer is not understood")
+            .context("The agent did not perform the request")?;
+        let text = answer.context("The agent's response is empty")?;
+        serde_json::from_str(&text).context("Cannot parse the agent's response")
     }
 
     pub(crate) fn order(&self, name: &str, body: Option<&str>) -> Result<()> {
         let answer = self.client.put(name, body);
-        answer.map(drop).context("The agent did not do it")
+        answer
+            .map(drop)
+            .context("The agent did not perform the request")
     }
 }
 

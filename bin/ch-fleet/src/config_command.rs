@@ -24,5 +24,5 @@ pub(crate) fn run(agent: &Agent, command: &ConfigCommand, out: &mut dyn Write) -
         } => load(config, true)?.config.to_toml(),
         ConfigCommand::Show { config: None } => agent.text("fleet.config")?,
     };
-    write!(out, "{text}").context("Cannot write the answer")
+    write!(out, "{text}").context("Cannot write the output")
 }

@@ -45,7 +45,7 @@ pub(crate) fn run(agent: &Agent, output: Output, out: &mut dyn Write) -> Result<
         Output::Json => format!("{}\n", api::to_ascii_json(&findings)?),
         Output::Table => findings.iter().map(line).collect(),
     };
-    write!(out, "{text}").context("Cannot write the answer")?;
+    write!(out, "{text}").context("Cannot write the output")?;
     Ok(if bad {
         ExitCode::FAILURE
     } else {
@@ -148,9 +148,7 @@ fn agent_and_vms(agent: &Agent) -> Vec<Finding> {
             Some(error) => finding(
                 Grade::Bad,
                 "store",
-                format!(
-                    "{error}; this host is looked after all the same, and nobody places VMs here"
-                ),
+                format!("{error}; the agent still manages this host, but no VMs are placed here"),
             ),
         });
     }

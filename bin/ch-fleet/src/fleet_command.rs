@@ -85,7 +85,7 @@ pub(crate) fn run(
             })?;
         }
     }
-    out.flush().context("Cannot write the answer")?;
+    out.flush().context("Cannot write the output")?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -99,7 +99,7 @@ impl Fleet {
         config.store.check()?;
         if !config.store.is_used() {
             bail!(
-                "There is no store: name one with --endpoint, or as store.endpoints in {}",
+                "No store is configured: set --endpoint, or store.endpoints in {}",
                 arguments.config.display()
             );
         }

@@ -76,7 +76,7 @@ fn execute(arguments: &Arguments) -> Result<ExitCode> {
             .context("Cannot write the manual page")?,
         command => show(&agent, command, arguments.output, &mut out)?,
     }
-    out.flush().context("Cannot write the answer")?;
+    out.flush().context("Cannot write the output")?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -178,7 +178,7 @@ fn print<T: serde::Serialize>(
         Output::Json => writeln!(out, "{}", api::to_ascii_json(value)?),
         Output::Table => table(out),
     }
-    .context("Cannot write the answer")
+    .context("Cannot write the output")
 }
 
 /// True if the reader of the output, for example `head`, has closed the pipe. That is not a failure.

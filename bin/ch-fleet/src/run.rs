@@ -106,7 +106,11 @@ fn reserve(agent: &Agent, wanted: &Wanted, options: &RunOptions) -> Result<Reser
     };
     loop {
         match agent.put::<ReserveAnswer>("fleet.reserve", &request) {
-            Ok(answer) => return answer.reservation.context("The agent promised nothing"),
+            Ok(answer) => {
+                return answer
+                    .reservation
+                    .context("The agent's response contains no reservation");
+            }
             Err(error)
                 if may_change(&error)
                     && until.is_none_or(|until| Instant::now() + TRY_AGAIN < until) =>
@@ -130,7 +134,7 @@ impl Wanted {
     fn of(arguments: &[OsString]) -> Result<Self> {
         let socket = values(arguments, "--api-socket")?
             .pop()
-            .context("The command has no --api-socket, so the VM could not be looked after")?;
+            .context("The command has no --api-socket, which the agent needs to manage the VM")?;
         let socket = socket.strip_prefix("path=").unwrap_or(&socket).to_owned();
         let memory = values(arguments, "--memory")?.pop();
         let zones = values(arguments, "--memory-zone")?;

@@ -20,7 +20,7 @@ const DELAY_SECONDS: std::ops::RangeInclusive<f64> = 0.1..=3600.0;
 pub(crate) fn run(agent: &Agent, options: &TopOptions, output: Output) -> Result<()> {
     ensure!(
         DELAY_SECONDS.contains(&options.delay),
-        "--delay must lie between {} and {} seconds",
+        "--delay must be between {} and {} seconds",
         DELAY_SECONDS.start(),
         DELAY_SECONDS.end()
     );
@@ -49,7 +49,7 @@ fn batch(
             Output::Table => tables::status(out, &status).and_then(|()| writeln!(out)),
         }
         .and_then(|()| out.flush())
-        .context("Cannot write the answer")?;
+        .context("Cannot write the output")?;
         round += 1;
         if count.is_some_and(|count| round >= count) {
             return Ok(());

@@ -295,7 +295,7 @@ fn fleet_commands_without_a_store_say_so() {
     };
     let (code, told) = status("");
     assert_eq!(code, Some(1));
-    assert!(told.contains("There is no store"), "{told}");
+    assert!(told.contains("No store is configured"), "{told}");
     // A port without a listener: it was just bound and closed.
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();

@@ -276,7 +276,7 @@ impl ControlLoop {
             Ok(loaded) => {
                 let (agent, store) = (self.config.agent.clone(), self.config.store.clone());
                 if loaded.config.agent != agent || loaded.config.store != store {
-                    log::warn!("[agent] and [store] change with a restart only");
+                    log::warn!("[agent] and [store] change only with a restart");
                 }
                 let config = AgentConfig {
                     agent,

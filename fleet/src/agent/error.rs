@@ -20,10 +20,10 @@ pub enum AgentError {
     #[error("Cannot search for sockets")]
     Pattern(#[source] PatternError),
     /// The host cannot be read.
-    #[error("The host cannot be read")]
+    #[error("Cannot read the state of the host")]
     Host(#[source] HostError),
     /// The reservations cannot be opened.
-    #[error("The reservations cannot be opened")]
+    #[error("Cannot open the reservations")]
     Book(#[source] ReservationError),
     /// The list of acts on VMs cannot be opened.
     #[error("Cannot open the list of actions on VMs")]
@@ -53,7 +53,7 @@ pub enum AgentError {
         source: io::Error,
     },
     /// The token of the page cannot be read.
-    #[error("{} holds no token for the page", path.display())]
+    #[error("{} contains no token for the page", path.display())]
     Token {
         /// The file.
         path: PathBuf,
@@ -62,7 +62,7 @@ pub enum AgentError {
         source: io::Error,
     },
     /// TLS of the page cannot be set up.
-    #[error("The page cannot be served with TLS")]
+    #[error("Cannot serve the page with TLS")]
     Tls(#[source] TlsError),
     /// The page's address cannot be used.
     #[error("Cannot serve the page and the metrics at {address}")]
@@ -77,7 +77,7 @@ pub enum AgentError {
     #[error("The host cannot join the fleet under this name: set store.host")]
     Name(#[source] NameError),
     /// The settings of the store are invalid.
-    #[error("The store cannot be used")]
+    #[error("Cannot use the store")]
     Store(#[source] StoreFault),
     /// A thread or a signal handler cannot be created.
     #[error("Cannot start the agent's threads")]

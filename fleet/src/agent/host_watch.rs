@@ -107,7 +107,7 @@ fn arm_trigger(
         Ok(trigger) => Some(trigger),
         Err(error) => {
             let chain = api::error_chain(&error).join(": ");
-            log::warn!("no pressure trigger, the host is read every second only: {chain}");
+            log::warn!("no pressure trigger; the host is read only once per second: {chain}");
             None
         }
     }

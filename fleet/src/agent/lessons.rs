@@ -48,11 +48,11 @@ impl SavedLessons {
         let saved: Saved = match fs::read_to_string(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Saved::default(),
             Err(error) => {
-                log::error!("{} cannot be read: {error}", path.display());
+                log::error!("cannot read {}: {error}", path.display());
                 Saved::default()
             }
             Ok(text) => serde_json::from_str(&text).unwrap_or_else(|error| {
-                log::error!("{} is not understood: {error}", path.display());
+                log::error!("cannot parse {}: {error}", path.display());
                 Saved::default()
             }),
         };

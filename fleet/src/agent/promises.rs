@@ -538,7 +538,7 @@ fn vm_name(vm: &str, rounds: &VmRounds) -> Result<String, Response> {
     let refuse = |text: String| Response::error(400, &[text]);
     let name = name.ok_or_else(|| {
         refuse(format!(
-            "The socket {vm} matches none of the patterns in discovery.sockets, so the VM would not be looked after"
+            "The socket {vm} matches none of the patterns in discovery.sockets, so the agent would not manage the VM"
         ))
     })?;
     checked_name(name).map_err(refuse)

@@ -269,7 +269,7 @@ impl VmRounds {
         }
         let vms = &self.vms;
         if let Err(error) = self.lessons.save(|id| vms.get(id.as_str()).is_some()) {
-            log::error!("what was learned about VMs cannot be saved: {error}");
+            log::error!("cannot save the lessons about VMs: {error}");
         }
     }
 
@@ -300,7 +300,7 @@ impl VmRounds {
                 match acts.begin(&vm.id, process, &order) {
                     Ok(()) => vm.order(order),
                     Err(error) => {
-                        log::error!("{}: {action} is left undone: {error}", vm.id);
+                        log::error!("{}: {action} was not performed: {error}", vm.id);
                         false
                     }
                 }
@@ -591,7 +591,7 @@ impl VmRounds {
 /// An act that ended in memory but not on disk is undone once more by the next agent, which is harmless.
 fn log_unsaved(result: io::Result<()>) {
     if let Err(error) = result {
-        log::error!("the list of what was done to VMs cannot be saved: {error}");
+        log::error!("cannot save the list of actions on VMs: {error}");
     }
 }
 

@@ -207,7 +207,7 @@ impl Vms {
                     // Orders that the previous thread received may still be executed.
                     vm.order_left = true;
                 }
-                Err(error) => log::error!("no thread for the VM {:?}: {error}", vm.id),
+                Err(error) => log::error!("cannot start a thread for the VM {:?}: {error}", vm.id),
             }
         }
     }

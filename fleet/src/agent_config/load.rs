@@ -29,7 +29,7 @@ pub enum LoadError {
         source: io::Error,
     },
     /// A file is not TOML, or has unknown keys or invalid values.
-    #[error("{} is not understood{}", path.display(), api::suggestion(source.message()))]
+    #[error("Cannot parse {}{}", path.display(), api::suggestion(source.message()))]
     Syntax {
         /// Its path.
         path: PathBuf,

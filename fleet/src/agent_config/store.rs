@@ -71,7 +71,7 @@ impl Default for StoreSection {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum StoreFault {
     /// A member's endpoint is invalid.
-    #[error("store.endpoints is wrong")]
+    #[error("store.endpoints is invalid")]
     Endpoint(#[source] EndpointError),
     /// `https` without a file of CA certificates.
     #[error("store.ca_file is needed for https")]
@@ -86,7 +86,7 @@ pub enum StoreFault {
     #[error("store.user needs https: a password would be sent in the clear")]
     PlainLogin,
     /// A file lacks the expected content.
-    #[error("{} holds no {what}", path.display())]
+    #[error("{} contains no {what}", path.display())]
     File {
         /// Its path.
         path: PathBuf,
@@ -94,13 +94,13 @@ pub enum StoreFault {
         what: &'static str,
     },
     /// The host's name or the prefix is invalid.
-    #[error("store.host or store.prefix is wrong")]
+    #[error("store.host or store.prefix is invalid")]
     Name(#[source] NameError),
     /// The lease is out of range.
-    #[error("store.lease must lie between {LEASE_MIN} and {LEASE_MAX}")]
+    #[error("store.lease must be between {LEASE_MIN} and {LEASE_MAX}")]
     Lease,
     /// The deadline is out of range.
-    #[error("store.deadline must not be zero, nor longer than store.lease")]
+    #[error("store.deadline must be above zero and at most store.lease")]
     Deadline,
 }
 
@@ -253,6 +253,6 @@ mod tests {
         let mut section = section("https://etcd:2379");
         section.ca_file = Some("/dev/null".into());
         let error = section.connect(0).unwrap_err();
-        assert_eq!(error.to_string(), "/dev/null holds no certificate");
+        assert_eq!(error.to_string(), "/dev/null contains no certificate");
     }
 }

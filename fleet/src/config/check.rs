@@ -39,13 +39,15 @@ pub enum ConfigFault {
         high: &'static str,
     },
     /// Giving and taking would alternate forever.
-    #[error("control.give_above must lie between thresholds.orange.leave and control.relax_above")]
+    #[error("control.give_above must be between thresholds.orange.leave and control.relax_above")]
     GiveOrder,
     /// Idle guests would receive memory that is then taken from them.
-    #[error("control.relax_above must lie above thresholds.yellow.leave")]
+    #[error("control.relax_above must be above thresholds.yellow.leave")]
     RelaxOrder,
     /// A guest would keep less memory than the threshold of suffering.
-    #[error("control.suffer must be smaller than control.keep, and suffer_min than keep_min")]
+    #[error(
+        "control.suffer must be below control.keep, and control.suffer_min below control.keep_min"
+    )]
     KeepOrder,
     /// The kernel rejects the trigger.
     #[error("agent.trigger_stall must be shorter than agent.trigger_window")]

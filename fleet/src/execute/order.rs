@@ -103,16 +103,16 @@ pub enum OrderError {
     #[error("the VMM's process is unknown")]
     NoProcess,
     /// Another process serves the VM than at the time of the decision.
-    #[error("another process serves the VM by now")]
+    #[error("another process now serves the VM")]
     OtherProcess,
     /// The process does not run a VM, which the order requires.
-    #[error("process {pid} holds no KVM VM")]
+    #[error("process {pid} has no KVM VM")]
     NoVm {
         /// The process.
         pid: i32,
     },
     /// It is unknown whether the process runs a VM.
-    #[error("cannot determine whether process {pid} holds a KVM VM")]
+    #[error("cannot determine whether process {pid} has a KVM VM")]
     Unseen {
         /// The process.
         pid: i32,

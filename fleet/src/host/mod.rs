@@ -45,7 +45,7 @@ pub enum HostError {
         name: &'static str,
     },
     /// The kernel's file has an unexpected format.
-    #[error("{} is not understood: {text:?}", path.display())]
+    #[error("cannot parse {}: {text:?}", path.display())]
     Form {
         /// The file.
         path: PathBuf,

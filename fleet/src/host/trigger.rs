@@ -35,7 +35,7 @@ pub enum TriggerError {
         source: io::Error,
     },
     /// The kernel rejected the trigger.
-    #[error("{} takes no trigger of {} µs in {} µs", path.display(), level.stall_us, level.window_us)]
+    #[error("{} rejects a trigger of {} µs in {} µs", path.display(), level.stall_us, level.window_us)]
     Refused {
         /// The file.
         path: PathBuf,
@@ -142,7 +142,7 @@ fn watch(file: &File, ended: &PipeReader, mut notify: impl FnMut()) {
             Err(rustix::io::Errno::INTR) => continue,
             Ok(_) => {}
             Err(error) => {
-                log::warn!("the pressure file cannot be watched any more: {error}");
+                log::warn!("cannot monitor the pressure file any longer: {error}");
                 return;
             }
         }

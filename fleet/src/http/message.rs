@@ -75,7 +75,7 @@ impl Request {
     pub fn json<T: DeserializeOwned>(&self) -> Result<T, Response> {
         serde_json::from_slice(&self.body).map_err(|error| {
             let chain = [
-                "The request is not understood".to_owned(),
+                "Cannot parse the request".to_owned(),
                 format!("{error}{}", api::suggestion(&error.to_string())),
             ];
             Response::error(400, &chain)

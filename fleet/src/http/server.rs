@@ -249,7 +249,7 @@ fn serve<S: Timed + Send + 'static>(
             answer(&mut stream, &response, deadlines.answer);
         });
     if let Err(error) = started {
-        log::warn!("no thread for a request: {error}");
+        log::warn!("cannot start a thread for a request: {error}");
     }
 }
 

@@ -267,6 +267,9 @@ fn nobody_waits_for_the_handshake_of_a_connection_beyond_the_bound() {
 #[test]
 fn certificate_without_its_key_is_refused_by_name() {
     let error = server_tls(&pem("server.pem"), &pem("ca.pem")).unwrap_err();
-    assert!(error.to_string().contains("ca.pem holds no key"), "{error}");
+    assert!(
+        error.to_string().contains("ca.pem contains no key"),
+        "{error}"
+    );
     assert!(server_tls(Path::new("/nowhere"), &pem("server.key")).is_err());
 }

@@ -14,7 +14,7 @@ use crate::secret_file::warn_if_exposed;
 #[derive(Debug, Error)]
 pub enum TlsError {
     /// A file lacks the expected content.
-    #[error("{} holds no {what}", path.display())]
+    #[error("{} contains no {what}", path.display())]
     File {
         /// Its path.
         path: PathBuf,

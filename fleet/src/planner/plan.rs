@@ -147,7 +147,7 @@ pub enum Block {
     #[error("the plan is too old")]
     TooOld,
     /// The memory to grant is no longer available.
-    #[error("{needed} are needed, but the host has only {available} available")]
+    #[error("{needed} is needed, but the host has only {available} available")]
     HostShort {
         /// The available memory.
         available: Bytes,
@@ -155,7 +155,7 @@ pub enum Block {
         needed: Bytes,
     },
     /// Another client moved the balloon.
-    #[error("the balloon's target is {found}, the plan was made for {expected}")]
+    #[error("the balloon's target is {found}, but the plan was made for {expected}")]
     Moved {
         /// The current target.
         found: Bytes,

@@ -35,7 +35,7 @@ pub enum FileError {
         source: serde_json::Error,
     },
     /// A newer agent wrote it.
-    #[error("{} has version {found}, only {VERSION} is understood", path.display())]
+    #[error("{} has version {found}; only version {VERSION} is supported", path.display())]
     Version {
         /// The file.
         path: PathBuf,

@@ -18,7 +18,7 @@ pub const VMS_MAX: usize = 4096;
 #[derive(Debug, Error)]
 pub enum PatternError {
     /// Not a glob pattern.
-    #[error("{pattern:?} is no socket pattern")]
+    #[error("{pattern:?} is not a socket pattern")]
     Syntax {
         /// The pattern.
         pattern: String,
@@ -129,7 +129,7 @@ impl Discovery {
             };
             for socket in paths.flatten() {
                 if by_name.len() >= VMS_MAX {
-                    log::error!("more than {VMS_MAX} sockets match, the rest is left alone");
+                    log::error!("more than {VMS_MAX} sockets match; the others are ignored");
                     return by_name.into_values().collect();
                 }
                 let Some(file) = look(pattern, &socket) else {

@@ -56,7 +56,7 @@ pub enum SimError {
     #[error("{0} guests per host exceed the limit of the simulation")]
     TooMany(u64),
     /// The outcome cannot be written.
-    #[error("{path} cannot be written")]
+    #[error("cannot write {path}")]
     Write {
         /// Its path.
         path: String,

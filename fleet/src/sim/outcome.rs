@@ -112,7 +112,7 @@ pub enum CheckFault {
         allowed: f64,
     },
     /// Guests were killed.
-    #[error("{found} guests were killed, {allowed} may be")]
+    #[error("{found} guests were killed; the limit is {allowed}")]
     Killed {
         /// The measured value.
         found: u64,

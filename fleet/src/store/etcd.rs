@@ -199,7 +199,7 @@ impl EtcdStore {
         let refused = |why: String| Attempt::Final(StoreError::Refused { why });
         let password = read_secret(&login.password_file).map_err(|error| {
             refused(format!(
-                "{} holds no password: {error}",
+                "{} contains no password: {error}",
                 login.password_file.display()
             ))
         })?;

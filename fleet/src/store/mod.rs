@@ -138,7 +138,7 @@ pub enum StoreError {
         why: String,
     },
     /// The change was sent, but there was no response: it may have been made, or may be made later.
-    #[error("it is not known whether the store made the change: {why}")]
+    #[error("cannot determine whether the store made the change: {why}")]
     Unknown {
         /// What happened to the response.
         why: String,
@@ -147,7 +147,7 @@ pub enum StoreError {
     #[error("the lease has expired")]
     LeaseOver,
     /// The store rejected the call; nothing was changed.
-    #[error("the store refused: {why}")]
+    #[error("the store rejected the request: {why}")]
     Refused {
         /// Its reason.
         why: String,
