@@ -83,7 +83,7 @@ fn run(
     if let Some(answer) = answer {
         writeln!(output, "{answer}")
             .and_then(|()| output.flush())
-            .context("Cannot write the answer")?;
+            .context("Cannot write the output")?;
     }
     Ok(())
 }

@@ -60,14 +60,14 @@ pub(crate) struct Arguments {
     #[arg(long)]
     kernel: Option<PathBuf>,
 
-    /// Let the VMM use only files that its options name (Landlock). A kernel without it is an error
+    /// Restrict the VMM to files that its options name (Landlock); fail if the kernel lacks Landlock
     #[arg(long, requires = "payload")]
     landlock: bool,
 
     #[arg(long, value_name = "landlock-rules", requires = "landlock", num_args = 1.., action = ArgAction::Append, help = LandlockConfig::syntax())]
     landlock_rules: Vec<String>,
 
-    /// Log file. Standard error is used if not specified
+    /// Log file [default: standard error]
     #[arg(long, value_name = "log-file")]
     pub(crate) log_file: Option<PathBuf>,
 

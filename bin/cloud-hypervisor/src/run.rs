@@ -109,12 +109,12 @@ pub(crate) fn run(arguments: &Arguments, start: Instant) -> Result<()> {
     drop(socket);
     drop(events);
     match booted {
-        Err(error) if exit_was_asked_for() => log::info!("The boot was given up: {error:#}"),
+        Err(error) if exit_was_asked_for() => log::info!("The boot was abandoned: {error:#}"),
         booted => booted?,
     }
     match ending {
         Ending::Regular => Ok(()),
-        Ending::MachineFailed => bail!("The machine has failed; the log says why"),
+        Ending::MachineFailed => bail!("The machine has failed; see the log for the reason"),
     }
 }
 
