@@ -67,7 +67,7 @@ macro_rules! tests {
 struct Options {
     #[command(flatten)]
     libtest: libtest_mimic::Arguments,
-    /// More of the same: a test runs if one of them fits
+    /// Further filters; a test runs if its name contains any of them
     #[arg(value_name = "FILTER")]
     filters: Vec<String>,
 }

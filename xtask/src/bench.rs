@@ -31,7 +31,7 @@ pub(crate) struct Options {
     /// Folder for the figures, one file each
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Which figures, or the group `vmm`; if none is named, those that take no minutes
+    /// Figures to measure, or the group `vmm` [default: all that do not take minutes]
     names: Vec<OsString>,
     /// Options of the named figure
     #[arg(last = true)]

@@ -51,7 +51,7 @@ pub(crate) struct Options {
     /// Run until interrupted
     #[arg(long, requires = "fleet")]
     keep: bool,
-    /// Take a picture of the page with Chromium, then end
+    /// Take a picture of the page with Chromium, then exit
     #[arg(long, value_name = "FILE", requires = "fleet", conflicts_with = "keep")]
     picture: Option<PathBuf>,
 }
@@ -141,7 +141,10 @@ fn with_picture(
         return Ok(status);
     }
     let seen = browser.wait().context("waiting for the browser's test")?;
-    ensure!(seen.success(), "no picture was taken ({seen})");
+    ensure!(
+        seen.success(),
+        "the browser's test took no picture ({seen})"
+    );
     std::fs::copy(taken, to).with_context(|| format!("writing {}", to.display()))?;
     Ok(status)
 }

@@ -203,7 +203,10 @@ impl Overcommit {
 impl Burst {
     fn plan(&self) -> Result<(&'static str, &Common, u64, Value)> {
         ensure!(self.guests > 0, "--guests must be above 0");
-        ensure!((1..100).contains(&self.share), "--share must be 1 to 99");
+        ensure!(
+            (1..100).contains(&self.share),
+            "--share must be between 1 and 99"
+        );
         let guest = self.common.scaled(self.guest)?;
         let burst = guest / 100 * self.share;
         let idle = IDLE_BYTES + guest / PAGE_STRUCTURES_SHARE;
@@ -238,7 +241,7 @@ impl Common {
 fn milliseconds(seconds: f64) -> Result<u64> {
     ensure!(
         (0.0..=86_400.0).contains(&seconds),
-        "{seconds} seconds: from 0 to a day"
+        "a time must be between 0 and 86400 seconds; got {seconds}"
     );
     Ok((seconds * 1000.0) as u64)
 }

@@ -91,7 +91,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     for name in TARGETS.iter().filter(|name| wanted(name)) {
         count(name, holds(&programs.join(name), name, options)?);
     }
-    ensure!(passed + failed > 0, "no target has such a name");
+    ensure!(passed + failed > 0, "no target matches the given names");
     println!("{passed} passed, {failed} failed, 0 skipped");
     Ok(if failed == 0 {
         ExitCode::SUCCESS
@@ -159,9 +159,12 @@ fn fuzz(
         .stderr(Stdio::piped())
         .spawn()
         .with_context(|| format!("starting {}", program.display()))?;
-    let output = child.stderr.take().context("the pipe just asked for")?;
+    let output = child
+        .stderr
+        .take()
+        .context("the fuzzer's output is piped")?;
     for line in BufReader::new(output).split(b'\n') {
-        let line = line.context("reading what the fuzzer says")?;
+        let line = line.context("reading the output of the fuzzer")?;
         let line = String::from_utf8_lossy(&line);
         println!("{line}");
         look(&line);

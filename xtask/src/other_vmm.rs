@@ -13,7 +13,7 @@ pub(crate) fn found(path: &Path) -> Result<PathBuf> {
     let metadata = full.metadata().with_context(told)?;
     ensure!(
         metadata.is_file() && metadata.permissions().mode() & 0o111 != 0,
-        "--vmm {}: no program",
+        "--vmm {}: not an executable file",
         path.display()
     );
     let output = Command::new(&full)
@@ -23,7 +23,7 @@ pub(crate) fn found(path: &Path) -> Result<PathBuf> {
         .with_context(told)?;
     ensure!(
         output.status.success(),
-        "--vmm {}: --version gave {}: {}",
+        "--vmm {}: --version failed ({}): {}",
         path.display(),
         output.status,
         String::from_utf8_lossy(&output.stderr).trim_end()

@@ -180,7 +180,7 @@ impl Figures {
     fn replace(&self, out: &Path, committed: &Path) -> Result<()> {
         let [made] = &json_files(out)?[..] else {
             bail!(
-                "the command left more or fewer than one file in {}",
+                "the command must write exactly one file to {}",
                 out.display()
             );
         };

@@ -109,7 +109,7 @@ fn run_lane(program: &Path, options: &Options, mut left: BTreeSet<String>) -> Re
             break;
         }
         println!(
-            "the emulated host stood still; {} tests are left{}",
+            "the emulated host stopped responding; {} tests remain{}",
             left.len(),
             if machine < MACHINES_MAX {
                 " and go on in a new one"
@@ -119,7 +119,7 @@ fn run_lane(program: &Path, options: &Options, mut left: BTreeSet<String>) -> Re
         );
     }
     for name in &left {
-        println!("FAIL {name}: its machine ended before it did");
+        println!("FAIL {name}: the host ended before the test");
         tally.failed += 1;
     }
     Ok(tally)

@@ -30,7 +30,7 @@ pub(crate) struct Options {
     /// Run only the steps whose name contains this
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
-    /// Leave out steps that need Linux guests
+    /// Skip steps that need Linux guests
     #[arg(long)]
     quick: bool,
     /// Run only the steps that a change since this commit can affect, uncommitted changes included
@@ -49,7 +49,7 @@ const TARGET_BYTES: u64 = 12 << 30;
 enum Verdict {
     Passed,
     Failed,
-    /// A step that it needs has failed.
+    /// A step on which this one depends has failed.
     LeftOut,
 }
 

@@ -58,10 +58,10 @@ fn judge(console: &str, in_time: bool) -> Result<()> {
     let bad = complaints(console);
     ensure!(
         bad.is_empty(),
-        "the kernel complains:\n  {}",
+        "the kernel logged warnings or errors:\n  {}",
         bad.join("\n  ")
     );
-    ensure!(in_time, "it did not end in time");
+    ensure!(in_time, "the guest did not end in time");
     let said = console.lines().find(|line| line.starts_with("guest: exit"));
     let said = said.context("the guest's init did not end")?;
     ensure!(

@@ -30,7 +30,7 @@ pub(crate) fn check(fragment: &str, config: &str) -> Result<()> {
         .collect();
     if !wrong.is_empty() {
         bail!(
-            "the kernel does not take the configuration:\n  {}",
+            "the kernel rejects parts of the configuration:\n  {}",
             wrong.join("\n  ")
         );
     }

@@ -87,7 +87,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         Some(seed) => seed,
         None => seed_of_environment()?.unwrap_or_else(new_seed),
     };
-    println!("seeds from {seed} on (again: cargo xtask guest core --seed {seed})");
+    println!("seeds from {seed} (to repeat: cargo xtask guest core --seed {seed})");
     let mut report = Report::default();
     for (part, chapters, alone) in SERIES {
         let Some(core) = extract(&series, part, chapters)? else {
@@ -208,5 +208,5 @@ fn fails(program: &Path, seed: u64, steps: u64, words: &[&str]) -> Result<()> {
         }
         said = text;
     }
-    bail!("nobody noticed; last was {said:?}")
+    bail!("no check detected the fault; the last output was {said:?}")
 }

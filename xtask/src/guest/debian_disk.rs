@@ -57,7 +57,7 @@ pub(super) fn image() -> Result<PathBuf> {
 }
 
 fn make(suite: &str, dir: &Path) -> Result<()> {
-    eprintln!("Making a disk with Debian {suite}, which takes minutes the first time");
+    eprintln!("Making a disk with Debian {suite}, which takes several minutes the first time");
     let part = dir.with_extension("part");
     if part.exists() {
         // Left by an interrupted run, with files owned by root.

@@ -28,7 +28,7 @@ pub(super) fn publish(common: &Path) -> Result<Vec<(String, PathBuf)>> {
             kernels.push(("newest".into(), kernel));
         }
         Ok(kernel) => eprintln!("note: {} is the newest kernel", kernel.series()),
-        Err(error) => eprintln!("note: the newest kernel is left out: {error:#}"),
+        Err(error) => eprintln!("note: the newest kernel is skipped: {error:#}"),
     }
     let mut files = vec![("debian-disk.ext4".into(), debian_disk::image()?)];
     for (name, kernel) in kernels {

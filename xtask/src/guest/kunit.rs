@@ -56,7 +56,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
     let complaints = complaints(&ended.console);
     for line in &complaints {
-        println!("FAIL  the kernel complains: {line}");
+        println!("FAIL  the kernel logged a warning or error: {line}");
     }
     let complete = ended.status.is_some() && Some(results.suites_ended) == results.suites_planned;
     if !complete {

@@ -225,13 +225,19 @@ fn judge(kind: Kind, console: &str) -> Result<String> {
         .filter(|line| !theirs.contains(line))
         .collect();
     if !complaints.is_empty() {
-        bail!("the kernel complains:\n  {}", complaints.join("\n  "));
+        bail!(
+            "the kernel logged warnings or errors:\n  {}",
+            complaints.join("\n  ")
+        );
     }
     let said = console.lines().find(|line| line.starts_with("ok stress"));
     let Some(said) = said else {
         let lines: Vec<&str> = console.lines().collect();
         let tail = &lines[lines.len().saturating_sub(QUOTED_LINES)..];
-        bail!("the stress did not end well:\n  | {}", tail.join("\n  | "));
+        bail!(
+            "the stress did not end cleanly:\n  | {}",
+            tail.join("\n  | ")
+        );
     };
     ensure!(
         console.lines().any(|line| line.contains(kind.works())),
@@ -251,7 +257,7 @@ fn judge(kind: Kind, console: &str) -> Result<String> {
         line.starts_with("stress: ")
             && (line.contains(" done=0 ") || (line.ends_with(" absent") && kind != Kind::Plain))
     });
-    ensure!(idle.is_none(), "nothing was done: {idle:?}");
+    ensure!(idle.is_none(), "the stress did nothing: {idle:?}");
     Ok(format!("{said}; {} races of mainline's", theirs.len()))
 }
 

@@ -73,7 +73,7 @@ impl Patch {
         };
         let (own, theirs) = (self.files(), parts.files());
         let unknown: Vec<&String> = theirs.iter().filter(|file| !own.contains(file)).collect();
-        ensure!(unknown.is_empty(), "it does not touch {unknown:?}");
+        ensure!(unknown.is_empty(), "the patch does not change {unknown:?}");
         let text = self.part(|file| !theirs.iter().any(|other| other == file));
         Ok(Self {
             name: parts.name,

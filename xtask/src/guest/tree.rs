@@ -65,7 +65,7 @@ pub(crate) fn apply(options: &Options) -> Result<()> {
     let dir = options.dir()?;
     ensure!(
         !dir.exists(),
-        "{} is there already: refresh and remove it first",
+        "{} already exists: refresh the series from it, then remove it",
         dir.display()
     );
     let source = options.source()?;
@@ -128,13 +128,13 @@ pub(crate) fn refresh(options: &Options) -> Result<()> {
     let dir = options.dir()?;
     ensure!(
         dir.join(".git").exists(),
-        "{} is no tree of `cargo xtask guest apply`",
+        "{} was not created by `cargo xtask guest apply`",
         dir.display()
     );
     let pending = text(git(&dir).args(["status", "--porcelain", "--untracked-files=no"]))?;
     ensure!(
         pending.is_empty(),
-        "{} has changes that are in no commit:\n{pending}",
+        "{} has uncommitted changes:\n{pending}",
         dir.display()
     );
     let commits = format_patches(&dir)?;
@@ -201,7 +201,7 @@ fn write_parts(old: &Series, commits: &[Patch], names: &[String], source: &Sourc
     let listed: Vec<&String> = old.patches.iter().map(|patch| &patch.name).collect();
     ensure!(
         listed == names.iter().collect::<Vec<_>>(),
-        "the tree has other patches than the series"
+        "the patches of the tree differ from those of the series"
     );
     let (major, minor) = source
         .version()
@@ -245,7 +245,7 @@ fn write(old: &Series, commits: &[Patch], names: &[String]) -> Result<usize> {
     {
         let path = patches.join(&gone.name);
         fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))?;
-        println!("  {} is gone", gone.name);
+        println!("  {} was removed", gone.name);
     }
     let list = folder.join("series");
     let text = fs::read_to_string(&list).unwrap_or_default();

@@ -201,7 +201,7 @@ impl Drop for Root {
             quiet(remove.args(["-rf", "--one-file-system"]).arg(&self.path))
         });
         if let Err(error) = removed {
-            eprintln!("warning: {} is left: {error:#}", self.path.display());
+            eprintln!("warning: cannot remove {}: {error:#}", self.path.display());
         }
     }
 }

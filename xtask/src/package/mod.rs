@@ -128,7 +128,7 @@ fn make(
         .with_context(|| format!("reading {}", place.display()))?;
     ensure!(
         packages.len() == 1,
-        "cargo-deb left {} files in {}",
+        "cargo-deb created {} files in {} instead of one",
         packages.len(),
         place.display()
     );
@@ -149,7 +149,7 @@ pub(crate) fn source_date(folder: Option<&str>) -> Result<String> {
     let date = String::from_utf8_lossy(&output.stdout).trim().to_owned();
     ensure!(
         output.status.success() && date.parse::<u64>().is_ok(),
-        "no time of the last commit: set SOURCE_DATE_EPOCH"
+        "cannot determine the time of the last commit: set SOURCE_DATE_EPOCH"
     );
     Ok(date)
 }

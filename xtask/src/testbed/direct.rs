@@ -24,13 +24,13 @@ use crate::process::{self, Tie};
 /// Parameters of the process inside the namespaces.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Inside {
-    /// Becomes the root; an empty directory
+    /// Empty directory that becomes the root
     #[arg(long)]
     root: PathBuf,
-    /// NAME=PATH, linked under /guest
+    /// NAME=PATH: file to link as NAME under /guest
     #[arg(long)]
     guest: Vec<OsString>,
-    /// Bound to /share
+    /// Directory to bind to /share
     #[arg(long)]
     share: Option<PathBuf>,
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]

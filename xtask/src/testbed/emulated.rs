@@ -249,7 +249,7 @@ impl Ended {
         if let Some(code) = exit_status(&self.status) {
             return Ok(Outcome::Exit(code));
         }
-        eprintln!("testbed: last words of the emulated host's console:");
+        eprintln!("testbed: last lines of the emulated host's console:");
         for line in self.console.lines() {
             eprintln!("  | {}", line.trim_end());
         }

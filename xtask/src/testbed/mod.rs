@@ -51,7 +51,7 @@ pub(crate) struct Options {
     /// Processors of the emulated host
     #[arg(long, default_value_t = DEFAULT_CPUS)]
     cpus: u32,
-    /// Directory that the command finds read-write at /share
+    /// Directory that the command can read and write at /share
     #[arg(long, value_name = "DIR")]
     share: Option<PathBuf>,
     /// Stop after this many seconds, with exit status 124
@@ -78,13 +78,13 @@ pub(crate) struct Options {
     /// Build only these programs [default: all]
     #[arg(long = "program", value_name = "NAME")]
     programs: Vec<String>,
-    /// They are built already
+    /// The programs are already built
     #[arg(skip)]
     are_built: bool,
     /// An emulated host is ended when its command has printed nothing for this long
     #[arg(skip)]
     silence_max: Option<Duration>,
-    /// More options for QEMU, split at blanks (for devices of the emulated host)
+    /// Further options for QEMU, separated by spaces (for devices of the emulated host)
     #[arg(long, value_name = "OPTIONS", allow_hyphen_values = true)]
     qemu: Option<String>,
     /// Show the console of the emulated host on stderr
@@ -113,9 +113,9 @@ pub(crate) enum KernelChoice {
     Stock,
     /// The stock kernel with the series in guest-patches
     Patched,
-    /// The stock kernel with guest-patches/rival, which the series is measured against
+    /// The stock kernel with guest-patches/rival, the baseline for measurements of the series
     Rival,
-    /// The patched one, told to track free memory as mainline does: all that most tests need is one kernel
+    /// The patched kernel with mainline's tracking of free memory; it suffices for most tests
     Mainline,
 }
 
@@ -159,7 +159,7 @@ impl Outcome {
     pub(crate) fn status(&self) -> ExitCode {
         match self {
             Self::Exit(status) => return ExitCode::from(*status),
-            Self::TimedOut => eprintln!("testbed: the command ran out of time"),
+            Self::TimedOut => eprintln!("testbed: the command reached its time limit"),
             Self::Silent(line) => eprintln!("testbed: nothing came after {line:?} for too long"),
         }
         ExitCode::from(TIMED_OUT)
@@ -250,7 +250,7 @@ fn run_job(options: Options) -> Result<Outcome> {
     };
     let direct = match options.host {
         _ if options.icount && options.host == HostChoice::Direct => {
-            bail!("--icount counts in emulation only")
+            bail!("--icount requires an emulated host")
         }
         HostChoice::Direct => true,
         HostChoice::Emulated => false,

@@ -128,7 +128,7 @@ fn try_loop() -> Result<()> {
     };
     if took > LOOP_MAX {
         bail!(
-            "it took {} ms for {} instructions, so it emulates them",
+            "a small guest took {} ms for {} instructions, so KVM emulates them",
             took.as_millis(),
             2 * LOOP_TURNS
         );

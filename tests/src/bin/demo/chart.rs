@@ -32,7 +32,7 @@ type Series = (&'static str, &'static str, fn(&Sample) -> u64);
 /// Host memory over time, with the time of the free marked.
 pub(crate) fn svg(recording: &Recording, result: &Outcome) -> String {
     let title = format!(
-        "Host memory held by a 1 GiB guest: {} MiB came back in {:.1} s",
+        "Host memory held by a 1 GiB guest: {} MiB returned to the host in {:.1} s",
         (result.peak_bytes - result.floor_bytes) / MIB,
         result.seconds
     );

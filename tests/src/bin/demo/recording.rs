@@ -197,7 +197,7 @@ impl Outcome {
     pub(crate) fn sentence(&self) -> String {
         let returned = (self.peak_bytes - self.floor_bytes) as f64 / MIB;
         format!(
-            "{returned:.0} MiB came back to the host, 95 % of them {:.1} s after the guest freed them \
+            "{returned:.0} MiB returned to the host, 95 % of them {:.1} s after the guest freed them \
              ({:.0} MiB/s): {:.0} → {:.0} MiB resident, {} reports, p99 {} µs each.",
             self.seconds,
             returned * BACK_SHARE / self.seconds.max(0.001),
