@@ -137,6 +137,10 @@ impl VirtioDevice for VhostUser {
         self.learned.begin_wait();
     }
 
+    fn ram_is_mapped_elsewhere(&self) -> bool {
+        true
+    }
+
     fn state(&self) -> Saved {
         let identity = self.learned.get();
         Saved::of(&VhostUserState {
