@@ -188,7 +188,7 @@ impl HotplugRam {
         };
         // SAFETY: the range is a part of `whole`, which is readable and writable and for the guest alone. `whole` stays
         // mapped until `detach` has removed the slot again.
-        unsafe { slots.vm.set_memory_slot(slot) }.map_err(refused)
+        unsafe { slots.vm.set_memory_slot(slot) }.map_err(|error| refused(&error))
     }
 
     /// Shows devices the open blocks and no others.
@@ -280,7 +280,7 @@ impl BlockAccess for HotplugRam {
             blocks.open.extend(&change[kept..]);
             self.show(blocks);
         }
-        result.map_err(refused)
+        result.map_err(|error| refused(&error))
     }
 
     fn is_bypassed(&self) -> bool {
@@ -326,8 +326,8 @@ impl Drop for HotplugRam {
     }
 }
 
-fn refused(error: hypervisor::Error) -> io::Error {
-    io::Error::other(::api::error_chain(&error).join(": "))
+fn refused(error: &hypervisor::Error) -> io::Error {
+    io::Error::other(::api::error_chain(error).join(": "))
 }
 
 /// Runs of consecutive numbers.
