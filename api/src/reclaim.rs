@@ -132,6 +132,10 @@ pub struct ReclaimPath {
     pub requested_ranges: u64,
     /// Bytes that the host kernel freed on request.
     pub discarded_bytes: u64,
+    /// Part of `discarded_bytes` that did not cover whole blocks of 2 MiB of private memory, since this VMM started. If
+    /// such a block was a transparent huge page, the VMM made the host kernel split it, to free the memory.
+    #[serde(default)]
+    pub discarded_partial_bytes: u64,
     /// `discarded_bytes` per second, the mean of the last ten whole seconds.
     #[serde(default)]
     pub discarded_bytes_per_second: u64,

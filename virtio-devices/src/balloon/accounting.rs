@@ -20,6 +20,8 @@ pub struct PathFigures {
     pub requested: Extent,
     /// Memory discarded.
     pub discarded: Extent,
+    /// The part of it in blocks of huge pages that were not discarded completely, since this device was made.
+    pub partial_bytes: u64,
     /// Memory that the host kernel failed to discard.
     pub failed: Extent,
     /// Memory not discarded on purpose, by reason.
@@ -56,6 +58,7 @@ impl PathFigures {
         let took_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
         self.requested.add_all(outcome.requested);
         self.discarded.add_all(outcome.discarded);
+        self.partial_bytes = self.partial_bytes.saturating_add(outcome.partial_bytes);
         self.failed.add_all(outcome.failed);
         self.skipped.add_all(&outcome.skipped);
         self.chains += chains;

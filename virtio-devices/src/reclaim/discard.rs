@@ -21,6 +21,7 @@ use device_facts::SkipReason;
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
 use super::backing::{Backing, RegionLayout, layout_of};
+use super::huge::Remainders;
 use super::ranges::{Expected, GuestRange, Piece, SkippedBytes, plan};
 use super::switch::DiscardSwitch;
 use super::sys::{self, HostSpan, VECTOR_SPANS_MAX};
@@ -30,6 +31,9 @@ use crate::worker::Turn;
 /// Maximum number of bytes discarded by one call, unless a single backing page is larger. The kernel frees resident
 /// memory at several GiB per second, and a call cannot be interrupted.
 const CALL_BYTES_MAX: u64 = 128 << 20;
+
+/// Huge pages split by one call: some hundred microseconds each.
+const SPLITS_AT_ONCE: usize = 16;
 
 /// A number of ranges and the bytes in them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -64,7 +68,10 @@ pub struct Outcome {
     pub failed: Extent,
     /// Memory not discarded on purpose.
     pub skipped: SkippedBytes,
-    /// System calls made.
+    /// The part of `discarded` that did not cover blocks of transparent huge pages completely. It was free once the
+    /// kernel had split them.
+    pub partial_bytes: u64,
+    /// System calls made to discard.
     pub syscalls: u64,
     /// The error of the first failed range.
     pub first_error: Option<io::Error>,
@@ -158,7 +165,29 @@ impl DiscardEngine {
             return None;
         }
         self.settle(&mut outcome);
+        let remainders = Remainders::of(&self.regions, &self.pieces);
+        outcome.partial_bytes = remainders.partial_bytes;
+        self.split(&remainders.pages, turn);
         Some(outcome)
+    }
+
+    /// Makes the kernel split the huge pages of these pages. It may fail, for example for a pinned page: the kernel tries
+    /// again under memory pressure. So may a command end it.
+    fn split(&self, pages: &[HostSpan], turn: &mut Turn) {
+        for pages in pages.chunks(SPLITS_AT_ONCE) {
+            if turn.is_called() {
+                return;
+            }
+            turn.charge_call(pages.len() as u64, 0);
+            match self.vectors {
+                Some(pidfd) => {
+                    sys::cool_vector(pidfd, pages).ok();
+                }
+                None => pages.iter().for_each(|page| {
+                    sys::cool_span(*page).ok();
+                }),
+            }
+        }
     }
 
     fn refresh(&mut self, mem: &Arc<GuestMemoryMmap<()>>) {
@@ -302,7 +331,7 @@ impl DiscardEngine {
 }
 
 impl RegionLayout {
-    fn span(&self, offset: u64, bytes: u64) -> HostSpan {
+    pub(super) fn span(&self, offset: u64, bytes: u64) -> HostSpan {
         HostSpan {
             start: self.host_start + to_usize(offset),
             bytes: to_usize(bytes),

@@ -20,6 +20,7 @@ mod backing;
 mod discard;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod guarded_ram;
+mod huge;
 mod pagemap;
 mod ranges;
 mod residency;

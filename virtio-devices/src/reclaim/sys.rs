@@ -90,6 +90,34 @@ pub(super) unsafe fn discard_vector(
     pidfd: BorrowedFd<'_>,
     spans: &[HostSpan],
 ) -> io::Result<usize> {
+    // SAFETY: the caller answers for the content.
+    unsafe { advise_vector(pidfd, spans, libc::MADV_DONTNEED) }
+}
+
+/// `process_madvise(MADV_COLD)` on this process: the pages become the first candidates for reclaim. To age only a part
+/// of a huge page, the kernel splits it. The content stays.
+pub(super) fn cool_vector(pidfd: BorrowedFd<'_>, spans: &[HostSpan]) -> io::Result<usize> {
+    // SAFETY: this advice changes no content, and fails where nothing is mapped.
+    unsafe { advise_vector(pidfd, spans, libc::MADV_COLD) }
+}
+
+/// As [`cool_vector`], by `madvise` on one span.
+pub(super) fn cool_span(span: HostSpan) -> io::Result<()> {
+    retry_interrupted(|| {
+        // SAFETY: this advice changes no content, and fails where nothing is mapped.
+        let ret =
+            unsafe { libc::madvise(span.start as *mut libc::c_void, span.bytes, libc::MADV_COLD) };
+        check(ret)
+    })
+}
+
+/// # Safety
+/// `advice` may discard: as for [`discard_vector`].
+unsafe fn advise_vector(
+    pidfd: BorrowedFd<'_>,
+    spans: &[HostSpan],
+    advice: libc::c_int,
+) -> io::Result<usize> {
     debug_assert!(spans.len() <= VECTOR_SPANS_MAX);
     retry_interrupted(|| {
         // SAFETY: `spans` has the layout of `iovec` and outlives the call; the caller guarantees that the content is
@@ -100,7 +128,7 @@ pub(super) unsafe fn discard_vector(
                 pidfd.as_raw_fd(),
                 spans.as_ptr().cast::<libc::iovec>(),
                 spans.len(),
-                libc::MADV_DONTNEED,
+                advice,
                 0,
             )
         };

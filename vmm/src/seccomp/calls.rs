@@ -177,6 +177,8 @@ const DISCARD: &[Call] = calls![
     SYS_fstatfs,
     SYS_mincore,
     SYS_process_madvise [3 is MADV_DONTNEED] [4 is NO_FLAGS],
+    // Splits huge pages of which a part was discarded.
+    SYS_process_madvise [3 is MADV_COLD] [4 is NO_FLAGS],
 ];
 
 /// Measures how much of guest memory is resident.

@@ -286,10 +286,10 @@ fn forbidden() -> Vec<Forbidden> {
             [libc::c_long::from(libc::pid_t::MAX), 0, 0, 0, 0, 0],
         ),
         call(
-            "MADV_COLD",
+            "MADV_PAGEOUT",
             every,
             libc::SYS_process_madvise,
-            [-1, 0, 0, flags(libc::MADV_COLD), 0, 0],
+            [-1, 0, 0, flags(libc::MADV_PAGEOUT), 0, 0],
         ),
         call(
             "prctl",

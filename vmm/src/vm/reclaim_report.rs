@@ -164,6 +164,7 @@ fn path(figures: &PathFigures) -> ReclaimPath {
         requested_bytes: figures.requested.bytes,
         requested_ranges: figures.requested.ranges,
         discarded_bytes: figures.discarded.bytes,
+        discarded_partial_bytes: figures.partial_bytes,
         discarded_bytes_per_second: figures.rate.bytes_per_second(Instant::now()),
         discarded_ranges: figures.discarded.ranges,
         skipped_bytes: figures
