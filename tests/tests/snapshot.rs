@@ -349,6 +349,28 @@ fn guest_restored_on_demand_discards_while_its_memory_comes() -> Result<()> {
 }
 
 #[test]
+fn guests_restored_by_copy_on_write_share_a_snapshot_and_discard_their_own() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let (first, url) = saved_with_data()?;
+    let memory = first.folder().join("saved/memory-0");
+    let before = std::fs::read(&memory)?;
+    // One after the other: they write to the same file of the serial port.
+    for _ in 0..2 {
+        let vmm = Vmm::start(&[])?;
+        let body = json!({"source_url": url, "memory_restore_mode": "CopyOnWrite"}).to_string();
+        vmm.put("vm.restore", Some(&body))?;
+        expect_data(&first, vmm)?;
+    }
+    ensure!(
+        std::fs::read(&memory)? == before,
+        "the snapshot has changed"
+    );
+    Ok(())
+}
+
+#[test]
 fn guest_saved_while_its_memory_comes_is_saved_with_all_of_it() -> Result<()> {
     if !kvm_opens() {
         return Ok(());

@@ -43,6 +43,10 @@ pub enum MemoryRestoreMode {
     /// `memory-filled` or the end of the VM.
     #[word("ondemand")]
     OnDemand,
+    /// RAM shows the pages of the snapshot until they are written, and shares them with other VMs. Its files must stay,
+    /// unchanged, until the end.
+    #[word("copyonwrite")]
+    CopyOnWrite,
 }
 
 /// The taps of one network interface.

@@ -234,6 +234,9 @@ impl GuestMemory {
                     pagemap
                         .mark_held(start, &mut is_held)
                         .map_err(ContentError::Pages)?;
+                    if let Some(overlay) = self.overlay() {
+                        overlay.mark_shown(start as usize, &mut is_held);
+                    }
                 }
                 let data = buffer.chunks_exact_mut(PAGE).zip(&is_held);
                 for (page, (data, _)) in data.enumerate().filter(|(_, (_, held))| **held) {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use api::config::{HotplugMethod, MemoryConfig, MemoryZoneConfig};
 use hypervisor::{MemorySlot, Vm};
 use virtio_devices::GuestRam;
+use virtio_devices::reclaim::Overlay;
 use vm_memory::{
     GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
     GuestRegionMmap,
@@ -28,6 +29,8 @@ pub struct GuestMemory {
     hotplug: Option<Arc<HotplugRam>>,
     map: AddressMap,
     pub(super) zones: Vec<Zone>,
+    /// Where it shows the files of a snapshot.
+    pub(super) overlay: Option<Arc<Overlay>>,
     /// Of memory devices that are added later; none if there is no room for them.
     pub(super) dimm_backing: Option<Backing>,
 }
@@ -94,6 +97,7 @@ impl GuestMemory {
             hotplug,
             map,
             zones: made,
+            overlay: None,
             dimm_backing,
         })
     }
@@ -202,6 +206,11 @@ impl GuestMemory {
     /// The region for memory hot-plug, if configured.
     pub fn hotplug_ram(&self) -> Option<&Arc<HotplugRam>> {
         self.hotplug.as_ref()
+    }
+
+    /// Where it shows the files of a snapshot, if it does.
+    pub fn overlay(&self) -> Option<&Arc<Overlay>> {
+        self.overlay.as_ref()
     }
 
     /// The address map.

@@ -10,6 +10,7 @@
 
 mod backing;
 mod content;
+mod copy_on_write;
 mod dimms;
 mod e820;
 mod error;
@@ -25,6 +26,7 @@ mod state;
 mod zones;
 
 pub use content::{ChunkState, ContentError, ZoneContentState};
+pub use copy_on_write::CopyOnWriteError;
 pub use dimms::{DIMMS_MAX, Dimm, DimmError, RestoreError};
 pub use e820::{E820Entry, E820Kind, e820_map};
 pub use error::{MemoryError, ZoneError};

@@ -22,6 +22,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
 use super::backing::{Backing, RegionLayout, layout_of};
 use super::huge::Remainders;
+use super::overlay::{Hidden, Overlay};
 use super::ranges::{Expected, GuestRange, Piece, SkippedBytes, plan};
 use super::switch::DiscardSwitch;
 use super::sys::{self, HostSpan, VECTOR_SPANS_MAX};
@@ -83,6 +84,8 @@ pub struct DiscardEngine {
     /// A descriptor of this process, if the kernel supports vectored discards.
     vectors: Option<BorrowedFd<'static>>,
     switch: Arc<DiscardSwitch>,
+    /// Private memory that shows a file in places.
+    overlay: Option<Arc<Overlay>>,
     /// The map from which `regions` was derived. The reference is weak: it identifies the map without keeping unplugged
     /// memory mapped, and its address cannot be reused while the reference is held.
     known: Weak<GuestMemoryMmap<()>>,
@@ -108,11 +111,18 @@ impl DiscardEngine {
         Self {
             vectors,
             switch,
+            overlay: None,
             known: Weak::new(),
             regions: Vec::new(),
             pieces: Vec::new(),
             spans: Vec::with_capacity(VECTOR_SPANS_MAX),
         }
+    }
+
+    /// The same engine for memory that shows a file in places.
+    #[must_use]
+    pub fn over(self, overlay: Option<Arc<Overlay>>) -> Self {
+        Self { overlay, ..self }
     }
 
     /// Whether one call can discard many ranges on this kernel.
@@ -160,6 +170,7 @@ impl DiscardEngine {
         let mem = ram.memory().into_inner();
         self.refresh(&mem);
         outcome.skipped = plan(&self.regions, claims, expected, &mut self.pieces);
+        self.hide_files(&mut outcome, turn);
         if !self.carry_out(&mut outcome, turn) {
             self.pieces.clear();
             return None;
@@ -188,6 +199,40 @@ impl DiscardEngine {
                 }),
             }
         }
+    }
+
+    /// Removes the file from the pieces that show one. A piece that cannot be freed of it is not discarded, because it
+    /// would show the file's content again.
+    fn hide_files(&mut self, outcome: &mut Outcome, turn: &mut Turn) {
+        let Some(overlay) = &self.overlay else {
+            return;
+        };
+        let regions = &self.regions;
+        self.pieces.retain(|piece| {
+            let region = &regions[piece.region];
+            if region.backing != Backing::AnonymousPrivate {
+                return true;
+            }
+            let HostSpan { start, bytes } = region.span(piece.offset, piece.bytes);
+            // SAFETY: the planner has checked that the piece is whole pages of guest RAM that the guest has released;
+            // `discard` keeps the mapping alive.
+            match unsafe { overlay.hide(start, bytes) } {
+                Ok(Hidden::All(calls)) => {
+                    outcome.syscalls += calls;
+                    turn.charge_call(calls, 0);
+                    true
+                }
+                Ok(Hidden::TooManyPieces) => {
+                    outcome.skipped.add(SkipReason::PrivateFile, piece.bytes);
+                    false
+                }
+                Err(error) => {
+                    outcome.failed.add(piece.bytes);
+                    outcome.first_error.get_or_insert(error);
+                    false
+                }
+            }
+        });
     }
 
     fn refresh(&mut self, mem: &Arc<GuestMemoryMmap<()>>) {

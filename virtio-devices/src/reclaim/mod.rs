@@ -21,6 +21,7 @@ mod discard;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod guarded_ram;
 mod huge;
+mod overlay;
 mod pagemap;
 mod ranges;
 mod residency;
@@ -33,6 +34,7 @@ mod tests;
 pub use backing::smallest_reclaimable_page_bytes;
 pub use device_facts::SkipReason;
 pub use discard::{DiscardEngine, Extent, Outcome};
+pub use overlay::{Hidden, Overlay};
 pub use pagemap::Pagemap;
 pub use ranges::{Expected, GuestRange, SkippedBytes};
 pub use residency::{

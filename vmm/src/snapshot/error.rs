@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use machine::memory::on_demand::OnDemandError;
-use machine::memory::{ContentError, MemoryError};
+use machine::memory::{ContentError, CopyOnWriteError, MemoryError};
 use state::StateError;
 
 /// Reasons why a snapshot cannot be written or read.
@@ -83,9 +83,20 @@ pub enum SnapshotError {
     /// The VM to save was restored on demand.
     #[error("Guest RAM is not complete and cannot be filled from the snapshot it comes from")]
     Incomplete,
+    /// RAM cannot show the files.
+    #[error("Cannot restore memory by copy-on-write")]
+    CopyOnWrite(#[source] CopyOnWriteError),
+    /// Advice for a mapping is lost when a part of it is replaced.
+    #[error("Memory zone {zone} has {setting}, which copy-on-write memory cannot have")]
+    CopyOnWriteZone {
+        /// The zone.
+        zone: String,
+        /// What it has.
+        setting: &'static str,
+    },
     /// Populating RAM would demand all of it.
-    #[error("prefault and memory_restore_mode=ondemand exclude each other")]
-    PrefaultOnDemand,
+    #[error("prefault=on needs memory_restore_mode=copy")]
+    Prefault,
     /// A copy has no background.
     #[error("background_fill=off needs memory_restore_mode=ondemand")]
     NoBackground,
@@ -137,14 +148,18 @@ impl SnapshotError {
             | Self::Json { .. }
             | Self::NetFds { .. }
             | Self::NetTwice { .. }
-            | Self::PrefaultOnDemand
+            | Self::Prefault
+            | Self::CopyOnWriteZone { .. }
             | Self::NoBackground
             | Self::FdCount { .. } => true,
             Self::State(error) => !error.is_of_host(),
             Self::Memory(error) => error.is_of_configuration(),
-            Self::Content(error) | Self::OnDemand(OnDemandError::Content(error)) => {
+            Self::Content(error)
+            | Self::CopyOnWrite(CopyOnWriteError::Content(error))
+            | Self::OnDemand(OnDemandError::Content(error)) => {
                 matches!(error, ContentError::Damaged { .. } | ContentError::Table(_))
             }
+            Self::CopyOnWrite(error) => matches!(error, CopyOnWriteError::Backing { .. }),
             Self::OnDemand(error) => matches!(error, OnDemandError::Backing { .. }),
             Self::Incomplete => false,
             Self::File { source, .. } => source.kind() == io::ErrorKind::NotFound,

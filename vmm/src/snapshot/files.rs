@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use api::VmConfig;
 use machine::memory::on_demand::{Faults, OnDemand, OnDemandError};
-use machine::memory::{GuestMemory, MemoryState, RestoreError, ZoneContentState};
+use machine::memory::{DEFAULT_ZONE_ID, GuestMemory, MemoryState, RestoreError, ZoneContentState};
 use machine::open_regular_file;
 use machine::pc::PcState;
 use state::Saved;
@@ -244,11 +244,19 @@ impl Snapshot {
         set_prefault(&mut unpopulated, false);
         let map = self.pc.memory.read().map_err(SnapshotError::State)?;
         let memory = GuestMemory::with_dimms(&unpopulated, config.cpus.max_phys_bits, &map);
-        let memory = memory.map_err(|error| match error {
+        let mut memory = memory.map_err(|error| match error {
             RestoreError::Memory(error) => SnapshotError::Memory(error),
             RestoreError::State(error) => SnapshotError::State(error),
         })?;
         let progress = Progress::of_restore(&memory, Arc::clone(&context.events));
+        if let Filling::CopyOnWrite = self.filling {
+            require_plain_zones(config)?;
+            let done = |bytes| progress.add(bytes);
+            memory
+                .show_files(&self.memory, config.memory.thp, done)
+                .map_err(SnapshotError::CopyOnWrite)?;
+            return Ok((memory, None));
+        }
         if let Filling::OnDemand { faults, background } = &self.filling {
             let on_demand = self.on_demand(&memory, faults, *background, progress, context)?;
             return Ok((memory, Some(on_demand)));
@@ -295,6 +303,29 @@ impl Snapshot {
         )
         .map_err(SnapshotError::OnDemand)
     }
+}
+
+/// Refuses settings of a mapping that its parts lose when they are replaced.
+fn require_plain_zones(config: &VmConfig) -> Result<(), SnapshotError> {
+    let refused = |zone: &str, setting| {
+        let zone = zone.to_owned();
+        Err(SnapshotError::CopyOnWriteZone { zone, setting })
+    };
+    if config.memory.mergeable {
+        return refused(DEFAULT_ZONE_ID, "mergeable=on");
+    }
+    if config.memory.hotplug_size.is_some_and(|bytes| bytes > 0) {
+        return refused(DEFAULT_ZONE_ID, "hotplug_size");
+    }
+    for zone in config.memory.zones.iter().flatten() {
+        if zone.mergeable {
+            return refused(&zone.id, "mergeable=on");
+        }
+        if zone.host_numa_node.is_some() {
+            return refused(&zone.id, "host_numa_node");
+        }
+    }
+    Ok(())
 }
 
 fn read(path: &Path, bytes_max: u64) -> Result<String, SnapshotError> {

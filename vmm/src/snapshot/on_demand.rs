@@ -24,6 +24,8 @@ pub enum Filling {
         /// And the rest while there is no demand.
         background: bool,
     },
+    /// RAM shows the files until it is written.
+    CopyOnWrite,
 }
 
 impl Filling {
@@ -34,12 +36,15 @@ impl Filling {
     pub fn of(request: &RestoreConfig) -> Result<Self, SnapshotError> {
         let background = request.background_fill;
         match request.memory_restore_mode {
-            MemoryRestoreMode::OnDemand if request.prefault => Err(SnapshotError::PrefaultOnDemand),
+            MemoryRestoreMode::OnDemand | MemoryRestoreMode::CopyOnWrite if request.prefault => {
+                Err(SnapshotError::Prefault)
+            }
             MemoryRestoreMode::OnDemand => {
                 let faults = Faults::open().map_err(SnapshotError::OnDemand)?;
                 Ok(Self::OnDemand { faults, background })
             }
-            MemoryRestoreMode::Copy if !background => Err(SnapshotError::NoBackground),
+            _ if !background => Err(SnapshotError::NoBackground),
+            MemoryRestoreMode::CopyOnWrite => Ok(Self::CopyOnWrite),
             MemoryRestoreMode::Copy => Ok(Self::Before),
         }
     }

@@ -22,6 +22,7 @@ use virtio_devices::fs::{Fs, FsParams};
 use virtio_devices::mem::{Mem, MemHandle, MemParams, MemRegion};
 use virtio_devices::pmem::{Pmem, PmemHandle, PmemParams};
 use virtio_devices::rate_limit::RateLimiter;
+use virtio_devices::reclaim::DiscardEngine;
 use virtio_devices::rng::Rng;
 use virtio_devices::vhost_user::{Profile, VhostUser, VhostUserParams};
 use virtio_devices::vsock::{Vsock, VsockParams};
@@ -156,15 +157,17 @@ pub(super) fn balloon(
     memory: &GuestMemory,
 ) -> Result<(Made, BalloonHandle), VmError> {
     let id = config.id.as_deref().unwrap_or(BALLOON_ID);
-    let (balloon, handle) = Balloon::new(BalloonParams {
+    let params = BalloonParams {
         ram: memory.ram().clone(),
         size_bytes: config.size,
         deflate_on_oom: config.deflate_on_oom,
         free_page_reporting: config.free_page_reporting,
         free_page_hinting: config.free_page_hinting,
         reporting_policy: config.reporting_policy,
-    })
-    .map_err(|source| VmError::device(id, source))?;
+    };
+    let engine = |switch| DiscardEngine::new(switch).over(memory.overlay().cloned());
+    let (balloon, handle) =
+        Balloon::with_engine(params, engine).map_err(|source| VmError::device(id, source))?;
     handle.set_stats_poll(Duration::from_millis(config.stats_poll_ms));
     let made = Made {
         counters: CounterSource::Balloon(handle.clone()),

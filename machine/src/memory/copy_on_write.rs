@@ -1,0 +1,129 @@
+//! Guest RAM that shows the files of a snapshot, shared with other machines from the same files.
+//!
+//! ```text
+//!   file   │ pages │ hole │ pages │            one page cache for all machines
+//!   RAM    │ private mapping │ anonymous …     a write makes a page the machine's own
+//! ```
+//! Where guest RAM is discarded, [`Overlay`] replaces the file by anonymous memory, so that the guest finds zeros and not
+//! what the snapshot had there.
+#![allow(unsafe_code)]
+// UNSAFETY: files are mapped over guest RAM.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use virtio_devices::reclaim::Overlay;
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
+
+use super::content::{self, CHUNK_BYTES, ChunkState, ContentError, PAGE};
+use super::{GuestMemory, Zone, ZoneContentState, source};
+
+/// Why RAM cannot show the files.
+#[derive(Debug, thiserror::Error)]
+pub enum CopyOnWriteError {
+    /// Memory of another kind.
+    #[error(
+        "memory zone {zone} is {backing}; copy-on-write needs private memory without file and huge pages"
+    )]
+    Backing {
+        /// The zone.
+        zone: String,
+        /// Its kind, as in statistics.
+        backing: &'static str,
+    },
+    /// A file is damaged or cannot be read.
+    #[error(transparent)]
+    Content(ContentError),
+    /// A file cannot be mapped.
+    #[error("cannot map the memory file of zone {zone}")]
+    Map {
+        /// The zone.
+        zone: String,
+        /// The error from the system.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl GuestMemory {
+    /// Shows the content of each zone's file, which nobody changes, in RAM that nobody has touched. All checksums are
+    /// compared first. `thp`: memory that replaces a file may have transparent huge pages. `done` gets the size of each
+    /// piece.
+    ///
+    /// # Errors
+    /// A zone has another kind of memory, a table or file is not that of its zone, or a file cannot be mapped.
+    pub fn show_files(
+        &mut self,
+        files: &[(File, ZoneContentState)],
+        thp: bool,
+        mut done: impl FnMut(u64),
+    ) -> Result<(), CopyOnWriteError> {
+        let other = |zone: &&Zone| zone.backing != source::ANONYMOUS;
+        if let Some(zone) = self.zones().iter().find(other) {
+            let (zone, backing) = (zone.id.clone(), zone.backing);
+            return Err(CopyOnWriteError::Backing { zone, backing });
+        }
+        let overlay = Arc::new(Overlay::new(thp));
+        let mut buffer = vec![0; CHUNK_BYTES];
+        for (zone, (file, table)) in self.zones().iter().zip(files) {
+            let table = content::checked_table(zone, file, table);
+            for (chunk, saved) in table.map_err(CopyOnWriteError::Content)? {
+                let buffer = &mut buffer[..chunk.bytes];
+                let span = check(file, chunk.offset, saved, buffer);
+                let span = span.map_err(content::in_file(&zone.id, chunk.offset));
+                let Some((first, end)) = span.map_err(CopyOnWriteError::Content)? else {
+                    return Err(CopyOnWriteError::Content(ContentError::Damaged {
+                        zone: zone.id.clone(),
+                        offset: chunk.offset,
+                    }));
+                };
+                let ram = self.ram().memory();
+                let region = ram.find_region(chunk.guest);
+                let region = region.expect("the zones are made of the regions");
+                let at = (chunk.guest.0 - region.start_addr().0) as usize + first;
+                let start = region.as_ptr() as usize + at;
+                // SAFETY: whole pages of private anonymous guest RAM, which nobody has touched.
+                let shown =
+                    unsafe { overlay.show(start, end - first, file, chunk.offset + first as u64) };
+                shown.map_err(|source| CopyOnWriteError::Map {
+                    zone: zone.id.clone(),
+                    source,
+                })?;
+                done(chunk.bytes as u64);
+            }
+        }
+        self.overlay = Some(overlay);
+        Ok(())
+    }
+}
+
+/// The part of a chunk from its first to its last page, in bytes. `None`: its checksum does not match, or there is
+/// something between these pages, which the guest would see.
+fn check(
+    file: &File,
+    offset: u64,
+    saved: &ChunkState,
+    buffer: &mut [u8],
+) -> io::Result<Option<(usize, usize)>> {
+    if !content::read_chunk(file, offset, saved, buffer)? {
+        return Ok(None);
+    }
+    let is_saved = |page: &usize| saved.pages.0[page / 8] & 1 << (page % 8) != 0;
+    let count = buffer.len() / PAGE;
+    let (Some(first), Some(last)) = ((0..count).find(is_saved), (0..count).rfind(is_saved)) else {
+        return Ok(None);
+    };
+    for page in (first..last).filter(|page| !is_saved(page)) {
+        let between = &mut buffer[page * PAGE..(page + 1) * PAGE];
+        file.read_exact_at(between, offset + (page * PAGE) as u64)?;
+        if between.iter().any(|byte| *byte != 0) {
+            return Ok(None);
+        }
+    }
+    Ok(Some((first * PAGE, (last + 1) * PAGE)))
+}
+
+#[cfg(test)]
+mod tests;
