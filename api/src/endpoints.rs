@@ -160,6 +160,10 @@ endpoints! {
     VmAddFs = Upstream Put "vm.add-fs",
         request Some("FsConfig"), response Some("PciDeviceInfo"), command "add-fs",
         failure "The shared folder could not be added to the VM";
+    /// Add a device that a vhost-user back end serves, also to a running VM.
+    VmAddGenericVhostUser = Upstream Put "vm.add-generic-vhost-user",
+        request Some("GenericVhostUserConfig"), response Some("PciDeviceInfo"), command "add-generic-vhost-user",
+        failure "The vhost-user device could not be added to the VM";
     /// Add persistent memory, also to a running VM.
     VmAddPmem = Upstream Put "vm.add-pmem",
         request Some("PmemConfig"), response Some("PciDeviceInfo"), command "add-pmem",
@@ -260,6 +264,7 @@ impl Endpoint {
             Self::VmAddDisk
                 | Self::VmAddNet
                 | Self::VmAddFs
+                | Self::VmAddGenericVhostUser
                 | Self::VmAddPmem
                 | Self::VmAddVsock
                 | Self::VmAddBalloon

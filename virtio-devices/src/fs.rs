@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use state::{Part, Saved, State, StateError, parts};
 
 use crate::device::{Counters, QueueHandler, VirtioDevice, read_config_space};
-use crate::vhost_user::{self, Link, RING_FEATURES, Shared};
+use crate::vhost_user::{self, Endpoint, Link, RING_FEATURES, Shared};
 
 /// Virtio device id.
 const DEVICE_TYPE: u32 = 26;
@@ -69,7 +69,12 @@ impl Fs {
         let bytes = tag.len().min(TAG_BYTES_MAX);
         config[..bytes].copy_from_slice(&tag[..bytes]);
         config[TAG_BYTES_MAX..].copy_from_slice(&u32::from(params.num_queues).to_le_bytes());
-        let link = Link::new(&params.id, params.socket, queues, Arc::clone(&shared))?;
+        let link = Link::new(
+            &params.id,
+            Endpoint::Connect(params.socket),
+            queues,
+            Arc::clone(&shared),
+        )?;
         Ok(Self {
             config,
             queue_sizes: vec![params.queue_size; queues],

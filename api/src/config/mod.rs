@@ -9,6 +9,7 @@ mod console;
 mod cpus;
 mod disk;
 mod fs;
+mod generic_vhost_user;
 mod landlock;
 mod mac;
 mod memory;
@@ -36,6 +37,7 @@ pub use disk::{
     VirtQueueAffinity,
 };
 pub use fs::{DEFAULT_FS_NUM_QUEUES, DEFAULT_FS_QUEUE_SIZE, FsConfig};
+pub use generic_vhost_user::{GenericVhostUserConfig, VirtioDeviceType};
 pub use landlock::LandlockConfig;
 pub use mac::{MacAddr, MacAddrError};
 pub use memory::{DEFAULT_MEMORY_BYTES, HotplugMethod, MemoryConfig, MemoryZoneConfig};
@@ -81,6 +83,8 @@ pub struct VmConfig {
     pub balloon: Option<BalloonConfig>,
     /// Shared folders (virtio-fs), in the order of their PCI slots.
     pub fs: Option<Vec<FsConfig>>,
+    /// Devices of any type that vhost-user back ends serve, in the order of their PCI slots.
+    pub generic_vhost_user: Option<Vec<GenericVhostUserConfig>>,
     /// Persistent memory, in the order of its PCI slots.
     pub pmem: Option<Vec<PmemConfig>>,
     /// The vsock device; when absent, the VM has none.
@@ -119,8 +123,6 @@ pub struct VmConfig {
     pub rtc: Option<Value>,
     /// Rate limits that several disks share.
     pub rate_limit_groups: Option<Vec<RateLimitGroupConfig>>,
-    /// vhost-user devices of any type. Unsupported.
-    pub generic_vhost_user: Option<Value>,
 }
 
 impl VmConfig {
@@ -134,7 +136,6 @@ impl VmConfig {
             ("pci_segments", &self.pci_segments),
             ("tpm", &self.tpm),
             ("rtc", &self.rtc),
-            ("generic_vhost_user", &self.generic_vhost_user),
         ];
         let sections = sections.into_iter().filter(|(_, value)| match value {
             None | Some(Value::Null | Value::Bool(false)) => false,

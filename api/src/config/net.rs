@@ -49,10 +49,10 @@ pub struct NetConfig {
     /// Entries in each queue, a power of two.
     #[key("<size_of_each_queue>", default = DEFAULT_NET_QUEUE_SIZE)]
     pub queue_size: u16,
-    /// Served by a vhost-user process.
+    /// Served by a vhost-user back end at `socket`, which has the host's side. Needs shared memory, and two queues.
     #[key]
     pub vhost_user: bool,
-    /// Socket of the vhost-user process.
+    /// Socket of the vhost-user back end.
     #[key("<vhost_user_socket_path>", name = "socket")]
     pub vhost_socket: Option<PathBuf>,
     /// Which side of the vhost-user socket connects.

@@ -8,8 +8,8 @@ use serde_json::Value;
 
 use crate::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, FsConfig,
-    LandlockConfig, MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig, PlatformConfig,
-    PmemConfig, RateLimitGroupConfig, RngConfig, SerialConfig, VsockConfig,
+    GenericVhostUserConfig, LandlockConfig, MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig,
+    PlatformConfig, PmemConfig, RateLimitGroupConfig, RngConfig, SerialConfig, VsockConfig,
 };
 use crate::{AlertChange, ReportingPolicy, RestoreConfig};
 
@@ -57,6 +57,7 @@ fn sections() -> Vec<OptionReference> {
         NetConfig::reference(),
         RateLimitGroupConfig::reference(),
         FsConfig::reference(),
+        GenericVhostUserConfig::reference(),
         PmemConfig::reference(),
         VsockConfig::reference(),
         BalloonConfig::reference(),

@@ -109,6 +109,7 @@ samples![
     RngConfig,
     BalloonConfig,
     FsConfig,
+    GenericVhostUserConfig,
     PmemConfig,
     VsockConfig,
     SerialConfig,

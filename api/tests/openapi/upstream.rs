@@ -54,6 +54,10 @@ pub(crate) const FIELDS: &[(&str, &str)] = &[
         "size deflate_on_oom free_page_reporting iommu id pci_segment pci_device_id",
     ),
     (
+        "GenericVhostUserConfig",
+        "device_type socket queue_sizes id pci_segment pci_device_id",
+    ),
+    (
         "FsConfig",
         "tag socket num_queues queue_size id pci_segment pci_device_id",
     ),
@@ -94,6 +98,7 @@ pub(crate) const REQUIRED: &[(&str, &str)] = &[
     ("RngConfig", "src"),
     ("BalloonConfig", "size"),
     ("FsConfig", "tag socket"),
+    ("GenericVhostUserConfig", "device_type socket queue_sizes"),
     ("PmemConfig", "file"),
     ("VsockConfig", "cid socket"),
     ("SerialConfig", "mode"),

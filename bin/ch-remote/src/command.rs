@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use api::config::{BalloonConfig, DiskConfig, FsConfig, NetConfig, PmemConfig, VsockConfig};
+use api::config::{
+    BalloonConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, PmemConfig, VsockConfig,
+};
 use api::options::{OptionError, parse_bytes};
 use api::{
     Endpoint, HintingAction, ReclaimThresholdsChange, ReportingAction, RestoreConfig,
@@ -44,6 +46,8 @@ pub(crate) enum Command {
     AddNet(AddNetArguments),
     /// Add a shared folder to the VM
     AddFs(AddFsArguments),
+    /// Add a device that a vhost-user back end serves to the VM
+    AddGenericVhostUser(AddGenericVhostUserArguments),
     /// Add persistent memory to the VM
     AddPmem(AddPmemArguments),
     /// Add the vsock device to the VM
@@ -214,6 +218,12 @@ pub(crate) struct AddFsArguments {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct AddGenericVhostUserArguments {
+    #[arg(value_name = "DEVICE", value_parser = |text: &str| told(GenericVhostUserConfig::parse(text)), help = GenericVhostUserConfig::syntax())]
+    pub(crate) device: GenericVhostUserConfig,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct AddPmemArguments {
     #[arg(value_name = "PMEM", value_parser = |text: &str| told(PmemConfig::parse(text)), help = PmemConfig::syntax())]
     pub(crate) pmem: PmemConfig,
@@ -372,6 +382,7 @@ impl Request {
             Command::AddDisk(add) => Some(to_ascii_json(&add.disk)?),
             Command::AddNet(add) => Some(to_ascii_json(&add.net)?),
             Command::AddFs(add) => Some(to_ascii_json(&add.fs)?),
+            Command::AddGenericVhostUser(add) => Some(to_ascii_json(&add.device)?),
             Command::AddPmem(add) => Some(to_ascii_json(&add.pmem)?),
             Command::AddVsock(add) => Some(to_ascii_json(&add.vsock)?),
             Command::AddBalloon(add) => Some(to_ascii_json(&add.balloon)?),
@@ -420,6 +431,7 @@ pub(crate) fn endpoint(command: &Command) -> Endpoint {
         Command::AddDisk(_) => Endpoint::VmAddDisk,
         Command::AddNet(_) => Endpoint::VmAddNet,
         Command::AddFs(_) => Endpoint::VmAddFs,
+        Command::AddGenericVhostUser(_) => Endpoint::VmAddGenericVhostUser,
         Command::AddPmem(_) => Endpoint::VmAddPmem,
         Command::AddVsock(_) => Endpoint::VmAddVsock,
         Command::AddBalloon(_) => Endpoint::VmAddBalloon,

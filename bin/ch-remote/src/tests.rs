@@ -134,6 +134,7 @@ fn every_command_calls_its_endpoint() {
             Endpoint::VmAddNet => " tap=t",
             Endpoint::VmAddFs => " tag=t,socket=/s",
             Endpoint::VmAddPmem => " file=/m",
+            Endpoint::VmAddGenericVhostUser => " device_type=rng,socket=/s,queue_sizes=[64]",
             Endpoint::VmAddVsock => " cid=3,socket=/s",
             Endpoint::VmAddBalloon => " size=0",
             Endpoint::VmRemoveDevice => " _disk0",

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use api::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, FsConfig,
-    LandlockConfig, MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig, PathOrFd, PayloadConfig,
-    PlatformConfig, PmemConfig, RateLimitGroupConfig, RngConfig, SerialConfig, VsockConfig,
+    GenericVhostUserConfig, LandlockConfig, MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig,
+    PathOrFd, PayloadConfig, PlatformConfig, PmemConfig, RateLimitGroupConfig, RngConfig,
+    SerialConfig, VsockConfig,
 };
 use api::options::OptionError;
 use api::{RestoreConfig, VmConfig};
@@ -79,6 +80,9 @@ pub(crate) struct Arguments {
 
     #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = FsConfig::syntax())]
     fs: Vec<String>,
+
+    #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = GenericVhostUserConfig::syntax())]
+    generic_vhost_user: Vec<String>,
 
     #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = NetConfig::syntax())]
     net: Vec<String>,
@@ -196,6 +200,7 @@ impl Arguments {
             numa: read_all(&self.numa, NumaConfig::parse)?,
             platform: read(&self.platform, PlatformConfig::parse)?,
             fs: read_all(&self.fs, FsConfig::parse)?,
+            generic_vhost_user: read_all(&self.generic_vhost_user, GenericVhostUserConfig::parse)?,
             pmem: read_all(&self.pmem, PmemConfig::parse)?,
             vsock: read(&self.vsock, VsockConfig::parse)?,
             watchdog: self.watchdog,
@@ -290,7 +295,7 @@ mod tests {
              --memory size=1G,shared=on --disk path=/a path=/b,readonly=on --disk path=/c --net tap=t0 \
              --balloon size=128M,free_page_reporting=on --serial tty --console off --rng src=/dev/random \
              --event-monitor path=/e --seccomp log --no-shutdown -vv --watchdog \
-             --vsock cid=3,socket=/v --fs tag=a,socket=/a --fs tag=b,socket=/b,num_queues=2 --landlock --landlock-rules path=/d,access=rw path=/e,access=r \
+             --vsock cid=3,socket=/v --fs tag=a,socket=/a --fs tag=b,socket=/b,num_queues=2 --generic-vhost-user device_type=sound,socket=/g,queue_sizes=[64,32] --landlock --landlock-rules path=/d,access=rw path=/e,access=r \
              --pmem file=/m,size=2M,discard_writes=on --pvpanic --debug-console file=/d,iobase=0xe8 \
              --rate-limit-group id=g,bw_size=1000,bw_refill_time=100 id=h,ops_size=1,ops_refill_time=1",
         )
@@ -314,6 +319,9 @@ mod tests {
         let limit = groups[0].rate_limiter_config.unwrap();
         assert_eq!(limit.bandwidth.unwrap().size, 1000);
         assert_eq!(config.vsock.unwrap().cid, 3);
+        let generic = &config.generic_vhost_user.unwrap()[0];
+        assert_eq!(generic.device_type.0, 25);
+        assert_eq!(generic.queue_sizes, [64, 32]);
         let fs = config.fs.unwrap();
         assert_eq!(
             (fs[0].num_queues, fs[1].tag.as_str(), fs[1].num_queues),
@@ -401,6 +409,7 @@ mod tests {
             "--kernel /k --memory size=much",
             "--kernel /k --fs tag=a",
             "--kernel /k --fs socket=/s",
+            "--kernel /k --generic-vhost-user device_type=teapot,socket=/s,queue_sizes=[64]",
             "--kernel /k --pmem size=2M",
             "--kernel /k --vsock cid=3",
             "--kernel /k --vsock socket=/s",

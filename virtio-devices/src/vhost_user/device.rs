@@ -1,7 +1,6 @@
 //! The configuration half of a device whose features and configuration space come from the back end.
 
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +9,7 @@ use state::{Part, Saved, State, StateError, parts, require};
 
 use super::identity::{Identity, Learned};
 use super::profile::Profile;
-use super::{Link, Shared, handlers};
+use super::{Endpoint, Link, Shared, handlers};
 use crate::device::{
     Counters, DeviceIdentity, Interrupt, QueueHandler, VirtioDevice, read_config_space,
 };
@@ -26,8 +25,8 @@ pub struct VhostUserParams {
     pub id: String,
     /// The type of device.
     pub profile: Profile,
-    /// The socket on which the back end listens.
-    pub socket: PathBuf,
+    /// How the back end is met.
+    pub endpoint: Endpoint,
     /// Entries of each queue.
     pub queue_sizes: Vec<u16>,
 }
@@ -82,12 +81,12 @@ impl VhostUser {
         let VhostUserParams {
             id,
             profile,
-            socket,
+            endpoint,
             queue_sizes,
         } = params;
         let shared = Arc::new(Shared::default());
         let learned = Arc::new(Learned::new(patience));
-        let link = Link::new(&id, socket, queue_sizes.len(), Arc::clone(&shared))?;
+        let link = Link::new(&id, endpoint, queue_sizes.len(), Arc::clone(&shared))?;
         let link = link.learning(profile, queue_sizes.clone(), Arc::clone(&learned));
         Ok(Self {
             profile,
@@ -109,7 +108,7 @@ impl VirtioDevice for VhostUser {
     }
 
     fn features(&self) -> u64 {
-        self.learned.features() & self.profile.features
+        self.learned.features() & self.profile.features | self.profile.own_features
     }
 
     fn identity(&self) -> DeviceIdentity {
@@ -117,7 +116,7 @@ impl VirtioDevice for VhostUser {
     }
 
     fn features_possible(&self) -> u64 {
-        self.profile.features
+        self.profile.features | self.profile.own_features
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -151,14 +150,14 @@ impl VirtioDevice for VhostUser {
 
     fn restore(&mut self, state: &Saved) -> Result<(), StateError> {
         let state = state.read::<VhostUserState>()?;
-        let wanted = self.profile.config_bytes;
         let identity = state
             .identity
             .map(|IdentityState { features, config }| Identity { features, config });
         if let Some(Identity { config, .. }) = &identity {
             let bytes = config.len();
-            require(bytes == wanted, parts::VHOST_USER, "config", || {
-                format!("has {bytes} bytes, the device's has {wanted}")
+            let possible = self.profile.has_config_of(bytes);
+            require(possible, parts::VHOST_USER, "config", || {
+                format!("cannot have {bytes} bytes")
             })?;
         }
         self.learned.restore(identity);

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +17,7 @@ use super::identity::{Identity, Learned};
 use super::profile::Profile;
 use super::session::{Session, SessionError};
 use crate::device::{Activation, HandlerState, QueueHandler, WorkerError};
+use crate::listening_socket::ListeningSocket;
 use crate::unix_connect::connect;
 use crate::worker::{EventSources, Turn};
 
@@ -30,6 +31,38 @@ const NAME_BYTES_MAX: usize = 15;
 const WAKE: u64 = 0;
 const RETRY: u64 = 1;
 const SOCKET: u64 = 2;
+const LISTENER: u64 = 3;
+
+/// How the back end is met.
+#[derive(Debug)]
+pub enum Endpoint {
+    /// The back end listens on this path.
+    Connect(PathBuf),
+    /// The VMM listens.
+    Listen(ListeningSocket),
+}
+
+impl Endpoint {
+    fn path(&self) -> &Path {
+        match self {
+            Self::Connect(path) => path,
+            Self::Listen(socket) => socket.path(),
+        }
+    }
+
+    /// A connection; none if the back end has yet to come.
+    fn meet(&self) -> io::Result<Option<UnixStream>> {
+        let stream = match self {
+            Self::Connect(path) => connect(path)?,
+            Self::Listen(socket) => match socket.accept() {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                accepted => accepted?,
+            },
+        };
+        stream.set_nonblocking(false)?;
+        Ok(Some(stream))
+    }
+}
 
 /// Where the link puts what the back end says about the device.
 struct Lesson {
@@ -41,7 +74,7 @@ struct Lesson {
 /// The handler without queues.
 pub(crate) struct Link {
     name: String,
-    socket: PathBuf,
+    endpoint: Endpoint,
     queues: usize,
     gate: Arc<Gate>,
     shared: Arc<Shared>,
@@ -60,13 +93,18 @@ pub(crate) struct Link {
 impl Link {
     pub(crate) fn new(
         id: &str,
-        socket: PathBuf,
+        endpoint: Endpoint,
         queues: usize,
         shared: Arc<Shared>,
     ) -> io::Result<Self> {
         let gate = Arc::new(Gate::new()?);
         let epoll = Epoll::new()?;
         let retry = TimerFd::new()?;
+        if let Endpoint::Listen(socket) = &endpoint {
+            // A client that comes while there is another waits in the backlog.
+            let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, LISTENER);
+            epoll.ctl(ControlOperation::Add, socket.as_raw_fd(), event)?;
+        }
         for (fd, datum) in [(gate.wake_fd(), WAKE), (retry.as_raw_fd(), RETRY)] {
             let event = EpollEvent::new(EventSet::IN, datum);
             epoll.ctl(ControlOperation::Add, fd, event)?;
@@ -75,7 +113,7 @@ impl Link {
         name.truncate(NAME_BYTES_MAX - "_link".len());
         Ok(Self {
             name: name + "_link",
-            socket,
+            endpoint,
             queues,
             gate,
             shared,
@@ -110,11 +148,12 @@ impl Link {
 
     /// Handles events, then does all work that is possible now.
     fn work(&mut self) -> io::Result<()> {
-        let mut events = [EpollEvent::default(); 3];
+        let mut events = [EpollEvent::default(); 4];
         let count = self.epoll.wait(0, &mut events)?;
         for event in &events[..count] {
             match event.data() {
                 WAKE => self.gate.drain(),
+                LISTENER => {}
                 RETRY => {
                     self.retry.wait()?;
                     self.waiting = false;
@@ -142,7 +181,12 @@ impl Link {
                     }
                 }
                 Step::Start(rings) => {
-                    let started = self.session.as_mut().map(|session| session.start(&rings));
+                    let own = self.lesson.as_ref();
+                    let own = own.map_or(0, |lesson| lesson.profile.own_features);
+                    let started = self
+                        .session
+                        .as_mut()
+                        .map(|session| session.start(&rings, own));
                     match started {
                         Some(Ok(())) => {
                             self.shared.serving.set(1);
@@ -174,12 +218,13 @@ impl Link {
 
     /// Connects. Returns whether a session exists.
     fn connect(&mut self) -> io::Result<bool> {
-        let connected = connect(&self.socket).and_then(|stream| {
-            stream.set_nonblocking(false)?;
-            Ok((stream.try_clone()?, stream))
+        let met = self.endpoint.meet().and_then(|met| match met {
+            Some(stream) => Ok(Some((stream.try_clone()?, stream))),
+            None => Ok(None),
         });
-        let (other, stream) = match connected {
-            Ok(connected) => connected,
+        let (other, stream) = match met {
+            Ok(Some(connected)) => connected,
+            Ok(None) => return Ok(false),
             Err(error) => {
                 self.report(format!("cannot connect to the back end: {error}"));
                 self.wait_for_next()?;
@@ -207,15 +252,15 @@ impl Link {
     }
 
     fn greet(&self, stream: UnixStream) -> Result<Session, SessionError> {
-        let mut session = Session::open(stream, self.queues)?;
+        let session = Session::open(stream, self.queues)?;
         if let Some(lesson) = &self.lesson {
             let features = session.features();
             let missing = 1 << VIRTIO_F_VERSION_1 & !features;
             if missing != 0 {
                 return Err(SessionError::Features { missing });
             }
-            let mut config = session.config(lesson.profile.config_bytes)?;
-            (lesson.profile.complete)(&mut config, &lesson.queue_sizes);
+            let config = session.config(lesson.profile.config_size())?;
+            let config = lesson.profile.complete(config, &lesson.queue_sizes);
             lesson.learned.learn(Identity { features, config });
         }
         Ok(session)
@@ -266,14 +311,22 @@ impl Link {
     fn recovered(&mut self) {
         self.pause = RETRY_MIN;
         if self.failure.take().is_some() {
-            log::info!("{}: {} serves the device", self.name, self.socket.display());
+            log::info!(
+                "{}: {} serves the device",
+                self.name,
+                self.endpoint.path().display()
+            );
         }
     }
 
     /// Logs a failure unless it is the same as for the last attempt.
     fn report(&mut self, failure: String) {
         if self.failure.as_ref() != Some(&failure) {
-            log::warn!("{}: {}: {failure}", self.name, self.socket.display());
+            log::warn!(
+                "{}: {}: {failure}",
+                self.name,
+                self.endpoint.path().display()
+            );
             self.failure = Some(failure);
         }
     }

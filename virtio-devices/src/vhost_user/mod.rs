@@ -55,8 +55,9 @@ use virtio_bindings::bindings::virtio_ring::{
 use crate::counters::counters;
 use crate::device::QueueHandler;
 pub use device::{IdentityState, VhostUser, VhostUserParams, VhostUserState};
+pub use link::Endpoint;
 pub(crate) use link::Link;
-pub use profile::Profile;
+pub use profile::{NetProfile, Profile};
 use queues::Queues;
 
 /// Features, common to all device types, that the back end implements.

@@ -5,17 +5,51 @@ use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
     VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
+use virtio_bindings::bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4,
+    VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+};
 
 use super::RING_FEATURES;
 
-/// Virtio device id.
+/// Virtio device ids.
 const VIRTIO_ID_BLOCK: u32 = 2;
+const VIRTIO_ID_NET: u32 = 1;
 /// Up to and including `unused1` (virtio 1.1 §5.2.4): what every back end of today has.
 const BLOCK_CONFIG_BYTES: usize = 60;
 const BLOCK_SEG_MAX: usize = 12;
 const BLOCK_NUM_QUEUES: usize = 34;
+/// Up to and including `mtu`.
+const NET_CONFIG_BYTES: usize = 12;
 /// The descriptors of a request besides its data: header and status.
 const BLOCK_DESCRIPTORS: u32 = 2;
+
+/// Every type of device has its own bits here (virtio 1.2 §2.2), and the rest belongs to the ring and the transport.
+const DEVICE_FEATURES: u64 = ((1 << 24) - 1) | !((1 << 50) - 1);
+/// The protocol's limit (`VHOST_USER_MAX_CONFIG_SIZE`).
+const CONFIG_BYTES_MAX: usize = 256;
+
+/// How much of the configuration space the front end reads.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum ConfigSize {
+    /// The driver needs all of it.
+    Exactly(usize),
+    /// As much as there is.
+    UpTo(usize),
+}
+
+/// Where the configuration space comes from.
+#[derive(Debug, Clone, Copy)]
+enum ConfigSpace {
+    /// From the back end.
+    AsItIs,
+    /// From the back end, with the queues of the front end.
+    Block,
+    /// From the front end.
+    Net([u8; NET_CONFIG_BYTES]),
+}
 
 /// A type of device.
 #[derive(Debug, Clone, Copy)]
@@ -24,10 +58,24 @@ pub struct Profile {
     pub(super) device_type: u32,
     /// Feature bits that are passed from the back end to the driver.
     pub(super) features: u64,
-    /// Size of the configuration space.
-    pub(super) config_bytes: usize,
-    /// Puts the front end's values into the configuration space.
-    pub(super) complete: fn(&mut [u8], &[u16]),
+    /// Feature bits of the front end, of which the back end learns nothing.
+    pub(super) own_features: u64,
+    config: ConfigSpace,
+}
+
+/// What the front end decides about a network interface.
+#[derive(Debug, Clone, Copy)]
+pub struct NetProfile {
+    /// The guest's address.
+    pub mac: [u8; 6],
+    /// The largest packet, bytes.
+    pub mtu: Option<u16>,
+    /// Offer TCP segmentation offload, if the back end has it.
+    pub offload_tso: bool,
+    /// Offer UDP fragmentation offload, if the back end has it.
+    pub offload_ufo: bool,
+    /// Offer checksum offload, if the back end has it.
+    pub offload_csum: bool,
 }
 
 impl Profile {
@@ -48,13 +96,92 @@ impl Profile {
         ];
         Self {
             device_type: VIRTIO_ID_BLOCK,
-            features: bits
-                .iter()
-                .fold(RING_FEATURES, |features, bit| features | 1 << bit),
-            config_bytes: BLOCK_CONFIG_BYTES,
-            complete: complete_block,
+            features: RING_FEATURES | mask(&bits),
+            own_features: 0,
+            config: ConfigSpace::Block,
         }
     }
+
+    /// A network interface with one pair of queues, because there is no control queue to ask for more.
+    #[must_use]
+    pub fn net(net: &NetProfile) -> Self {
+        let mut bits = vec![VIRTIO_NET_F_MRG_RXBUF];
+        if net.offload_csum {
+            bits.extend([VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM]);
+        }
+        if net.offload_tso {
+            bits.extend([
+                VIRTIO_NET_F_HOST_TSO4,
+                VIRTIO_NET_F_HOST_TSO6,
+                VIRTIO_NET_F_HOST_ECN,
+                VIRTIO_NET_F_GUEST_TSO4,
+                VIRTIO_NET_F_GUEST_TSO6,
+                VIRTIO_NET_F_GUEST_ECN,
+            ]);
+        }
+        if net.offload_ufo {
+            bits.extend([VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_GUEST_UFO]);
+        }
+        let mut own = vec![VIRTIO_NET_F_MAC, VIRTIO_NET_F_STATUS];
+        own.extend(net.mtu.map(|_| VIRTIO_NET_F_MTU));
+        // mac, status, max_virtqueue_pairs, mtu (virtio 1.2 §5.1.4).
+        let mut config = [0; NET_CONFIG_BYTES];
+        config[..6].copy_from_slice(&net.mac);
+        config[6] = VIRTIO_NET_S_LINK_UP as u8;
+        config[8] = 1;
+        config[10..].copy_from_slice(&net.mtu.unwrap_or(0).to_le_bytes());
+        Self {
+            device_type: VIRTIO_ID_NET,
+            features: RING_FEATURES | mask(&bits),
+            own_features: mask(&own),
+            config: ConfigSpace::Net(config),
+        }
+    }
+
+    /// A device of which the front end knows nothing but its virtio device id.
+    #[must_use]
+    pub fn of_type(device_type: u32) -> Self {
+        Self {
+            device_type,
+            features: RING_FEATURES | DEVICE_FEATURES,
+            own_features: 0,
+            config: ConfigSpace::AsItIs,
+        }
+    }
+
+    /// What the front end reads from the back end.
+    pub(super) fn config_size(&self) -> ConfigSize {
+        match self.config {
+            ConfigSpace::AsItIs => ConfigSize::UpTo(CONFIG_BYTES_MAX),
+            ConfigSpace::Block => ConfigSize::Exactly(BLOCK_CONFIG_BYTES),
+            ConfigSpace::Net(_) => ConfigSize::UpTo(0),
+        }
+    }
+
+    /// The configuration space that the driver reads.
+    pub(super) fn complete(&self, mut config: Vec<u8>, queue_sizes: &[u16]) -> Vec<u8> {
+        match self.config {
+            ConfigSpace::AsItIs => config,
+            ConfigSpace::Block => {
+                complete_block(&mut config, queue_sizes);
+                config
+            }
+            ConfigSpace::Net(own) => own.to_vec(),
+        }
+    }
+
+    /// Whether a configuration space can have this size.
+    pub(super) fn has_config_of(&self, bytes: usize) -> bool {
+        match self.config {
+            ConfigSpace::AsItIs => bytes <= CONFIG_BYTES_MAX,
+            ConfigSpace::Block => bytes == BLOCK_CONFIG_BYTES,
+            ConfigSpace::Net(own) => bytes == own.len(),
+        }
+    }
+}
+
+fn mask(bits: &[u32]) -> u64 {
+    bits.iter().fold(0, |features, bit| features | 1 << bit)
 }
 
 /// The queues are those of the front end, and a request must fit into one.

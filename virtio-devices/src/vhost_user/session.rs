@@ -12,11 +12,15 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::config::{self, ConfigError};
+use super::profile::ConfigSize;
 use super::rings::{Ring, Rings};
 use crate::Unpoisoned;
 
 /// Number of regions that every back end accepts in one message (`VHOST_MEMORY_BASELINE_NREGIONS`).
 const REGIONS_OF_A_TABLE: usize = 8;
+
+/// Configuration spaces consist of words.
+const CONFIG_STEP_BYTES: usize = 4;
 
 /// Reasons to close a connection.
 #[derive(Debug, thiserror::Error)]
@@ -115,27 +119,43 @@ impl Session {
         self.features & !VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }
 
-    /// The beginning of the configuration space.
-    pub(super) fn config(&mut self, bytes: usize) -> Result<Vec<u8>, SessionError> {
-        if !self.has(VhostUserProtocolFeatures::CONFIG) {
-            return Err(SessionError::NoConfig);
+    /// The configuration space.
+    pub(super) fn config(&self, size: ConfigSize) -> Result<Vec<u8>, SessionError> {
+        let has_config = self.has(VhostUserProtocolFeatures::CONFIG);
+        match size {
+            ConfigSize::Exactly(_) if !has_config => Err(SessionError::NoConfig),
+            ConfigSize::Exactly(bytes) => {
+                let found = config::read(&self.stream, bytes)?;
+                found.ok_or(SessionError::NoConfigOfSize { bytes })
+            }
+            ConfigSize::UpTo(_) if !has_config => Ok(Vec::new()),
+            ConfigSize::UpTo(most) => {
+                // A back end tells its size only by refusing a larger one.
+                for words in (1..=most / CONFIG_STEP_BYTES).rev() {
+                    let bytes = words * CONFIG_STEP_BYTES;
+                    if let Some(found) = config::read(&self.stream, bytes)? {
+                        return Ok(found);
+                    }
+                }
+                Ok(Vec::new())
+            }
         }
-        config::read(&self.stream, bytes)?.ok_or(SessionError::NoConfigOfSize { bytes })
     }
 
     fn has(&self, feature: VhostUserProtocolFeatures) -> bool {
         self.protocol.contains(feature)
     }
 
-    /// Passes the rings to the back end.
-    pub(super) fn start(&mut self, rings: &Rings) -> Result<(), SessionError> {
-        let missing = rings.features & !self.features;
+    /// Passes the rings to the back end. `own`: features of the driver that concern the front end alone.
+    pub(super) fn start(&mut self, rings: &Rings, own: u64) -> Result<(), SessionError> {
+        let features = rings.features & !own;
+        let missing = features & !self.features;
         if missing != 0 {
             return Err(SessionError::Features { missing });
         }
-        let own = self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        let protocol = self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         self.frontend
-            .set_features(rings.features | own)
+            .set_features(features | protocol)
             .map_err(in_call("SET_FEATURES"))?;
         let mem = rings.mem.memory();
         self.share_memory(&mem)?;
@@ -148,7 +168,7 @@ impl Session {
             self.start_ring(ring, &mem)?;
         }
         // Without protocol features, starting a ring also enables it.
-        if own != 0 {
+        if protocol != 0 {
             for ring in &rings.rings {
                 self.frontend
                     .set_vring_enable(ring.index.into(), true)

@@ -164,6 +164,7 @@ impl Dispatcher {
             Endpoint::VmAddDisk => self.add_device(call, NewDevice::Disk),
             Endpoint::VmAddNet => self.add_device(call, NewDevice::Net),
             Endpoint::VmAddFs => self.add_device(call, NewDevice::Fs),
+            Endpoint::VmAddGenericVhostUser => self.add_device(call, NewDevice::GenericVhostUser),
             Endpoint::VmAddPmem => self.add_device(call, NewDevice::Pmem),
             Endpoint::VmAddVsock => self.add_device(call, NewDevice::Vsock),
             Endpoint::VmAddBalloon => self.add_device(call, NewDevice::Balloon),
@@ -239,6 +240,7 @@ impl Dispatcher {
             // No other device uses descriptors: the call closes them.
             NewDevice::Disk(_)
             | NewDevice::Fs(_)
+            | NewDevice::GenericVhostUser(_)
             | NewDevice::Pmem(_)
             | NewDevice::Vsock(_)
             | NewDevice::Balloon(_) => Vec::new(),

@@ -542,6 +542,9 @@ fn body_of(endpoint: Endpoint) -> Option<&'static str> {
         Endpoint::VmAddDisk => Some(r#"{"path": "/e"}"#),
         Endpoint::VmAddNet => Some("{}"),
         Endpoint::VmAddFs => Some(r#"{"tag": "t", "socket": "/f"}"#),
+        Endpoint::VmAddGenericVhostUser => {
+            Some(r#"{"device_type": 4, "socket": "/g", "queue_sizes": [64]}"#)
+        }
         Endpoint::VmAddPmem => Some(r#"{"file": "/m"}"#),
         Endpoint::VmAddVsock => Some(r#"{"cid": 3, "socket": "/s"}"#),
         Endpoint::VmAddBalloon => Some(r#"{"size": 0}"#),
@@ -581,7 +584,7 @@ fn expected(endpoint: Endpoint) -> [u16; 4] {
             [404, 204, 200, 200]
         }
         // Its memory is not shared.
-        Endpoint::VmAddFs => [404, 400, 400, 400],
+        Endpoint::VmAddFs | Endpoint::VmAddGenericVhostUser => [404, 400, 400, 400],
         // The VM has a balloon already.
         Endpoint::VmAddBalloon => [404, 400, 400, 400],
         Endpoint::VmRemoveDevice => [404, 204, 204, 204],

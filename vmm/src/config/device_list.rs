@@ -1,7 +1,9 @@
 //! Adds devices to a configuration and removes them.
 
 use api::VmConfig;
-use api::config::{BalloonConfig, DiskConfig, FsConfig, NetConfig, PmemConfig, VsockConfig};
+use api::config::{
+    BalloonConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, PmemConfig, VsockConfig,
+};
 
 use crate::device_ids::BALLOON_ID;
 
@@ -14,6 +16,8 @@ pub enum NewDevice {
     Net(NetConfig),
     /// A shared folder.
     Fs(FsConfig),
+    /// A device of any type that a vhost-user back end serves.
+    GenericVhostUser(GenericVhostUserConfig),
     /// Persistent memory.
     Pmem(PmemConfig),
     /// The vsock device.
@@ -29,6 +33,7 @@ impl NewDevice {
             Self::Disk(disk) => disk.id.as_deref(),
             Self::Net(net) => net.id.as_deref(),
             Self::Fs(fs) => fs.id.as_deref(),
+            Self::GenericVhostUser(device) => device.id.as_deref(),
             Self::Pmem(pmem) => pmem.id.as_deref(),
             Self::Vsock(vsock) => vsock.id.as_deref(),
             Self::Balloon(balloon) => Some(balloon_id(balloon)),
@@ -43,6 +48,12 @@ pub fn with_device(config: &VmConfig, device: NewDevice) -> VmConfig {
         NewDevice::Disk(disk) => config.disks.get_or_insert_default().push(disk),
         NewDevice::Net(net) => config.net.get_or_insert_default().push(net),
         NewDevice::Fs(fs) => config.fs.get_or_insert_default().push(fs),
+        NewDevice::GenericVhostUser(device) => {
+            config
+                .generic_vhost_user
+                .get_or_insert_default()
+                .push(device);
+        }
         NewDevice::Pmem(pmem) => config.pmem.get_or_insert_default().push(pmem),
         NewDevice::Vsock(vsock) => config.vsock = Some(vsock),
         NewDevice::Balloon(balloon) => config.balloon = Some(balloon),
@@ -50,8 +61,7 @@ pub fn with_device(config: &VmConfig, device: NewDevice) -> VmConfig {
     config
 }
 
-/// Returns the configuration without the disk, network interface, shared folder, persistent memory, vsock device or balloon of this
-/// name; `None` if there is none.
+/// Returns the configuration without the removable device of this name; `None` if there is none.
 pub fn without_device(config: &VmConfig, id: &str) -> Option<VmConfig> {
     let named = |known: &Option<String>| known.as_deref() == Some(id);
     let mut without = config.clone();
@@ -63,6 +73,9 @@ pub fn without_device(config: &VmConfig, id: &str) -> Option<VmConfig> {
     }
     if let Some(fs) = &mut without.fs {
         fs.retain(|fs| !named(&fs.id));
+    }
+    if let Some(devices) = &mut without.generic_vhost_user {
+        devices.retain(|device| !named(&device.id));
     }
     if let Some(pmem) = &mut without.pmem {
         pmem.retain(|pmem| !named(&pmem.id));
@@ -91,6 +104,10 @@ pub fn take_id(config: &VmConfig, device: &mut NewDevice) {
         NewDevice::Fs(fs) => {
             let last = config.fs.iter().flatten().next_back();
             fs.id = last.and_then(|last| last.id.clone());
+        }
+        NewDevice::GenericVhostUser(device) => {
+            let last = config.generic_vhost_user.iter().flatten().next_back();
+            device.id = last.and_then(|last| last.id.clone());
         }
         NewDevice::Pmem(pmem) => {
             let last = config.pmem.iter().flatten().next_back();

@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use api::VmConfig;
-use api::config::{DiskConfig, FsConfig, NetConfig, PmemConfig, VsockConfig};
+use api::config::{
+    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, PmemConfig, VhostMode, VsockConfig,
+};
 
 use machine::memory::all_shared;
 use virtio_devices::fs::TAG_BYTES_MAX;
@@ -27,6 +29,14 @@ const ANY_CID: u32 = u32::MAX;
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// Maximum number of request queues of a shared folder. Each queue needs an interrupt vector and two descriptors.
 const FS_QUEUES_MAX: usize = 64;
+/// One pair.
+const VHOST_USER_NET_QUEUES: usize = 2;
+/// The most queues of a device of any type.
+const GENERIC_QUEUES_MAX: usize = 64;
+/// PCI device ids of virtio devices have six bits for it (virtio 1.2 §4.1.2).
+const DEVICE_TYPE_MAX: u32 = 63;
+/// Balloon, IOMMU, memory and watchdog: they act on the machine, which no back end can.
+const OF_THE_VMM: [u32; 4] = [5, 23, 24, 35];
 /// Descriptors up to here are the standard streams.
 const LAST_STANDARD_FD: i32 = 2;
 
@@ -39,10 +49,15 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
             .map_err(|fault| at("disk", index, disk.id.as_deref(), fault))?;
     }
     for (index, net) in config.net.iter().flatten().enumerate() {
-        check_net(net, vcpus).map_err(|fault| at("net", index, net.id.as_deref(), fault))?;
+        check_net(net, vcpus, shared)
+            .map_err(|fault| at("net", index, net.id.as_deref(), fault))?;
     }
     for (index, fs) in config.fs.iter().flatten().enumerate() {
         check_fs(fs, shared).map_err(|fault| at("fs", index, fs.id.as_deref(), fault))?;
+    }
+    for (index, device) in config.generic_vhost_user.iter().flatten().enumerate() {
+        check_generic(device, shared)
+            .map_err(|fault| at("generic_vhost_user", index, device.id.as_deref(), fault))?;
     }
     for (index, pmem) in config.pmem.iter().flatten().enumerate() {
         check_pmem(pmem).map_err(|fault| at("pmem", index, pmem.id.as_deref(), fault))?;
@@ -143,8 +158,13 @@ fn queue_affinity(disk: &DiskConfig) -> Result<(), DeviceFault> {
     Ok(())
 }
 
-fn check_net(net: &NetConfig, vcpus: usize) -> Result<(), DeviceFault> {
+fn check_net(net: &NetConfig, vcpus: usize, shared: bool) -> Result<(), DeviceFault> {
     queue_size(net.queue_size)?;
+    if net.vhost_user {
+        check_vhost_user_net(net, shared)?;
+    } else if net.vhost_socket.is_some() || net.vhost_mode == VhostMode::Server {
+        return Err(DeviceFault::SocketWithoutVhostUser);
+    }
     // An odd number includes the control queue, which exists in any case.
     queue_count(net.num_queues, 2, vcpus.saturating_mul(2).saturating_add(1))?;
     if let Some(mtu) = net.mtu
@@ -170,6 +190,28 @@ fn check_net(net: &NetConfig, vcpus: usize) -> Result<(), DeviceFault> {
         Some(&fd) => Err(DeviceFault::Descriptor { fd }),
         None => Ok(()),
     }
+}
+
+/// The back end has the host's side of the interface.
+fn check_vhost_user_net(net: &NetConfig, memory_shared: bool) -> Result<(), DeviceFault> {
+    let for_taps = [
+        ("tap", net.tap.is_some()),
+        ("ip", net.ip.is_some()),
+        ("mask", net.mask.is_some()),
+        ("host_mac", net.host_mac.is_some()),
+        ("fd", net.fds.is_some()),
+        ("a rate limit", net.rate_limiter_config.is_some()),
+    ];
+    if let Some((key, _)) = for_taps.into_iter().find(|(_, given)| *given) {
+        return Err(DeviceFault::OfBackEnd { key });
+    }
+    if !memory_shared {
+        return Err(DeviceFault::MemoryPrivate);
+    }
+    // More pairs need a control queue, which the back end does not serve.
+    queue_count(net.num_queues, VHOST_USER_NET_QUEUES, VHOST_USER_NET_QUEUES)?;
+    let socket = net.vhost_socket.as_deref();
+    socket_path(socket.ok_or(DeviceFault::SocketMissing)?)
 }
 
 fn check_vsock(vsock: &VsockConfig) -> Result<(), DeviceFault> {
@@ -214,6 +256,24 @@ fn check_fs(fs: &FsConfig, memory_shared: bool) -> Result<(), DeviceFault> {
     queue_size(fs.queue_size)?;
     queue_count(fs.num_queues, 1, FS_QUEUES_MAX)?;
     socket_path(&fs.socket)
+}
+
+fn check_generic(device: &GenericVhostUserConfig, memory_shared: bool) -> Result<(), DeviceFault> {
+    if !memory_shared {
+        return Err(DeviceFault::MemoryPrivate);
+    }
+    let device_type = device.device_type.0;
+    if !(1..=DEVICE_TYPE_MAX).contains(&device_type) || OF_THE_VMM.contains(&device_type) {
+        return Err(DeviceFault::DeviceType {
+            device_type,
+            max: DEVICE_TYPE_MAX,
+        });
+    }
+    queue_count(device.queue_sizes.len(), 1, GENERIC_QUEUES_MAX)?;
+    for &size in &device.queue_sizes {
+        queue_size(size)?;
+    }
+    socket_path(&device.socket)
 }
 
 fn socket_path(path: &Path) -> Result<(), DeviceFault> {

@@ -388,13 +388,23 @@ pub enum DeviceFault {
     #[error("vhost_user=on needs socket=PATH")]
     SocketMissing,
     /// A socket that nobody would use.
-    #[error("socket needs vhost_user=on")]
+    #[error("socket and vhost_mode need vhost_user=on")]
     SocketWithoutVhostUser,
     /// A key for what only the back end can do.
     #[error("{key} cannot be set with vhost_user=on: configure it in the back end")]
     OfBackEnd {
         /// The key.
         key: &'static str,
+    },
+    /// A type of device that no other process can serve.
+    #[error(
+        "device_type must be a virtio device id from 1 to {max} that another process can serve (not balloon, iommu, mem or watchdog); got {device_type}"
+    )]
+    DeviceType {
+        /// The device id.
+        device_type: u32,
+        /// The maximum.
+        max: u32,
     },
     /// A name that a guest cannot mount.
     #[error("tag must have 1 to {max} bytes and no NUL; got {tag:?}")]

@@ -35,7 +35,14 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
 }
 
 /// Prefixes of generated names; a number follows.
-const GENERATED_PREFIXES: [&str; 5] = ["_disk", "_net", "_fs", "_pmem", "_vsock"];
+const GENERATED_PREFIXES: [&str; 6] = [
+    "_disk",
+    "_net",
+    "_fs",
+    "_generic_vhost_user",
+    "_pmem",
+    "_vsock",
+];
 
 fn generated_number(id: &str) -> Option<u64> {
     let mut digits = GENERATED_PREFIXES
@@ -68,6 +75,9 @@ pub fn assign_ids(config: &mut VmConfig) {
     }
     for fs in config.fs.iter_mut().flatten() {
         fs.id.get_or_insert_with(|| next("_fs"));
+    }
+    for device in config.generic_vhost_user.iter_mut().flatten() {
+        device.id.get_or_insert_with(|| next("_generic_vhost_user"));
     }
     for pmem in config.pmem.iter_mut().flatten() {
         pmem.id.get_or_insert_with(|| next("_pmem"));

@@ -45,6 +45,11 @@ pub(super) fn pci_devices(config: &VmConfig) -> impl Iterator<Item = PciDevice<'
     devices!("disks", config.disks.iter().flatten())
         .chain(devices!("net", config.net.iter().flatten()))
         .chain(devices!("fs", config.fs.iter().flatten(), no iommu))
+        .chain(devices!(
+            "generic_vhost_user",
+            config.generic_vhost_user.iter().flatten(),
+            no iommu
+        ))
         .chain(devices!("pmem", config.pmem.iter().flatten()))
         .chain(devices!("vsock", &config.vsock))
         .chain(devices!("balloon", &config.balloon))

@@ -890,6 +890,86 @@ fn validate_vhost_user_disk_needs_shared_memory_and_a_socket_and_has_no_image() 
 }
 
 #[test]
+fn validate_vhost_user_net_needs_shared_memory_a_socket_and_one_pair_of_queues() {
+    let fault_of = |net: &Value, shared: bool| {
+        let mut config = with("net", json!([net]));
+        config.memory.shared = shared;
+        match validate(&config) {
+            Ok(()) => None,
+            Err(ValidationError::Device { fault, .. }) => Some(fault),
+            Err(other) => panic!("{other}"),
+        }
+    };
+    let net = json!({"vhost_user": true, "vhost_socket": "/s", "vhost_mode": "Server"});
+    assert_eq!(fault_of(&net, true), None);
+    assert_eq!(fault_of(&net, false), Some(DeviceFault::MemoryPrivate));
+    for (key, value) in [
+        ("tap", json!("tap0")),
+        ("ip", json!("192.0.2.1")),
+        ("mask", json!("255.255.255.0")),
+        ("host_mac", json!(mac())),
+    ] {
+        let mut wrong = net.clone();
+        wrong[key] = value;
+        assert_eq!(fault_of(&wrong, true), Some(DeviceFault::OfBackEnd { key }));
+    }
+    let mut wrong = net;
+    wrong["num_queues"] = json!(4);
+    assert!(matches!(
+        fault_of(&wrong, true),
+        Some(DeviceFault::QueueCount { count: 4, .. })
+    ));
+    assert_eq!(
+        fault_of(&json!({"vhost_user": true}), true),
+        Some(DeviceFault::SocketMissing)
+    );
+    for stray in [
+        json!({"vhost_socket": "/s"}),
+        json!({"vhost_mode": "Server"}),
+    ] {
+        assert_eq!(
+            fault_of(&stray, true),
+            Some(DeviceFault::SocketWithoutVhostUser)
+        );
+    }
+}
+
+#[test]
+fn validate_generic_vhost_user_device_is_one_that_another_process_can_serve() {
+    let device = json!({"device_type": 4, "socket": "/s", "queue_sizes": [64]});
+    let fault_of = |device: Value, shared: bool| {
+        let mut config = with("generic_vhost_user", json!([device]));
+        config.memory.shared = shared;
+        match validate(&config) {
+            Ok(()) => None,
+            Err(ValidationError::Device { fault, .. }) => Some(fault),
+            Err(other) => panic!("{other}"),
+        }
+    };
+    assert_eq!(fault_of(device.clone(), true), None);
+    assert_eq!(
+        fault_of(device.clone(), false),
+        Some(DeviceFault::MemoryPrivate)
+    );
+    for (key, value) in [
+        ("device_type", json!(0)),
+        ("device_type", json!(5)),
+        ("device_type", json!(64)),
+        ("socket", json!("")),
+        ("queue_sizes", json!([])),
+        ("queue_sizes", json!([64, 3])),
+        ("queue_sizes", json!(vec![64; 65])),
+    ] {
+        let mut wrong = device.clone();
+        wrong[key] = value;
+        assert!(fault_of(wrong.clone(), true).is_some(), "{wrong}");
+    }
+    // Upstream's former name.
+    let former = json!({"virtio_id": 4, "socket": "/s", "queue_sizes": [64]});
+    assert_eq!(fault_of(former, true), None);
+}
+
+#[test]
 fn validate_shared_folder_needs_shared_memory_a_tag_and_a_path() {
     let shared = |fs: Value| {
         let mut config = with("fs", json!([fs]));

@@ -2,8 +2,8 @@
 
 use api::VmConfig;
 use api::config::{
-    ConsoleOutputMode, CpusConfig, DiskConfig, HotplugMethod, ImageType, MemoryConfig, NetConfig,
-    NumaConfig, PlatformConfig,
+    ConsoleOutputMode, CpusConfig, DiskConfig, HotplugMethod, ImageType, MemoryConfig, NumaConfig,
+    PlatformConfig,
 };
 
 use super::error::ValidationError;
@@ -23,7 +23,6 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
     wanted.extend(memory(&config.memory));
     wanted.extend(config.numa.iter().flatten().filter_map(numa));
     wanted.extend(config.disks.iter().flatten().flat_map(disk));
-    wanted.extend(config.net.iter().flatten().filter_map(net));
     wanted.extend(config.platform.iter().flat_map(platform));
     wanted.extend(pci_devices(config).filter_map(|device| behind_iommu(&device)));
     if wanted.is_empty() {
@@ -84,13 +83,6 @@ fn disk(disk: &DiskConfig) -> Vec<String> {
     .into_iter()
     .flatten()
     .collect()
-}
-
-fn net(net: &NetConfig) -> Option<String> {
-    asked(
-        "net.vhost_user",
-        net.vhost_user || net.vhost_socket.is_some(),
-    )
 }
 
 fn platform(platform: &PlatformConfig) -> Vec<String> {

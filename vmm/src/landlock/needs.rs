@@ -128,7 +128,7 @@ pub fn of_config(config: &VmConfig) -> Vec<Need> {
         tpm: _,
         rtc: _,
         rate_limit_groups: _,
-        generic_vhost_user: _,
+        generic_vhost_user,
     } = config;
     let mut needs = vec![
         Need::new(Path::new("/dev/kvm"), CHANGE),
@@ -142,6 +142,8 @@ pub fn of_config(config: &VmConfig) -> Vec<Need> {
     needs.extend(disks.iter().flatten().flat_map(of_disk));
     needs.extend(net.iter().flatten().flat_map(of_net));
     needs.extend(fs.iter().flatten().map(of_fs));
+    let generic = generic_vhost_user.iter().flatten();
+    needs.extend(generic.map(|device| Need::socket(&device.socket)));
     needs.extend(pmem.iter().flatten().map(of_pmem));
     needs.extend(vsock.iter().map(of_vsock));
     for (mode, file, socket) in [
@@ -160,6 +162,7 @@ pub fn of_device(device: &NewDevice) -> Vec<Need> {
         NewDevice::Disk(disk) => of_disk(disk).into_iter().collect(),
         NewDevice::Net(net) => of_net(net).into_iter().collect(),
         NewDevice::Fs(fs) => vec![of_fs(fs)],
+        NewDevice::GenericVhostUser(device) => vec![Need::socket(&device.socket)],
         NewDevice::Pmem(pmem) => vec![of_pmem(pmem)],
         NewDevice::Vsock(vsock) => vec![of_vsock(vsock)],
         NewDevice::Balloon(_) => Vec::new(),
@@ -212,6 +215,9 @@ fn of_disk(disk: &DiskConfig) -> Option<Need> {
 }
 
 fn of_net(net: &NetConfig) -> Option<Need> {
+    if let Some(socket) = &net.vhost_socket {
+        return Some(Need::socket(socket));
+    }
     let opens_tap = net.fds.is_none();
     opens_tap.then(|| Need::new(Path::new(TUN_DEVICE), CHANGE))
 }

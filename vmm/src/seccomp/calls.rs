@@ -323,9 +323,10 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [Call]] {
         MachineThread::Worker(DeviceKind::Rng) => &[TIMERS, calls![SYS_pread64]],
         MachineThread::Worker(DeviceKind::Console) => &[SOCKET_IO, TIMERS],
         MachineThread::Worker(DeviceKind::Watchdog) => &[TIMERS],
-        // Connects to the back end.
+        // Connects to the back end, or waits for it on a socket, which it removes when it ends.
         MachineThread::Worker(DeviceKind::VhostUser) => &[
             SOCKET_IO,
+            CLEANUP,
             TIMERS,
             calls![SYS_connect, SYS_eventfd2, SYS_socket [0 is AF_UNIX]],
         ],

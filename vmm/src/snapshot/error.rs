@@ -40,6 +40,12 @@ pub enum SnapshotError {
         /// The name by which the guest mounts it.
         tag: String,
     },
+    /// The state of the device is in another process.
+    #[error("Device {id} keeps its state in its back end: a VM with it cannot be saved")]
+    OtherProcess {
+        /// The name of the device.
+        id: String,
+    },
     /// A file or the folder.
     #[error("Cannot {action} {}", path.display())]
     File {
@@ -144,6 +150,7 @@ impl SnapshotError {
             | Self::Exists { .. }
             | Self::ZoneInFile { .. }
             | Self::SharedFolder { .. }
+            | Self::OtherProcess { .. }
             | Self::Damaged { .. }
             | Self::Json { .. }
             | Self::NetFds { .. }

@@ -153,6 +153,10 @@ fn require_content_is_ours(config: &VmConfig) -> Result<(), SnapshotError> {
         let tag = fs.tag.clone();
         return Err(SnapshotError::SharedFolder { tag });
     }
+    if let Some(device) = config.generic_vhost_user.iter().flatten().next() {
+        let id = device.id.clone().unwrap_or_default();
+        return Err(SnapshotError::OtherProcess { id });
+    }
     Ok(())
 }
 

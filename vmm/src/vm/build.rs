@@ -102,6 +102,9 @@ impl Parts {
         let debug_console = consoles::open_debug_console(config, context)?;
         let fs = config.fs.iter().flatten().map(devices::fs);
         let fs = fs.collect::<Result<Vec<_>, _>>()?;
+        let generic = config.generic_vhost_user.iter().flatten();
+        let generic = generic.map(devices::generic_vhost_user);
+        let generic = generic.collect::<Result<Vec<_>, _>>()?;
         let vsock = config.vsock.as_ref().map(devices::vsock).transpose()?;
 
         let disks_and_nets = disks.into_iter().chain(nets);
@@ -115,6 +118,7 @@ impl Parts {
                 .chain(disks_and_nets)
                 .chain([rng])
                 .chain(fs)
+                .chain(generic)
                 .chain(pmems)
                 .chain(vsock)
                 .chain(balloon)

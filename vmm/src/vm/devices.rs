@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use api::VmConfig;
-use api::config::{BalloonConfig, DiskConfig, FsConfig, ImageType, PmemConfig, VsockConfig};
+use api::config::{
+    BalloonConfig, DiskConfig, FsConfig, GenericVhostUserConfig, ImageType, PmemConfig, VsockConfig,
+};
 use machine::memory::{DEFAULT_ZONE_ID, GuestMemory};
 use machine::pc::Plug;
 use machine::pci::Place;
@@ -24,7 +26,7 @@ use virtio_devices::pmem::{Pmem, PmemHandle, PmemParams};
 use virtio_devices::rate_limit::RateLimiter;
 use virtio_devices::reclaim::DiscardEngine;
 use virtio_devices::rng::Rng;
-use virtio_devices::vhost_user::{Profile, VhostUser, VhostUserParams};
+use virtio_devices::vhost_user::{Endpoint, Profile, VhostUser, VhostUserParams};
 use virtio_devices::vsock::{Vsock, VsockParams};
 use virtio_devices::watchdog::{self, Watchdog};
 
@@ -80,7 +82,7 @@ pub(super) fn vhost_user_disk(disk: &DiskConfig, socket: &Path) -> Result<Made, 
     let device = VhostUser::new(VhostUserParams {
         id: id.to_owned(),
         profile: Profile::block(),
-        socket: socket.to_owned(),
+        endpoint: Endpoint::Connect(socket.to_owned()),
         queue_sizes: vec![disk.queue_size; disk.num_queues],
     })
     .map_err(|source| VmError::device(id, source))?;
@@ -238,6 +240,22 @@ pub(super) fn fs(config: &FsConfig) -> Result<Made, VmError> {
     })
     .map_err(|source| VmError::device(id, source))?;
     Ok(Made::new(id, DeviceKind::VhostUser, place!(config), fs))
+}
+
+/// A device of any type, whose back end need not run yet.
+pub(super) fn generic_vhost_user(config: &GenericVhostUserConfig) -> Result<Made, VmError> {
+    let id = config
+        .id
+        .as_deref()
+        .expect("ids are assigned before a machine is built");
+    let device = VhostUser::new(VhostUserParams {
+        id: id.to_owned(),
+        profile: Profile::of_type(config.device_type.0),
+        endpoint: Endpoint::Connect(config.socket.clone()),
+        queue_sizes: config.queue_sizes.clone(),
+    })
+    .map_err(|source| VmError::device(id, source))?;
+    Ok(Made::new(id, DeviceKind::VhostUser, place!(config), device))
 }
 
 /// Persistent memory. The file is mapped here, and becomes visible to the guest when the device is plugged into the

@@ -43,6 +43,9 @@ impl Handles {
 
     /// The same for a network interface.
     pub(super) fn net(&mut self, net: &mut NetConfig) -> Result<Made, VmError> {
+        if let Some(socket) = &net.vhost_socket {
+            return network::vhost_user_net(net, socket);
+        }
         let limiters = MachineLimiters::for_net(net);
         let made = network::net(net, limiters.clone())?;
         let kept = DeviceLimiter::Net(limiters);

@@ -73,6 +73,7 @@ impl Vm {
             NewDevice::Disk(disk) => (self.handles.disk(disk)?, None),
             NewDevice::Net(net) => (self.handles.net(net)?, None),
             NewDevice::Fs(fs) => (devices::fs(fs)?, None),
+            NewDevice::GenericVhostUser(device) => (devices::generic_vhost_user(device)?, None),
             NewDevice::Pmem(pmem) => (self.handles.pmem(pmem)?, None),
             NewDevice::Vsock(vsock) => (devices::vsock(vsock)?, None),
             NewDevice::Balloon(balloon) => {
@@ -96,7 +97,11 @@ impl Vm {
         let only_one = match device {
             NewDevice::Balloon(_) => Some(DeviceKind::Balloon),
             NewDevice::Vsock(_) => Some(DeviceKind::Vsock),
-            NewDevice::Disk(_) | NewDevice::Net(_) | NewDevice::Fs(_) | NewDevice::Pmem(_) => None,
+            NewDevice::Disk(_)
+            | NewDevice::Net(_)
+            | NewDevice::Fs(_)
+            | NewDevice::GenericVhostUser(_)
+            | NewDevice::Pmem(_) => None,
         };
         let in_the_way =
             |it: &&Plugged| Some(it.id.as_str()) == device.id() || Some(it.kind) == only_one;

@@ -3,10 +3,13 @@
 use std::error::Error;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
+use std::path::{Path, PathBuf};
 
-use api::config::{MacAddr, NetConfig};
+use api::config::{MacAddr, NetConfig, VhostMode};
 use machine::threads::DeviceKind;
+use virtio_devices::ListeningSocket;
 use virtio_devices::net::{Backend, Net, NetLimiters, NetParams};
+use virtio_devices::vhost_user::{Endpoint, NetProfile, Profile, VhostUser, VhostUserParams};
 
 use super::VmError;
 use super::devices::{Made, place};
@@ -55,6 +58,48 @@ pub(super) fn net(config: &mut NetConfig, limiters: NetLimiters) -> Result<Made,
         config.tap = Some(net.tap_name().to_owned());
     }
     Ok(Made::new(&id, DeviceKind::Net, place!(config), net))
+}
+
+/// The socket cannot be bound.
+#[derive(Debug, thiserror::Error)]
+#[error("Cannot listen on {}", path.display())]
+struct SocketError {
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+/// Creates an interface whose back end need not run yet.
+pub(super) fn vhost_user_net(config: &NetConfig, socket: &Path) -> Result<Made, VmError> {
+    let id = config
+        .id
+        .as_deref()
+        .expect("ids are assigned before a machine is built");
+    let endpoint = match config.vhost_mode {
+        VhostMode::Client => Endpoint::Connect(socket.to_owned()),
+        VhostMode::Server => {
+            let bound = ListeningSocket::bind(socket).map_err(|source| {
+                let path = socket.to_owned();
+                VmError::device(id, SocketError { path, source })
+            })?;
+            Endpoint::Listen(bound)
+        }
+    };
+    let profile = Profile::net(&NetProfile {
+        mac: config.mac.0,
+        mtu: config.mtu,
+        offload_tso: config.offload_tso,
+        offload_ufo: config.offload_ufo,
+        offload_csum: config.offload_csum,
+    });
+    let device = VhostUser::new(VhostUserParams {
+        id: id.to_owned(),
+        profile,
+        endpoint,
+        queue_sizes: vec![config.queue_size; config.num_queues],
+    })
+    .map_err(|source| VmError::device(id, source))?;
+    Ok(Made::new(id, DeviceKind::VhostUser, place!(config), device))
 }
 
 fn backend(config: &NetConfig) -> Result<Backend, Box<dyn Error + Send + Sync>> {

@@ -52,7 +52,7 @@ fn vm_config_unknown_fields_are_ignored() {
 fn vm_config_known_but_unsupported_sections_are_named() {
     let config: VmConfig = serde_json::from_value(json!({
         "payload": {"kernel": "/k"},
-        "generic_vhost_user": [{"socket": "/s"}],
+        "user_devices": [{"socket": "/s"}],
         "pmem": [],
         "tpm": {"socket": "/t"},
         "vdpa": null,
@@ -60,7 +60,7 @@ fn vm_config_known_but_unsupported_sections_are_named() {
         "vsock": {"cid": 3, "socket": "/s"},
     }))
     .unwrap();
-    assert_eq!(config.unsupported_sections(), ["tpm", "generic_vhost_user"]);
+    assert_eq!(config.unsupported_sections(), ["user_devices", "tpm"]);
 }
 
 #[test]

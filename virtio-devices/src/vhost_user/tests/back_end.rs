@@ -22,6 +22,7 @@ use vmm_sys_util::event::{
 use super::super::RING_FEATURES;
 
 type Mem = GuestMemoryAtomic<GuestMemoryMmap>;
+type Daemon = VhostUserDaemon<Arc<Mutex<Echo>>>;
 
 /// What it says about the device.
 #[derive(Debug, Clone)]
@@ -164,6 +165,13 @@ impl BackEnd {
 
     /// Listens on `path`. The device is as `about` says.
     pub(super) fn start_as(path: &Path, queues: usize, about: About) -> Self {
+        let mut listener = Listener::new(path, true).unwrap();
+        Self::run(queues, about, move |daemon| {
+            daemon.start(&mut listener).unwrap();
+        })
+    }
+
+    fn run(queues: usize, about: About, start: impl FnOnce(&mut Daemon) + Send + 'static) -> Self {
         let idle = Arc::new(AtomicBool::new(false));
         let forgetful = Arc::new(AtomicBool::new(false));
         let echo = Arc::new(Mutex::new(Echo {
@@ -173,13 +181,12 @@ impl BackEnd {
             idle: Arc::clone(&idle),
             forgetful: Arc::clone(&forgetful),
         }));
-        let mut listener = Listener::new(path, true).unwrap();
         let (sender, shutdown) = mpsc::channel();
         let thread = std::thread::spawn(move || {
             let mem = GuestMemoryAtomic::new(GuestMemoryMmap::new());
             let mut daemon = VhostUserDaemon::new("echo".to_owned(), echo, mem).unwrap();
-            daemon.start(&mut listener).unwrap();
-            drop(listener);
+            // Drops the listener: it serves one connection.
+            start(&mut daemon);
             sender.send(daemon.shutdown_handle().unwrap()).ok();
             daemon.wait().ok();
             // The library's threads hold the rings.
@@ -193,6 +200,14 @@ impl BackEnd {
             idle,
             forgetful,
         }
+    }
+
+    /// The same, which connects to the front end.
+    pub(super) fn connect_as(path: &Path, queues: usize, about: About) -> Self {
+        let path = path.to_str().unwrap().to_owned();
+        Self::run(queues, about, move |daemon| {
+            daemon.start_client(&path).unwrap();
+        })
     }
 
     /// Breaks the connection, as the end of its process would.

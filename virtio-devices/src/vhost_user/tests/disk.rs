@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::super::device::VhostUser;
-use super::super::{Profile, RING_FEATURES, VhostUserParams};
+use super::super::{Endpoint, Profile, RING_FEATURES, VhostUserParams};
 use super::Rig;
 use super::back_end::{About, BackEnd};
 use super::by_hand::{
@@ -30,7 +30,7 @@ fn disk_with(socket: &Path, patience: Duration) -> Arc<Mutex<dyn VirtioDevice>> 
     let params = VhostUserParams {
         id: "_disk0".to_owned(),
         profile: Profile::block(),
-        socket: socket.to_owned(),
+        endpoint: Endpoint::Connect(socket.to_owned()),
         queue_sizes: vec![QUEUE_SIZE; QUEUES],
     };
     Arc::new(Mutex::new(

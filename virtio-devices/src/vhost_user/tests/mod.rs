@@ -3,7 +3,9 @@
 mod back_end;
 mod by_hand;
 mod disk;
+mod generic;
 mod hostile;
+mod net;
 mod serving;
 mod storage_daemon;
 mod virtiofsd;

@@ -14,9 +14,9 @@ use super::disk::disk;
 use crate::pci::PciFunction;
 use crate::testing::{Buffer, Segment};
 
-const SECTOR_BYTES: usize = 512;
-const IMAGE_BYTES: u64 = 8 << 20;
-const QUEUES: u16 = 2;
+pub(super) const SECTOR_BYTES: usize = 512;
+pub(super) const IMAGE_BYTES: u64 = 8 << 20;
+pub(super) const QUEUES: u16 = 2;
 const ROUNDS: u32 = 12;
 /// Requests of a round, on each queue; three descriptors each.
 const DEPTH: u32 = 16;
@@ -28,7 +28,7 @@ const FLUSH: u32 = 4;
 const OK: u8 = 0;
 const IOERR: u8 = 1;
 
-fn program() -> Option<PathBuf> {
+pub(super) fn program() -> Option<PathBuf> {
     let folders = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&folders)
         .map(|folder| folder.join("qemu-storage-daemon"))
@@ -36,10 +36,10 @@ fn program() -> Option<PathBuf> {
 }
 
 /// One process; killed when it is dropped.
-struct Daemon(Child);
+pub(super) struct Daemon(Child);
 
 impl Daemon {
-    fn start(program: &Path, rig: &Rig, image: &Path, writable: bool) -> Self {
+    pub(super) fn start(program: &Path, rig: &Rig, image: &Path, writable: bool) -> Self {
         let writable = if writable { "on" } else { "off" };
         let child = Command::new(program)
             .arg("--blockdev")
@@ -124,10 +124,17 @@ fn sector(queue: u16, index: u32) -> u64 {
     u64::from(u32::from(queue) * DEPTH + index)
 }
 
-fn image(rig: &Rig) -> PathBuf {
+pub(super) fn image(rig: &Rig) -> PathBuf {
     let path = rig.folder.path().join("image");
     File::create(&path).unwrap().set_len(IMAGE_BYTES).unwrap();
     path
+}
+
+pub(super) fn writes_and_reads(rig: &mut Rig) {
+    let data = content(1, 1, 1);
+    assert_eq!(one(rig, 1, OUT, 7, Segment::Readable(&data)).0, OK);
+    let room = Segment::Writable(SECTOR_BYTES as u32);
+    assert_eq!(one(rig, 0, IN, 7, room), (OK, data));
 }
 
 #[test]
