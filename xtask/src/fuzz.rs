@@ -28,6 +28,7 @@ const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module \
     -Cllvm-args=-sanitizer-coverage-trace-compares \
     -Ccodegen-units=1 -Cdebug-assertions";
 const TARGETS: &[&str] = &[
+    "back_end",
     "balloon",
     "boot",
     "devices",

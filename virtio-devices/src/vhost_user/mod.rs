@@ -31,6 +31,8 @@
 //! A device whose features come from the back end has none until a back end connects. A driver that probes it waits in
 //! its first reset (`DeviceIdentity`).
 
+#[cfg(any(test, feature = "test-utils"))]
+pub mod any_back_end;
 mod config;
 mod device;
 mod gate;
