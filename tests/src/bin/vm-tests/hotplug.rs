@@ -31,7 +31,7 @@ const MIB: u64 = 1 << 20;
 /// Time for asynchronous actions of Linux: probing, reporting, releasing.
 const GUEST_DEADLINE: Duration = Duration::from_secs(120);
 
-fn expect(guest: &Guest, endpoint: &str, body: &Value, status: u16) -> Result<String> {
+pub(crate) fn expect(guest: &Guest, endpoint: &str, body: &Value, status: u16) -> Result<String> {
     let answer = guest
         .vmm
         .request("PUT", endpoint, Some(&body.to_string()))?;
@@ -49,7 +49,7 @@ fn wait_figure(guest: &Guest, pointer: &str, wanted: impl Fn(u64) -> bool) -> Re
 }
 
 /// Waits until the guest has released a device.
-fn wait_gone(guest: &Guest, id: &str) -> Result<()> {
+pub(crate) fn wait_gone(guest: &Guest, id: &str) -> Result<()> {
     wait_for("the device to go", GUEST_DEADLINE, || {
         let info = guest.vmm.get("vm.info")?;
         Ok(info["device_tree"][id].is_null().then_some(()))
@@ -171,7 +171,7 @@ fn vcpus_come_and_go_with_their_topology() -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-fn wait_disk(guest: &mut Guest) -> Result<()> {
+pub(crate) fn wait_disk(guest: &mut Guest) -> Result<()> {
     let script = "for i in $(seq 600); do [ -b /dev/vda ] && exit; sleep 0.1; done; exit 1";
     guest.shell(script).context("no /dev/vda").map(drop)
 }

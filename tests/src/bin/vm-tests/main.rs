@@ -21,6 +21,7 @@ mod promises;
 mod shared_folder;
 mod snapshot;
 mod stress;
+mod vhost_user_disk;
 mod vsock;
 mod zones;
 
@@ -76,6 +77,7 @@ fn main() -> ExitCode {
         patched::tests(),
         debian::tests(),
         shared_folder::tests(),
+        vhost_user_disk::tests(),
     ];
     outcome::main(all.into_iter().flatten().collect())
 }
