@@ -1,6 +1,7 @@
 //! Shared code of tests that run whole machines: a VMM as a child process, its serial console, waiting for conditions,
 //! and a client that parses responses like upstream's.
 
+pub mod adopters;
 pub mod bare_metal;
 pub mod chart;
 pub mod descriptors;

@@ -10,7 +10,7 @@ use crate::{disk, disk_bench, net_bench, size, stress, sys, vsock, workload};
 const USAGE: &str = "usage:
   guest-mem touch --bytes SIZE [--pattern SEED] [--huge default|always|never] [--hold]
   guest-mem fill-verify PATH --bytes SIZE --seed SEED
-  guest-mem serve [TERMINAL]
+  guest-mem serve [TERMINAL | vsock PORT]
   guest-mem workload page_fault1|page_fault2|churn|remove|build --tasks N --rounds N [--bytes SIZE]
   guest-mem stress --seconds N --seed N --bytes SIZE [--threads N] [--without NAME]…
   guest-mem disk-bench read|write PATH --block SIZE --requests N [--threads N] [--random SEED]
@@ -42,6 +42,7 @@ pub(crate) fn run(args: &[String]) -> Result<(), String> {
                 .run(&mut input, &mut output)
                 .map_err(|error| error.to_string())
         }
+        ["serve", "vsock", port] => vsock::serve(port),
         ["serve", terminal] => serve_on(terminal),
         _ => Err(USAGE.into()),
     }

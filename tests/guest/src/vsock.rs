@@ -3,12 +3,13 @@
 //! Both ends prove that the two directions of a stream end separately. The server still sends data after it has read to
 //! the end, and the client still reads after it has ended its own direction.
 
-use std::io::{self, Read, Write};
+use std::io::{self, BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::OwnedFd;
 use std::thread;
 use std::time::Duration;
 
+use crate::serve::Server;
 use crate::{pattern, size, sys};
 
 const USAGE: &str = "usage: guest-mem vsock listen PORT | connect PORT --bytes SIZE --seed SEED";
@@ -51,6 +52,19 @@ pub(crate) fn run(arguments: &[&str]) -> Result<(), String> {
         }
         _ => Err(USAGE.into()),
     }
+}
+
+/// Serves commands to the first program of the host that connects to `port`.
+pub(crate) fn serve(port: &str) -> Result<(), String> {
+    let with_port = |error: io::Error| format!("serving on port {port}: {error}");
+    let listener = sys::vsock_listen(number(port)?).map_err(with_port)?;
+    let connection = sys::accept(&listener).map_err(with_port)?;
+    // The test may take its time between two commands.
+    let mut stream = TcpStream::from(connection);
+    let input = stream.try_clone().map_err(with_port)?;
+    Server::default()
+        .run(&mut BufReader::new(input), &mut stream)
+        .map_err(with_port)
 }
 
 fn number(port: &str) -> Result<u32, String> {

@@ -3,6 +3,7 @@
 //! `cargo xtask vm-tests [FILTER…]` runs them anywhere; without a filter, it runs all of them. A few run concurrently.
 //! Most boot their own guests. Tests that leave a guest as they found it share one and form a group.
 
+mod adopters;
 mod api;
 mod balloon;
 mod boot;
@@ -78,6 +79,7 @@ fn main() -> ExitCode {
         debian::tests(),
         shared_folder::tests(),
         vhost_user_disk::tests(),
+        adopters::tests(),
     ];
     outcome::main(all.into_iter().flatten().collect())
 }

@@ -31,10 +31,16 @@ const LOAD: &str = "dd if=/dev/urandom of=/tmp/base bs=64k count=4 2> /dev/null;
     [ $n -lt 3 ] || rm /mnt/load.$((n-2)); echo $n > /tmp/rounds; sleep 2; done; touch /tmp/stopped";
 
 /// The back end; killed when it is dropped.
-struct Virtiofsd(Child);
+pub(crate) struct Virtiofsd(Child);
 
 impl Virtiofsd {
-    fn start(program: &Path, socket: &Path, folder: &Path) -> Result<Self> {
+    /// The program, if it is installed.
+    pub(crate) fn program() -> Option<PathBuf> {
+        let program = paths::workspace().join("target/virtiofsd/bin/virtiofsd");
+        program.is_file().then_some(program)
+    }
+
+    pub(crate) fn start(program: &Path, socket: &Path, folder: &Path) -> Result<Self> {
         let child = Command::new(program)
             .arg("--socket-path")
             .arg(socket)
@@ -55,11 +61,6 @@ impl Drop for Virtiofsd {
         self.0.kill().ok();
         self.0.wait().ok();
     }
-}
-
-fn program() -> Option<PathBuf> {
-    let program = paths::workspace().join("target/virtiofsd/bin/virtiofsd");
-    program.is_file().then_some(program)
 }
 
 fn counter(guest: &Guest, name: &str) -> Result<u64> {
@@ -112,7 +113,7 @@ fn exchange(guest: &mut Guest, folder: &Path, round: usize) -> Result<()> {
 }
 
 fn debian_guest_shares_a_folder_while_memory_goes_and_the_back_end_is_killed() -> Result<Outcome> {
-    let Some(program) = program() else {
+    let Some(program) = Virtiofsd::program() else {
         let reason = "virtiofsd is not installed: run `cargo xtask test-tools`";
         return Ok(Outcome::Skipped(reason.into()));
     };

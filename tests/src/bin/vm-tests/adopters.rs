@@ -1,0 +1,596 @@
+//! What adopters of Cloud Hypervisor send boots a guest, unchanged: the files of `tests/adopters/`.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use api::Client;
+use integration_tests::adopters::{Conversation, Request};
+use integration_tests::descriptors::{inherit, open_tap, open_terminal};
+use integration_tests::linux::{BOOT_DEADLINE, Guest, Machine};
+use integration_tests::literal_client::{Answer, read_answer};
+use integration_tests::outcome::{Outcome, Test};
+use integration_tests::serial::Serial;
+use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
+use integration_tests::wait::wait_for;
+use integration_tests::{paths, shared, tests};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::debian::reporting_gives_back;
+use crate::shared_folder::Virtiofsd;
+
+pub(crate) fn tests() -> Vec<Test> {
+    tests![
+        kata_go_boots_grows_and_gets_a_disk,
+        kata_rust_boots_and_reads_strict_answers,
+        libvirt_boots_with_events_in_a_fifo,
+        microvm_nix_boots_from_its_command_line,
+        cocoon_boots_with_a_balloon_of_a_quarter,
+        hypeman_boots_and_polls_the_size_of_memory,
+        ubicloud_boots_with_an_odd_number_of_queues,
+        ubicloud_boots_firmware_and_vhost_user_disks,
+        cocoon_boots_qcow2_with_backing_files,
+        kuasar_boots_with_persistent_memory_as_root,
+        cubesandbox_boots_with_both_consoles_on_one_terminal,
+    ]
+}
+
+const MIB: u64 = 1 << 20;
+const GUEST_DEADLINE: Duration = Duration::from_secs(120);
+/// The port of the agent.
+const AGENT_PORT: u32 = 1024;
+
+/// How the test talks to the guest.
+#[derive(Clone, Copy)]
+enum Agent {
+    /// Over this vsock socket.
+    Vsock(&'static str),
+    /// Over this socket of a serial port.
+    Serial(&'static str),
+    /// Over the pseudo-terminal of the console.
+    ConsolePty,
+    /// Over the terminal of the VMM.
+    Terminal,
+}
+
+impl Agent {
+    fn script(self) -> String {
+        match self {
+            Self::Vsock(_) => format!("guest-mem serve vsock {AGENT_PORT}"),
+            Self::ConsolePty => "guest-mem serve /dev/hvc0".to_owned(),
+            Self::Serial(_) | Self::Terminal => "guest-mem serve /dev/ttyS0".to_owned(),
+        }
+    }
+}
+
+struct Adopter {
+    conversation: &'static str,
+    agent: Agent,
+    /// Files in its folder, with their sizes in MiB.
+    files: &'static [(&'static str, u64)],
+    /// The socket of virtiofsd.
+    shared_folder: Option<&'static str>,
+}
+
+/// A booted guest and what it needs.
+struct Booted {
+    guest: Guest,
+    place: TempDir,
+    virtiofsd: Option<Virtiofsd>,
+    _tap: Option<File>,
+}
+
+impl Adopter {
+    fn boot(&self, tap: Option<File>) -> Result<Booted> {
+        self.boot_in(tempfile::tempdir()?, tap, |_, _| Ok(()))
+    }
+
+    /// Sends everything, with `place` as its folder; `created` is called after each request.
+    fn boot_in(
+        &self,
+        place: TempDir,
+        tap: Option<File>,
+        created: impl Fn(&Vmm, &Request) -> Result<()>,
+    ) -> Result<Booted> {
+        shared::end_idle();
+        for (name, mebibytes) in self.files {
+            File::create_new(place.path().join(name))?.set_len(mebibytes * MIB)?;
+        }
+        let virtiofsd = self.start_virtiofsd(place.path())?;
+        let script = self.agent.script();
+        let conversation = read(self.conversation, &script, place.path(), tap.as_ref())?;
+        let arguments: Vec<&str> = conversation.arguments.iter().map(String::as_str).collect();
+        let (master, terminal) = open_terminal()?;
+        let terminal = File::options().read(true).write(true).open(terminal)?;
+        let (input, output) = (terminal.try_clone()?, terminal.try_clone()?);
+        let mut vmm = Vmm::spawn_with(&arguments, |command| {
+            if matches!(self.agent, Agent::Terminal) {
+                command
+                    .stdin(Stdio::from(input))
+                    .stdout(Stdio::from(output));
+            }
+        })?;
+        vmm.wait_api()?;
+        for request in &conversation.requests {
+            let answer = send(&vmm, request)?;
+            ensure!(
+                matches!(answer.status, 200 | 204),
+                "{}: {answer:?}",
+                request.endpoint
+            );
+            created(&vmm, request)?;
+        }
+        let serial = match self.agent {
+            Agent::Vsock(name) => {
+                let stream = wait_for("agent in the guest", BOOT_DEADLINE, || {
+                    connect(&place.path().join(name))
+                })
+                .with_context(|| vmm.last_words())?;
+                Serial::over(OwnedFd::from(stream).into())
+            }
+            Agent::Serial(name) => Serial::connect(&place.path().join(name), BOOT_DEADLINE)?,
+            Agent::ConsolePty => Serial::open(&console_path(&vmm)?)?,
+            Agent::Terminal => Serial::over(master),
+        };
+        let mut guest = Guest { vmm, serial };
+        guest.wait_serving()?;
+        Ok(Booted {
+            guest,
+            place,
+            virtiofsd,
+            _tap: tap,
+        })
+    }
+
+    fn start_virtiofsd(&self, place: &Path) -> Result<Option<Virtiofsd>> {
+        let (Some(socket), Some(program)) = (self.shared_folder, Virtiofsd::program()) else {
+            return Ok(None);
+        };
+        let folder = place.join("shared");
+        fs::create_dir(&folder)?;
+        fs::write(folder.join("greeting"), "from the host")?;
+        Virtiofsd::start(&program, &place.join(socket), &folder).map(Some)
+    }
+}
+
+/// The conversation in `text`, of a guest that runs `script`.
+fn read(text: &str, script: &str, place: &Path, tap: Option<&File>) -> Result<Conversation> {
+    let kernel = paths::guest("vmlinux")?;
+    let initramfs = paths::guest_initramfs(&kernel)?;
+    let here = format!("{}/", place.display());
+    let tap = tap.map(inherit).transpose()?.map(|fd| fd.to_string());
+    let machine = Machine {
+        script,
+        ..Machine::default()
+    };
+    let replacements = [
+        ("@/", here.as_str()),
+        ("@kernel", &kernel.to_string_lossy()),
+        ("@initramfs", &initramfs.to_string_lossy()),
+        ("@cmdline", &machine.full_command_line()),
+        ("@tap", tap.as_deref().unwrap_or_default()),
+    ];
+    Conversation::read(text, &replacements)
+}
+
+fn send(vmm: &Vmm, request: &Request) -> Result<Answer> {
+    let Request {
+        method,
+        endpoint,
+        body,
+    } = request;
+    if method != "CHUNKED" {
+        return vmm.request(method, endpoint, body.as_deref());
+    }
+    let mut stream = UnixStream::connect(vmm.socket())?;
+    stream.set_read_timeout(Some(PROCESS_DEADLINE))?;
+    write!(
+        stream,
+        "PUT /api/v1/{endpoint} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\
+         Expect: 100-continue\r\n\r\n"
+    )?;
+    let mut invitation = String::new();
+    while !invitation.ends_with("\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte)?;
+        invitation.push(char::from(byte[0]));
+    }
+    ensure!(invitation.starts_with("HTTP/1.1 100"), "{invitation:?}");
+    stream.write_all(b"0\r\n\r\n")?;
+    read_answer(&mut stream)
+}
+
+/// Connects to the agent; `None` if the guest does not listen yet.
+fn connect(socket: &Path) -> Result<Option<UnixStream>> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(GUEST_DEADLINE))?;
+    writeln!(stream, "CONNECT {AGENT_PORT}")?;
+    let mut line = Vec::new();
+    loop {
+        let mut byte = [0];
+        match stream.read(&mut byte) {
+            Ok(1) if byte[0] == b'\n' => break,
+            Ok(1) => line.push(byte[0]),
+            _ => return Ok(None),
+        }
+    }
+    ensure!(
+        line.starts_with(b"OK "),
+        "{:?}",
+        String::from_utf8_lossy(&line)
+    );
+    stream.set_nonblocking(true)?;
+    Ok(Some(stream))
+}
+
+fn console_path(vmm: &Vmm) -> Result<PathBuf> {
+    wait_for("path of the console", PROCESS_DEADLINE, || {
+        let answer = vmm.request("GET", "vm.info", None)?;
+        if answer.status != 200 {
+            return Ok(None);
+        }
+        let path = &answer.json()?["config"]["console"]["file"];
+        Ok(path.as_str().map(PathBuf::from))
+    })
+}
+
+fn put(guest: &Guest, endpoint: &str, body: &Value) -> Result<Answer> {
+    guest.vmm.put(endpoint, Some(&body.to_string()))
+}
+
+fn state(vmm: &Vmm) -> Result<String> {
+    let info = vmm.get("vm.info")?;
+    Ok(info["state"].as_str().unwrap_or_default().to_owned())
+}
+
+impl Booted {
+    /// The guest reads what the host shares, if there is a program that shares it.
+    fn check_shared_folder(&mut self, tag: &str) -> Result<()> {
+        if self.virtiofsd.is_none() {
+            return Ok(());
+        }
+        let script = format!("mkdir -p /mnt && mount -t virtiofs {tag} /mnt && cat /mnt/greeting");
+        let text = self.guest.shell(&script)?;
+        ensure!(text.contains("from the host"), "{text}");
+        self.guest.shell("umount /mnt").map(drop)
+    }
+
+    /// Memory goes back, with a balloon of the adopter's or one that is added.
+    fn reclaim_and_end(mut self, balloon: bool) -> Result<Outcome> {
+        if !balloon {
+            put(
+                &self.guest,
+                "vm.add-balloon",
+                &json!({"size": 0, "free_page_reporting": true}),
+            )?;
+        }
+        reporting_gives_back(&mut self.guest)?;
+        self.guest.vmm.put("vm.shutdown", None)?;
+        self.guest.vmm.put("vmm.shutdown", None)?;
+        self.guest.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+        drop(self.place);
+        Ok(Outcome::Passed)
+    }
+}
+
+/// As Kata reads it: bus 0, two digits of the device, function 0.
+fn slot_of(answer: &Answer) -> Result<(String, u8)> {
+    let body = answer.json()?;
+    let id = body["id"].as_str().context("no id")?.to_owned();
+    let bdf = body["bdf"].as_str().unwrap_or_default();
+    let slot = bdf
+        .strip_prefix("0000:00:")
+        .and_then(|it| it.strip_suffix(".0"));
+    let slot = slot
+        .filter(|it| it.len() == 2)
+        .with_context(|| bdf.to_owned())?;
+    Ok((id, u8::from_str_radix(slot, 16)?))
+}
+
+/// Kata has its interfaces before the guest boots, by descriptor.
+fn add_net(vmm: &Vmm, tap: &File) -> Result<()> {
+    let net = json!({
+        "ip": "192.168.249.1", "mask": "255.255.255.0", "mac": "02:00:00:00:00:07", "num_queues": 2,
+        "queue_size": 256, "vhost_mode": "Client", "offload_tso": true, "offload_ufo": true, "offload_csum": true,
+    });
+    let client = Client::new(vmm.socket());
+    client.put_with_fds("vm.add-net", Some(&net.to_string()), &[tap.as_raw_fd()])?;
+    Ok(())
+}
+
+fn kata_go_boots_grows_and_gets_a_disk() -> Result<Outcome> {
+    let adopter = Adopter {
+        conversation: include_str!("../../../adopters/kata-go"),
+        agent: Agent::Terminal,
+        files: &[("image.img", 16), ("data.img", 16)],
+        shared_folder: Some("virtiofsd.sock"),
+    };
+    let tap = open_tap("vm-kata")?;
+    let handed = tap.try_clone()?;
+    let mut booted = adopter.boot_in(tempfile::tempdir()?, Some(tap), |vmm, request| {
+        if request.endpoint == "vm.create" {
+            ensure!(state(vmm)? == "Created", "{}", state(vmm)?);
+            add_net(vmm, &handed)?;
+        }
+        Ok(())
+    })?;
+    let guest = &mut booted.guest;
+    ensure!(state(&guest.vmm)? == "Running", "{}", state(&guest.vmm)?);
+    let text = guest.shell(
+        "cat /sys/block/vda/ro; ls /sys/bus/pci/devices; cat /sys/class/net/eth0/address; \
+         grep -c ^processor /proc/cpuinfo",
+    )?;
+    for wanted in ["0001:00:00.0", "02:00:00:00:00:07"] {
+        ensure!(text.contains(wanted), "no {wanted}: {text}");
+    }
+    // A read-only disk and one processor.
+    ensure!(
+        text.lines().filter(|it| it.trim() == "1").count() == 2,
+        "{text}"
+    );
+
+    put(guest, "vm.resize", &json!({"desired_vcpus": 2}))?;
+    let before = guest.memory_bytes("total")?;
+    put(guest, "vm.resize", &json!({"desired_ram": 2304 * MIB}))?;
+    let info = guest.vmm.get("vm.info")?;
+    let config = &info["config"];
+    ensure!(
+        config["cpus"]["boot_vcpus"] == 2
+            && config["memory"]["size"] == 2304 * MIB
+            && config["memory"]["hotplug_size"] == 16 << 30
+            && info["memory_actual_size"] == 2304 * MIB,
+        "{info:#}"
+    );
+    wait_for("more memory in the guest", GUEST_DEADLINE, || {
+        let total = guest.memory_bytes("total")?;
+        Ok((total > before + 200 * MIB).then_some(()))
+    })?;
+    let disk = json!({
+        "path": booted.place.path().join("data.img"), "readonly": false, "iommu": false, "num_queues": 1,
+        "queue_size": 1024, "vhost_user": false, "image_type": "Raw", "backing_files": false, "sparse": true,
+    });
+    let (id, slot) = slot_of(&put(guest, "vm.add-disk", &disk)?)?;
+    let block = format!("/sys/bus/pci/devices/0000:00:{slot:02x}.0/virtio*/block/vdb");
+    guest.shell(&format!(
+        "for i in $(seq 600); do [ -e {block} ] && exit; sleep 0.1; done; exit 1"
+    ))?;
+    guest.command("disk-fill /dev/vdb 8M 7")?;
+    guest.command("disk-verify /dev/vdb 8M 7")?;
+    put(guest, "vm.remove-device", &json!({"id": id}))?;
+    booted.check_shared_folder("kataShared")?;
+    booted.reclaim_and_end(true)
+}
+
+/// The members that the strict types of its client need.
+fn kata_rust_boots_and_reads_strict_answers() -> Result<Outcome> {
+    let adopter = Adopter {
+        conversation: include_str!("../../../adopters/kata-rust"),
+        agent: Agent::Vsock("ch-vm.sock"),
+        files: &[("image.img", 16)],
+        shared_folder: Some("virtiofsd.sock"),
+    };
+    let mut booted = adopter.boot(None)?;
+    let info = booted.guest.vmm.get("vm.info")?;
+    for pointer in [
+        "/config/cpus/max_phys_bits",
+        "/config/memory/size",
+        "/config/rng/src",
+        "/config/serial/mode",
+        "/config/console/mode",
+        "/config/disks/0/num_queues",
+        "/config/disks/0/queue_size",
+        "/config/vsock/cid",
+        "/config/vsock/socket",
+    ] {
+        ensure!(
+            info.pointer(pointer).is_some_and(|it| !it.is_null()),
+            "{pointer}: {info:#}"
+        );
+    }
+    let grown = json!({"desired_vcpus": null, "desired_ram": 2176 * MIB, "desired_balloon": null});
+    put(&booted.guest, "vm.resize", &grown)?;
+    let info = booted.guest.vmm.get("vm.info")?;
+    ensure!(info["config"]["memory"]["size"] == 2176 * MIB, "{info:#}");
+    let text = booted.guest.shell("cat /sys/block/vda/ro")?;
+    ensure!(text.lines().any(|line| line.trim() == "1"), "{text}");
+    booted.check_shared_folder("kataShared")?;
+    booted.reclaim_and_end(true)
+}
+
+fn libvirt_boots_with_events_in_a_fifo() -> Result<Outcome> {
+    let adopter = Adopter {
+        conversation: include_str!("../../../adopters/libvirt"),
+        agent: Agent::Serial("serial.sock"),
+        files: &[("a.raw", 16)],
+        shared_folder: None,
+    };
+    let place = tempfile::tempdir()?;
+    let fifo = place.path().join("event-monitor-fifo");
+    let made = Command::new("mkfifo").arg(&fifo).status()?;
+    ensure!(made.success(), "mkfifo: {made}");
+    // Both ways, so that opening it waits for nobody.
+    let mut reader = File::options().read(true).write(true).open(&fifo)?;
+    let booted = adopter.boot_in(place, None, |_, _| Ok(()))?;
+    let info = booted.guest.vmm.get("vm.info")?;
+    let terminal = info["config"]["console"]["file"].as_str();
+    ensure!(
+        terminal.is_some_and(|it| it.starts_with("/dev/pts/")),
+        "{info:#}"
+    );
+    let mut events = vec![0; 64 << 10];
+    let count = reader.read(&mut events)?;
+    let events = String::from_utf8_lossy(&events[..count]).replace([' ', '\n'], "");
+    for event in ["starting", "booting", "booted"] {
+        ensure!(
+            events.contains(&format!("\"event\":\"{event}\"")),
+            "{events}"
+        );
+    }
+    booted.reclaim_and_end(false)
+}
+
+fn microvm_nix_boots_from_its_command_line() -> Result<Outcome> {
+    let adopter = Adopter {
+        conversation: include_str!("../../../adopters/microvm-nix"),
+        agent: Agent::Terminal,
+        files: &[("store.erofs", 16), ("v.img", 16)],
+        shared_folder: None,
+    };
+    let mut booted = adopter.boot(None)?;
+    let guest = &mut booted.guest;
+    guest.command("disk-fill /dev/vdb 8M 3")?;
+    guest.command("disk-verify /dev/vdb 8M 3")?;
+    let text = guest.shell("cat /sys/class/net/eth0/address; ls /sys/class/net/eth0/queues")?;
+    ensure!(
+        text.contains("02:00:00:00:00:01") && text.contains("rx-1"),
+        "{text}"
+    );
+    put(guest, "vm.resize", &json!({"desired_balloon": 64 * MIB}))?;
+    put(guest, "vm.resize", &json!({"desired_balloon": 0}))?;
+    booted.reclaim_and_end(true)
+}
+
+fn cocoon_boots_with_a_balloon_of_a_quarter() -> Result<Outcome> {
+    let adopter = Adopter {
+        conversation: include_str!("../../../adopters/cocoon"),
+        agent: Agent::ConsolePty,
+        files: &[("l.erofs", 16), ("cow.raw", 16)],
+        shared_folder: None,
+    };
+    let mut booted = adopter.boot(None)?;
+    let guest = &mut booted.guest;
+    wait_for("the balloon", GUEST_DEADLINE, || {
+        let stats = guest.vmm.get("vm.reclaim-stats")?;
+        Ok((stats["ballooned_bytes"] == 256 * MIB).then_some(()))
+    })?;
+    let text = guest.shell("cat /sys/block/vda/serial /sys/block/vdb/serial")?;
+    ensure!(
+        text.contains("layer0") && text.contains("cocoon-cow"),
+        "{text}"
+    );
+    guest.command("disk-fill /dev/vdb 8M 3")?;
+    guest.command("disk-verify /dev/vdb 8M 3")?;
+    booted.reclaim_and_end(true)
+}
+
+fn hypeman_boots_and_polls_the_size_of_memory() -> Result<Outcome> {
+    let adopter = Adopter {
+        conversation: include_str!("../../../adopters/hypeman"),
+        agent: Agent::Vsock("vsock.sock"),
+        files: &[("rootfs", 16), ("overlay.raw", 16), ("config", 16)],
+        shared_folder: None,
+    };
+    let mut booted = adopter.boot(None)?;
+    let guest = &mut booted.guest;
+    let settles_at = |guest: &Guest, bytes: u64| {
+        let mut equal = 0;
+        wait_for("memory_actual_size", GUEST_DEADLINE, || {
+            let info = guest.vmm.get("vm.info")?;
+            let settled = info["memory_actual_size"] == bytes;
+            equal = if settled { equal + 1 } else { 0 };
+            Ok((equal == 3).then_some(()))
+        })
+    };
+    settles_at(guest, 1536 * MIB)?;
+    guest.command("disk-fill /dev/vdb 8M 3")?;
+    guest.command("disk-verify /dev/vdb 8M 3")?;
+    put(guest, "vm.resize", &json!({"desired_ram": 1024 * MIB}))?;
+    settles_at(guest, 1024 * MIB)?;
+    let log = fs::read_to_string(booted.place.path().join("app.log"))?;
+    ensure!(log.contains("guest: init"), "{log}");
+    booted.reclaim_and_end(false)
+}
+
+/// Without what the test below names.
+fn ubicloud_boots_with_an_odd_number_of_queues() -> Result<Outcome> {
+    // Its serial port is a file, so the guest does what is to be seen, and ends.
+    let place = tempfile::tempdir()?;
+    File::create_new(place.path().join("cloudinit.img"))?.set_len(16 * MIB)?;
+    let script = "cat /sys/class/net/eth0/address; ls /sys/class/net/eth0/queues; \
+                  guest-mem fill-verify /dev/vda --bytes 8M --seed 3; \
+                  guest-mem touch --bytes 200M --pattern 9";
+    let ubicloud = include_str!("../../../adopters/ubicloud");
+    let conversation = read(ubicloud, script, place.path(), None)?;
+    let arguments: Vec<&str> = conversation.arguments.iter().map(String::as_str).collect();
+    shared::end_idle();
+    let mut vmm = Vmm::spawn_with(&arguments, |_| ())?;
+    vmm.expect_clean_exit(BOOT_DEADLINE)?;
+    let log = fs::read_to_string(place.path().join("serial.log"))?;
+    for wanted in ["02:00:00:00:00:04", "rx-1", "ok fill-verify", "ok touch"] {
+        ensure!(log.contains(wanted), "no {wanted}: {log}");
+    }
+    ensure!(!log.contains("rx-2"), "{log}");
+    Ok(Outcome::Passed)
+}
+
+/// `--kernel CLOUDHV.fd`, `--disk vhost_user=true`, huge pages of 1 GiB, `--device`.
+fn ubicloud_boots_firmware_and_vhost_user_disks() -> Result<Outcome> {
+    let reason = "vhost-user-blk and device assignment do not exist yet";
+    Ok(Outcome::Skipped(reason.into()))
+}
+
+/// `--firmware CLOUDHV.fd`, `--disk image_type=qcow2,backing_files=on`.
+fn cocoon_boots_qcow2_with_backing_files() -> Result<Outcome> {
+    Ok(Outcome::Skipped("qcow2 does not exist yet".into()))
+}
+
+fn kuasar_boots_with_persistent_memory_as_root() -> Result<Outcome> {
+    let adopter = Adopter {
+        conversation: include_str!("../../../adopters/kuasar"),
+        agent: Agent::Vsock("task.vsock"),
+        files: &[("kuasar.img", 16), ("data.raw", 16), ("more.raw", 16)],
+        shared_folder: Some("virtiofs.sock"),
+    };
+    let mut booted = adopter.boot(Some(open_tap("vm-kuasar")?))?;
+    let guest = &mut booted.guest;
+    let text =
+        guest.shell("cat /sys/block/pmem0/size /sys/block/vda/ro /sys/class/net/eth0/address")?;
+    for wanted in ["32768", "1", "02:00:00:00:00:05"] {
+        ensure!(
+            text.lines().any(|line| line.trim() == wanted),
+            "no {wanted}: {text}"
+        );
+    }
+    let disk = json!({
+        "path": booted.place.path().join("more.raw"), "readonly": false, "direct": true, "vhost_user": false,
+        "vhost_socket": null, "id": "blk2",
+    });
+    slot_of(&put(guest, "vm.add-disk", &disk)?)?;
+    put(guest, "vm.remove-device", &json!({"id": "blk2"}))?;
+    booted.check_shared_folder("kuasar")?;
+    let log = fs::read_to_string(booted.place.path().join("task.log"))?;
+    ensure!(log.contains("guest: init"), "{log}");
+    booted.reclaim_and_end(false)
+}
+
+fn cubesandbox_boots_with_both_consoles_on_one_terminal() -> Result<Outcome> {
+    let adopter = Adopter {
+        conversation: include_str!("../../../adopters/cubesandbox"),
+        agent: Agent::Vsock("vsock.sock"),
+        files: &[("root.img", 16), ("app.img", 16), ("disk.raw", 16)],
+        shared_folder: Some("virtiofs.sock"),
+    };
+    let mut booted = adopter.boot(None)?;
+    let guest = &mut booted.guest;
+    let text = guest.shell("cat /sys/block/pmem0/size /sys/block/pmem1/size")?;
+    ensure!(
+        text.lines().filter(|line| line.trim() == "32768").count() == 2,
+        "{text}"
+    );
+    guest.command("disk-fill /dev/vda 8M 3")?;
+    guest.command("disk-verify /dev/vda 8M 3")?;
+    guest.shell("echo seen on serial > /dev/ttyS0; echo seen on console > /dev/hvc0")?;
+    wait_for("what the guest printed", GUEST_DEADLINE, || {
+        let printed = guest.vmm.text("stdout");
+        let both = printed.contains("seen on serial") && printed.contains("seen on console");
+        Ok(both.then_some(()))
+    })?;
+    booted.check_shared_folder("cubeShared")?;
+    booted.reclaim_and_end(true)
+}
