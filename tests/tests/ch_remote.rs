@@ -128,7 +128,7 @@ fn every_command_steers_a_whole_life() -> Result<()> {
     let info = remote.json("info")?;
     ensure!(info["config"]["balloon"]["size"] == 64 << 20, "{info}");
     remote.quiet("resize --balloon 0")?;
-    remote.refused("resize --memory 1G", "InternalServerError", "")?;
+    remote.refused("resize --memory 1G", "BadRequest", "hotplug_size is")?;
     remote.refused("resize --cpus 2", "InternalServerError", "")?;
 
     remote.refused(

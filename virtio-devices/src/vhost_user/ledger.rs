@@ -71,7 +71,8 @@ impl Ledger {
         self.used = used;
     }
 
-    /// `None` if entries are overwritten, or are not those of a proper driver and back end.
+    /// `None` if entries are overwritten. A back end that works meanwhile may complete a request after its index was read,
+    /// and the driver may reuse the head before its own index is read: that head counts twice until the next call.
     fn try_follow(&mut self, rings: &impl BothRings, available: u16, used: u16) -> Option<()> {
         let size = self.heads.len();
         let fresh = |from: u16, to: u16| {
@@ -87,8 +88,7 @@ impl Ledger {
         for index in fresh(self.used, used)? {
             self.add(rings.used(index)? as usize, -1)?;
         }
-        let in_flight = usize::from(available.wrapping_sub(used));
-        (self.wrong == 0 && self.open == in_flight).then_some(())
+        Some(())
     }
 
     fn add(&mut self, head: usize, requests: i32) -> Option<()> {
@@ -105,13 +105,15 @@ impl Ledger {
         Some(())
     }
 
-    /// The heads of the requests in flight, oldest first; `None` if that is not known.
+    /// The heads of the requests in flight, oldest first; `None` if that is not known, or if the rings were not those of a
+    /// proper driver and back end. The back end must not work since before the last call of [`Self::follow`].
     pub(super) fn in_flight(&self) -> Option<Vec<u16>> {
+        let in_flight = usize::from(self.available.wrapping_sub(self.used));
+        let is_known = self.exact && self.wrong == 0 && self.open == in_flight;
         let heads = (0u16..).zip(&self.heads);
         let mut open: Vec<_> = heads.filter(|(_, head)| head.open == 1).collect();
         open.sort_by_key(|(_, head)| head.at);
-        self.exact
-            .then(|| open.into_iter().map(|(index, _)| index).collect())
+        is_known.then(|| open.into_iter().map(|(index, _)| index).collect())
     }
 }
 
@@ -222,6 +224,41 @@ mod tests {
                 prop_assert!(open.len() <= usize::from(SIZE));
             }
         }
+    }
+
+    /// Rings whose back end completes requests after its index was read.
+    struct Late<'a>(&'a Model, u16);
+
+    impl BothRings for Late<'_> {
+        fn indices(&self) -> (u16, u16) {
+            (self.0.indices.0, self.1)
+        }
+
+        fn available(&self, index: u16) -> Option<u16> {
+            self.0.available(index)
+        }
+
+        fn used(&self, index: u16) -> Option<u32> {
+            self.0.used(index)
+        }
+    }
+
+    #[test]
+    fn head_that_is_reused_while_the_rings_are_read_is_followed() {
+        let mut model = Model::new(0);
+        let mut ledger = Ledger::new(SIZE, 0);
+        model.free = vec![5, 6];
+        model.request(0);
+        model.request(0);
+        ledger.follow(&model);
+        let before = model.indices.1;
+        model.complete(0);
+        model.request(0);
+        assert_eq!(model.open, [6, 5]);
+        ledger.follow(&Late(&model, before));
+        assert_eq!(ledger.in_flight(), None);
+        ledger.follow(&model);
+        assert_eq!(ledger.in_flight(), Some(vec![6, 5]));
     }
 
     #[test]
