@@ -55,6 +55,8 @@ fn archive(program: &[u8]) -> Result<Vec<u8>> {
     }
     // Process 1 gets its standard streams from this node, before /dev is mounted.
     archive.character_device("dev/console", 0o600, (5, 1));
+    // Init starts before it mounts /dev, and in a guest without a console it opens this as its standard streams.
+    archive.character_device("dev/null", 0o666, (1, 3));
     archive.file("init", 0o755, program);
     archive.symlink("bin/guest-mem", "/init");
     archive.file("bin/busybox", 0o755, &busybox);
