@@ -343,7 +343,7 @@ fn kata_go_boots_grows_and_gets_a_disk() -> Result<Outcome> {
     ensure!(
         config["cpus"]["boot_vcpus"] == 2
             && config["memory"]["size"] == 2304 * MIB
-            && config["memory"]["hotplug_size"] == 16 << 30
+            && config["memory"]["hotplug_size"] == 16_u64 << 30
             && info["memory_actual_size"] == 2304 * MIB,
         "{info:#}"
     );
