@@ -28,15 +28,12 @@ use crate::shared_folder::Virtiofsd;
 pub(crate) fn tests() -> Vec<Test> {
     tests![
         kata_go_boots_grows_and_gets_a_disk,
-        kata_rust_boots_and_reads_strict_answers,
         libvirt_boots_with_events_in_a_fifo,
         microvm_nix_boots_from_its_command_line,
         cocoon_boots_with_a_balloon_of_a_quarter,
-        hypeman_boots_and_polls_the_size_of_memory,
         ubicloud_boots_with_an_odd_number_of_queues,
         ubicloud_boots_firmware_and_vhost_user_disks,
         cocoon_boots_qcow2_with_backing_files,
-        kuasar_boots_with_persistent_memory_as_root,
         cubesandbox_boots_with_both_consoles_on_one_terminal,
     ]
 }
@@ -263,16 +260,13 @@ impl Booted {
         self.guest.shell("umount /mnt").map(drop)
     }
 
-    /// Memory goes back, with a balloon of the adopter's or one that is added.
-    fn reclaim_and_end(mut self, balloon: bool) -> Result<Outcome> {
-        if !balloon {
-            put(
-                &self.guest,
-                "vm.add-balloon",
-                &json!({"size": 0, "free_page_reporting": true}),
-            )?;
-        }
+    /// Memory goes back through the adopter's balloon.
+    fn reclaim_and_end(mut self) -> Result<Outcome> {
         reporting_gives_back(&mut self.guest)?;
+        self.end()
+    }
+
+    fn end(mut self) -> Result<Outcome> {
         self.guest.vmm.put("vm.shutdown", None)?;
         self.guest.vmm.put("vmm.shutdown", None)?;
         self.guest.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
@@ -366,43 +360,7 @@ fn kata_go_boots_grows_and_gets_a_disk() -> Result<Outcome> {
     guest.command("disk-verify /dev/vdb 8M 7")?;
     put(guest, "vm.remove-device", &json!({"id": id}))?;
     booted.check_shared_folder("kataShared")?;
-    booted.reclaim_and_end(true)
-}
-
-/// The members that the strict types of its client need.
-fn kata_rust_boots_and_reads_strict_answers() -> Result<Outcome> {
-    let adopter = Adopter {
-        conversation: include_str!("../../../adopters/kata-rust"),
-        agent: Agent::Vsock("ch-vm.sock"),
-        files: &[("image.img", 16)],
-        shared_folder: Some("virtiofsd.sock"),
-    };
-    let mut booted = adopter.boot(None)?;
-    let info = booted.guest.vmm.get("vm.info")?;
-    for pointer in [
-        "/config/cpus/max_phys_bits",
-        "/config/memory/size",
-        "/config/rng/src",
-        "/config/serial/mode",
-        "/config/console/mode",
-        "/config/disks/0/num_queues",
-        "/config/disks/0/queue_size",
-        "/config/vsock/cid",
-        "/config/vsock/socket",
-    ] {
-        ensure!(
-            info.pointer(pointer).is_some_and(|it| !it.is_null()),
-            "{pointer}: {info:#}"
-        );
-    }
-    let grown = json!({"desired_vcpus": null, "desired_ram": 2176 * MIB, "desired_balloon": null});
-    put(&booted.guest, "vm.resize", &grown)?;
-    let info = booted.guest.vmm.get("vm.info")?;
-    ensure!(info["config"]["memory"]["size"] == 2176 * MIB, "{info:#}");
-    let text = booted.guest.shell("cat /sys/block/vda/ro")?;
-    ensure!(text.lines().any(|line| line.trim() == "1"), "{text}");
-    booted.check_shared_folder("kataShared")?;
-    booted.reclaim_and_end(true)
+    booted.reclaim_and_end()
 }
 
 fn libvirt_boots_with_events_in_a_fifo() -> Result<Outcome> {
@@ -434,7 +392,7 @@ fn libvirt_boots_with_events_in_a_fifo() -> Result<Outcome> {
             "{events}"
         );
     }
-    booted.reclaim_and_end(false)
+    booted.end()
 }
 
 fn microvm_nix_boots_from_its_command_line() -> Result<Outcome> {
@@ -455,7 +413,7 @@ fn microvm_nix_boots_from_its_command_line() -> Result<Outcome> {
     );
     put(guest, "vm.resize", &json!({"desired_balloon": 64 * MIB}))?;
     put(guest, "vm.resize", &json!({"desired_balloon": 0}))?;
-    booted.reclaim_and_end(true)
+    booted.reclaim_and_end()
 }
 
 fn cocoon_boots_with_a_balloon_of_a_quarter() -> Result<Outcome> {
@@ -478,35 +436,7 @@ fn cocoon_boots_with_a_balloon_of_a_quarter() -> Result<Outcome> {
     );
     guest.command("disk-fill /dev/vdb 8M 3")?;
     guest.command("disk-verify /dev/vdb 8M 3")?;
-    booted.reclaim_and_end(true)
-}
-
-fn hypeman_boots_and_polls_the_size_of_memory() -> Result<Outcome> {
-    let adopter = Adopter {
-        conversation: include_str!("../../../adopters/hypeman"),
-        agent: Agent::Vsock("vsock.sock"),
-        files: &[("rootfs", 16), ("overlay.raw", 16), ("config", 16)],
-        shared_folder: None,
-    };
-    let mut booted = adopter.boot(None)?;
-    let guest = &mut booted.guest;
-    let settles_at = |guest: &Guest, bytes: u64| {
-        let mut equal = 0;
-        wait_for("memory_actual_size", GUEST_DEADLINE, || {
-            let info = guest.vmm.get("vm.info")?;
-            let settled = info["memory_actual_size"] == bytes;
-            equal = if settled { equal + 1 } else { 0 };
-            Ok((equal == 3).then_some(()))
-        })
-    };
-    settles_at(guest, 1536 * MIB)?;
-    guest.command("disk-fill /dev/vdb 8M 3")?;
-    guest.command("disk-verify /dev/vdb 8M 3")?;
-    put(guest, "vm.resize", &json!({"desired_ram": 1024 * MIB}))?;
-    settles_at(guest, 1024 * MIB)?;
-    let log = fs::read_to_string(booted.place.path().join("app.log"))?;
-    ensure!(log.contains("guest: init"), "{log}");
-    booted.reclaim_and_end(false)
+    booted.reclaim_and_end()
 }
 
 /// Without what the test below names.
@@ -542,35 +472,6 @@ fn cocoon_boots_qcow2_with_backing_files() -> Result<Outcome> {
     Ok(Outcome::Skipped("qcow2 does not exist yet".into()))
 }
 
-fn kuasar_boots_with_persistent_memory_as_root() -> Result<Outcome> {
-    let adopter = Adopter {
-        conversation: include_str!("../../../adopters/kuasar"),
-        agent: Agent::Vsock("task.vsock"),
-        files: &[("kuasar.img", 16), ("data.raw", 16), ("more.raw", 16)],
-        shared_folder: Some("virtiofs.sock"),
-    };
-    let mut booted = adopter.boot(Some(open_tap("vm-kuasar")?))?;
-    let guest = &mut booted.guest;
-    let text =
-        guest.shell("cat /sys/block/pmem0/size /sys/block/vda/ro /sys/class/net/eth0/address")?;
-    for wanted in ["32768", "1", "02:00:00:00:00:05"] {
-        ensure!(
-            text.lines().any(|line| line.trim() == wanted),
-            "no {wanted}: {text}"
-        );
-    }
-    let disk = json!({
-        "path": booted.place.path().join("more.raw"), "readonly": false, "direct": true, "vhost_user": false,
-        "vhost_socket": null, "id": "blk2",
-    });
-    slot_of(&put(guest, "vm.add-disk", &disk)?)?;
-    put(guest, "vm.remove-device", &json!({"id": "blk2"}))?;
-    booted.check_shared_folder("kuasar")?;
-    let log = fs::read_to_string(booted.place.path().join("task.log"))?;
-    ensure!(log.contains("guest: init"), "{log}");
-    booted.reclaim_and_end(false)
-}
-
 fn cubesandbox_boots_with_both_consoles_on_one_terminal() -> Result<Outcome> {
     let adopter = Adopter {
         conversation: include_str!("../../../adopters/cubesandbox"),
@@ -594,5 +495,5 @@ fn cubesandbox_boots_with_both_consoles_on_one_terminal() -> Result<Outcome> {
         Ok(both.then_some(()))
     })?;
     booted.check_shared_folder("cubeShared")?;
-    booted.reclaim_and_end(true)
+    booted.reclaim_and_end()
 }
