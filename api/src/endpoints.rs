@@ -258,17 +258,8 @@ impl Endpoint {
 impl Endpoint {
     /// Whether it adds a device. In a VM that is not running, a new device has no address yet, so the success status is
     /// 204.
-    pub const fn adds_device(self) -> bool {
-        matches!(
-            self,
-            Self::VmAddDisk
-                | Self::VmAddNet
-                | Self::VmAddFs
-                | Self::VmAddGenericVhostUser
-                | Self::VmAddPmem
-                | Self::VmAddVsock
-                | Self::VmAddBalloon
-        )
+    pub fn adds_device(self) -> bool {
+        self.response() == Some("PciDeviceInfo")
     }
 }
 
