@@ -23,6 +23,8 @@ pub mod on_demand;
 mod plugged;
 mod source;
 mod state;
+#[cfg(test)]
+mod test_memory;
 mod zones;
 
 pub use content::{ChunkState, ContentError, ZoneContentState};

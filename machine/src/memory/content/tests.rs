@@ -1,7 +1,7 @@
-use api::config::{MemoryConfig, MemoryZoneConfig};
 use state::{Saved, State};
 
 use super::*;
+use crate::memory::test_memory::zones;
 use virtio_devices::reclaim::{DiscardEngine, Expected, GuestRange, ResidencyProbe};
 
 /// Only the tests wrap a table in its own envelope.
@@ -9,20 +9,9 @@ impl State for ZoneContentState {
     const PART: Part = PART;
 }
 
-/// Two zones, the second shared; neither size is a multiple of a chunk.
+/// Two zones, the second shared.
 fn memory() -> GuestMemory {
-    let zone = |id: &str, shared| MemoryZoneConfig {
-        id: id.to_owned(),
-        size: 7 * MIB,
-        shared,
-        ..MemoryZoneConfig::default()
-    };
-    let config = MemoryConfig {
-        size: 0,
-        zones: Some(vec![zone("a", false), zone("b", true)]),
-        ..MemoryConfig::default()
-    };
-    GuestMemory::new(&config, 46).unwrap()
+    zones(&[("a", false), ("b", true)])
 }
 
 fn resident_bytes(memory: &GuestMemory) -> u64 {

@@ -1,36 +1,17 @@
 use std::os::unix::fs::FileExt;
 
-use api::config::{MemoryConfig, MemoryZoneConfig};
 use virtio_devices::reclaim::{DiscardEngine, DiscardSwitch, Expected, GuestRange, Outcome};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::Bytes;
 
 use super::super::layout::{MIB, PAGE_BYTES};
+use super::super::test_memory::{address, mark, zones};
 use super::*;
 
 /// Single pages and runs; between pages 600 and 700 are holes.
 const PAGES: [u64; 9] = [0, 1, 511, 512, 600, 700, 701, 1700, 1791];
 
 fn memory(shared: bool) -> GuestMemory {
-    let zone = MemoryZoneConfig {
-        id: "a".to_owned(),
-        size: 7 * MIB,
-        shared,
-        ..MemoryZoneConfig::default()
-    };
-    let config = MemoryConfig {
-        size: 0,
-        zones: Some(vec![zone]),
-        ..MemoryConfig::default()
-    };
-    GuestMemory::new(&config, 46).unwrap()
-}
-
-fn address(page: u64) -> GuestAddress {
-    GuestAddress(page * PAGE_BYTES)
-}
-
-fn mark(page: u64) -> u64 {
-    page | 1 << 63
+    zones(&[("a", shared)])
 }
 
 fn read(memory: &GuestMemory, page: u64) -> u64 {

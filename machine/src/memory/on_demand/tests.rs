@@ -5,12 +5,12 @@ use std::os::unix::fs::FileExt;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
-use api::config::{MemoryConfig, MemoryZoneConfig};
 use virtio_devices::reclaim::{DiscardEngine, Expected, GuestRange, ResidencyProbe};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
 use super::super::content::PAGE;
 use super::super::layout::{MIB, PAGE_BYTES};
+use super::super::test_memory::{address, mark, zones};
 use super::*;
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -18,29 +18,8 @@ const ZONE_PAGES: u64 = 7 * MIB / PAGE_BYTES;
 /// At the borders of chunks and zones, single and in runs. The chunk from page 1024 on has none.
 const PAGES: [u64; 12] = [0, 1, 511, 512, 700, 701, 702, 1700, 1791, 1792, 2303, 3583];
 
-/// Two zones; neither size is a multiple of a chunk.
 fn memory(shared: bool) -> GuestMemory {
-    let zone = |id: &str, shared| MemoryZoneConfig {
-        id: id.to_owned(),
-        size: 7 * MIB,
-        shared,
-        ..MemoryZoneConfig::default()
-    };
-    let config = MemoryConfig {
-        size: 0,
-        zones: Some(vec![zone("a", false), zone("b", shared)]),
-        ..MemoryConfig::default()
-    };
-    GuestMemory::new(&config, 46).unwrap()
-}
-
-/// Each page starts with its number, and never with zero.
-fn mark(page: u64) -> u64 {
-    page | 1 << 63
-}
-
-fn address(page: u64) -> GuestAddress {
-    GuestAddress(page * PAGE_BYTES)
+    zones(&[("a", false), ("b", shared)])
 }
 
 fn read(memory: &GuestMemory, page: u64) -> u64 {
