@@ -258,12 +258,7 @@ impl Guest {
     /// # Errors
     /// The guest does not respond.
     pub fn memory_bytes(&mut self, name: &str) -> Result<u64> {
-        let answer = self.command("mem")?;
-        answer
-            .split(' ')
-            .find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
-            .and_then(|value| value.parse().ok())
-            .with_context(|| format!("no {name} in {answer:?}"))
+        memory_bytes_in(&self.command("mem")?, name)
     }
 
     /// Makes the guest power off and waits for the VMM to exit cleanly.
@@ -283,4 +278,16 @@ impl Guest {
     pub fn end(&mut self) -> Result<()> {
         self.command("exit").map(drop)
     }
+}
+
+/// The figure `name` in the guest's answer to `mem`.
+///
+/// # Errors
+/// There is none.
+pub fn memory_bytes_in(answer: &str, name: &str) -> Result<u64> {
+    answer
+        .split(' ')
+        .find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
+        .and_then(|value| value.parse().ok())
+        .with_context(|| format!("no {name} in {answer:?}"))
 }

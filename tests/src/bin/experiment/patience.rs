@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use integration_tests::linux::Guest;
+use integration_tests::linux::{Guest, memory_bytes_in};
 use integration_tests::wait::TooLate;
 
 /// A step that makes no progress for so long has stalled.
@@ -107,12 +107,7 @@ pub(crate) fn command(guest: &mut Guest, line: &str) -> Result<String> {
 
 /// What is free in the guest by its own figures.
 pub(crate) fn free_bytes(guest: &mut Guest) -> Result<u64> {
-    let answer = command(guest, "mem")?;
-    answer
-        .split(' ')
-        .find_map(|word| word.strip_prefix("free="))
-        .and_then(|value| value.parse().ok())
-        .with_context(|| format!("no free in {answer:?}"))
+    memory_bytes_in(&command(guest, "mem")?, "free")
 }
 
 #[cfg(test)]
