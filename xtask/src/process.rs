@@ -82,11 +82,12 @@ pub(crate) fn spawn_tied_group(
 /// Waits for the child's end; `None` if it was killed because of a timeout.
 pub(crate) fn wait(child: Child, timeout: Option<Duration>) -> Result<Option<ExitStatus>> {
     let begin = Instant::now();
-    wait_while(child, || {
-        timeout.map_or(Duration::MAX, |timeout| {
-            timeout.saturating_sub(begin.elapsed())
-        })
-    })
+    wait_while(child, || time_left(timeout, begin))
+}
+
+/// The rest of a time limit that began at `since`; without one, for ever.
+pub(crate) fn time_left(limit: Option<Duration>, since: Instant) -> Duration {
+    limit.map_or(Duration::MAX, |limit| limit.saturating_sub(since.elapsed()))
 }
 
 /// Waits for the child's end; `None` if it was killed because `time_left` returned zero. `time_left` is called again

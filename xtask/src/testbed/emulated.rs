@@ -199,22 +199,15 @@ impl Emulated<'_> {
         let sender = thread::spawn(move || plan.write_all(&bytes).map(|()| plan));
         let stands_still = matches!(start, Start::From(_)) && !says("start");
         let begin = Instant::now();
+        let silence_left = || process::time_left(self.job.options.silence_max, heard.lock().at);
         let time_left = || {
-            let left = |max: Option<Duration>, since: Instant| {
-                max.map_or(Duration::MAX, |max| max.saturating_sub(since.elapsed()))
-            };
-            let options = &self.job.options;
             if stands_still {
                 return Duration::ZERO;
             }
-            left(self.job.timeout(), begin).min(left(options.silence_max, heard.lock().at))
+            process::time_left(self.job.timeout(), begin).min(silence_left())
         };
         let ended = process::wait_while(child, time_left)?;
-        let silent = ended.is_none() && !stands_still && {
-            let heard = heard.lock();
-            let max = self.job.options.silence_max;
-            max.is_some_and(|max| heard.at.elapsed() >= max)
-        };
+        let silent = ended.is_none() && !stands_still && silence_left().is_zero();
         let (status, console) = readers.join();
         // It failed only if QEMU has ended, which is reported.
         sender.join().expect("a writing thread does not panic").ok();
