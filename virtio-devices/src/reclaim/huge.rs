@@ -2,7 +2,7 @@
 //!
 //! The kernel unmaps the part at once, so that residency falls, but frees it only when it splits the huge page: under
 //! memory pressure. Until then the host has nothing back, and pages that the guest touches again are new ones beside
-//! the old. Ageing one page of the rest makes the kernel split the huge page at once (decision 20).
+//! the old. Ageing one page of the rest makes the kernel split the huge page at once (decision 21).
 
 use super::backing::{Backing, RegionLayout};
 use super::ranges::Piece;
