@@ -2,10 +2,10 @@
 //!
 //! ```text
 //! boot:     16 random bytes ─► guest RAM at GENERATION_ID_START
-//! restore:  16 other bytes  ─► the same place; GED_._EVT ─► Notify(VGEN) ─► the guest reads them again
+//! restore:  16 other bytes  ─► the same address; GED_._EVT ─► Notify(VGEN) ─► the guest reads them again
 //! ```
-//! A guest that was restored may share its past, and so the state of its random number generators, with another guest.
-//! By this identifier it notices, and reseeds them.
+//! Two guests that were restored from one snapshot have random number generators in the same state. A changed identifier
+//! makes a guest reseed them.
 #![allow(unsafe_code)]
 // UNSAFETY: getrandom has no safe wrapper in libc.
 
@@ -18,7 +18,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory};
 use super::AcpiError;
 use crate::memory::layout;
 
-/// The device that is notified.
+/// The device that the guest is notified about.
 pub(super) const DEVICE: &str = "\\_SB_.VGEN";
 /// Notification that the identifier has changed.
 pub(super) const CHANGED: u8 = 0x80;
@@ -28,7 +28,7 @@ const BYTES: usize = 16;
 
 const _: () = assert!(layout::GENERATION_ID_START.is_multiple_of(8));
 
-/// The device that tells the guest where the identifier is.
+/// The ACPI device that gives the guest the address of the identifier.
 pub(super) fn device(aml: &mut Vec<u8>) {
     let address = layout::GENERATION_ID_START;
     let (low, high) = (address as u32, (address >> 32) as u32);
@@ -58,7 +58,7 @@ pub fn renew_generation_id<M: GuestMemory>(memory: &M) -> Result<(), AcpiError> 
         .map_err(|source| AcpiError::Write { address, source })
 }
 
-/// So few bytes come in one piece.
+/// getrandom returns so few bytes in one piece.
 fn random() -> io::Result<[u8; BYTES]> {
     let mut bytes = [0; BYTES];
     // SAFETY: the pointer and the length are those of an array that the kernel may write to.

@@ -1,4 +1,4 @@
-//! The content of guest RAM in files, one for each zone.
+//! The content of guest RAM in files, one per zone.
 //!
 //! A file has the size of its zone. It holds the resident pages that are not zero; the rest is a hole:
 //!
@@ -54,7 +54,7 @@ pub struct ChunkState {
     pub crc32: u32,
 }
 
-/// Why the content of RAM cannot be saved or loaded.
+/// Reasons why the content of RAM cannot be saved or loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum ContentError {
     /// The page tables of this process cannot be read.
@@ -228,7 +228,7 @@ impl GuestMemory {
                 .read_exact_at(buffer, file.start() + at)
                 .map_err(in_ram)?,
             file => {
-                // What the guest has not written shows the file.
+                // Pages that the guest has not written still map the file.
                 if file.is_none() {
                     let start = region.as_ptr() as u64 + at;
                     pagemap
@@ -321,7 +321,7 @@ impl GuestMemory {
     }
 }
 
-/// Checks that the table and the size of the file can be those of `zone`; returns its chunks that have pages.
+/// Checks that the table and the size of the file match `zone`; returns the chunks that have pages.
 pub(super) fn checked_table<'a>(
     zone: &Zone,
     file: &File,
@@ -368,7 +368,7 @@ pub(super) fn checked_table<'a>(
     }
 }
 
-/// Reads the pages of a chunk to their places in `buffer`. False: the checksum does not match.
+/// Reads the pages of a chunk to their places in `buffer`. Returns false if the checksum does not match.
 pub(super) fn read_chunk(
     file: &File,
     offset: u64,

@@ -1,11 +1,11 @@
-//! Guest RAM that shows the files of a snapshot, shared with other machines from the same files.
+//! Guest RAM that maps the files of a snapshot and shares their pages with other machines.
 //!
 //! ```text
 //!   file   │ pages │ hole │ pages │            one page cache for all machines
 //!   RAM    │ private mapping │ anonymous …     a write makes a page the machine's own
 //! ```
-//! Where guest RAM is discarded, [`Overlay`] replaces the file by anonymous memory, so that the guest finds zeros and not
-//! what the snapshot had there.
+//! If guest RAM is discarded, [`Overlay`] replaces the file by anonymous memory, so that the guest reads zeros instead of
+//! the snapshot's content.
 #![allow(unsafe_code)]
 // UNSAFETY: files are mapped over guest RAM.
 
@@ -20,10 +20,10 @@ use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 use super::content::{self, CHUNK_BYTES, ChunkState, ContentError, PAGE};
 use super::{GuestMemory, Zone, ZoneContentState, source};
 
-/// Why RAM cannot show the files.
+/// Reasons why RAM cannot map the files.
 #[derive(Debug, thiserror::Error)]
 pub enum CopyOnWriteError {
-    /// Memory of another kind.
+    /// A zone has another kind of memory.
     #[error(
         "memory zone {zone} is {backing}; copy-on-write needs private memory without file and huge pages"
     )]
@@ -48,12 +48,11 @@ pub enum CopyOnWriteError {
 }
 
 impl GuestMemory {
-    /// Shows the content of each zone's file, which nobody changes, in RAM that nobody has touched. All checksums are
-    /// compared first. `thp`: memory that replaces a file may have transparent huge pages. `done` gets the size of each
-    /// piece.
+    /// Maps the file of each zone, which must not change, over untouched RAM. All checksums are verified first. `thp`:
+    /// memory that replaces a file may have transparent huge pages. `done` receives the size of each piece.
     ///
     /// # Errors
-    /// A zone has another kind of memory, a table or file is not that of its zone, or a file cannot be mapped.
+    /// A zone has another kind of memory, a table or file does not match its zone, or a file cannot be mapped.
     pub fn show_files(
         &mut self,
         files: &[(File, ZoneContentState)],
@@ -84,7 +83,7 @@ impl GuestMemory {
                 let region = region.expect("the zones are made of the regions");
                 let at = (chunk.guest.0 - region.start_addr().0) as usize + first;
                 let start = region.as_ptr() as usize + at;
-                // SAFETY: whole pages of private anonymous guest RAM, which nobody has touched.
+                // SAFETY: whole pages of private anonymous guest RAM, which is untouched.
                 let shown =
                     unsafe { overlay.show(start, end - first, file, chunk.offset + first as u64) };
                 shown.map_err(|source| CopyOnWriteError::Map {
@@ -99,8 +98,8 @@ impl GuestMemory {
     }
 }
 
-/// The part of a chunk from its first to its last page, in bytes. `None`: its checksum does not match, or there is
-/// something between these pages, which the guest would see.
+/// The part of a chunk from its first to its last page, in bytes. `None` if its checksum does not match, or if the file
+/// has other data between these pages, which the guest would see.
 fn check(
     file: &File,
     offset: u64,

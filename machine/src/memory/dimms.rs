@@ -4,8 +4,8 @@
 //!   boot RAM │ gap to 128 MiB or 4 GiB │ dimm 0 │ dimm 1 │ … room left │ 64-bit PCI window
 //!                                      └──────── map.hotplug ────────┘
 //! ```
-//! Each is a zone and a mapping of its own, with the backing of the RAM it booted with. They stay until a reboot, which
-//! makes them part of the RAM that the next machine boots with.
+//! Each device is a separate zone and mapping, with the backing of boot RAM. Devices stay until a reboot, which makes
+//! them part of boot RAM.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ pub const DIMMS_MAX: usize = 8;
 /// Reasons why RAM cannot grow.
 #[derive(Debug, thiserror::Error)]
 pub enum DimmError {
-    /// RAM is in zones, or grows in another way.
+    /// RAM is in zones, or grows by another method.
     #[error("RAM cannot grow by memory devices: it is in zones, or hotplug_size is not set")]
     NoRoom,
     /// Linux adds memory in whole sections.
@@ -33,7 +33,7 @@ pub enum DimmError {
         "RAM of {own_bytes} bytes can grow by a multiple of {SECTION_BYTES} bytes; got {bytes}"
     )]
     NotWhole {
-        /// The RAM there is.
+        /// The current size of RAM.
         own_bytes: u64,
         /// The difference to the requested size.
         bytes: u64,
@@ -41,15 +41,15 @@ pub enum DimmError {
     /// All slots are in use.
     #[error("the guest has {DIMMS_MAX} memory devices already; a reboot makes room for others")]
     NoSlot,
-    /// No more addresses.
+    /// The region for memory devices is too small.
     #[error("RAM can grow by {left_bytes} bytes at most, the rest of hotplug_size; got {bytes}")]
     TooLarge {
-        /// The rest.
+        /// The rest of the region.
         left_bytes: u64,
         /// The difference to the requested size.
         bytes: u64,
     },
-    /// The host.
+    /// The host rejects the memory.
     #[error(transparent)]
     Memory(MemoryError),
 }
@@ -85,10 +85,10 @@ impl GuestMemory {
         dimms.flat_map(|zone| zone.ranges.clone()).collect()
     }
 
-    /// Maps a memory device with which the guest has `total_bytes` of RAM; none if it has that much.
+    /// Maps a memory device that extends RAM to `total_bytes`; none if RAM already has that size.
     ///
     /// # Errors
-    /// There is no room for one of this size, or the host does not have the memory.
+    /// There is no room for a device of this size, or the host lacks the memory.
     pub fn map_dimm(&self, total_bytes: u64) -> Result<Option<Dimm>, DimmError> {
         let own_bytes = self.own_bytes();
         if total_bytes <= own_bytes {
@@ -132,10 +132,10 @@ impl GuestMemory {
         Ok(Some(Dimm { zone, region }))
     }
 
-    /// Makes a memory device part of RAM, for the guest's devices as well.
+    /// Makes a memory device part of RAM, also for the guest's virtio devices.
     ///
     /// # Panics
-    /// It was not mapped for this memory, or another one was added since.
+    /// The device was not mapped for this memory, or another device was added since.
     pub fn add_dimm(&mut self, dimm: Dimm) {
         let map = self.ram.lock();
         let map = map.expect("only the owner of the machine replaces the map");
@@ -144,10 +144,10 @@ impl GuestMemory {
         self.zones.push(dimm.zone);
     }
 
-    /// Maps RAM as [`GuestMemory::new`] does, of which a part is memory devices as in `state`.
+    /// Maps RAM as [`GuestMemory::new`] does, with the memory devices of `state`.
     ///
     /// # Errors
-    /// As [`GuestMemory::new`], or there cannot be such devices.
+    /// As [`GuestMemory::new`], or such devices cannot exist.
     pub fn with_dimms(
         config: &MemoryConfig,
         phys_bits: u8,
@@ -187,10 +187,10 @@ impl GuestMemory {
 /// Reasons why the RAM of a saved machine cannot be created.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
-    /// The configuration, or the host.
+    /// The configuration is invalid, or the host rejects the memory.
     #[error(transparent)]
     Memory(MemoryError),
-    /// The configuration makes another map.
+    /// The configuration results in another memory map.
     #[error(transparent)]
     State(StateError),
 }
@@ -251,7 +251,7 @@ mod tests {
                     matches!(refused, DimmError::TooLarge { left_bytes: 0, .. }),
                     "{refused}"
                 );
-                // What the guest was told at boot stays as it was.
+                // The guest's boot memory map does not change.
                 assert!(memory.e820().iter().all(|it| it.start + it.bytes <= start));
             }
         }

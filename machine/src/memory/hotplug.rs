@@ -1,11 +1,11 @@
-//! Memory hot-plug registers: the guest reads which memory devices it has, and where.
+//! Memory hot-plug registers, which show the guest its memory devices and their addresses.
 //!
 //! | Offset | Width | Name in the DSDT | Meaning |
 //! | --- | --- | --- | --- |
-//! | 0x0 | 32 bits | `MSEL` | write: the device the other registers are for; one that does not exist has zeros |
+//! | 0x0 | 32 bits | `MSEL` | write: selects a device; all registers of a nonexistent device are zero |
 //! | 0x0, 0x4 | 32 bits | `MHBL`, `MHBH` | read: its address |
 //! | 0x8, 0xc | 32 bits | `MHLL`, `MHLH` | read: its size |
-//! | 0x14 | 8 bits | `MEN_`, `MINS` | bits 0 and 1: it is there; it was added (write 1: the guest has seen that) |
+//! | 0x14 | 8 bits | `MEN_`, `MINS` | bit 0: present; bit 1: added (write 1 to acknowledge) |
 //!
 //! Accesses of any other form read zero and change nothing. Devices stay until a reboot: there is no ejection.
 
@@ -19,7 +19,7 @@ use virtio_devices::Unpoisoned;
 use super::DIMMS_MAX;
 use crate::bus::BusDevice;
 
-/// Size of the registers, with one that upstream describes and nobody uses.
+/// Size of the registers, including one that upstream declares but no driver uses.
 pub const MEMORY_HOTPLUG_BYTES: u64 = 0x18;
 
 const SELECT: u64 = 0x0;
@@ -37,7 +37,7 @@ const PART: Part = parts::MEMORY_HOTPLUG;
 pub struct MemoryHotplugState {
     /// The device that the guest has selected.
     pub selected: u32,
-    /// Devices of whose arrival the guest has not read.
+    /// Added devices that the guest has not acknowledged.
     pub inserting: Vec<u32>,
 }
 
@@ -49,15 +49,15 @@ impl State for MemoryHotplugState {
 struct Slot {
     start: u64,
     bytes: u64,
-    /// The guest has not read of its arrival.
+    /// The guest has not acknowledged the device.
     inserting: bool,
 }
 
 #[derive(Debug, Default)]
 struct Registers {
-    /// In order of their arrival; at most [`DIMMS_MAX`].
+    /// In the order in which they were added; at most [`DIMMS_MAX`].
     slots: Vec<Slot>,
-    /// Selected by the guest, which can write any number.
+    /// The device selected by the guest, which can write any number.
     selected: u32,
 }
 
@@ -74,7 +74,7 @@ pub struct MemoryHotplug {
 }
 
 impl MemoryHotplug {
-    /// A controller of devices that the guest has already.
+    /// Creates a controller with devices that the guest already has.
     pub fn new(dimms: Vec<Range<u64>>) -> Self {
         let controller = Self {
             registers: Mutex::default(),
@@ -102,7 +102,7 @@ impl MemoryHotplug {
         });
     }
 
-    /// What the guest has not read yet.
+    /// Returns the state that the guest has not acknowledged yet.
     pub fn state(&self) -> MemoryHotplugState {
         let registers = self.lock();
         let slots = (0..).zip(&registers.slots);
@@ -114,10 +114,10 @@ impl MemoryHotplug {
         }
     }
 
-    /// Restores what the guest has not read yet.
+    /// Restores the state that the guest has not acknowledged yet.
     ///
     /// # Errors
-    /// The arrival of a device that is not there; nothing is changed then.
+    /// The state names a device that does not exist; in this case nothing is changed.
     pub fn restore(&self, state: &MemoryHotplugState) -> Result<(), StateError> {
         let mut registers = self.lock();
         let count = registers.slots.len();

@@ -1,9 +1,9 @@
-//! More RAM for a running machine.
+//! Adds RAM to a running machine.
 //!
 //! ```text
-//! mapped ─► KVM slot ─► vhost-user devices stop ─► part of RAM ─► they start with it ─► guest interrupted
+//! map ─► KVM slot ─► stop vhost-user devices ─► make it part of RAM ─► start them ─► interrupt the guest
 //! ```
-//! None of this waits for the guest; a back end of a vhost-user device holds it up for one second at most.
+//! No step waits for the guest. The back end of a vhost-user device can delay this by at most one second.
 
 use virtio_devices::pci::PciFunction;
 
@@ -12,11 +12,11 @@ use crate::memory::Zone;
 use crate::threads::DeviceKind;
 
 impl Pc {
-    /// Adds a memory device with which the guest has `total_bytes` of RAM, and returns its zone; none if the guest has
-    /// that much. [`Pc::announce_memory`] follows.
+    /// Adds a memory device that extends RAM to `total_bytes`, and returns its zone; none if RAM already has that size.
+    /// The caller then calls [`Pc::announce_memory`].
     ///
     /// # Errors
-    /// There is no room for such a device, or the host does not have the memory; nothing has changed then.
+    /// There is no room for such a device, or the host lacks the memory; in this case nothing has changed.
     pub fn grow_memory(&mut self, total_bytes: u64) -> Result<Option<Zone>, PcError> {
         let mapped = self.memory.map_dimm(total_bytes).map_err(PcError::Grow)?;
         let Some(dimm) = mapped else {
@@ -24,7 +24,7 @@ impl Pc {
         };
         self.slots.add(&dimm).map_err(PcError::Memory)?;
         let zone = dimm.zone().clone();
-        // A back end must know the memory before the guest puts buffers there. It learns of it when its queues start.
+        // A back end must map the memory before the guest puts buffers there. It does so when its queues start.
         let vhost_user = self
             .plugged
             .iter()
@@ -45,7 +45,7 @@ impl Pc {
         Ok(Some(zone))
     }
 
-    /// Interrupts the guest, so that it reads which memory was added.
+    /// Interrupts the guest, so that it detects the added memory.
     ///
     /// # Errors
     /// The guest cannot be notified. It sees the memory with the next event.

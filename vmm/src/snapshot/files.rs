@@ -86,7 +86,7 @@ impl NewFiles<'_> {
         Ok(())
     }
 
-    /// Syncs the folder. The files are complete: none is removed any more.
+    /// Syncs the folder. The files are complete, so none is removed.
     fn keep(mut self) -> Result<(), SnapshotError> {
         File::open(self.folder)
             .and_then(|folder| folder.sync_all())
@@ -98,7 +98,7 @@ impl NewFiles<'_> {
 
 impl Drop for NewFiles<'_> {
     fn drop(&mut self) {
-        // The last file first: without it, the others are not a snapshot.
+        // Remove the last file first: without it, the others are not a snapshot.
         for path in self.paths.iter().rev() {
             if let Err(error) = fs::remove_file(path) {
                 log::warn!("Cannot remove {}: {error}", path.display());
@@ -192,7 +192,7 @@ pub struct Snapshot {
     pub pc: PcState,
     /// The rest of the state.
     pub state: SnapshotState,
-    /// When RAM gets its content.
+    /// When RAM is filled.
     pub filling: Filling,
     /// The memory file of each zone and its table.
     memory: Vec<(File, ZoneContentState)>,
@@ -234,8 +234,8 @@ impl Snapshot {
         })
     }
 
-    /// Creates the RAM of `config` with the saved content, and reports the progress. Content that comes on demand needs
-    /// the second value, until nobody accesses RAM any more.
+    /// Creates the RAM of `config` with the saved content, and reports the progress. If RAM is filled on demand, the
+    /// caller must keep the second value as long as RAM is in use.
     ///
     /// # Errors
     /// RAM cannot be created or filled on demand, its zones differ from the saved ones, or a memory file is damaged.
@@ -309,7 +309,7 @@ impl Snapshot {
     }
 }
 
-/// Refuses settings of a mapping that its parts lose when they are replaced.
+/// Rejects settings of a mapping that its parts would lose when they are replaced.
 fn require_plain_zones(config: &VmConfig) -> Result<(), SnapshotError> {
     let refused = |zone: &str, setting| {
         let zone = zone.to_owned();

@@ -43,7 +43,7 @@ pub struct SnapshotState {
     pub thresholds: ReclaimThresholdsChange,
     /// The operator has paused reporting.
     pub reporting_paused: bool,
-    /// The size of RAM that was requested and that only a reboot can bring, if there is such a request.
+    /// The requested size of RAM that takes effect at the next reboot, if any.
     pub memory_size_after_reboot: Option<u64>,
 }
 

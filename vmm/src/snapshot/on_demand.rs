@@ -1,4 +1,4 @@
-//! RAM of a restored VM that is filled while the VM runs.
+//! Restores RAM on demand: fills it while the VM runs.
 
 use std::sync::Arc;
 
@@ -11,28 +11,28 @@ use machine::threads::ThreadStart;
 use super::{Progress, SnapshotError};
 use crate::events::{EventKind, EventSink};
 
-/// When RAM gets its content.
+/// When the RAM of a restored VM is filled.
 #[derive(Debug, Default)]
 pub enum Filling {
     /// Before the VM exists.
     #[default]
     Before,
-    /// As the VM needs it.
+    /// While the VM runs.
     OnDemand {
-        /// Opened before Landlock confines this thread to what the configuration names.
+        /// Opened before Landlock confines this thread to the configuration's paths.
         faults: Faults,
-        /// And the rest while there is no demand.
+        /// Whether to fill the rest in the background.
         background: bool,
     },
-    /// RAM shows the files until it is written.
+    /// Never: RAM maps the files until it is written.
     CopyOnWrite,
 }
 
 impl Filling {
-    /// What `request` says.
+    /// Converts `request`.
     ///
     /// # Errors
-    /// Settings that exclude each other, or the host refuses userfaultfd.
+    /// Settings exclude each other, or the host rejects userfaultfd.
     pub fn of(request: &RestoreConfig) -> Result<Self, SnapshotError> {
         let background = request.background_fill;
         match request.memory_restore_mode {
@@ -50,11 +50,11 @@ impl Filling {
     }
 }
 
-/// What restored RAM needs from the program around it.
+/// Connections of restored RAM to the rest of the program.
 pub struct RestoreContext {
-    /// Event monitor.
+    /// The event monitor.
     pub events: EventSink,
-    /// Signals to the machine's owner.
+    /// Signals to the owner of the machine.
     pub signals: Arc<VmSignals>,
     /// Called first on the thread that fills RAM.
     pub thread_start: ThreadStart,
@@ -62,7 +62,7 @@ pub struct RestoreContext {
 
 virtio_devices::debug_fields!(RestoreContext { signals });
 
-/// Reports how far the fill has come, and ends the machine if it cannot go on.
+/// Reports the progress of the fill, and ends the machine if the fill fails.
 pub(super) struct Owner {
     pub(super) progress: Progress,
     pub(super) events: EventSink,

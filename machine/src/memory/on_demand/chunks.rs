@@ -1,4 +1,4 @@
-//! Which pages have to come from which file.
+//! Tracks the pages that are still missing, and their place in the files.
 
 use std::fs::File;
 use std::ops::Range;
@@ -9,7 +9,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 use super::super::content::{self, CHUNK_BYTES, ChunkState, ContentError, PAGE};
 use super::super::{GuestMemory, Zone, ZoneContentState};
 
-/// Mappings into which memory may be divided, at most: a process can have 65530.
+/// Maximum number of mappings into which memory may be divided: a process can have 65530.
 const RUNS_MAX: u64 = 8192;
 
 /// Up to 2 MiB of RAM with pages in a file.
@@ -21,7 +21,7 @@ pub(super) struct Chunk {
     offset: u64,
     zone: usize,
     saved: ChunkState,
-    /// The pages that have not been filled in and were not discarded.
+    /// The pages that were neither filled in nor discarded.
     left: Vec<u8>,
     /// The checksum matched.
     pub(super) is_checked: bool,
@@ -50,10 +50,10 @@ impl Chunks {
         }
     }
 
-    /// Adds those of `zone`.
+    /// Adds the chunks of `zone`.
     ///
     /// # Errors
-    /// The table or the size of the file cannot be those of the zone.
+    /// The table or the size of the file does not match the zone.
     pub(super) fn add(
         &mut self,
         memory: &GuestMemory,
@@ -89,7 +89,7 @@ impl Chunks {
         &self.all[at]
     }
 
-    /// The number of the chunk with `address`; none if there is no data in its surroundings.
+    /// The number of the chunk with `address`; none if the file has no data for that part of RAM.
     pub(super) fn find(&self, address: u64) -> Option<usize> {
         let at = self.all.partition_point(|chunk| chunk.host.end <= address);
         let chunk = self.all.get(at)?;
@@ -132,7 +132,7 @@ impl Chunks {
             .map_err(content::in_file(id, offset))
     }
 
-    /// The pages in `[start, end)` need not come any more; others than whole pages cannot be discarded.
+    /// Drops the pages in `[start, end)`, which are no longer missing. Only whole pages can be discarded.
     pub(super) fn forget(&mut self, start: u64, end: u64) {
         let first = self.all.partition_point(|chunk| chunk.host.end <= start);
         for chunk in &mut self.all[first..] {
@@ -145,12 +145,12 @@ impl Chunks {
         }
     }
 
-    /// These pages of a chunk have been filled in.
+    /// Records that these pages of a chunk have been filled in.
     pub(super) fn done(&mut self, at: usize, pages: Range<usize>) {
         self.all[at].done(pages);
     }
 
-    /// The ranges of memory with chunks in them, so joined that there are not too many.
+    /// The ranges of memory that contain chunks. Neighbours are joined until there are few enough.
     pub(super) fn ranges(&self, memory: &GuestMemory) -> Vec<Range<u64>> {
         let ram = memory.ram().memory();
         let bytes: u64 = ram.iter().map(|region| region.len()).sum();
@@ -184,12 +184,12 @@ impl Chunk {
         (self.host.end - self.host.start) as usize
     }
 
-    /// Whether a page still has to come from the file.
+    /// Whether a page is still missing.
     pub(super) fn is_left(&self, page: usize) -> bool {
         self.left[page / 8] & 1 << (page % 8) != 0
     }
 
-    /// The first run of pages that still have to come, from `page` on.
+    /// The first run of missing pages from `page` on.
     pub(super) fn next_left(&self, page: usize) -> Option<Range<usize>> {
         let count = self.bytes() / PAGE;
         let start = (page..count).find(|page| self.is_left(*page))?;

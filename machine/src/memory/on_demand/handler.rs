@@ -1,4 +1,4 @@
-//! The thread that answers page faults.
+//! The thread that handles page faults.
 
 use std::collections::VecDeque;
 use std::io;
@@ -19,30 +19,30 @@ use super::{FillError, FillOwner, FillReport, Orders, Outcome};
 
 const TOKEN_REPORTS: u64 = 0;
 const TOKEN_ORDERS: u64 = 1;
-/// Whoever discards memory has read that it may go on, but not gone on.
+/// Pause after a discard has been read, because the thread that discards may not have continued yet.
 const DISCARD_PAUSE_MS: i32 = 1;
 const FOR_EVER: i32 = -1;
-/// For a machine to end whose RAM cannot be filled. A thread that waits for a page cannot be stopped.
+/// Time for a machine to end if its RAM cannot be filled. A thread that waits for a page cannot be stopped.
 const END_DEADLINE: Duration = Duration::from_secs(2);
 
 /// The state of the thread.
 pub(super) struct Handler {
     uffd: Arc<Userfaultfd>,
-    /// All ranges of which faults were reported at first.
+    /// All ranges that were registered at the start.
     watched: Vec<Range<u64>>,
     epoll: Epoll,
     chunks: Chunks,
     orders: Arc<Orders>,
     owner: Box<dyn FillOwner>,
-    /// Room for a chunk and for a page behind it, and the number of the chunk in it.
+    /// Buffer for a chunk and one more page, and the number of the chunk in it.
     buffer: Vec<u8>,
     loaded: Option<usize>,
-    /// Addresses that threads wait for. Each thread waits for one, so these are few.
+    /// Addresses that threads wait for: at most one per thread, so these are few.
     faults: VecDeque<u64>,
-    /// The next chunk to fill in without demand.
+    /// The next chunk of the background fill.
     next: usize,
     report: FillReport,
-    /// Keeps it mapped.
+    /// Keeps the memory mapped.
     memory: GuestMemory,
 }
 
@@ -82,13 +82,13 @@ impl Handler {
         })
     }
 
-    /// Serves until everything is there or nobody accesses the memory any more.
+    /// Runs until all of RAM is complete or no longer in use.
     pub(super) fn run(mut self) {
         let guard = EndsProcess;
         if let Err(error) = self.serve_all() {
             self.owner.failed(&error);
             self.orders.end(Outcome::Failed);
-            // Whoever waits for a page still does. Dropping the descriptor would show them zeros.
+            // Threads still wait for pages. If the descriptor were dropped, they would read zeros.
             if !self.machine_ends() {
                 log::error!("The machine waits for RAM that does not come and cannot be stopped");
                 return drop(guard);
@@ -111,7 +111,7 @@ impl Handler {
                 return Ok(());
             }
             let fills = self.orders.fills.load(Ordering::Acquire);
-            // Filling in without demand may have noted faults.
+            // The background fill may have recorded faults.
             let waits = !fills && self.faults.is_empty();
             let reported = self.wait(if waits { FOR_EVER } else { 0 });
             let reported = reported.map_err(FillError::Faults)?;
@@ -132,7 +132,7 @@ impl Handler {
         Ok(())
     }
 
-    /// Waits a while until nobody accesses the memory any more.
+    /// Waits with a deadline until the memory is no longer in use.
     fn machine_ends(&self) -> bool {
         let reports = self.uffd.as_fd().as_raw_fd();
         let ignored = EpollEvent::default();
@@ -149,7 +149,7 @@ impl Handler {
         ended()
     }
 
-    /// Waits for reports. True: there are some.
+    /// Waits for reports. Returns whether there are any.
     fn wait(&self, timeout_ms: i32) -> io::Result<bool> {
         let mut events = [EpollEvent::default(); 2];
         let count = match self.epoll.wait(timeout_ms, &mut events) {
@@ -159,13 +159,13 @@ impl Handler {
         };
         let has = |token| events[..count].iter().any(|event| event.data() == token);
         if has(TOKEN_ORDERS) {
-            // Nothing to read means that it has been read.
+            // If there is nothing to read, the discard has been read.
             self.orders.changed.read().ok();
         }
         Ok(has(TOKEN_REPORTS))
     }
 
-    /// Discards count at once, faults are noted: the kernel hands out a fault before an older discard.
+    /// Applies discards at once and only records faults: the kernel returns a fault before an older discard.
     fn take_reports(&mut self) -> io::Result<()> {
         let mut reports = Vec::new();
         self.uffd.read(&mut reports)?;
@@ -178,7 +178,7 @@ impl Handler {
         Ok(())
     }
 
-    /// Memory is being discarded, so nothing can be filled in until that has been read, and a moment longer.
+    /// Waits while memory is being discarded: nothing can be filled in until shortly after that has been read.
     fn let_discard(&mut self) -> Result<(), FillError> {
         self.wait(DISCARD_PAUSE_MS)
             .and_then(|_| self.take_reports())
@@ -201,7 +201,7 @@ impl Handler {
                     self.uffd.copy(start, &self.buffer[data..data + PAGE])
                 }
                 None => match self.uffd.zero(start, PAGE as u64) {
-                    // The background fill has made this ordinary memory since.
+                    // Meanwhile, the background fill has made this ordinary memory.
                     Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(Filled::Present),
                     filled => filled,
                 },
@@ -215,7 +215,7 @@ impl Handler {
                     }
                     return Ok(());
                 }
-                // Several threads waited for it.
+                // Several threads waited for this page.
                 Filled::Present => {
                     let woken = self.uffd.wake(start, PAGE as u64);
                     return woken.map_err(FillError::Faults);
@@ -224,7 +224,7 @@ impl Handler {
         }
     }
 
-    /// Makes one page available; returns its place in the buffer.
+    /// Reads one page into the buffer; returns its place there.
     fn load_page(&mut self, at: usize, page: usize) -> Result<usize, FillError> {
         let is_checked = self.chunks.get(at).is_checked;
         if self.loaded != Some(at) && is_checked {
@@ -236,7 +236,7 @@ impl Handler {
         Ok(page * PAGE)
     }
 
-    /// Makes a chunk available in the buffer.
+    /// Reads a chunk into the buffer.
     fn load(&mut self, at: usize) -> Result<(), FillError> {
         if self.loaded != Some(at) {
             self.loaded = None;
@@ -247,7 +247,7 @@ impl Handler {
         Ok(())
     }
 
-    /// Fills in what is left of the next chunk, which becomes ordinary memory.
+    /// Fills in the rest of the next chunk, which becomes ordinary memory.
     fn fill_next(&mut self) -> Result<(), FillError> {
         let at = self.next;
         while let Some(pages) = self.chunks.get(at).next_left(0) {
@@ -264,7 +264,7 @@ impl Handler {
                     }
                 }
                 Filled::Present => {
-                    // Never overwrites: what is there is newer.
+                    // Never overwrites: a present page is newer.
                     self.chunks.done(at, pages.start..pages.start + 1);
                 }
             }
@@ -272,7 +272,7 @@ impl Handler {
         let chunk = self.chunks.get(at);
         let bytes = chunk.bytes() as u64;
         if let Err(error) = self.uffd.unregister(&chunk.host) {
-            // Its faults are answered with zeros until the end.
+            // Until the end, its faults are resolved with zeros.
             log::debug!("A part of guest RAM keeps its watch: {error}");
         }
         self.next += 1;
@@ -281,7 +281,7 @@ impl Handler {
     }
 }
 
-/// Ends the process when it is dropped, so that a panic of the thread does too.
+/// Ends the process when it is dropped, which a panic of the thread does.
 struct EndsProcess;
 
 impl Drop for EndsProcess {

@@ -1,4 +1,4 @@
-//! Guest RAM whose content comes from files while the guest runs.
+//! Guest RAM that is filled from files while the guest runs.
 //!
 //! ```text
 //!  guest, KVM, device ── missing page ──► waits ─┐              file: checked by 2 MiB, then page by page
@@ -7,14 +7,14 @@
 //!                                    thread: forget what is discarded; fill in a page of the file, or zeros
 //!                                                └─ nothing to do: the next 2 MiB, in order
 //! ```
-//! The kernel reports a missing page through [`uffd`], and whoever touched it waits. A page that was discarded before it
-//! came is never filled in: it reads as zeros, as discarded memory does. Ranges without any data in the file are
-//! ordinary memory from the start, and so is each 2 MiB that the background fill has finished.
+//! The kernel reports a missing page through [`uffd`], and the thread that touched it waits. If a page is discarded
+//! before it was filled in, it reads as zeros, as discarded memory does. Ranges without data in the file are ordinary
+//! memory from the start, and so is each chunk of 2 MiB that the background fill has finished.
 //!
 //! # Failure
-//! Without the thread, whoever touches a missing page would wait for ever, and if the descriptor were closed, would find
-//! zeros. So a thread that cannot go on, because the file cannot be read or is damaged, has its owner stop the machine, and
-//! aborts the process if that cannot be stopped.
+//! If the handler thread ended, threads that touch a missing page would wait indefinitely. If the descriptor were
+//! closed, they would read zeros. If a file cannot be read or is damaged, the handler thread therefore notifies its
+//! owner, which stops the machine. If the machine cannot be stopped, the thread aborts the process.
 //!
 //! # Rules for the thread
 //! It touches no guest RAM, discards none, and takes no lock of a thread that does either: such a thread may wait for it.
@@ -40,13 +40,13 @@ use self::uffd::Userfaultfd;
 use super::{ContentError, GuestMemory, ZoneContentState};
 use crate::threads::{FILL_THREAD, MachineThread, ThreadStart};
 
-/// Where the kernel hands out descriptors by the rights of a file.
+/// The device that creates descriptors; access to it is controlled by its file permissions.
 pub const DEVICE: &str = "/dev/userfaultfd";
 
-/// Why RAM cannot be filled on demand.
+/// Reasons why RAM cannot be filled on demand.
 #[derive(Debug, thiserror::Error)]
 pub enum OnDemandError {
-    /// Other memory than private memory without a file.
+    /// The memory is not private memory without a file.
     #[error(
         "Memory zone {zone} is {backing}: only private memory without a file and without huge pages can be filled on demand"
     )]
@@ -56,7 +56,7 @@ pub enum OnDemandError {
         /// Its kind, as in statistics.
         backing: &'static str,
     },
-    /// The kernel refuses userfaultfd.
+    /// The kernel rejects userfaultfd.
     #[error(
         "Cannot create a userfaultfd: {DEVICE}: {device}; userfaultfd(2), which needs CAP_SYS_PTRACE or \
          vm.unprivileged_userfaultfd=1"
@@ -73,73 +73,73 @@ pub enum OnDemandError {
         "The kernel's userfaultfd does not report discarded memory (UFFD_FEATURE_EVENT_REMOVE)"
     )]
     Features(#[source] io::Error),
-    /// A range cannot be watched.
+    /// A range cannot be registered.
     #[error("Cannot have page faults of guest RAM reported")]
     Register(#[source] io::Error),
-    /// The files do not fit.
+    /// The files do not match the machine.
     #[error(transparent)]
     Content(ContentError),
-    /// No descriptor or thread is left.
+    /// The system has no descriptor or thread left.
     #[error("Cannot start the thread that fills guest RAM")]
     Thread(#[source] io::Error),
 }
 
-/// Through which the kernel reports page faults. For one [`OnDemand`].
+/// The descriptor on which the kernel reports page faults, for one [`OnDemand`].
 #[derive(Debug, Clone)]
 pub struct Faults(Arc<Userfaultfd>);
 
 impl Faults {
     /// # Errors
-    /// This process may not have them, or the kernel is too old.
+    /// This process is not permitted to use userfaultfd, or the kernel is too old.
     pub fn open() -> Result<Self, OnDemandError> {
         Ok(Self(Arc::new(Userfaultfd::open()?)))
     }
 }
 
-/// What the fill has done when everything is there.
+/// Counts of a completed fill.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FillReport {
-    /// Pages that came because something waited for them.
+    /// Pages that were filled in because a thread waited for them.
     pub demanded_pages: u64,
-    /// Pages that came without.
+    /// Pages that the background fill filled in.
     pub filled_pages: u64,
 }
 
-/// Called by the thread.
+/// Callbacks of the handler thread.
 pub trait FillOwner: Send {
-    /// The content of so many more bytes of RAM is there.
+    /// `bytes` more of RAM are complete.
     fn progress(&self, bytes: u64);
 
-    /// Everything is there.
+    /// All of RAM is complete.
     fn filled(&self, report: FillReport);
 
-    /// Nobody fills RAM any more. Must have the machine and [`OnDemand`] dropped, or else the process is aborted soon.
+    /// RAM is no longer filled. The owner must drop the machine and [`OnDemand`]; otherwise, the process is soon aborted.
     fn failed(&self, error: &FillError);
 }
 
-/// Why RAM cannot be filled any further.
+/// Reasons why RAM cannot be filled any further.
 #[derive(Debug, thiserror::Error)]
 pub enum FillError {
-    /// A file.
+    /// A file cannot be read or is damaged.
     #[error(transparent)]
     Content(ContentError),
-    /// The kernel.
+    /// The kernel reports an error.
     #[error("Cannot answer page faults of guest RAM")]
     Faults(#[source] io::Error),
 }
 
-/// What the thread is to do.
+/// Orders for the handler thread, and its outcome.
 #[derive(Debug)]
 struct Orders {
-    /// End: nobody accesses the RAM any more.
+    /// End: RAM is no longer in use.
     ends: AtomicBool,
-    /// Fill without demand.
+    /// Fill in the background.
     fills: AtomicBool,
     /// Signalled after a change.
     changed: EventFd,
-    /// How it ended, once it has.
+    /// The outcome, once the thread has ended.
     outcome: Mutex<Option<Outcome>>,
-    /// Notified then.
+    /// Notified when the thread ends.
     over: Condvar,
 }
 
@@ -150,7 +150,7 @@ impl Orders {
     }
 }
 
-/// How filling ends.
+/// The outcome of filling.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Outcome {
     Filled,
@@ -165,10 +165,10 @@ pub struct OnDemand {
 }
 
 impl OnDemand {
-    /// Begins to fill `memory`, which nobody has touched, from the files of its zones. `fills`: also without demand.
+    /// Starts to fill `memory`, which is untouched, from the files of its zones. `fills`: fill in the background, too.
     ///
     /// # Errors
-    /// A zone has another kind of memory, a table or file is not that of its zone, or the host refuses.
+    /// A zone has another kind of memory, a table or file does not match its zone, or the host rejects a request.
     pub fn start(
         memory: &GuestMemory,
         files: impl IntoIterator<Item = (File, ZoneContentState)>,
@@ -212,7 +212,7 @@ impl OnDemand {
         })
     }
 
-    /// Fills in everything that is not there yet, and returns then. False: it cannot be; the owner knows why.
+    /// Fills in all missing pages. Returns false if that failed, which the owner has been notified of.
     pub fn finish(&self) -> bool {
         self.order(&self.orders.fills);
         let mut outcome = self.orders.outcome.lock().unpoisoned();
@@ -226,7 +226,7 @@ impl OnDemand {
 
     fn order(&self, order: &AtomicBool) {
         order.store(true, Ordering::Release);
-        // Fails only if the counter is full, and then the thread is about to wake up anyway.
+        // Fails only if the counter is full; then the thread is about to wake up anyway.
         self.orders.changed.write(1).ok();
     }
 }

@@ -1,4 +1,4 @@
-//! `userfaultfd(2)`: page faults of chosen memory are answered by a thread of this process.
+//! `userfaultfd(2)`: a thread of this process handles the page faults of registered memory.
 #![allow(unsafe_code)]
 // UNSAFETY: requests of an ioctl, with addresses of this process.
 
@@ -10,35 +10,35 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use super::OnDemandError;
 
-/// What the kernel reports.
+/// A report of the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Report {
     /// A thread waits for the page at this address.
     Fault(u64),
-    /// The memory from here to there is being discarded; whoever does it waits until this has been read.
+    /// The memory in this range is being discarded; the thread that discards it waits until this has been read.
     Removed(u64, u64),
 }
 
 /// The outcome of filling memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Filled {
-    /// So many bytes from the start; all of them, unless memory is being discarded.
+    /// The number of bytes filled in; fewer than requested only if memory is being discarded.
     Bytes(usize),
-    /// The first page is there already.
+    /// The first page is already present.
     Present,
 }
 
-/// A descriptor through which faults are reported and answered. Closing it ends that: missing pages then read as zeros.
+/// A descriptor on which faults are reported and resolved. Once it is closed, missing pages read as zeros.
 #[derive(Debug)]
 pub(super) struct Userfaultfd {
     file: File,
 }
 
 impl Userfaultfd {
-    /// A descriptor that also reports faults of the kernel, which KVM makes, and discarded memory.
+    /// Opens a descriptor that also reports faults of the kernel, which KVM causes, and discarded memory.
     ///
     /// # Errors
-    /// This process may not have one, or the kernel lacks a feature.
+    /// This process is not permitted to have one, or the kernel lacks a feature.
     pub(super) fn open() -> Result<Self, OnDemandError> {
         let file = from_device().or_else(|device| {
             from_call().map_err(|call| OnDemandError::Unavailable {
@@ -51,20 +51,20 @@ impl Userfaultfd {
             features: FEATURE_EVENT_REMOVE,
             ..Api::default()
         };
-        // SAFETY: the kernel reads and writes a structure of the size in the request's number.
+        // SAFETY: the kernel reads and writes a structure of the size encoded in the request's number.
         let answer = unsafe { libc::ioctl(file.as_raw_fd(), UFFDIO_API, &raw mut api) };
         check(answer).map_err(OnDemandError::Features)?;
         Ok(Self { file })
     }
 
-    /// Has faults of missing pages in `range` reported.
+    /// Registers `range`, so that faults of its missing pages are reported.
     pub(super) fn register(&self, range: &ops::Range<u64>) -> io::Result<()> {
         let mut register = Register {
             range: Range::of(range),
             mode: REGISTER_MISSING,
             ioctls: 0,
         };
-        // SAFETY: as above. Whoever touches the range waits until a page is filled in, and changes nothing else.
+        // SAFETY: as above. Threads that touch the range wait until a page is filled in; nothing else changes.
         let answer =
             unsafe { libc::ioctl(self.file.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) };
         check(answer)?;
@@ -78,11 +78,11 @@ impl Userfaultfd {
     /// Ends [`Userfaultfd::register`] for a range: missing pages read as zeros.
     pub(super) fn unregister(&self, range: &ops::Range<u64>) -> io::Result<()> {
         let mut range = Range::of(range);
-        // SAFETY: as above; the caller has filled in everything that is not zero.
+        // SAFETY: as above; the caller has filled in every page that is not zero.
         check(unsafe { libc::ioctl(self.file.as_raw_fd(), UFFDIO_UNREGISTER, &raw mut range) })
     }
 
-    /// Fills missing pages from `start` on with `data`, and wakes who waits for them.
+    /// Fills missing pages from `start` on with `data`, and wakes the threads that wait for them.
     pub(super) fn copy(&self, start: u64, data: &[u8]) -> io::Result<Filled> {
         let mut copy = Copy {
             start,
@@ -91,12 +91,12 @@ impl Userfaultfd {
             mode: 0,
             copied: 0,
         };
-        // SAFETY: as above. The kernel reads `data`, and writes to pages alone that did not exist.
+        // SAFETY: as above. The kernel reads `data`, and writes only to pages that did not exist.
         let answer = unsafe { libc::ioctl(self.file.as_raw_fd(), UFFDIO_COPY, &raw mut copy) };
         filled(check(answer), copy.copied)
     }
 
-    /// Fills missing pages from `start` on with zeros, and wakes who waits for them.
+    /// Fills missing pages from `start` on with zeros, and wakes the threads that wait for them.
     pub(super) fn zero(&self, start: u64, bytes: u64) -> io::Result<Filled> {
         let mut zero = Zero {
             range: Range { start, bytes },
@@ -108,14 +108,14 @@ impl Userfaultfd {
         filled(check(answer), zero.zeroed)
     }
 
-    /// Wakes who waits for pages that are there.
+    /// Wakes threads that wait for present pages.
     pub(super) fn wake(&self, start: u64, bytes: u64) -> io::Result<()> {
         let mut range = Range { start, bytes };
         // SAFETY: as above.
         check(unsafe { libc::ioctl(self.file.as_raw_fd(), UFFDIO_WAKE, &raw mut range) })
     }
 
-    /// Appends what the kernel has to report to `reports`, without waiting. The kernel hands out faults before older
+    /// Appends the kernel's pending reports to `reports`, without waiting. The kernel returns faults before older
     /// discards.
     pub(super) fn read(&self, reports: &mut Vec<Report>) -> io::Result<()> {
         let mut buffer = [0; MESSAGE_BYTES * MESSAGES];
@@ -144,7 +144,7 @@ impl AsFd for Userfaultfd {
     }
 }
 
-/// Permitted by the rights of the file alone.
+/// Needs only the permissions of the file.
 fn from_device() -> io::Result<File> {
     let device = File::options()
         .read(true)
@@ -156,7 +156,7 @@ fn from_device() -> io::Result<File> {
     file_of(fd)
 }
 
-/// Permitted to processes that may trace others, or by `vm.unprivileged_userfaultfd`.
+/// Needs CAP_SYS_PTRACE or `vm.unprivileged_userfaultfd`.
 fn from_call() -> io::Result<File> {
     // SAFETY: the call takes flags and returns a descriptor.
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, FLAGS) };
@@ -176,7 +176,7 @@ fn check(answer: libc::c_int) -> io::Result<()> {
     }
 }
 
-/// A request that was cut short fails with EAGAIN, and has a count if something was done.
+/// An interrupted request fails with EAGAIN, and returns a count if it was partly done.
 fn filled(answer: io::Result<()>, count: i64) -> io::Result<Filled> {
     let done = usize::try_from(count).unwrap_or(0);
     match answer {
@@ -201,7 +201,7 @@ fn report(message: &[u8]) -> Option<Report> {
     }
 }
 
-// As include/uapi/linux/userfaultfd.h defines it.
+// As defined in include/uapi/linux/userfaultfd.h.
 const API_VERSION: u64 = 0xaa;
 const FLAGS: libc::c_int = libc::O_CLOEXEC | libc::O_NONBLOCK;
 const FEATURE_EVENT_REMOVE: u64 = 1 << 3;
@@ -209,7 +209,7 @@ const REGISTER_MISSING: u64 = 1;
 const EVENT_PAGEFAULT: u8 = 0x12;
 const EVENT_REMOVE: u8 = 0x15;
 const MESSAGE_BYTES: usize = 32;
-/// Messages of one read: as many as there may be threads that wait, mostly.
+/// Messages of one read: usually enough for all waiting threads.
 const MESSAGES: usize = 32;
 const WAKE_NUMBER: u32 = 2;
 const COPY_NUMBER: u32 = 3;
@@ -268,7 +268,7 @@ struct Zero {
     zeroed: i64,
 }
 
-// The requests' numbers carry the sizes of the structures in bits 16 to 29.
+// Bits 16 to 29 of a request's number are the size of its structure.
 const _: () = {
     assert!((UFFDIO_API as usize >> 16) & 0x3fff == size_of::<Api>());
     assert!((UFFDIO_REGISTER as usize >> 16) & 0x3fff == size_of::<Register>());
