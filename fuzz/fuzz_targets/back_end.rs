@@ -1,4 +1,4 @@
-//! Any vhost-user back end against the front end: wrong answers, noise, the end of the connection.
+//! Any vhost-user back end against the front end: wrong responses, noise, the end of the connection.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

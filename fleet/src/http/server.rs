@@ -1,4 +1,4 @@
-//! Listens, and serves each connection on a separate thread.
+//! The server: listens, and serves each connection on a separate thread.
 
 use std::fs;
 use std::io;

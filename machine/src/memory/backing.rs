@@ -163,7 +163,7 @@ impl Backing {
         region: &MmapRegion<()>,
         bytes: u64,
     ) -> Result<(), ZoneError> {
-        // The kernel joins neighbours of the same name, and a zone is to be seen by itself.
+        // The kernel joins neighbours of the same name, but each zone must appear separately.
         if source.file.is_none() {
             name_mapping(region, &self.name);
         }
@@ -199,14 +199,14 @@ impl Backing {
     }
 }
 
-/// The name of a zone's mappings: what the kernel takes of its own.
+/// The name of a zone's mappings, with the characters that the kernel accepts.
 fn mapping_name(zone: &str) -> CString {
     let is_taken = |it: &char| it.is_ascii_alphanumeric() || "-_.".contains(*it);
     let id = zone.chars().filter(is_taken).take(MAPPING_NAME_CHARS_MAX);
     CString::new(format!("ch_ram_{}", id.collect::<String>())).expect("there is no zero in it")
 }
 
-/// A kernel that has no names for anonymous memory joins neighbours, which changes nothing but what is to be seen.
+/// A kernel without names for anonymous memory joins neighbours, which changes only the list of mappings.
 fn name_mapping(region: &MmapRegion<()>, name: &CStr) {
     // SAFETY: the range is exactly one mapping, alive through the borrow; the kernel copies the name.
     unsafe {

@@ -1,4 +1,4 @@
-//! The region for memory hot-plug, of which guest and devices reach the open blocks only.
+//! The region for memory hot-plug: guest and devices can access only its open blocks.
 //!
 //! ```text
 //!                 block    0     1     2     3     …

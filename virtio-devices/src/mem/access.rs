@@ -1,4 +1,4 @@
-//! Access to the blocks, which only plugged ones have.
+//! Opens and closes blocks: guest and devices can access only plugged ones.
 
 use std::io;
 

@@ -1,11 +1,11 @@
-//! Private memory that shows a file in places, until the guest gives it up.
+//! Private memory of which parts map a file until the guest releases them.
 //!
 //! ```text
 //!  show:  anonymous ████ file ████ anonymous          a write makes a page a private copy
 //!  hide:  anonymous ██ anonymous ██ file ██ anonymous new anonymous memory instead of the file: zeros
 //! ```
-//! `MADV_DONTNEED` alone would show the file again. The kernel limits the mappings of a process, so the number of pieces
-//! is limited here: what would exceed it keeps showing what it shows.
+//! After `MADV_DONTNEED` alone, the file would be visible again. The kernel limits the number of mappings of a process,
+//! so this module limits the number of pieces. Memory beyond that limit is not replaced.
 #![allow(unsafe_code)]
 // UNSAFETY: mappings are replaced in the middle of guest RAM.
 
@@ -185,7 +185,7 @@ unsafe fn map(start: usize, bytes: usize, fd: i32, offset: libc::off_t) -> io::R
     }
 }
 
-/// A wish that a kernel may not know.
+/// Advice that older kernels lack.
 ///
 /// # Safety
 /// The range is mapped.

@@ -1,8 +1,8 @@
 //! Any back end against the front end: the fuzz target `back_end`.
 //!
-//! Each message is answered properly, with changes, with noise, or with the end of the connection, as the input says.
-//! After something that the front end may take for the beginning of a longer message, the connection ends, because
-//! nothing may wait forever.
+//! The input determines the response to each message: correct, modified, noise, or the end of the connection. If the
+//! front end may interpret a response as the beginning of a longer message, the connection ends, because no test may
+//! wait forever.
 
 use std::fs::File;
 use std::io::{Read, Write};

@@ -1,4 +1,4 @@
-//! What the back end has said about the device: shared by the configuration half and the link.
+//! Properties of the device that the back end has reported: shared by the configuration half and the link.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};

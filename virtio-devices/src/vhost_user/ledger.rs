@@ -1,8 +1,9 @@
-//! Which requests of a ring the back end has not completed.
+//! Tracks the requests of a ring that the back end has not completed.
 //!
-//! The two rings of a virtqueue do not say: a slot is overwritten after as many requests as the ring has entries, and a
-//! back end may complete them in any order. So both rings are followed from the start, at each interrupt. A driver that
-//! takes more completions than the ring has entries without an interrupt is lost, until nothing is in flight.
+//! The two rings of a virtqueue do not contain this: a slot is overwritten after as many requests as the ring has
+//! entries, and a back end may complete requests in any order. The ledger therefore follows both rings from the start,
+//! at each interrupt. If the driver takes more completions than the ring has entries without an interrupt, the ledger
+//! loses track until no request is in flight.
 
 /// Both rings of a queue.
 pub(super) trait BothRings {

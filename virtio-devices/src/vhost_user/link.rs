@@ -64,7 +64,7 @@ impl Endpoint {
     }
 }
 
-/// Where the link puts what the back end says about the device.
+/// Receives the properties of the device that the back end reports.
 struct Lesson {
     profile: Profile,
     queue_sizes: Vec<u16>,

@@ -1,4 +1,4 @@
-//! What the front end knows of each type of device: which feature bits a back end may offer, and the configuration space.
+//! Properties of each device type: the feature bits that a back end may offer, and the configuration space.
 
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_GEOMETRY,

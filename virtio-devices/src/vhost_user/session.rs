@@ -130,7 +130,7 @@ impl Session {
             }
             ConfigSize::UpTo(_) if !has_config => Ok(Vec::new()),
             ConfigSize::UpTo(most) => {
-                // A back end tells its size only by refusing a larger one.
+                // A back end reveals its size only by rejecting a larger one.
                 for words in (1..=most / CONFIG_STEP_BYTES).rev() {
                     let bytes = words * CONFIG_STEP_BYTES;
                     if let Some(found) = config::read(&self.stream, bytes)? {

@@ -8,7 +8,7 @@
 //!
 //! ```text
 //!  write:  config.json, memory-N (new files, synced) ─► state.json.partial, synced ─► renamed ─► folder synced
-//!  open:   config.json ─► state.json: size, checksum, versions ─► memory-N opened ─► nothing is created before
+//!  open:   config.json ─► state.json: size, checksum, versions ─► memory-N opened ─► VM created
 //! ```
 //! A folder without `state.json` is not a snapshot, so a crash or a full disk leaves none. File names are fixed and
 //! never read from the files. The formats of the states are in `docs/state.md`.

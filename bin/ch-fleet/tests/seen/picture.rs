@@ -1,4 +1,4 @@
-//! The page of an agent with real guests, and a picture of it: `cargo xtask demo --fleet --picture FILE`.
+//! Takes a picture of the page of an agent with real guests: `cargo xtask demo --fleet --picture FILE`.
 
 use std::env;
 use std::fs;

@@ -1,5 +1,5 @@
-//! Memory that comes on demand, with no guest. Without userfaultfd the tests print the reason and pass; they then show
-//! nothing.
+//! Tests of memory that is filled on demand, without a guest. Without userfaultfd, the tests print the reason and pass
+//! without testing anything.
 
 use std::os::unix::fs::FileExt;
 use std::sync::mpsc::{Receiver, Sender, channel};

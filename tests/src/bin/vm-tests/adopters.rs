@@ -1,4 +1,4 @@
-//! What adopters of Cloud Hypervisor send boots a guest, unchanged: the files of `tests/adopters/`.
+//! Tests that the requests of Cloud Hypervisor's adopters boot a guest, unchanged: the files of `tests/adopters/`.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};

@@ -1,4 +1,4 @@
-//! A disk that QEMU's storage daemon serves, in a Linux guest.
+//! Tests a disk that QEMU's storage daemon serves, in a Linux guest.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,4 @@
-//! Streams between programs of the host and of a Linux guest.
+//! Tests streams between programs of the host and of a Linux guest.
 //!
 //! Linux has no driver for the watchdog device, so the watchdog is tested by the guest without an operating system.
 

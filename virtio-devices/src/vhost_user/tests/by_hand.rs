@@ -1,4 +1,4 @@
-//! A back end that speaks the protocol and touches no ring, so that a test sees every message.
+//! A back end that implements the protocol without touching a ring, so that a test sees every message.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;

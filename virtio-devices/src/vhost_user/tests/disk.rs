@@ -1,4 +1,4 @@
-//! A disk: what a driver sees of it depends on the back end.
+//! Tests of disks, whose properties depend on the back end.
 
 use std::io::{Read, Seek, Write};
 use std::path::Path;

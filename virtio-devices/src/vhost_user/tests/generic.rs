@@ -1,4 +1,4 @@
-//! A device of which the front end knows only the type.
+//! Tests of a device of which the front end knows only the type.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};

@@ -1,4 +1,4 @@
-//! A network interface: what the front end decides, and the back end that connects to it.
+//! Tests of network interfaces: decisions of the front end, and a back end that connects to it.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
