@@ -53,7 +53,7 @@ pub struct HotplugRam {
     whole: Arc<GuestRegionMmap>,
     /// The RAM that the guest has from the start.
     boot: Vec<Arc<GuestRegionMmap>>,
-    /// RAM as devices reach it.
+    /// RAM as devices access it.
     view: GuestRam,
     blocks: Mutex<Blocks>,
     refused: AtomicU64,
@@ -99,12 +99,12 @@ impl HotplugRam {
         }
     }
 
-    /// RAM as devices reach it.
+    /// RAM as devices access it.
     pub(super) fn view(&self) -> &GuestRam {
         &self.view
     }
 
-    /// From now on another process may map the whole region.
+    /// Lets another process map the whole region from now on.
     pub fn bypass(&self) {
         self.bypassed.store(true, Ordering::Relaxed);
     }
@@ -128,7 +128,7 @@ impl HotplugRam {
     /// them.
     ///
     /// # Errors
-    /// KVM has too few slots, or refuses.
+    /// KVM has too few slots, or rejects one.
     pub(super) fn attach(&self, vm: &Arc<Vm>, first: u32) -> Result<u32, MemoryError> {
         let slots_max = vm.memory_slots_max();
         let wanted = u64::from(first) + self.block_count() + DEVICE_SLOTS_MIN;
@@ -191,7 +191,7 @@ impl HotplugRam {
         unsafe { slots.vm.set_memory_slot(slot) }.map_err(|error| refused(&error))
     }
 
-    /// Shows devices the open blocks and no others.
+    /// Gives devices access to exactly the open blocks.
     fn show(&self, blocks: &mut Blocks) {
         let mut before = std::mem::take(&mut blocks.regions);
         for run in runs(&blocks.open) {
@@ -262,7 +262,7 @@ impl BlockAccess for HotplugRam {
             self.show(blocks);
             return result;
         }
-        // Devices first: they may not start what the guest can no longer see.
+        // Devices first: they must not start an access that the guest can no longer see.
         change.iter().for_each(|block| {
             opened.remove(block);
         });
@@ -319,7 +319,7 @@ impl Drop for HotplugRam {
         let mut blocks = std::mem::take(blocks);
         self.show(&mut blocks);
         if !blocks.handed.is_empty() {
-            // Never happens: what uses guest RAM ends before RAM. Otherwise it stays mapped.
+            // Never happens, because all users of guest RAM end before it. If it does, the memory stays mapped.
             log::error!("Hot-plugged memory is still in use and stays mapped");
             std::mem::forget(Arc::clone(&self.whole));
         }
@@ -401,7 +401,7 @@ mod tests {
             assert_eq!(reachable(&memory), [1, 2, 3, 63]);
             let ram = memory.device_ram().memory();
             assert_eq!(ram.num_regions(), 3, "neighbours are one region");
-            // It is the same memory that the VMM has, and discards.
+            // It is the memory that the VMM has mapped, and discards.
             let at = GuestAddress(START + 3 * BLOCK - 2);
             ram.write_slice(b"abcd", at).unwrap();
             let mut found = [0; 4];
@@ -410,7 +410,7 @@ mod tests {
             set(&memory, 2..3, false).unwrap();
             set(&memory, 0..2, true).unwrap();
             assert_eq!(reachable(&memory), [0, 1, 3, 63]);
-            // Who began before keeps what it has until it looks again.
+            // A user that holds the old regions keeps them until it reads the regions again.
             ram.read_slice(&mut found, at).unwrap();
             set(&memory, 0..64, false).unwrap();
             assert_eq!(reachable(&memory), [0; 0]);
@@ -466,7 +466,7 @@ mod tests {
         let slots = memory.attach(&vm).unwrap();
         assert_eq!(slots.end(), 1 + 64);
         let other = MmapRegion::<()>::new(BLOCK as usize).unwrap();
-        // KVM refuses a slot where there is one.
+        // KVM rejects a slot that overlaps another.
         let has_slot = |block: u64| {
             let slot = MemorySlot {
                 slot: slots.end(),
@@ -486,7 +486,7 @@ mod tests {
         assert_eq!(open(), [0; 0]);
         set(&memory, 5..8, true).unwrap();
         set(&memory, 6..7, false).unwrap();
-        // Twice is once.
+        // A second request changes nothing.
         set(&memory, 7..9, true).unwrap();
         assert_eq!(open(), [5, 7, 8]);
         // Another slot in the way: the first block is open, the second is not.
@@ -505,7 +505,7 @@ mod tests {
         vm.remove_memory_slot(slots.end()).unwrap();
         assert_eq!(open(), [5, 7, 8, 20]);
         drop(slots);
-        // Nothing is left of the machine.
+        // The machine has left no slot behind.
         set(&memory, 0..64, false).unwrap();
         let slots = memory.attach(&vm).unwrap();
         set(&memory, 0..64, true).unwrap();

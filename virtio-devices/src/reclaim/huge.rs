@@ -1,8 +1,8 @@
 //! Transparent huge pages of which a part was discarded.
 //!
 //! The kernel unmaps the part at once, so that residency falls, but frees it only when it splits the huge page: under
-//! memory pressure. Until then the host has nothing back, and pages that the guest touches again are new ones beside
-//! the old. Ageing one page of the rest makes the kernel split the huge page at once (decision 21).
+//! memory pressure. Until then, the host gets no memory back, and pages that the guest touches again need additional
+//! memory. Ageing one page of the rest makes the kernel split the huge page at once (decision 21).
 
 use super::backing::{Backing, RegionLayout};
 use super::ranges::Piece;
@@ -11,10 +11,10 @@ use super::sys::HostSpan;
 /// A transparent huge page of x86-64.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
-/// What one batch left of huge pages.
+/// The rests of huge pages that one batch has partly discarded.
 #[derive(Debug, Default)]
 pub(super) struct Remainders {
-    /// Bytes discarded in blocks of which something may be left.
+    /// Bytes discarded in blocks of which a rest may remain.
     pub(super) partial_bytes: u64,
     /// A page of the rest of each such block, in ascending order.
     pub(super) pages: Vec<HostSpan>,
@@ -23,7 +23,7 @@ pub(super) struct Remainders {
 }
 
 impl Remainders {
-    /// Of the discarded pieces, which are merged and in ascending order.
+    /// Finds the rests for the discarded pieces, which are merged and in ascending order.
     pub(super) fn of(regions: &[RegionLayout], pieces: &[Piece]) -> Self {
         let mut all = Self::default();
         for piece in pieces.iter().filter(|piece| piece.discarded_bytes > 0) {

@@ -18,10 +18,10 @@ use std::sync::Mutex;
 use super::backing::base_page_bytes;
 use crate::Unpoisoned;
 
-/// Pieces of guest RAM by what they show; a process can have 65530 mappings (`vm.max_map_count`).
+/// Maximum number of pieces of guest RAM; a process can have 65530 mappings (`vm.max_map_count`).
 const PIECES_MAX: usize = 16 * 1024;
 
-/// Which pages of guest RAM show a file.
+/// The pages of guest RAM that map a file.
 #[derive(Debug, Default)]
 pub struct Overlay {
     shown: Mutex<Shown>,
@@ -35,17 +35,17 @@ struct Shown {
     ranges: Vec<Range<usize>>,
 }
 
-/// What [`Overlay::hide`] has done.
+/// The outcome of [`Overlay::hide`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hidden {
-    /// None of the range shows a file any more. System calls made.
+    /// The range no longer maps a file. The value is the number of system calls.
     All(u64),
-    /// There would be too many pieces: nothing has changed.
+    /// There would be too many pieces, so nothing has changed.
     TooManyPieces,
 }
 
 impl Overlay {
-    /// Nothing shows a file. `huge_pages`: memory that replaces one may have transparent huge pages.
+    /// An overlay without files. `huge_pages`: memory that replaces a file may have transparent huge pages.
     #[must_use]
     pub fn new(huge_pages: bool) -> Self {
         Self {
@@ -54,14 +54,14 @@ impl Overlay {
         }
     }
 
-    /// Shows `bytes` of `file` from `offset` on at the address `start`. Without changes of the file, which must never
+    /// Maps `bytes` of `file` from `offset` on at the address `start`. Writes never reach the file. The file must never
     /// become shorter.
     ///
     /// # Errors
     /// The file cannot be mapped.
     ///
     /// # Safety
-    /// The range is whole pages of a private anonymous mapping that is kept, and whose content nobody relies on.
+    /// The range is whole pages of a private anonymous mapping that is kept, and whose content is unused.
     pub unsafe fn show(
         &self,
         start: usize,
@@ -71,16 +71,16 @@ impl Overlay {
     ) -> io::Result<()> {
         let mut shown = self.shown.lock().unpoisoned();
         let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
-        // SAFETY: promised by the caller.
+        // SAFETY: guaranteed by the caller.
         unsafe { map(start, bytes, file.as_raw_fd(), offset)? };
         shown.add(start..start + bytes);
         Ok(())
     }
 
-    /// Replaces what shows a file in a range by new anonymous memory.
+    /// Replaces the parts of a range that map a file by new anonymous memory.
     ///
     /// # Errors
-    /// The kernel refuses a mapping; a part of the range may have changed.
+    /// The kernel rejects a mapping; a part of the range may have changed.
     ///
     /// # Safety
     /// The range is whole pages of guest RAM that the guest has released.
@@ -88,7 +88,7 @@ impl Overlay {
         let mut shown = self.shown.lock().unpoisoned();
         let range = start..start + bytes;
         let inside: Vec<Range<usize>> = shown.inside(&range).collect();
-        // Each end that is not an end before is one piece more.
+        // Each new end adds one piece.
         let cuts = inside.iter().map(|it| shown.new_ends(it)).sum::<usize>();
         if shown.ranges.len() * 2 + cuts > PIECES_MAX {
             return Ok(Hidden::TooManyPieces);
@@ -96,7 +96,7 @@ impl Overlay {
         let mut calls = 0;
         for part in inside {
             let part_bytes = part.end - part.start;
-            // SAFETY: promised by the caller.
+            // SAFETY: guaranteed by the caller.
             unsafe { map(part.start, part_bytes, -1, 0)? };
             shown.remove(&part);
             calls += 2;
@@ -111,7 +111,7 @@ impl Overlay {
         Ok(Hidden::All(calls))
     }
 
-    /// Marks in `held` which pages from `start` on show a file.
+    /// Marks in `held` the pages from `start` on that map a file.
     pub fn mark_shown(&self, start: usize, held: &mut [bool]) {
         let page = usize::try_from(base_page_bytes()).expect("pages are small");
         let shown = self.shown.lock().unpoisoned();
@@ -122,7 +122,7 @@ impl Overlay {
 }
 
 impl Shown {
-    /// The parts of `range` that show a file.
+    /// The parts of `range` that map a file.
     fn inside<'a>(&'a self, range: &'a Range<usize>) -> impl Iterator<Item = Range<usize>> + 'a {
         let first = self.ranges.partition_point(|it| it.end <= range.start);
         let overlapping = self.ranges[first..].iter();
@@ -131,7 +131,7 @@ impl Shown {
             .map(|it| it.start.max(range.start)..it.end.min(range.end))
     }
 
-    /// How many ends there would be more without `part`, which lies in one range.
+    /// The number of additional ends without `part`, which lies in one range.
     fn new_ends(&self, part: &Range<usize>) -> usize {
         let at = self.ranges.partition_point(|it| it.end <= part.start);
         let whole = &self.ranges[at];
@@ -168,7 +168,7 @@ impl Shown {
 /// As for [`Overlay::show`].
 unsafe fn map(start: usize, bytes: usize, fd: i32, offset: libc::off_t) -> io::Result<()> {
     let anonymous = if fd < 0 { libc::MAP_ANONYMOUS } else { 0 };
-    // SAFETY: promised by the caller.
+    // SAFETY: guaranteed by the caller.
     let mapped = unsafe {
         libc::mmap(
             start as *mut libc::c_void,
@@ -190,7 +190,7 @@ unsafe fn map(start: usize, bytes: usize, fd: i32, offset: libc::off_t) -> io::R
 /// # Safety
 /// The range is mapped.
 unsafe fn advise(start: usize, bytes: usize, advice: libc::c_int) {
-    // SAFETY: promised by the caller.
+    // SAFETY: guaranteed by the caller.
     if unsafe { libc::madvise(start as *mut libc::c_void, bytes, advice) } != 0 {
         log::debug!(
             "madvise({advice}) of guest RAM: {}",
@@ -208,7 +208,7 @@ mod tests {
         let overlay = Overlay::new(false);
         let ranges = (0..PIECES_MAX / 2).map(|at| at * 0x10000..at * 0x10000 + 0x8000);
         overlay.shown.lock().unpoisoned().ranges = ranges.collect();
-        // SAFETY: there is no such memory; it is rejected before anything is mapped.
+        // SAFETY: such memory does not exist; the call is rejected before anything is mapped.
         let refused = unsafe { overlay.hide(0x1000, 0x1000) }.expect("no call is made");
         assert_eq!(refused, Hidden::TooManyPieces);
         let mut shown = [false; 9];

@@ -14,8 +14,8 @@ use crate::device::{
     Counters, DeviceIdentity, Interrupt, QueueHandler, VirtioDevice, read_config_space,
 };
 
-/// How long a driver waits for a device whose back end has never been there. Linux probes devices one after the other,
-/// so the guest may not boot before.
+/// Maximum time that a driver waits for a device whose back end has never connected. Linux probes devices one after
+/// another, so the guest may not boot earlier.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Parameters of the device.
@@ -25,7 +25,7 @@ pub struct VhostUserParams {
     pub id: String,
     /// The type of device.
     pub profile: Profile,
-    /// How the back end is met.
+    /// How the connection to the back end is established.
     pub endpoint: Endpoint,
     /// Entries of each queue.
     pub queue_sizes: Vec<u16>,

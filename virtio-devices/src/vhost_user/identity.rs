@@ -22,7 +22,7 @@ struct State {
     interrupt: Option<Arc<dyn Interrupt>>,
 }
 
-/// The identity, which changes when another back end comes.
+/// The identity, which changes when another back end connects.
 pub(super) struct Learned {
     state: Mutex<State>,
     /// How long a driver waits.
@@ -70,7 +70,7 @@ impl Learned {
         }
     }
 
-    /// A driver begins to wait.
+    /// Called when a driver begins to wait.
     pub(super) fn begin_wait(&self) {
         self.lock().reset_at = Instant::now();
     }
@@ -79,12 +79,12 @@ impl Learned {
         self.lock().interrupt = Some(interrupt);
     }
 
-    /// That of a saved device.
+    /// The identity of a saved device.
     pub(super) fn restore(&self, known: Option<Identity>) {
         self.lock().known = known;
     }
 
-    /// A back end has introduced itself. The driver is notified if the configuration space is another.
+    /// Stores the identity of a back end that has connected. Notifies the driver if the configuration space differs.
     pub(super) fn learn(&self, identity: Identity) {
         let mut state = self.lock();
         let known = state.known.as_ref();

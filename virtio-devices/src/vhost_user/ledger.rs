@@ -18,7 +18,7 @@ pub(super) trait BothRings {
 /// The requests that begin at one descriptor.
 #[derive(Debug, Clone, Copy, Default)]
 struct Head {
-    /// Made available, less completed. A driver reuses a head only after its completion.
+    /// Requests made available minus requests completed. A driver reuses a head only after its completion.
     open: i32,
     /// Order of the last request.
     at: u64,
@@ -30,14 +30,14 @@ pub(super) struct Ledger {
     available: u16,
     used: u16,
     requests: u64,
-    /// Heads with one request in flight, and with an impossible number.
+    /// The number of heads with one request in flight, and of heads with an impossible number of requests.
     open: usize,
     wrong: usize,
     exact: bool,
 }
 
 impl Ledger {
-    /// Of a ring with this many entries and no request in flight, at this index.
+    /// A ledger for a ring with this many entries and no request in flight, at this index.
     pub(super) fn new(size: u16, index: u16) -> Self {
         Self {
             heads: vec![Head::default(); usize::from(size)],
@@ -50,12 +50,12 @@ impl Ledger {
         }
     }
 
-    /// It was not called for the requests until now.
+    /// Records that the rings were not followed until now.
     pub(super) fn lose_track(&mut self) {
         self.exact = false;
     }
 
-    /// Follows the rings to where they are. Looks at as many entries as the rings have at most.
+    /// Follows the rings to their current indexes. Reads at most as many entries as the rings have.
     pub(super) fn follow(&mut self, rings: &impl BothRings) {
         let (available, used) = rings.indices();
         let in_flight = available.wrapping_sub(used);

@@ -33,7 +33,7 @@ const RETRY: u64 = 1;
 const SOCKET: u64 = 2;
 const LISTENER: u64 = 3;
 
-/// How the back end is met.
+/// How the connection to the back end is established.
 #[derive(Debug)]
 pub enum Endpoint {
     /// The back end listens on this path.
@@ -50,7 +50,7 @@ impl Endpoint {
         }
     }
 
-    /// A connection; none if the back end has yet to come.
+    /// A connection; none if the back end has not connected yet.
     fn meet(&self) -> io::Result<Option<UnixStream>> {
         let stream = match self {
             Self::Connect(path) => connect(path)?,
@@ -101,7 +101,7 @@ impl Link {
         let epoll = Epoll::new()?;
         let retry = TimerFd::new()?;
         if let Endpoint::Listen(socket) = &endpoint {
-            // A client that comes while there is another waits in the backlog.
+            // While one client is connected, another waits in the backlog.
             let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, LISTENER);
             epoll.ctl(ControlOperation::Add, socket.as_raw_fd(), event)?;
         }
@@ -127,7 +127,7 @@ impl Link {
         })
     }
 
-    /// A link that learns features and configuration space from each back end.
+    /// A link that reads features and configuration space from each back end.
     pub(super) fn learning(
         mut self,
         profile: Profile,

@@ -31,16 +31,16 @@ const DEVICE_FEATURES: u64 = ((1 << 24) - 1) | !((1 << 50) - 1);
 /// The protocol's limit (`VHOST_USER_MAX_CONFIG_SIZE`).
 const CONFIG_BYTES_MAX: usize = 256;
 
-/// How much of the configuration space the front end reads.
+/// The part of the configuration space that the front end reads.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum ConfigSize {
     /// The driver needs all of it.
     Exactly(usize),
-    /// As much as there is.
+    /// As much as the back end has.
     UpTo(usize),
 }
 
-/// Where the configuration space comes from.
+/// The source of the configuration space.
 #[derive(Debug, Clone, Copy)]
 enum ConfigSpace {
     /// From the back end.
@@ -58,12 +58,12 @@ pub struct Profile {
     pub(super) device_type: u32,
     /// Feature bits that are passed from the back end to the driver.
     pub(super) features: u64,
-    /// Feature bits of the front end, of which the back end learns nothing.
+    /// Feature bits of the front end, which are not passed to the back end.
     pub(super) own_features: u64,
     config: ConfigSpace,
 }
 
-/// What the front end decides about a network interface.
+/// Settings of a network interface that the front end decides.
 #[derive(Debug, Clone, Copy)]
 pub struct NetProfile {
     /// The guest's address.
@@ -102,7 +102,7 @@ impl Profile {
         }
     }
 
-    /// A network interface with one pair of queues, because there is no control queue to ask for more.
+    /// A network interface with one pair of queues, because without a control queue the driver cannot request more.
     #[must_use]
     pub fn net(net: &NetProfile) -> Self {
         let mut bits = vec![VIRTIO_NET_F_MRG_RXBUF];
@@ -138,7 +138,7 @@ impl Profile {
         }
     }
 
-    /// A device of which the front end knows nothing but its virtio device id.
+    /// A device of which the front end knows only the virtio device id.
     #[must_use]
     pub fn of_type(device_type: u32) -> Self {
         Self {
@@ -149,7 +149,7 @@ impl Profile {
         }
     }
 
-    /// What the front end reads from the back end.
+    /// The configuration space that the front end reads from the back end.
     pub(super) fn config_size(&self) -> ConfigSize {
         match self.config {
             ConfigSpace::AsItIs => ConfigSize::UpTo(CONFIG_BYTES_MAX),

@@ -110,8 +110,8 @@ impl Rings {
         })
     }
 
-    /// The back end is gone, and has not said how far it was. Prepares the rings for its successor. Returns how many
-    /// requests may be lost or made twice.
+    /// Prepares the rings for the successor of a back end that disconnected without reporting its position. Returns the
+    /// number of requests that may be lost or repeated.
     pub(super) fn continue_after_loss(&self) -> u64 {
         let mem = self.mem.memory();
         let recorded = self.inflight.lock().unpoisoned().is_some();
@@ -128,7 +128,7 @@ impl Rings {
         }
     }
 
-    /// A back end gets the rings. It keeps a record of its requests or does not.
+    /// Called when a back end gets the rings, which may keep a record of its requests.
     pub(super) fn begin(&self, recorded: bool) {
         self.is_recorded.store(recorded, Ordering::Relaxed);
         if recorded {

@@ -57,12 +57,12 @@ fn in_call(what: &'static str) -> impl FnOnce(vhost::Error) -> SessionError {
 
 pub(super) struct Session {
     frontend: Frontend,
-    /// The same connection, for what the crate cannot do.
+    /// The same connection, for messages that the crate does not support.
     stream: UnixStream,
     /// Features of the back end.
     features: u64,
     protocol: VhostUserProtocolFeatures,
-    /// Guest addresses of the memory that it has.
+    /// Guest addresses of the memory that is shared with the back end.
     shared: Vec<u64>,
 }
 
