@@ -13,8 +13,8 @@ use crate::{experiment, other_vmm, test_programs};
 /// Memory of the testbed's host: a guest of 1 GiB and room to spare.
 const HOST_BYTES: u64 = 3 << 30;
 
-/// A host of which nothing has been heard for so long stands still. Cases end after two minutes of an idle processor by
-/// their own clock, which QEMU stops for ever now and then when it counts instructions.
+/// A host that produces no output for this time hangs. Cases end after two minutes of an idle processor by their own
+/// clock, which QEMU sometimes stops when it counts instructions.
 const SILENCE_MAX: Duration = Duration::from_secs(600);
 
 #[derive(Debug, clap::Args)]
@@ -84,21 +84,21 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     Ok(status)
 }
 
-/// Cases in which the host stood still.
+/// Cases in which the host hung.
 #[derive(Debug, Default)]
 struct LeftOut(Vec<String>);
 
 impl LeftOut {
-    /// Takes the case from the last line that was heard, `FIGURE/CASE/VMM … `.
+    /// Takes the case from the last line of output, `FIGURE/CASE/VMM … `.
     ///
     /// # Errors
     /// It names none, or one that is left out already.
     fn add(&mut self, line: &str) -> Result<()> {
         let case = line.strip_suffix(" … ").filter(|case| case.contains('/'));
         let Some(case) = case.filter(|case| !self.0.iter().any(|other| other == case)) else {
-            bail!("nothing was heard of the host for {SILENCE_MAX:?} after {line:?}");
+            bail!("the host produced no output for {SILENCE_MAX:?} after {line:?}");
         };
-        eprintln!("\n{case}: the host stood still for {SILENCE_MAX:?}; going on without this case");
+        eprintln!("\n{case}: the host hung for {SILENCE_MAX:?}; continuing without this case");
         self.0.push(case.to_owned());
         Ok(())
     }

@@ -73,7 +73,7 @@ pub enum Harm {
         turns: usize,
     },
     /// More is reserved than available.
-    #[error("{promised} are promised, {there} are there")]
+    #[error("{promised} are promised, but only {there} exist")]
     Oversold {
         /// The required memory.
         promised: Bytes,

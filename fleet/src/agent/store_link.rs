@@ -141,7 +141,7 @@ impl Worker {
                     Err(RecvTimeoutError::Timeout) => break,
                     Ok(Nudge::Stop) | Err(RecvTimeoutError::Disconnected) => {
                         if let Err(error) = self.member.leave(&self.store) {
-                            log::warn!("{}", api::chain_report("the lease goes on", &error));
+                            log::warn!("{}", api::chain_report("cannot end the lease", &error));
                         }
                         return;
                     }

@@ -152,7 +152,7 @@ fn watch(file: &File, ended: &PipeReader, mut notify: impl FnMut()) {
         let ready = polled[0].revents();
         if ready.contains(PollFlags::ERR) {
             // The control group no longer exists; reading the host will detect this, too.
-            log::warn!("the pressure trigger is gone with its control group");
+            log::warn!("the pressure trigger ended with its control group");
             return;
         }
         if ready.contains(PollFlags::PRI) {

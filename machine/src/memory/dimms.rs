@@ -26,11 +26,11 @@ pub const DIMMS_MAX: usize = 8;
 #[derive(Debug, thiserror::Error)]
 pub enum DimmError {
     /// RAM is in zones, or grows by another method.
-    #[error("RAM cannot grow by memory devices: it is in zones, or hotplug_size is not set")]
+    #[error("Cannot add a memory device: RAM is in zones, or hotplug_size is not set")]
     NoRoom,
     /// Linux adds memory in whole sections.
     #[error(
-        "RAM of {own_bytes} bytes can grow by a multiple of {SECTION_BYTES} bytes; got {bytes}"
+        "RAM of {own_bytes} bytes can only grow by a multiple of {SECTION_BYTES} bytes; got {bytes}"
     )]
     NotWhole {
         /// The current size of RAM.
@@ -39,10 +39,10 @@ pub enum DimmError {
         bytes: u64,
     },
     /// All slots are in use.
-    #[error("the guest has {DIMMS_MAX} memory devices already; a reboot makes room for others")]
+    #[error("the guest already has the maximum of {DIMMS_MAX} memory devices: reboot it first")]
     NoSlot,
     /// The region for memory devices is too small.
-    #[error("RAM can grow by {left_bytes} bytes at most, the rest of hotplug_size; got {bytes}")]
+    #[error("RAM can grow by at most {left_bytes} bytes, the rest of hotplug_size; got {bytes}")]
     TooLarge {
         /// The rest of the region.
         left_bytes: u64,

@@ -160,7 +160,7 @@ impl HotplugRam {
         for block in &blocks.open {
             if let Err(error) = slots.vm.remove_memory_slot(slots.number(*block)) {
                 // KVM would continue to use the range, so it stays mapped.
-                log::error!("The memory slot of hot-plugged block {block} stays: {error}");
+                log::error!("Cannot remove the memory slot of hot-plugged block {block}: {error}");
                 std::mem::forget(Arc::clone(&self.whole));
             }
         }

@@ -310,8 +310,8 @@ impl BlockQueue {
     fn signature_refused(&self, why: &Refusal) {
         if worth_logging(self.disk.counters().add_refused_signature()) {
             log::warn!(
-                "Disk {}, {}: {why}. It was refused, because the disk has no image_type. If the guest may do that, give \
-                 the disk image_type=raw",
+                "Disk {}, {}: {why}. The disk has no image_type, so the write was rejected. To allow it, set \
+                 image_type=raw",
                 self.disk.id(),
                 self.disk.path().display()
             );

@@ -85,7 +85,7 @@ pub(super) enum Refusal {
     DataLength,
     #[error("data has the wrong direction or size for its request")]
     DataShape,
-    #[error("more sectors than one request may transfer or zero")]
+    #[error("the number of sectors is zero or above the limit of one request")]
     TooLong,
     #[error("sectors beyond the end of the disk")]
     OutOfRange,

@@ -18,7 +18,9 @@ const FLAGS: u32 = 1;
 pub(super) enum ConfigError {
     #[error("GET_CONFIG failed")]
     Socket(#[from] io::Error),
-    #[error("the answer to GET_CONFIG has request {request}, flags {flags:#x} and {bytes} bytes")]
+    #[error(
+        "unexpected response to GET_CONFIG: request {request}, flags {flags:#x}, {bytes} bytes"
+    )]
     Answer {
         request: u32,
         flags: u32,

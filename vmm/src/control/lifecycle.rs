@@ -777,7 +777,7 @@ fn steer_reporting(machine: &dyn Machine, thresholds: &Thresholds, paused: bool)
         };
         if let Err(error) = machine.balloon_reporting(request) {
             // There is no balloon, or its reporting is off.
-            log::info!("Reporting has nothing to pause: {error}");
+            log::info!("Reporting cannot be paused, because it is not active: {error}");
         }
     }
 }

@@ -23,7 +23,7 @@ pub enum SnapshotError {
         path: PathBuf,
     },
     /// The folder already contains a snapshot.
-    #[error("{} exists already: a snapshot replaces no file", path.display())]
+    #[error("{} already exists: a snapshot does not replace files", path.display())]
     Exists {
         /// The file.
         path: PathBuf,
@@ -87,7 +87,7 @@ pub enum SnapshotError {
     #[error("Cannot restore memory on demand")]
     OnDemand(#[source] OnDemandError),
     /// The VM to save was restored on demand.
-    #[error("Guest RAM is not complete and cannot be filled from the snapshot it comes from")]
+    #[error("Guest RAM is incomplete and cannot be filled from its snapshot")]
     Incomplete,
     /// RAM cannot show the files.
     #[error("Cannot restore memory by copy-on-write")]
@@ -117,7 +117,7 @@ pub enum SnapshotError {
         got: usize,
     },
     /// An interface is named twice.
-    #[error("Network device {id} is twice in net_fds")]
+    #[error("net_fds lists network device {id} twice")]
     NetTwice {
         /// The interface.
         id: String,

@@ -80,7 +80,7 @@ impl FillOwner for Owner {
             filled_pages,
         } = report;
         log::info!(
-            "Guest RAM is complete: {demanded_pages} pages on demand, {filled_pages} without"
+            "Guest RAM is complete: {demanded_pages} pages filled on demand, {filled_pages} in the background"
         );
         let kind = EventKind::MemoryFilled {
             demanded_pages,
@@ -94,7 +94,7 @@ impl FillOwner for Owner {
         log::error!("Guest RAM cannot be filled any further: {error}");
         (self.events)(&EventKind::MemoryFillFailed { error }.into());
         if let Err(error) = self.signals.failed.write(1) {
-            log::error!("The control thread cannot be told of it: {error}");
+            log::error!("Cannot notify the control thread of the failure: {error}");
         }
     }
 }

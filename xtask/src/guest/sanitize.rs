@@ -241,7 +241,7 @@ fn judge(kind: Kind, console: &str) -> Result<String> {
     };
     ensure!(
         console.lines().any(|line| line.contains(kind.works())),
-        "{:?} is missing: the kernel has not looked",
+        "{:?} is missing: the kernel has not checked anything",
         kind.works()
     );
     ensure!(

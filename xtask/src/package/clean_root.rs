@@ -74,7 +74,7 @@ pub(super) fn check(package: &Path, programs: &[&str]) -> Result<()> {
         "/etc/ch-fleet/agent.toml",
     ])?;
     root.run(&["timeout", "60", "sh", "-c", START])?;
-    println!("ch-fleet agent and cloud-hypervisor: started, answered and ended");
+    println!("ch-fleet agent and cloud-hypervisor: started, responded and ended");
     for (unit, most) in UNITS {
         // Manual pages are not checked, because man is not installed there.
         root.run(&["systemd-analyze", "verify", "--man=no", unit])?;

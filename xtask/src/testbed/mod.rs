@@ -160,7 +160,7 @@ impl Outcome {
         match self {
             Self::Exit(status) => return ExitCode::from(*status),
             Self::TimedOut => eprintln!("testbed: the command reached its time limit"),
-            Self::Silent(line) => eprintln!("testbed: nothing came after {line:?} for too long"),
+            Self::Silent(line) => eprintln!("testbed: no output after {line:?} for too long"),
         }
         ExitCode::from(TIMED_OUT)
     }

@@ -90,7 +90,9 @@ impl Handler {
             self.orders.end(Outcome::Failed);
             // Threads still wait for pages. If the descriptor were dropped, they would read zeros.
             if !self.machine_ends() {
-                log::error!("The machine waits for RAM that does not come and cannot be stopped");
+                log::error!(
+                    "The machine waits for missing RAM and cannot be stopped: this process is aborted"
+                );
                 return drop(guard);
             }
         }

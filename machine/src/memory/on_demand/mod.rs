@@ -74,7 +74,7 @@ pub enum OnDemandError {
     )]
     Features(#[source] io::Error),
     /// A range cannot be registered.
-    #[error("Cannot have page faults of guest RAM reported")]
+    #[error("Cannot register guest RAM for page faults")]
     Register(#[source] io::Error),
     /// The files do not match the machine.
     #[error(transparent)]
@@ -124,7 +124,7 @@ pub enum FillError {
     #[error(transparent)]
     Content(ContentError),
     /// The kernel reports an error.
-    #[error("Cannot answer page faults of guest RAM")]
+    #[error("Cannot handle page faults of guest RAM")]
     Faults(#[source] io::Error),
 }
 
