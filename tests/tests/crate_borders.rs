@@ -9,6 +9,8 @@ use anyhow::{Context, Result, ensure};
 use integration_tests::paths::workspace;
 use serde_json::Value;
 
+/// Start of the names of published crates, because their short names are taken on the public registry.
+const PUBLISHED_AS: &str = "cloud-hypervisor-balloon-";
 /// Every crate of the workspace with its allowed dependencies. A crate does not use any crate listed above it.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("api-macros", &[]),
@@ -91,7 +93,10 @@ fn dependencies() -> Result<BTreeMap<String, BTreeSet<String>>> {
     ensure!(output.status.success(), "{output:?}");
     let metadata: Value = serde_json::from_slice(&output.stdout)?;
     let packages = metadata["packages"].as_array().context("packages")?;
-    let name = |it: &Value| it["name"].as_str().unwrap_or_default().to_owned();
+    let name = |it: &Value| {
+        let name = it["name"].as_str().unwrap_or_default();
+        name.strip_prefix(PUBLISHED_AS).unwrap_or(name).to_owned()
+    };
     let uses = |package: &Value| {
         let all = package["dependencies"].as_array();
         let all = all.into_iter().flatten();

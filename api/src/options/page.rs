@@ -201,7 +201,7 @@ mod tests {
         assert_eq!(
             std::fs::read_to_string(PAGE).unwrap(),
             page(),
-            "write it again: UPDATE_GENERATED=1 cargo test -p api page_of_options"
+            "write it again: UPDATE_GENERATED=1 cargo test -p cloud-hypervisor-balloon-api page_of_options"
         );
     }
 

@@ -13,8 +13,7 @@ use yaml_rust2::{Yaml, YamlEmitter};
 use crate::schema::REF_PREFIX;
 
 /// The line above the generated part of the file.
-pub(crate) const MARKER: &str =
-    "    # From here on generated: UPDATE_OPENAPI=1 cargo test -p api --test openapi\n";
+pub(crate) const MARKER: &str = "    # From here on generated: UPDATE_OPENAPI=1 cargo test -p cloud-hypervisor-balloon-api --test openapi\n";
 
 /// The schemas of bodies and of everything they refer to, by name.
 pub(crate) fn schemas() -> BTreeMap<String, Value> {

@@ -266,7 +266,7 @@ fn openapi_generated_schemas_are_those_of_the_file() {
     } else {
         assert!(
             generated == fresh,
-            "the schemas are not those of the types; run UPDATE_OPENAPI=1 cargo test -p api --test openapi"
+            "the schemas are not those of the types; run UPDATE_OPENAPI=1 cargo test -p cloud-hypervisor-balloon-api --test openapi"
         );
     }
 }

@@ -222,8 +222,8 @@ pub(crate) const STEPS: &[Step] = &[
         "crate",
         &[],
         &[Shared],
-        "cargo package --offline --allow-dirty --locked --package device-facts --package api-macros \
-         --package api",
+        "cargo package --offline --allow-dirty --locked --package device-facts \
+         --package cloud-hypervisor-balloon-api-macros --package cloud-hypervisor-balloon-api",
     )),
     // The unit tests of the series are in the kernel that all tests boot.
     beside(guests(
