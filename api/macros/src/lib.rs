@@ -32,7 +32,6 @@ use syn::{DeriveInput, parse_macro_input};
 /// | `name = "…"` | the key, if it differs from the field's name |
 /// | `alias = "…"` | an older name, accepted on the wire and the command line |
 /// | `hidden` | accepted, but not in the help |
-/// | `since = "…"` | version that introduced the key, for `docs/options.md`; by default the first version |
 /// | `read = …` | function that reads the text, if not the type's own |
 /// | `group = …` | a `KeyGroup`: several keys that form this field |
 ///

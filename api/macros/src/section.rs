@@ -97,7 +97,6 @@ struct Rule {
     help: Option<LitStr>,
     name: Option<LitStr>,
     alias: Option<LitStr>,
-    since: Option<LitStr>,
     default: Option<Expr>,
     read: Option<Expr>,
     group: Option<Expr>,
@@ -121,7 +120,6 @@ impl Rule {
             help: None,
             name: None,
             alias: None,
-            since: None,
             default: None,
             read: None,
             group: None,
@@ -153,7 +151,6 @@ impl Rule {
                 Argument::Switch(name) if name == "hidden" => self.hidden = true,
                 Argument::Value(name, value) if name == "name" => self.name = Some(text(value)?),
                 Argument::Value(name, value) if name == "alias" => self.alias = Some(text(value)?),
-                Argument::Value(name, value) if name == "since" => self.since = Some(text(value)?),
                 Argument::Value(name, value) if name == "default" => self.default = Some(value),
                 Argument::Value(name, value) if name == "read" => self.read = Some(value),
                 Argument::Value(name, value) if name == "group" => self.group = Some(value),
@@ -255,10 +252,6 @@ impl Rule {
     /// The key's entry on the page of all options.
     fn reference(&self, rules: &[Self]) -> TokenStream {
         let (declaration, doc, field) = (self.declaration(), &self.doc, self.field.to_string());
-        let since = match &self.since {
-            Some(version) => quote!(Some(#version)),
-            None => quote!(None),
-        };
         let meaning = match &self.group {
             Some(group) => quote!(|key| crate::options::KeyGroup::meaning(&#group, key)),
             None => quote!(|_| None),
@@ -290,7 +283,6 @@ impl Rule {
                 meaning: #meaning,
                 default: #default,
                 is_size: #is_size,
-                since: #since,
             }
         }}
     }

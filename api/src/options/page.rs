@@ -1,6 +1,10 @@
 //! The table of all keys of all options. `docs/options.md` is generated from the declarations of the sections, and a
 //! test checks that the file is up to date.
+//!
+//! The page itself records the first version of each key: a key keeps its version when the page is generated again, and
+//! a new key gets the current version.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use schemars::{JsonSchema, SchemaGenerator};
@@ -13,8 +17,8 @@ use crate::config::{
 };
 use crate::{AlertChange, ReportingPolicy, RestoreConfig};
 
-/// The version of a key without `since`.
-const FIRST_VERSION: &str = "0.1.0";
+/// The version of a key that is not on the page yet.
+const THIS_VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// An option with its keys.
 pub(crate) struct OptionReference {
@@ -32,7 +36,6 @@ pub(crate) struct KeyReference {
     pub(crate) default: KeyDefault,
     /// A number of bytes that may have a suffix.
     pub(crate) is_size: bool,
-    pub(crate) since: Option<&'static str>,
 }
 
 /// The default of a key.
@@ -71,41 +74,104 @@ fn sections() -> Vec<OptionReference> {
     ]
 }
 
-/// The whole page.
-fn page() -> String {
+/// The first version of each key, by the heading of its option.
+#[derive(Default)]
+struct FirstVersions(BTreeMap<(String, String), String>);
+
+impl FirstVersions {
+    /// Reads them from a page.
+    fn of(page: &str) -> Self {
+        let mut versions = BTreeMap::new();
+        let (mut heading, mut column) = ("", None);
+        for line in page.lines() {
+            if let Some(text) = line.strip_prefix("## ") {
+                (heading, column) = (text, None);
+            }
+            // A bar in a cell is escaped, so no blank precedes it.
+            let cells: Vec<&str> = line.trim_start_matches("| ").split(" | ").collect();
+            match column {
+                None => column = cells.iter().position(|cell| *cell == "Since"),
+                Some(column) => {
+                    if let Some(version) = cells.get(column) {
+                        let key = (heading.to_owned(), name(&cells).to_owned());
+                        versions.insert(key, (*version).to_owned());
+                    }
+                }
+            }
+        }
+        Self(versions)
+    }
+
+    fn get(&self, heading: &str, cells: &[&str]) -> &str {
+        let key = (heading.to_owned(), name(cells).to_owned());
+        self.0.get(&key).map_or(THIS_VERSION, String::as_str)
+    }
+}
+
+/// Alternatives have no common name, so their syntax identifies them.
+fn name<'a>(cells: &[&'a str]) -> &'a str {
+    match cells {
+        [ALTERNATIVES, syntax, ..] => syntax,
+        [name, ..] => name,
+        [] => "",
+    }
+}
+
+/// The whole page, with the versions of the keys that `old` has.
+fn page(old: &str) -> String {
+    let versions = FirstVersions::of(old);
     let mut page = String::from(
         "# Options\n\n\
-         This page lists every key of every `cloud-hypervisor` option that accepts `key=value,key=value`. The `ch-remote add-…` commands\n\
-         accept the same keys as the option for the device. Sizes take a binary suffix: `K`, `M`, `G`, `T`, `KiB`, `MiB`, `GiB` or `TiB`, in any case. This page is generated\n\
-         from the declarations in `api/src/config/`; a test compares the two. \"–\" in the column Default means that the key\n\
-         has no default.\n",
+         This page lists every key of every `cloud-hypervisor` option that accepts `key=value,key=value`. The `ch-remote\n\
+         add-…` commands accept the same keys as the option for the device. Sizes take a binary suffix: `K`, `M`, `G`, `T`,\n\
+         `KiB`, `MiB`, `GiB` or `TiB`, in any case. This page is generated from the declarations in `api/src/config/`; a test\n\
+         compares the two. \"–\" in the column Default means that the key has no default. The column Since has the version that\n\
+         introduced the key.\n",
     );
     for section in sections() {
-        let _ = write!(page, "\n## --{}\n\n{HEADER}", section.option);
+        let heading = format!("--{}", section.option);
+        let _ = write!(page, "\n## {heading}\n\n{HEADER}");
         for key in &section.keys {
             for syntax in &key.syntax {
-                page.push_str(&row(key, syntax));
+                page.push_str(&row(&versions, &heading, key, syntax));
             }
         }
     }
-    page.push_str("\n## reclaim-thresholds --set, alerts\n\n| Key | Meaning |\n| --- | --- |\n");
-    page.push_str(&schema_rows::<AlertChange>());
+    let heading = "reclaim-thresholds --set, alerts";
     let _ = write!(
         page,
-        "\n## reclaim-thresholds --set, reporting policy\n\n| Key | Default | Meaning |\n| --- | --- | --- |\n"
+        "\n## {heading}\n\n| Key | Since | Meaning |\n| --- | --- | --- |\n"
+    );
+    for (key, schema) in properties::<AlertChange>()
+        .as_object()
+        .into_iter()
+        .flatten()
+    {
+        let (name, doc) = (format!("`{key}`"), description(schema));
+        let since = versions.get(heading, &[&name]);
+        let _ = writeln!(page, "| {name} | {since} | {doc} |");
+    }
+    let heading = "reclaim-thresholds --set, reporting policy";
+    let _ = write!(
+        page,
+        "\n## {heading}\n\n| Key | Default | Since | Meaning |\n| --- | --- | --- | --- |\n"
     );
     let schema = properties::<ReportingPolicy>();
     for setting in ReportingPolicy::TABLE {
-        let doc = description(&schema[setting.name]);
-        let _ = writeln!(page, "| `{}` | {} | {doc} |", setting.name, setting.default);
+        let name = format!("`{}`", setting.name);
+        let (default, doc) = (setting.default, description(&schema[setting.name]));
+        let since = versions.get(heading, &[&name]);
+        let _ = writeln!(page, "| {name} | {default} | {since} | {doc} |");
     }
     page
 }
 
 const HEADER: &str =
     "| Key | Value | Unit | Default | Since | Meaning |\n| --- | --- | --- | --- | --- | --- |\n";
+/// The name of keys of which only one may be given.
+const ALTERNATIVES: &str = "one of";
 
-fn row(key: &KeyReference, syntax: &str) -> String {
+fn row(versions: &FirstVersions, heading: &str, key: &KeyReference, syntax: &str) -> String {
     // Alternatives consist of several words and keys and are not split.
     let (name, values) = match syntax.split_once('=') {
         Some((name, values)) if !name.contains('|') => (name, values),
@@ -113,18 +179,16 @@ fn row(key: &KeyReference, syntax: &str) -> String {
     };
     let meaning = (key.meaning)(name).unwrap_or_else(|| key.doc.to_owned());
     let name = if name.is_empty() {
-        "one of".to_owned()
+        ALTERNATIVES.to_owned()
     } else {
         format!("`{name}`")
     };
+    let syntax = format!("`{}`", values.replace('|', "\\|"));
     let unit = unit(key.is_size, values);
-    format!(
-        "| {name} | `{}` | {unit} | {} | {} | {} |\n",
-        values.replace('|', "\\|"),
-        default(&key.default, values, unit == "bytes"),
-        key.since.unwrap_or(FIRST_VERSION),
-        meaning.replace('|', "\\|"),
-    )
+    let default = default(&key.default, values, unit == "bytes");
+    let since = versions.get(heading, &[&name, &syntax]);
+    let meaning = meaning.replace('|', "\\|");
+    format!("| {name} | {syntax} | {unit} | {default} | {since} | {meaning} |\n")
 }
 
 fn unit(is_size: bool, values: &str) -> &'static str {
@@ -177,13 +241,6 @@ fn description(schema: &Value) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-fn schema_rows<T: JsonSchema>() -> String {
-    let properties = properties::<T>();
-    let rows = properties.as_object().into_iter().flatten();
-    rows.map(|(key, schema)| format!("| `{key}` | {} |\n", description(schema)))
-        .collect()
-}
-
 mod tests {
     #![allow(clippy::unwrap_used)]
 
@@ -195,12 +252,13 @@ mod tests {
 
     #[test]
     fn page_of_options_is_that_of_the_declarations() {
+        let old = std::fs::read_to_string(PAGE).unwrap();
         if std::env::var_os("UPDATE_GENERATED").is_some() {
-            std::fs::write(PAGE, page()).unwrap();
+            std::fs::write(PAGE, page(&old)).unwrap();
         }
         assert_eq!(
             std::fs::read_to_string(PAGE).unwrap(),
-            page(),
+            page(&old),
             "write it again: UPDATE_GENERATED=1 cargo test -p cloud-hypervisor-balloon-api page_of_options"
         );
     }
@@ -223,19 +281,45 @@ mod tests {
 
     #[test]
     fn page_of_options_shows_defaults_as_they_are_typed() {
-        let page = page();
+        let page = page("");
         for part in [
-            "| `size` | `<guest_memory_size>` | bytes | 512M | 0.1.0 |",
+            "| `size` | `<guest_memory_size>` | bytes | 512M |",
             "| `max` | `<max_vcpus>` |  | as `boot` |",
             "| `mac` | `<mac_addr>` |  | generated |",
             "| `guest_numa_id` | `<node_id>` |  | required |",
             "| `lock_granularity` | `byte-range\\|full` |  | byte-range |",
-            "| `bw_refill_time` | `<ms>` | ms | – | 0.1.0 | Time after which a used-up `bw_size` is",
-            "| `ops_one_time_burst` | `<io_ops>` | operations | – | 0.1.0 | Operations (",
+            "| `bw_refill_time` | `<ms>` | ms | – |",
+            "| `ops_one_time_burst` | `<io_ops>` | operations | – |",
         ] {
             assert!(page.contains(part), "{part} is missing:\n{page}");
         }
+        assert!(page.contains("Time after which a used-up `bw_size` is"));
         let unexplained = |line: &&str| line.starts_with("| `") && line.ends_with("|  |");
         assert_eq!(page.lines().find(unexplained), None);
+    }
+
+    #[test]
+    fn first_version_of_a_key_stays_and_a_new_key_gets_the_current_one() {
+        let first = page("").replace(THIS_VERSION, "0.0.1");
+        assert_eq!(page(&first), first);
+
+        let new = [
+            "| `boot` |",
+            "| `size` | `<balloon_size>` |",
+            "| `leave` |",
+            "| `age_ms_min` |",
+            "| one of |",
+        ];
+        let is_new = |line: &&str| new.iter().any(|start| line.starts_with(start));
+        let lines = || first.lines().filter(is_new);
+        assert!(lines().count() >= new.len(), "{first}");
+        let old: Vec<&str> = first.lines().filter(|line| !is_new(line)).collect();
+        let again = page(&old.join("\n"));
+        for line in lines() {
+            let line = line.replace("| 0.0.1 |", &format!("| {THIS_VERSION} |"));
+            assert!(again.contains(&line), "{line} is missing:\n{again}");
+        }
+        let kept = |page: &str| page.matches("| 0.0.1 |").count();
+        assert_eq!(kept(&again), kept(&first) - lines().count());
     }
 }
