@@ -125,10 +125,11 @@ impl CpuHotplug {
         u32::try_from(present).expect("vCPUs have 32-bit numbers")
     }
 
-    /// The number of vCPUs that the guest still has although their removal was requested.
+    /// The number of vCPUs whose removal was requested and is not complete: the guest still has them, or their threads
+    /// still run.
     pub fn leaving(&self) -> usize {
-        let registers = self.lock();
-        registers.vcpus.iter().filter(|it| it.leaving).count()
+        let vcpus = &self.lock().vcpus;
+        vcpus.iter().filter(|it| it.leaving || it.ejected).count()
     }
 
     /// Records that these vCPUs were added. The caller interrupts the guest next.
@@ -324,6 +325,8 @@ mod tests {
                 assert_eq!(rig.status(vcpu) & (PRESENT | REMOVING), PRESENT);
                 rig.write(vcpu, EJECT);
                 assert_eq!(rig.status(vcpu), 0);
+                // Its thread still runs, so the vCPU cannot be added again.
+                assert_ne!(rig.controller.leaving(), 0);
                 assert_eq!(rig.controller.take_ejected(), [vcpu]);
             }
             assert!(rig.controller.take_ejected().is_empty());

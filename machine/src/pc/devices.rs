@@ -128,6 +128,9 @@ impl Pc {
     /// # Errors
     /// The guest cannot be notified.
     pub fn request_removal(&self, device: &Plugged) -> Result<(), PcError> {
+        if !self.is_on_bus(device) {
+            return Ok(());
+        }
         self.chassis.hotplug.request_removal(device.bdf);
         let told = self.chassis.ged.announce_pci_change();
         told.map_err(|source| PcError::Announce {
@@ -139,15 +142,25 @@ impl Pc {
     /// Removes the devices that the guest has released. Waits only for host I/O.
     pub fn take_ejected(&mut self) -> Vec<Plugged> {
         let ejected = self.chassis.hotplug.take_ejected();
+        // A device that was added since may have the slot of one that was ejected.
         let (gone, stay): (Vec<_>, _) = std::mem::take(&mut self.plugged)
             .into_iter()
-            .partition(|it| ejected.contains(&it.bdf));
+            .partition(|it| ejected.contains(&it.bdf) && !self.is_on_bus(it));
         self.plugged = stay;
         for plugged in &gone {
             // Work in progress ends here and not on a vCPU thread that happens to hold the last reference.
             plugged.function.reset();
         }
         gone
+    }
+
+    /// Whether the guest has not released the device. Its slot may belong to another one otherwise.
+    pub(super) fn is_on_bus(&self, device: &Plugged) -> bool {
+        let own = Arc::as_ptr(&device.function).cast::<()>();
+        let functions = self.chassis.pci.functions();
+        functions
+            .iter()
+            .any(|(_, function)| Arc::as_ptr(function).cast::<()>() == own)
     }
 
     /// Puts `device` behind a virtio-pci function on the bus.

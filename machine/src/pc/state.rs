@@ -99,12 +99,11 @@ impl Pc {
     /// a device or vCPU is pending: no configuration describes such a machine.
     pub fn state(&self) -> Result<PcState, PcError> {
         let chassis = &self.chassis;
-        let on_bus = chassis.pci.functions();
         let hotplug = chassis.hotplug.state();
         let devices: Vec<&Plugged> = self
             .plugged
             .iter()
-            .filter(|plugged| on_bus.iter().any(|(bdf, _)| *bdf == plugged.bdf))
+            .filter(|plugged| self.is_on_bus(plugged))
             .collect();
         let leaving = |plugged: &&&Plugged| hotplug.is_leaving(plugged.bdf);
         if let Some(plugged) = devices.iter().find(leaving) {

@@ -105,6 +105,47 @@ fn memory_added_is_the_guests_and_is_saved_with_the_machine() {
     second.grow_memory(4 * BYTES).unwrap().unwrap();
 }
 
+#[test]
+fn device_added_into_the_slot_of_an_ejected_one_stays() {
+    const EJECT: u64 = 8;
+    let Ok(kvm) = Kvm::open().map_err(test_skip::skip) else {
+        return;
+    };
+    let memory = GuestMemory::new(&Default::default(), 46).unwrap();
+    let params = PcParams {
+        cpus: CpusConfig::default(),
+        numa: Vec::new(),
+        pci_segments: 1,
+        wished_slots: Vec::new(),
+    };
+    let (context, _threads) = context();
+    let mut pc = Pc::new(&kvm, memory, params, context).unwrap();
+    let add = |pc: &mut Pc, id: &str| {
+        let plug = Plug {
+            id: id.to_owned(),
+            kind: DeviceKind::Rng,
+            place: Default::default(),
+            device: Arc::new(Mutex::new(Rng::new(id, File::open("/dev/zero").unwrap()))),
+        };
+        pc.add(plug).unwrap().clone()
+    };
+    let first = add(&mut pc, "first");
+    pc.request_removal(&first).unwrap();
+    let slot = 1_u32 << first.bdf.slot;
+    pc.chassis.hotplug.write(EJECT, &slot.to_le_bytes());
+    let second = add(&mut pc, "second");
+    assert_eq!(second.bdf, first.bdf);
+    // Repeated by a client that does not know of the ejection.
+    pc.request_removal(&first).unwrap();
+    assert_eq!(pc.chassis.hotplug.state().segments[0].leaving, 0);
+    let gone: Vec<_> = pc.take_ejected().into_iter().map(|it| it.id).collect();
+    assert_eq!(gone, ["first"]);
+    assert_eq!(pc.devices().len(), 1);
+    pc.request_removal(&second).unwrap();
+    pc.chassis.hotplug.write(EJECT, &slot.to_le_bytes());
+    assert_eq!(pc.take_ejected().len(), 1);
+}
+
 /// Acts as a guest that ejects `vcpu` through the controller.
 fn eject(pc: &Pc, vcpu: u32) {
     const EJECT: u8 = 1 << 3;

@@ -202,6 +202,11 @@ impl PciBus {
             .collect()
     }
 
+    /// Whether a function is in the slot.
+    pub(super) fn is_filled(&self, slot: u8) -> bool {
+        self.slot(slot).is_some()
+    }
+
     /// Number of times the guest programmed a BAR to an address where it cannot be mapped.
     pub fn unmapped_bars(&self) -> u64 {
         self.unmapped_bars.load(Ordering::Relaxed)
