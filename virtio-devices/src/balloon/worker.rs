@@ -355,6 +355,11 @@ impl BalloonWorker {
             let head = chain.head_index();
             let (bytes, faults) = (&mut self.bytes, &mut self.faults);
             chain::read(chain, mem, STATS_BYTES_MAX, bytes, turn, faults);
+            if head >= queue.size() {
+                // It could never be returned, and no saved state may contain it.
+                chain::answer(queue, mem, &[head], &mut self.faults)?;
+                continue;
+            }
             // The standard allows one buffer. The device keeps the newest.
             if let Some(older) = active.parked.replace(head) {
                 self.faults.stats_surplus_buffers += 1;

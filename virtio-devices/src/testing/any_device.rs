@@ -5,24 +5,30 @@ use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use state::Saved;
 use tempfile::{NamedTempFile, TempDir};
 
 use super::TestBlocks;
 use super::fuzz_input::AREAS;
 use super::ram::TestRam;
+use crate::balloon::{Balloon, BalloonParams};
 use crate::block::{Block, BlockParams, EngineChoice};
 use crate::console::{Console, ConsoleEndpoint, WindowSize};
 use crate::device::VirtioDevice;
 use crate::fs::{Fs, FsParams};
 use crate::mem::{Mem, MemParams, MemRegion};
 use crate::net::{Backend, Net, NetLimiters, NetParams};
+use crate::pmem::{ALIGN_BYTES, Pmem, PmemParams};
 use crate::reclaim::guarded_ram::{GuardedRam, Kind, PAGE, RamArea};
 use crate::rng::Rng;
+use crate::vhost_user::{
+    Endpoint, IdentityState, Profile, VhostUser, VhostUserParams, VhostUserState,
+};
 use crate::vsock::{Vsock, VsockParams};
 use crate::watchdog::Watchdog;
 
 /// The devices that [`make`] creates, by choice.
-pub(super) const NAMES: [&str; 9] = [
+pub(super) const NAMES: [&str; 12] = [
     "block-sync",
     "block",
     "console",
@@ -32,6 +38,9 @@ pub(super) const NAMES: [&str; 9] = [
     "rng",
     "vsock",
     "watchdog",
+    "balloon",
+    "pmem",
+    "vhost-user",
 ];
 
 const BLOCK_BYTES: u64 = 2 << 20;
@@ -170,6 +179,49 @@ pub(super) fn make(choice: u8, ram: &TestRam) -> Made {
         "watchdog" => {
             let expiry = Duration::from_secs(3600);
             shared(Watchdog::new("__watchdog", expiry, || ()).expect("a timer"))
+        }
+        "balloon" => {
+            let params = BalloonParams {
+                ram: ram.mem(),
+                size_bytes: 0,
+                deflate_on_oom: true,
+                free_page_reporting: true,
+                free_page_hinting: true,
+                reporting_policy: true,
+            };
+            shared(Balloon::new(params).expect("descriptors").0)
+        }
+        "pmem" => {
+            let file = NamedTempFile::new().expect("files can be made");
+            file.as_file().set_len(ALIGN_BYTES).expect("they can grow");
+            let params = PmemParams {
+                id: "_pmem0".into(),
+                file: file.path().into(),
+                bytes: None,
+                discard_writes: false,
+            };
+            image = Some(file);
+            shared(Pmem::new(&params).expect("a sound file"))
+        }
+        "vhost-user" => {
+            let mut device = VhostUser::new(VhostUserParams {
+                id: "_disk1".into(),
+                profile: Profile::block(),
+                endpoint: Endpoint::Connect(in_folder("nobody")),
+                queue_sizes: vec![64; 2],
+            })
+            .expect("descriptors");
+            // Its back end is gone; otherwise every driver would wait for the first one.
+            let identity = IdentityState {
+                features: u64::MAX,
+                config: vec![0; 60],
+            };
+            let state = VhostUserState {
+                identity: Some(identity),
+            };
+            let restored = device.restore(&Saved::of(&state));
+            restored.expect("a sound state");
+            shared(device)
         }
         other => unreachable!("{other}"),
     };

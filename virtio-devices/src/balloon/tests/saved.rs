@@ -122,3 +122,22 @@ fn balloon_saved_in_the_middle_of_everything_goes_on() {
     handle.resume_reporting().unwrap();
     assert!(!driver.needs_reset());
 }
+
+/// Found by fuzzing: the state of such a balloon could be saved but not restored.
+#[test]
+fn statistics_buffer_that_the_ring_does_not_have_is_not_part_of_the_state() {
+    let ram = TestRam::new(RAM_BYTES);
+    let (device, handle) = balloon(&ram);
+    let mut driver = MockPciDriver::new(device, &ram);
+    driver.start(u64::MAX);
+    driver.queue(STATS).offer(49862);
+    driver.kick(STATS);
+    wait_until("the fault", || {
+        handle.snapshot().faults.chains_without_head == 1
+    });
+    let (saved, moving) = driver.save();
+    let (device, _handle) = balloon(&ram);
+    let driver = moving.restore(device, &saved).unwrap();
+    driver.function.resume();
+    assert!(!driver.needs_reset());
+}
