@@ -214,13 +214,15 @@ impl Series {
         self.patches.is_empty()
     }
 
-    /// A key that depends only on the first `count` patches.
+    /// A key that depends on the changes of the first `count` patches to the kernel. Messages and documentation do not
+    /// count, so that no kernel is built again for an edited text.
     pub(super) fn prefix_key(&self, count: usize) -> String {
-        let texts: Vec<&str> = self.patches[..count]
+        let texts: Vec<String> = self.patches[..count]
             .iter()
-            .map(|patch| patch.text.as_str())
+            .filter_map(|patch| patch.part(|file| !file.starts_with("Documentation/")))
+            .map(|changes| changes.text)
             .collect();
-        key(&texts)
+        key(&texts.iter().map(String::as_str).collect::<Vec<&str>>())
     }
 
     /// The result of the whole series on `tree`.
@@ -408,6 +410,29 @@ mod tests {
             Some(other)
         );
         parts(x).unwrap_err();
+    }
+
+    #[test]
+    fn key_depends_on_the_changes_to_the_kernel_only() {
+        let code = "diff --git a/mm/a.c b/mm/a.c\n@@ -1 +1 @@ a\n-1\n";
+        let docs =
+            "diff --git a/Documentation/mm/a.rst b/Documentation/mm/a.rst\n@@ -1 +1 @@ a\n-1\n";
+        let key = |texts: &[String]| {
+            let patch = |text: &String| Patch {
+                name: "1.patch".into(),
+                text: text.clone(),
+            };
+            let patches: Vec<Patch> = texts.iter().map(patch).collect();
+            Series { patches }.prefix_key(texts.len())
+        };
+        let first = key(&[format!("Why.\n---\n{code}")]);
+        assert_eq!(key(&[format!("Because.\n---\n{docs}{code}")]), first);
+        assert_eq!(
+            key(&[format!("Docs.\n---\n{docs}"), code.to_string()]),
+            first
+        );
+        assert_ne!(key(&[code.replace("-1", "-2")]), first);
+        assert_ne!(key(&[code.to_string(), code.to_string()]), first);
     }
 
     #[test]
