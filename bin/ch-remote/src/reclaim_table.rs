@@ -131,15 +131,11 @@ impl<'a> Sample<'a> {
         if self.previous.is_some() {
             row(
                 table,
-                "Coming back",
+                "Discard rate",
                 &[&format!("{}/s", bytes(self.discarded_bytes_per_s()))],
             );
         }
-        row(
-            table,
-            "Taken again since",
-            &[&bytes(stats.repopulated_bytes)],
-        );
+        row(table, "Repopulated", &[&bytes(stats.repopulated_bytes)]);
         append(
             table,
             format_args!(
@@ -154,8 +150,8 @@ impl<'a> Sample<'a> {
         text(table, "Reporting", &reporting(&stats.reporting));
         let wish = stats.reporting.report_now;
         if wish.pending {
-            let line = format!("number {} is under way", wish.id);
-            text(table, "Report of everything", &line);
+            let line = format!("number {} is in progress", wish.id);
+            text(table, "Full report", &line);
         }
         let hinting = &stats.hinting;
         if hinting.runs_requested > 0 {
@@ -232,7 +228,7 @@ impl<'a> Sample<'a> {
             path.last_batch
                 .map_or_else(|| "-".to_owned(), |batch| bytes(batch.bytes))
         });
-        all(table, "  answered", &|path| {
+        all(table, "  completed", &|path| {
             path.last_batch
                 .map_or_else(|| "-".to_owned(), |batch| age(batch.age_ms))
         });
@@ -256,7 +252,7 @@ impl<'a> Sample<'a> {
             table,
             format_args!(
                 "\n{:<LABEL_WIDTH$}{} ({})\n",
-                "Guest says",
+                "Guest statistics",
                 figures.join(", "),
                 age(guest.age_ms)
             ),
@@ -265,14 +261,14 @@ impl<'a> Sample<'a> {
             return;
         };
         let line = format!(
-            "{} not reported yet, {} reported and free, {} batches, {} blocks gone too soon",
+            "{} pending, {} reported and free, {} batches, {} isolation failures",
             told.pending_bytes.map_or_else(unknown, bytes),
             told.reported_bytes.map_or_else(unknown, bytes),
             told.batches.map_or_else(unknown, |count| count.to_string()),
             told.isolation_failures
                 .map_or_else(unknown, |count| count.to_string()),
         );
-        text(table, "  of its reporting", &line);
+        text(table, "  reporting", &line);
     }
 }
 
@@ -410,7 +406,7 @@ mod tests {
             "Reporting             active\n",
             "Discarded                    768 MiB           0 B           0 B\n",
             "Last batch                  64.0 MiB             -             -\n",
-            "Guest says            free 700 MiB (10 ms ago)\n",
+            "Guest statistics      free 700 MiB (10 ms ago)\n",
         ] {
             assert!(table.contains(line), "{line:?} is not in\n{table}");
         }
@@ -491,11 +487,11 @@ mod tests {
         });
         let table = sample(&stats, None).to_table();
         for line in [
-            "Taken again since           3.00 MiB\n",
+            "Repopulated                 3.00 MiB\n",
             "Reporting             active, pausing\n",
-            "Report of everything  number 7 is under way\n",
+            "Full report           number 7 is in progress\n",
             "Hinting               running; 1 of 2 runs completed\n",
-            "  of its reporting    2.00 MiB not reported yet, 4.00 MiB reported and free, 9 batches, ? blocks gone too soon\n",
+            "  reporting           2.00 MiB pending, 4.00 MiB reported and free, 9 batches, ? isolation failures\n",
         ] {
             assert!(table.contains(line), "{line:?} is not in\n{table}");
         }

@@ -436,7 +436,7 @@ fn reclaim_statistics_are_a_table_on_a_terminal_and_json_elsewhere() {
         );
         // A single sample has no rate, and the screen is not redrawn.
         assert!(
-            !table.contains("Coming back") && !table.contains('\x1b'),
+            !table.contains("Discard rate") && !table.contains('\x1b'),
             "{table:?}"
         );
     }

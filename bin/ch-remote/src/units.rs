@@ -19,7 +19,7 @@ pub(crate) fn bytes(bytes: u64) -> String {
 /// `us` microseconds in a suitable unit.
 pub(crate) fn micros(us: u64) -> String {
     match us {
-        ..1_000 => format!("{us} us"),
+        ..1_000 => format!("{us} µs"),
         1_000..1_000_000 => format!("{:.2} ms", us as f64 / 1e3),
         _ => format!("{:.2} s", us as f64 / 1e6),
     }
@@ -70,7 +70,7 @@ mod tests {
                 micros(1_500).as_str(),
                 micros(2_000_000).as_str()
             ),
-            ("999 us", "1.50 ms", "2.00 s")
+            ("999 µs", "1.50 ms", "2.00 s")
         );
         assert_eq!(
             (age(5).as_str(), age(1_500).as_str(), age(120_000).as_str()),
