@@ -13,12 +13,18 @@ pub(crate) fn similar<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) 
     if word.len() > WORD_BYTES_MAX {
         return None;
     }
-    let scored = known
-        .into_iter()
-        .map(|known| (strsim::jaro(word, known), known))
-        .filter(|(similarity, _)| *similarity > SIMILARITY_MIN);
-    let best = scored.max_by(|(one, _), (other, _)| one.total_cmp(other));
-    best.map(|(_, known)| known)
+    let scored = known.into_iter().map(|known| {
+        // Swapped letters are one edit. Jaro's measure hardly notices them in short words.
+        let edits = strsim::damerau_levenshtein(word, known);
+        (edits, strsim::jaro(word, known), known)
+    });
+    let resembles = |edits, similarity| edits == 1 || similarity > SIMILARITY_MIN;
+    let best = scored
+        .filter(|(edits, similarity, _)| resembles(*edits, *similarity))
+        .min_by(|(edits, one, _), (other_edits, other, _)| {
+            edits.cmp(other_edits).then(other.total_cmp(one))
+        });
+    best.map(|(_, _, known)| known)
 }
 
 /// A suggestion to append to a message, such as ` (did you mean "size"?)`, or an empty string.
@@ -109,6 +115,15 @@ mod tests {
             suggestion(&format!("unknown field `{long}`, expected `floor`")),
             ""
         );
+    }
+
+    #[test]
+    fn word_with_swapped_letters_resembles_its_original() {
+        let known = ["ip", "mask", "mac", "host_mac", "mtu"];
+        assert_eq!(similar("mca", known), Some("mac"));
+        assert_eq!(similar("hots_mac", known), Some("host_mac"));
+        assert_eq!(similar("tmu", known), Some("mtu"));
+        assert_eq!(similar("bw_size", known), None);
     }
 
     #[test]
