@@ -31,7 +31,7 @@ pub(crate) struct Arguments {
     #[arg(long)]
     pub(crate) once: bool,
 
-    /// Withdraw what was published, and exit
+    /// Withdraw the published capacity, and exit
     #[arg(long, conflicts_with = "once")]
     pub(crate) withdraw: bool,
 

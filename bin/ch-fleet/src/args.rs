@@ -15,7 +15,7 @@ use fleet::config::SafetyRule;
 #[command(
     name = "ch-fleet",
     version = concat!("v", env!("CARGO_PKG_VERSION")),
-    after_help = "Exit status: 0 done, 1 error, 2 usage, 3 refused, 5 no answer in time; run ends with its VMM's.\n\nExamples:\n  \
+    after_help = "Exit status: 0 success, 1 error, 2 usage error, 3 refused, 5 timeout; run exits with its VMM's status.\n\nExamples:\n  \
                   ch-fleet agent --config /etc/ch-fleet/agent.toml\n  \
                   ch-fleet status\n  \
                   ch-fleet explain web-1\n  \
