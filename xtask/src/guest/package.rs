@@ -37,11 +37,11 @@ const TOOLS: &[Need] = &[
     },
     Need {
         package: "cpio",
-        why: "kernel packages: headers",
+        why: "copies kernel headers into packages",
     },
     Need {
         package: "rsync",
-        why: "kernel packages: headers",
+        why: "copies kernel headers into packages",
     },
     Need {
         package: "libssl-dev",
