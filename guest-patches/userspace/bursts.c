@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * When a burst is held back: told by figures alone, so that they are set here
- * and no memory moves. 100 ms pass from one look to the next.
+ * Tests when a burst is held back. The decision depends only on counters, so the
+ * tests set these and move no memory. 100 ms pass between two checks.
  */
 #include "model.h"
 
-/* Granules that make a burst, and how long one is held back. */
+/* Minimum granules of a burst, and the maximum time that it is held back. */
 #define ENOUGH 16
 #define HELD_MS 2000
 
@@ -45,18 +45,18 @@ static bool ends(unsigned long old, unsigned long young)
 	return ended;
 }
 
-/* The lists of the processors are emptied once, when all has been freed. */
+/* The per-CPU lists are drained once, after the last free. */
 static void check_ends(void)
 {
 	static const struct { unsigned long old, young; bool ended; } looks[] = {
-		/* Few frees are no burst, */
+		/* A few frees are no burst, */
 		{ 0, ENOUGH - 1, false }, { ENOUGH - 1, 0, false },
-		/* one at once ends with the next look, and only once, */
+		/* a burst of one moment ends at the next check, and only once, */
 		{ 0, 350, false }, { 350, 0, true }, { 4, 0, false }, { 0, 0, false },
-		/* one that goes on when it fades out. */
+		/* and a longer one when it fades. */
 		{ 0, 40, false }, { 40, 40, false }, { 80, 40, false }, { 120, 3, true },
 		{ 123, 0, false },
-		/* What is old is no burst. */
+		/* Old granules are no burst. */
 		{ 1000, 1, false }, { 1000, 0, false },
 	};
 
@@ -65,7 +65,7 @@ static void check_ends(void)
 		     "bursts.c: look %u %s a burst", i, looks[i].ended ? "does not end" : "ends");
 }
 
-/* And only in the zones that it touched: section 7 is in the second. */
+/* Only the zones that it touched are drained: section 7 is in the second. */
 static void check_touched(void)
 {
 	bitmap_zero(prb_index.touched, MAX_NUMNODES * MAX_NR_ZONES);
@@ -87,12 +87,12 @@ void check_bursts(void)
 	mutex_lock(&t->pass_lock);
 	t->initial = false;
 
-	/* Freed at once: it leaves as soon as it is of age. */
+	/* Freed at once: it leaves as soon as it has reached its age. */
 	reported_long_ago();
 	expect(true, 0, 350);
 	expect(false, 350, 0);
 
-	/* One that goes on is held back, and its end leaves with it. */
+	/* A burst that continues is held back, and its end leaves with it. */
 	for (unsigned long old = 0; old < 320; old += 40)
 		expect(true, old, 40);
 	expect(true, 320, 10);
@@ -100,14 +100,14 @@ void check_bursts(void)
 	expect(false, 340, 10);
 	expect(false, 10, 0);
 
-	/* Its last blocks may be few, and there may be more after them. */
+	/* Its last blocks may be few, and more may follow. */
 	expect(true, 0, 320);
 	expect(true, 320, 1);
 	expect(true, 321, 40);
 	expect(true, 361, 1);
 	expect(false, 362, 0);
 
-	/* Few stray frees are no burst, nor are they one beside what is due. */
+	/* A few stray frees are no burst, even next to due granules. */
 	expect(false, 8, 7);
 	expect(true, 8, 8);
 	expect(false, 1, 0);
@@ -116,7 +116,7 @@ void check_bursts(void)
 	/* Until it is a full batch, */
 	expect(true, full_granules - 1, full_granules);
 	expect(false, full_granules, full_granules);
-	/* or for two seconds, and then anew. */
+	/* or for two seconds, and then again. */
 	for (int i = 0; i < 20; i++)
 		expect(true, 16, 16);
 	expect(false, 16, 16);
@@ -128,22 +128,22 @@ void check_bursts(void)
 	for (int i = 1; i < 20; i++)
 		expect(true, worth_granules - 1, 0);
 	expect(false, worth_granules - 1, 0);
-	/* large ones by themselves. */
+	/* large ones separately. */
 	prb_index.reported_at = jiffies;
 	expect(false, worth_granules, 0);
 
-	/* What had to stay in the last pass is not due, */
+	/* Granules that the last pass could not take are not due, */
 	t->kept = 100;
 	expect(false, 110, 5);
 	expect(true, 110, 6);
 	expect(false, 100 + full_granules, 100);
 	t->kept = 0;
-	/* and a bound on bytes a second has a pace of its own. */
+	/* and a limit on bytes per second sets its own pace. */
 	t->bytes_per_second = 1;
 	expect(false, 16, 16);
 	t->bytes_per_second = 0;
 
-	/* At first all memory is due, and waits for nothing. */
+	/* At first, all memory is due and does not wait. */
 	t->initial = true;
 	expect(false, 16, 16);
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-/* What must hold whenever no pass is under way. */
+/* Invariants while no pass is in progress. */
 #include "model.h"
 
 bool is_covered(unsigned long nr)
@@ -14,7 +14,7 @@ static bool is_in_summary(unsigned long nr)
 	return chunk && test_bit(nr & (PRB_CHUNK_SECTIONS - 1), chunk);
 }
 
-/* Smaller blocks than the smallest reported one may keep a flag that nobody looks at. */
+/* Blocks below the reporting order may keep a flag that nothing checks. */
 static bool is_below_flags(unsigned int order)
 {
 #ifdef CORE_ALONE
@@ -24,7 +24,7 @@ static bool is_below_flags(unsigned int order)
 #endif
 }
 
-/* A block that may be reported: each page is known to the host or has its bit. */
+/* A reportable block: each page has been reported or has its bit set. */
 static void check_block(struct page *head, const struct mem_section_usage *usage)
 {
 	unsigned long bits = usage->reporting_old | atomic_long_read(&usage->reporting_young);
@@ -77,7 +77,7 @@ void check_all(void)
 	must(!prb_index.isolated_pages, "%lu pages count as isolated", prb_index.isolated_pages);
 }
 
-/* After passes with nothing in their way the host knows all that is free. */
+/* After undisturbed passes, all free memory has been reported. */
 void check_all_told(void)
 {
 	unsigned long nr;
@@ -91,7 +91,7 @@ void check_all_told(void)
 			struct zone *zone = page->zone;
 			unsigned long lent = PAGE_REPORTING_CAPACITY << page_reporting_order;
 
-			/* A zone keeps what its watermark asks for. */
+			/* A zone keeps the memory that its watermark requires. */
 			if (!page->buddy || page->order < page_reporting_order ||
 			    memory_is_out_of_reach(page->pfn, page->order) ||
 			    zone->free_pages <= zone->low_pages + lent + (1UL << MAX_PAGE_ORDER))

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
-/* The core as it is in the kernel, on our stand-in for the kernel. */
+/* The kernel's core, unchanged, on our replacement for the kernel. */
 #include "page_reporting_bitmap.c"
 
-/* What the file keeps to itself and the tests ask for. */
+/* Internals of the file that the tests need. */
 #ifndef CORE_ALONE
 const unsigned long full_granules = PRB_FULL_GRANULES, worth_granules = PRB_WORTH_GRANULES;
 #endif

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The device and what the host behind it knows, page by page. Every report is
- * checked when it is made.
+ * The device and its host, which records every report of each page. Reports are
+ * checked when they arrive.
  */
 #include "model.h"
 
@@ -13,7 +13,7 @@ bool in_pass, minds_age;
 
 static bool failing;
 
-/* Batches at the device, as it was told of them. */
+/* Batches at the device, as reported. */
 static struct batch {
 	void *token;
 	unsigned int count;
@@ -22,8 +22,8 @@ static struct batch {
 static unsigned int in_flight;
 
 /*
- * It is no fault if these are reported once more. With them comes the rest of
- * their granule, or of the block that is the smallest to be reported.
+ * Pages that may be reported again, together with the rest of their granule or
+ * of the smallest reportable block.
  */
 void host_doubts(unsigned long pfn, unsigned long pages)
 {
@@ -34,7 +34,7 @@ void host_doubts(unsigned long pfn, unsigned long pages)
 		pfn_to_page(pfn)->news = true;
 }
 
-/* Nor if anything is. */
+/* All pages may be reported again. */
 void host_doubts_all(void)
 {
 	unsigned long nr;
@@ -111,7 +111,7 @@ static bool has_news(unsigned long granule, unsigned long from, unsigned long to
 	return false;
 }
 
-/* A report that failed brings all of its blocks again. */
+/* After a failed report, all of its blocks are reported again. */
 static void doubt_block_of(unsigned long pfn)
 {
 	unsigned long head = pfn;
@@ -131,22 +131,22 @@ static void check_age(unsigned long pfn)
 	     page->freed_in, page->freed_in_pass ? "" : " or after it", passes);
 }
 
-/* Whether the device takes an entry for each range that a block can consist of. */
+/* Whether the device accepts one entry per range that a block can consist of. */
 static bool takes_all_ranges(void)
 {
 	return device.any_length && device.entries >= BITS_PER_LONG / 2;
 }
 
 /*
- * What is reported now is no news from here on, but for granules that leave in
- * pieces: some may merge before the last has left, and then leave once more.
+ * Reported pages are known from here on, except in granules that are reported
+ * in pieces: some pieces may merge before the last report, and be reported again.
  */
 static void no_news(unsigned long from, unsigned long to, unsigned long first, unsigned long last)
 {
 	for (unsigned long granule = first; granule <= last; granule += PRB_GRANULE_PAGES) {
 		if (granule < from || granule + PRB_GRANULE_PAGES > to)
 			continue;
-		/* May have gone along with its neighbours, see below. */
+		/* May have been reported with its neighbours, see below. */
 		if (device.any_length && !takes_all_ranges() && granule != first && granule != last)
 			continue;
 		for (unsigned long pfn = granule; pfn < granule + PRB_GRANULE_PAGES; pfn++)
@@ -154,7 +154,7 @@ static void no_news(unsigned long from, unsigned long to, unsigned long first, u
 	}
 }
 
-/* A device that takes one block an entry: some of it is news, and all of it is of age. */
+/* One block per entry: some of it must be unreported, and all must have reached its age. */
 static void check_whole_block(unsigned long from, unsigned long to)
 {
 	bool news = false;
@@ -170,8 +170,8 @@ static void check_whole_block(unsigned long from, unsigned long to)
 }
 
 /*
- * The part of a range that one block brought: each granule must be news. If the
- * device takes few entries, what lies between two of them may go along.
+ * The part of a range that belongs to one block: each granule must be unreported.
+ * If the device accepts few entries, gaps between granules may be included.
  */
 static void check_part(unsigned long from, unsigned long to)
 {
@@ -209,7 +209,7 @@ static void check_range(unsigned long from, unsigned long pages)
 		must(page->state == PAGE_LENT, "page %#lx is reported and not lent", pfn);
 		must(!page->in_flight, "page %#lx is reported twice at once", pfn);
 	}
-	/* Blocks start at multiples of their order, which is on their first page. */
+	/* Blocks start at multiples of their size; the first page has their order. */
 	while (part < from + pages) {
 		unsigned long end = from + pages;
 
@@ -252,7 +252,7 @@ static struct batch *accept(struct scatterlist *sg, unsigned int count, void *to
 	return batch;
 }
 
-/* The device answers; if it took the batch, the host knows these pages now. */
+/* The device completes a batch; unless it rejects it, the host knows the pages. */
 static void *answer(unsigned int index, bool taken)
 {
 	struct batch *batch = &batches[index];
@@ -305,7 +305,7 @@ static void *host_reap(struct page_reporting_dev_info *prdev, bool wait)
 	others_run();
 	if (!in_flight || (!wait && one_in(2)))
 		return NULL;
-	/* Answers come in any order. */
+	/* Batches complete in any order. */
 	return answer(chance(in_flight), true);
 }
 #endif
@@ -314,7 +314,7 @@ void host_init(bool queue, unsigned int capacity, unsigned int count)
 {
 	device = (struct page_reporting_dev_info){
 		.report = host_report,
-		/* One that queues batches takes ranges; others may. */
+		/* A device that queues batches accepts ranges; others may. */
 		.any_length = queue || one_in(2),
 		.entries = PAGE_REPORTING_CAPACITY,
 		.batches = 1,
@@ -328,6 +328,6 @@ void host_init(bool queue, unsigned int capacity, unsigned int count)
 	}
 #endif
 	in_flight = 0;
-	/* The same host behind another device: it still knows what it knew. */
+	/* The same host behind another device: it keeps its records. */
 	host_doubts_all();
 }

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * As much of a kernel as the core of the bitmap tracker needs.
+ * The parts of a kernel that the core of the bitmap tracker needs.
  *
- * One thread plays all processors: wherever another processor could run on a
- * real machine (a lock let go, an atomic operation, the device at work),
- * others_run() carries out some of their work.
+ * One thread simulates all processors: wherever another processor could run on a
+ * real machine (an unlock, an atomic operation, the device at work),
+ * others_run() executes some of their work.
  */
 #ifndef KERNEL_H
 #define KERNEL_H
@@ -86,7 +86,7 @@ static inline void mutex_unlock(struct mutex *lock)
 	others_run();
 }
 
-/* The lock that is held, for a processor holds one zone's at a time. */
+/* The held lock: a processor holds one zone's lock at a time. */
 extern spinlock_t *zone_lock_held;
 
 static inline void spin_lock_irq(spinlock_t *lock)
@@ -163,7 +163,7 @@ static inline long atomic_long_fetch_or(unsigned long mask, atomic_long_t *v)
 	unsigned long old = v->counter;
 
 #ifdef BUG_LOST
-	/* Planted: of what is freed at once the last granule is not noted. */
+	/* Planted: the last granule of a free is not recorded. */
 	old |= mask & ~(mask - 1);
 	mask &= mask - 1;
 #endif
@@ -199,7 +199,7 @@ static inline unsigned long find_next_bit(const unsigned long *words, unsigned l
 	for ((bit) = find_next_bit(words, size, 0); (bit) < (size);	\
 	     (bit) = find_next_bit(words, size, (bit) + 1))
 
-/* ---- Time, and who looks on ---- */
+/* ---- Time and observers ---- */
 
 #define local_clock()		((u64)jiffies * (1000000000 / HZ))
 #define sched_clock		local_clock
@@ -271,7 +271,7 @@ static inline void list_del(struct list_head *item)
 #define kvcalloc		kcalloc
 #define kfree			free
 #define kvfree			free
-/* No page is to be had. */
+/* No page can be allocated. */
 extern bool memory_is_scarce;
 #define get_zeroed_page(gfp)	\
 	(memory_is_scarce ? 0 : (unsigned long)calloc(1, 1UL << PAGE_SHIFT))
@@ -280,7 +280,7 @@ extern bool memory_is_scarce;
 
 /* ---- Zones, sections, pages: memory.c ---- */
 
-/* The proportions, not the sizes, matter; two geometries are tried. */
+/* The proportions matter, not the sizes; two geometries are tested. */
 #ifndef SECTION_ORDER
 #define SECTION_ORDER	12
 #define BLOCK_ORDER_MAX	7
@@ -316,16 +316,16 @@ struct page {
 	struct zone *zone;
 	struct list_head lru;
 	unsigned long private;
-	/* As the kernel has it, on the first page of a free block. */
+	/* As in the kernel, on the first page of a free block. */
 	bool buddy;
 	bool reported;
 	unsigned int order;
-	/* What the model knows. */
+	/* The model's records. */
 	enum { PAGE_OFFLINE, PAGE_USED, PAGE_FREE, PAGE_LENT } state;
-	bool told;		/* the host knows that it is free */
-	bool news;		/* something in its granule changed since then */
+	bool told;		/* reported to the host as free */
+	bool news;		/* its granule has changed since then */
 	bool in_flight;		/* the device works on it */
-	/* Its last free that left a block to report: passes begun, and in one. */
+	/* Its last free that left a reportable block: passes begun, and whether in one. */
 	unsigned long freed_in;
 	bool freed_in_pass;
 };
@@ -380,7 +380,7 @@ static inline struct page *pfn_to_online_page(unsigned long pfn)
 #define __SetPageReported(page)		((void)((page)->reported = true))
 #define __ClearPageReported(page)	((void)((page)->reported = false))
 #ifdef BUG_IN_USE
-/* Planted: a block that was given out still looks free. */
+/* Planted: an allocated block still looks free. */
 #define PageBuddy(page)			((page)->buddy || (page)->state == PAGE_USED)
 #else
 #define PageBuddy(page)			((page)->buddy)

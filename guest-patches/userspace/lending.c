@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-/* How much of a zone may be at the device: told by its counters alone. */
+/* Tests the limit on a zone's memory at the device, which depends only on counters. */
 #include "model.h"
 
 static struct zone zone;
@@ -20,7 +20,7 @@ void check_lending(void)
 	/* A sixteenth of what is above the watermark, */
 	must(may_lend(MAX_PAGE_ORDER, 0, high + 16 * 2 * lent_pages_min) == 2 * lent_pages_min,
 	     "a zone lends no sixteenth");
-	/* in large blocks: small ones are none for who wants a huge page. */
+	/* in large blocks: small ones do not help a huge page. */
 	must(may_lend(MAX_PAGE_ORDER, lent_pages_max * 16, 4 * block) == 3 * block,
 	     "small blocks count as large ones");
 	must(may_lend(0, lent_pages_max * 16 + high, 0) == lent_pages_max,
@@ -28,14 +28,14 @@ void check_lending(void)
 	/* No more than a batch. */
 	must(may_lend(MAX_PAGE_ORDER, 0, lent_pages_max * 32) == lent_pages_max,
 	     "a zone lends more than a batch");
-	/* As much as mainline's tracker takes at once, even below the watermark, */
+	/* As much as mainline's tracker takes at a time, even below the watermark, */
 	must(may_lend(MAX_PAGE_ORDER, 0, high + 2 * lent_pages_min) == lent_pages_min,
 	     "a zone lends less than mainline's tracker takes");
-	/* but never more than stays, */
+	/* but never more than remains, */
 	must(may_lend(MAX_PAGE_ORDER, 0, 8 * block) == 7 * block, "all of a zone is lent");
-	/* which is not what isolated pageblocks have. */
+	/* not counting isolated pageblocks. */
 	zone.free_pages = 2 * block;
 	must(prb_may_lend(&zone, MAX_PAGE_ORDER) == block, "isolated blocks count as free");
-	/* One block may always go. */
+	/* One block is always allowed. */
 	must(may_lend(MAX_PAGE_ORDER, 0, block) == block, "the last block may not go");
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * A buddy allocator with zones, holes, isolated pageblocks and hotplug: the
- * rules of mm/page_alloc.c and mm/memory_hotplug.c, a page a struct.
+ * rules of mm/page_alloc.c and mm/memory_hotplug.c, with one struct per page.
  */
 #include "model.h"
 
@@ -20,7 +20,7 @@ bool memory_is_scarce;
 
 static bool isolated[SECTIONS][PAGES_PER_SECTION >> PAGEBLOCK_ORDER];
 
-/* Blocks in use, for somebody to free. */
+/* Blocks in use, which can be freed. */
 static struct { unsigned long pfn; unsigned int order; } *used;
 static unsigned long used_count, used_max;
 
@@ -124,7 +124,7 @@ static struct page *buddy_of(unsigned long pfn, unsigned int order, struct zone 
 	page = pfn_to_page(buddy);
 	if (!page->buddy || page->order != order || page->zone != zone)
 		return NULL;
-	/* Isolated pageblocks are kept apart from others. */
+	/* Isolated pageblocks have separate lists. */
 	if (order >= PAGEBLOCK_ORDER && memory_is_isolated(pfn) != memory_is_isolated(buddy))
 		return NULL;
 	return page;
@@ -150,7 +150,7 @@ static void free_block(unsigned long pfn, unsigned int order, bool notify, bool 
 	}
 	list_block(pfn_to_page(head), merged, tail);
 	if (notify && tracking && merged >= page_reporting_order) {
-		/* What comes online with the first section of a chunk has no age. */
+		/* Memory that comes online with the first section of a chunk has no age. */
 		if (is_covered(pfn_to_section_nr(pfn)))
 			host_sees_free(pfn, order);
 		prb_mark_young(pfn, order);
@@ -159,7 +159,7 @@ static void free_block(unsigned long pfn, unsigned int order, bool notify, bool 
 
 /* ---- The reporter's part: mm/page_alloc.c of the series ---- */
 
-/* While the device works, who wants a block as large as this one finds more than it has. */
+/* While the device works, the zone keeps more blocks of this size than the device has. */
 static void check_rest(const struct zone *zone, unsigned int order)
 {
 	unsigned long stay = 0, lent = 0, nr;
@@ -232,7 +232,7 @@ unsigned long memory_lent_pages(void)
 	return count;
 }
 
-/* ---- What programs do ---- */
+/* ---- Programs ---- */
 
 static void hold(unsigned long pfn, unsigned int order)
 {
@@ -266,13 +266,13 @@ bool memory_alloc(void)
 	if (page) {
 		unsigned int size = page->order;
 		unsigned long pfn = page->pfn;
-		/* expand(): what is split off stays reported. */
+		/* expand(): the remainder stays reported. */
 		bool reported = page->reported && KEEPS_REPORTED;
 
 		unlist_block(page);
 		while (size > order) {
 			size--;
-			/* Any half may be given out. */
+			/* Either half may be allocated. */
 			unsigned long rest = pfn;
 
 			if (one_in(2))
@@ -319,7 +319,7 @@ void memory_free_all(void)
 
 /* ---- Isolation and hotplug ---- */
 
-/* The free block that covers a page, if there is one. */
+/* The free block that covers a page, if any. */
 static struct page *block_of(unsigned long pfn)
 {
 	for (unsigned int order = 0; order <= MAX_PAGE_ORDER; order++) {
@@ -331,14 +331,14 @@ static struct page *block_of(unsigned long pfn)
 	return NULL;
 }
 
-/* move_freepages_block_isolate(): a block that is larger is taken apart. */
+/* move_freepages_block_isolate(): a larger block is split. */
 static void set_isolated(unsigned long pfn, bool value)
 {
 	unsigned long first = round_down(pfn, 1UL << PAGEBLOCK_ORDER);
 	struct zone *zone = pfn_to_page(first)->zone;
 	struct page *block;
 
-	/* As prep_move_freepages_block(): a pageblock of two zones is left alone. */
+	/* As prep_move_freepages_block(): skips a pageblock of two zones. */
 	if (zone_of(first + (1UL << PAGEBLOCK_ORDER) - 1) != zone)
 		return;
 	spin_lock_irq(&zone->lock);
@@ -366,12 +366,12 @@ static void set_isolated(unsigned long pfn, bool value)
 							  : 1UL << page->order;
 		}
 		*isolated_flag(first) = value;
-		/* unset_migratetype_isolate(): what may merge now does. */
+		/* unset_migratetype_isolate(): blocks that may merge now do. */
 		block = value ? NULL : pfn_to_page(first);
 		if (block && block->buddy && block->order == PAGEBLOCK_ORDER &&
 		    PAGEBLOCK_ORDER < MAX_PAGE_ORDER) {
 			unlist_block(block);
-			/* A block too small to be noted may become part of a larger one. */
+			/* A block too small to be recorded may become part of a larger one. */
 			free_block(first, PAGEBLOCK_ORDER, PAGEBLOCK_ORDER < page_reporting_order,
 				   true);
 		}
@@ -405,7 +405,7 @@ bool memory_offline(unsigned int index)
 	if (!section->online || prb_index.index_lock.held)
 		return false;
 	isolate_section(start, true);
-	/* What is in use is migrated elsewhere. */
+	/* Memory in use is migrated elsewhere. */
 	for (unsigned long i = used_count; i-- > 0;)
 		if (i < used_count && pfn_to_section_nr(used[i].pfn) == nr)
 			free_used(i);

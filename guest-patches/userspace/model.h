@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0 */
-/* What the parts of the test know of each other. */
+/* Shared declarations of the test's parts. */
 #ifndef MODEL_H
 #define MODEL_H
 
 #include "kernel.h"
 #include "page_reporting_bitmap.h"
 
-/* The first series alone has no rates, one batch, and keeps no flag on what is split off. */
+/* The first series alone has no rates, one batch, and no flag on remainders. */
 #ifdef CORE_ALONE
 #define PRB_ANY_RATE 0
 #define PRB_BATCH_ENTRIES_MAX PAGE_REPORTING_CAPACITY
@@ -20,12 +20,12 @@
 
 #define SECTIONS 13
 
-/* Numbers of the sections that there may be, ascending, with holes. */
+/* Numbers of the possible sections, ascending, with holes. */
 extern const unsigned long section_numbers[SECTIONS];
-/* Sections from this index on come and go. */
+/* Sections from this index on are hot-plugged and unplugged. */
 #define FIRST_HOTPLUGGED 7
 
-/* Whether frees are noted for the core. */
+/* Whether frees are passed to the core. */
 extern bool tracking;
 
 void memory_init(void);
@@ -41,10 +41,10 @@ unsigned long memory_lent_pages(void);
 /* Whether the granule of a page begins in another zone, and it is in a block smaller than one. */
 bool memory_is_out_of_reach(unsigned long pfn, unsigned int order);
 
-/* ---- host.c: what the host knows ---- */
+/* ---- host.c: the host's records ---- */
 
 extern struct page_reporting_dev_info device;
-/* Passes begun so far, and whether one is under way and minds ages. */
+/* Passes begun so far, and whether one is in progress and respects ages. */
 extern unsigned long passes;
 extern bool in_pass, minds_age;
 
@@ -63,7 +63,7 @@ unsigned long host_told_pages(void);
 
 struct prb_result pass(unsigned int flags);
 
-/* ---- rates.c: what bounds a pass ---- */
+/* ---- rates.c: limits of a pass ---- */
 
 void check_rates(void);
 
@@ -73,11 +73,11 @@ void check_rates(void);
 extern const unsigned long full_granules, worth_granules, lent_pages_min, lent_pages_max;
 void check_bursts(void);
 
-/* ---- lending.c: how much may be at the device ---- */
+/* ---- lending.c: the limit on memory at the device ---- */
 
 void check_lending(void);
 
-/* ---- check.c: the promises ---- */
+/* ---- check.c: invariants ---- */
 
 /* Whether the core knows of a section. */
 bool is_covered(unsigned long nr);

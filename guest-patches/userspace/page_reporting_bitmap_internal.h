@@ -1,3 +1,3 @@
 /* SPDX-License-Identifier: GPL-2.0 */
-/* Stands in for the file of this name in mm/: all that the core sees of a kernel. */
+/* Replaces the file of this name in mm/: the core's view of the kernel. */
 #include "kernel.h"

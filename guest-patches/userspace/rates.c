@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
-/* What bounds the bytes a second, and that nothing starves of it. */
+/* Tests the limit on bytes per second, and that it starves no section. */
 #include "model.h"
 
-/* A section that is never idle, at a low address, and one behind it. */
+/* A section at a low address that is never idle, and one behind it. */
 #define BUSY 0UL
 #define PATIENT 7UL
 #define SECONDS 400
@@ -14,7 +14,7 @@ static void set_rate(u64 bytes_per_second)
 	prb_index.tokens_at = jiffies;
 }
 
-/* As if all of it had been used, and been free for long enough since. */
+/* As if all of it had been used, and then been free for long enough. */
 static void renew(unsigned long nr)
 {
 	unsigned long start = section_nr_to_pfn(nr);
@@ -31,12 +31,12 @@ void check_rates(void)
 {
 	unsigned long start = section_nr_to_pfn(PATIENT);
 
-	/* Any number is a rate, the largest too. */
+	/* Any number is a valid rate, including the largest. */
 	set_rate(~0UL);
 	jiffies += HZ;
 	must(pass(PRB_ANY_AGE).end == PRB_END_DONE, "the highest rate lets nothing leave");
 
-	/* A pass goes on where the last one ended. */
+	/* A pass continues where the last one ended. */
 	renew(PATIENT);
 	set_rate((1UL << PAGE_SHIFT) << MAX_PAGE_ORDER);
 	for (int i = 0; i < SECONDS; i++) {

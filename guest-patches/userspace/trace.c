@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Random traces of everything that happens to memory, with the core running
- * between and under it: nothing free is lost, nothing in use is reported,
- * nothing is reported twice without a change. See model.h for the parts.
+ * Random traces of all operations on memory, between and during passes of the
+ * core: no free memory is lost, none in use is reported, and none is reported
+ * twice without a change. model.h lists the parts.
  *
- *	trace SEED STEPS	prints what it did, or what went wrong
+ *	trace SEED STEPS	prints counts, or the violation
  */
 #include <stdarg.h>
 
 #include "model.h"
 
 static unsigned long seed, state, step;
-/* Processors that may run when another one could; 0 keeps them still. */
+/* Processors that may run whenever another one could; 0 for none. */
 static unsigned int depth, eagerness;
 static unsigned long counts[16], reported_pages;
 
@@ -46,9 +46,9 @@ static unsigned long random_pfn(void)
 	return section_nr_to_pfn(nr) + chance(PAGES_PER_SECTION);
 }
 
-/* Pageblocks isolated by the trace itself, to be let go again. */
+/* Pageblocks isolated by the trace itself, to be released later. */
 static unsigned long alone[4];
-/* One at a time, and no section leaves under who isolates: as mem_hotplug_lock has it. */
+/* One at a time, and no section goes offline meanwhile, as with mem_hotplug_lock. */
 static bool busy;
 
 static void isolate(void)
@@ -83,7 +83,7 @@ static void hotplug(void)
 	busy = false;
 }
 
-/* What other processors do at any time. */
+/* Actions of other processors at any time. */
 static void ordinary(void)
 {
 	/* Phases of growth and of shrinking. */
@@ -121,7 +121,7 @@ struct prb_result pass(unsigned int flags)
 	minds_age = !(flags & PRB_ANY_AGE);
 #ifndef CORE_ALONE
 	prb_note_reuse(one_in(8) ? chance(1UL << 16) : 0);
-	/* As the worker does it. */
+	/* As the worker does. */
 	if (!flags && prb_hold(16, 2000))
 		flags = PRB_AGE_ONLY;
 #endif
@@ -156,13 +156,13 @@ static void detach(void)
 }
 
 #ifndef CORE_ALONE
-/* As mm/page_reporting_worker.c does it. */
+/* As mm/page_reporting_worker.c does. */
 static void set_order(void)
 {
 	mutex_lock(&prb_index.pass_lock);
 	prb_set_order(2 + chance(MAX_PAGE_ORDER - 1));
 	mutex_unlock(&prb_index.pass_lock);
-	/* Of blocks that were split since, the core cannot tell. */
+	/* The core does not know which blocks were split since. */
 	host_doubts_all();
 }
 
@@ -180,7 +180,7 @@ static void set_rate(void)
 	prb_index.bytes_per_second = one_in(2) ? 0 : 1 + chance(1UL << 24);
 }
 
-/* What the second series adds. */
+/* Features of the second series. */
 static void change_settings(unsigned long what)
 {
 	if (what < 10)
@@ -221,7 +221,7 @@ static void act(void)
 	eagerness = 0;
 }
 
-/* With nothing in the way, all that is free leaves. */
+/* Without disturbance, all free memory is reported. */
 static void settle(bool free_all)
 {
 	eagerness = 0;
