@@ -30,8 +30,12 @@ pub(crate) fn ensure(needs: &[Need]) -> Result<()> {
     }
     announce(&missing);
     let packages: Vec<&str> = missing.iter().map(|need| need.package).collect();
-    if !packages.iter().all(|package| has_candidate(package)) {
-        update()?;
+    let not_on_offer = || packages.iter().find(|package| !has_candidate(package));
+    if not_on_offer().is_some() {
+        let said = update()?;
+        if let Some(package) = not_on_offer() {
+            bail!("apt offers no {package}: {}", why_not_on_offer(&said));
+        }
     }
     install(&packages, None)
 }
@@ -55,17 +59,25 @@ pub(crate) fn ensure_from_backports(need: Need) -> Result<()> {
     }
     announce(&[&need]);
     let suite = backports_suite()?;
+    let mut said = String::new();
     if !offers(need.package, &suite) {
-        update()?;
+        said = update()?;
     }
-    if !offers(need.package, &suite)
-        && let Err(error) = add_backports(&suite).and_then(|()| update())
-    {
-        note(&format!("note: no {suite}: {error:#}"));
+    if !offers(need.package, &suite) {
+        match add_backports(&suite).and_then(|()| update()) {
+            Ok(warnings) => said = warnings,
+            Err(error) => note(&format!("note: no {suite}: {error:#}")),
+        }
     }
     if offers(need.package, &suite) {
         return install(&[need.package], Some(&suite));
     }
+    ensure!(
+        has_candidate(need.package),
+        "apt offers no {}: {}",
+        need.package,
+        why_not_on_offer(&said)
+    );
     note(&format!(
         "note: {suite} does not offer {}; taking the release's own version",
         need.package
@@ -89,8 +101,13 @@ pub(crate) fn as_root(program: &str, task: &str) -> Result<Command> {
     if root {
         return Ok(Command::new(program));
     }
+    through_sudo("sudo", program, task)
+}
+
+/// `program` through `sudo`, if that works for this user.
+fn through_sudo(sudo: &str, program: &str, task: &str) -> Result<Command> {
     // Without a terminal sudo cannot ask for a password.
-    let mut check = Command::new("sudo");
+    let mut check = Command::new(sudo);
     if std::io::stdin().is_terminal() {
         check.arg("-V");
     } else {
@@ -106,13 +123,14 @@ pub(crate) fn as_root(program: &str, task: &str) -> Result<Command> {
         works,
         "{task} needs root: run it as root once, or set up sudo for this user"
     );
-    let mut command = Command::new("sudo");
+    let mut command = Command::new(sudo);
     command.arg(program);
     Ok(command)
 }
 
-/// Runs apt-get as root, while no other of our commands does, because it does not wait for another one.
-fn apt_get(args: &[&str]) -> Result<()> {
+/// Runs apt-get as root, while no other of our commands does, because it does not wait for another one. Returns its
+/// warnings.
+fn apt_get(args: &[&str]) -> Result<String> {
     let task = format!("apt-get {}", args.join(" "));
     let _lock = Lock::take_named(
         &paths::cache()?,
@@ -127,25 +145,36 @@ fn apt_get(args: &[&str]) -> Result<()> {
     run_apt(command, &task)
 }
 
-/// Runs it without its lines per package, which are useless unless it fails.
-fn run_apt(mut command: Command, task: &str) -> Result<()> {
+/// Runs it without its lines per package, which are useless unless it fails. Returns its warnings.
+fn run_apt(mut command: Command, task: &str) -> Result<String> {
     let output = command
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .output()
-        .context("starting apt-get: packages can be installed on Debian only")?;
+        .context(NO_APT)?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    if output.status.code() == Some(NOT_FOUND) {
+        bail!("{task}: {NO_APT}");
+    }
     if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
         for line in said.lines() {
             note(line);
         }
         bail!("{task} failed ({}): {}", output.status, advice(&said));
     }
-    Ok(())
+    Ok(said.into_owned())
 }
 
+const NO_APT: &str = "there is no apt-get: packages can be installed on Debian only";
+/// The status of env(1) and sudo(8) for a program that does not exist.
+const NOT_FOUND: i32 = 127;
+
 /// The remedy for the failure that apt's messages describe.
-fn advice(said: &str) -> String {
+fn advice(said: &str) -> &'static str {
+    known_advice(said).unwrap_or("see its messages above")
+}
+
+fn known_advice(said: &str) -> Option<&'static str> {
     let known: [(&[&str], &str); 6] = [
         (
             &["Could not get lock", "Unable to lock"],
@@ -184,18 +213,31 @@ fn advice(said: &str) -> String {
         ),
     ];
     known
-        .iter()
+        .into_iter()
         .find(|(words, _)| words.iter().any(|word| said.contains(word)))
-        .map_or_else(
-            || "see its messages above".into(),
-            |(_, what)| (*what).to_string(),
-        )
+        .map(|(_, what)| what)
 }
 
-/// Refreshes the package lists. A source that cannot be reached is only a warning to apt, and if it matters, installing
-/// the packages fails.
-fn update() -> Result<()> {
+/// Refreshes the package lists and returns apt's warnings. A source that cannot be reached is only a warning: it matters
+/// if a package is missing afterwards, see [`why_not_on_offer`].
+fn update() -> Result<String> {
     apt_get(&["update"])
+}
+
+/// Why a package is not on offer after an update with these warnings: apt has old lists or none of a source that it
+/// could not reach.
+fn why_not_on_offer(warnings: &str) -> String {
+    match known_advice(warnings) {
+        Some(what) => what.into(),
+        None => format!("{} does not offer it; Debian 12 and 13 do", release_name()),
+    }
+}
+
+/// Refreshes lists that are not the machine's. All of their sources are needed.
+pub(crate) fn update_own(lists: &Lists) -> Result<()> {
+    let mut command = lists.command("apt-get");
+    command.args(["-qq", "-o", "APT::Update::Error-Mode=any", "update"]);
+    run_apt(command, "reading the lists of Debian's packages").map(drop)
 }
 
 fn install(packages: &[&str], suite: Option<&str>) -> Result<()> {
@@ -204,7 +246,7 @@ fn install(packages: &[&str], suite: Option<&str>) -> Result<()> {
         args.extend(["-t", suite]);
     }
     args.extend(packages);
-    apt_get(&args)
+    apt_get(&args).map(drop)
 }
 
 /// Package lists: those of the machine, or others that apt finds with more options.
@@ -334,12 +376,12 @@ pub(crate) fn offer(packages: &[&str]) -> Result<Offer> {
     if let Some(offer) = known() {
         return Ok(offer);
     }
-    update()?;
+    let said = update()?;
     known().with_context(|| {
         format!(
-            "no package {}: {} does not offer it; Debian 12 and 13 do",
+            "apt offers no {}: {}",
             packages.join(" or "),
-            release_name()
+            why_not_on_offer(&said)
         )
     })
 }
@@ -629,6 +671,38 @@ mod tests {
         ] {
             assert!(advice(said).contains(word), "{said}: {}", advice(said));
         }
+    }
+
+    #[test]
+    fn package_that_is_not_on_offer_is_missing_for_want_of_a_network_or_in_the_release() {
+        // apt-get update succeeds without a network.
+        let warnings = "W: Failed to fetch http://a/InRelease  Temporary failure resolving 'a'\n\
+                        W: Some index files failed to download.";
+        assert!(why_not_on_offer(warnings).contains("check the network"));
+        let why = why_not_on_offer("W: Target Packages is configured multiple times");
+        assert!(why.contains("Debian 12 and 13 do"), "{why}");
+    }
+
+    #[test]
+    fn missing_apt_and_missing_root_are_named_with_the_task() {
+        let mut absent = Command::new("env");
+        absent.args(["LC_ALL=C", "/nonexistent/apt-get"]);
+        for command in [absent, Command::new("/nonexistent/apt-get")] {
+            let error = format!("{:#}", run_apt(command, "apt-get update").unwrap_err());
+            assert!(error.contains("on Debian only"), "{error}");
+        }
+        let error = through_sudo("/nonexistent/sudo", "env", "apt-get update").unwrap_err();
+        assert!(
+            error.to_string().starts_with("apt-get update needs root: "),
+            "{error}"
+        );
+        // A sudo that asks for a password, and one that does not.
+        assert!(through_sudo("false", "env", "apt-get update").is_err());
+        let command = through_sudo("true", "env", "apt-get update").unwrap();
+        assert_eq!(
+            (command.get_program(), command.get_args().next()),
+            ("true".as_ref(), Some("env".as_ref()))
+        );
     }
 
     #[test]

@@ -87,7 +87,7 @@ impl Archive {
         if !fresh {
             eprintln!("Reading what Debian has in {}", SUITES.join(" and "));
             fs::write(&list, &text).with_context(|| format!("writing {}", list.display()))?;
-            quiet(archive.lists.command("apt-get").args(["-qq", "update"])).inspect_err(|_| {
+            apt::update_own(&archive.lists).inspect_err(|_| {
                 // The next run must try again; a missing file does not matter.
                 fs::remove_file(&list).ok();
             })?;
