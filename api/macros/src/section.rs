@@ -404,6 +404,8 @@ fn command_line(section: &Ident, line: &CommandLine, rules: &[Rule]) -> TokenStr
     let declarations = keys.iter().map(|rule| rule.declaration());
     let references = keys.iter().map(|rule| rule.reference(rules));
     let readings = rules.iter().map(Rule::reading);
+    let names = keys.iter().map(|rule| rule.key());
+    let key_fields = keys.iter().map(|rule| &rule.field);
     let unsupported: Vec<_> = line.unsupported.iter().collect();
     let parse = match &line.parse {
         None => quote!(pub fn parse),
@@ -426,6 +428,14 @@ fn command_line(section: &Ident, line: &CommandLine, rules: &[Rule]) -> TokenStr
             #[doc = #syntax_doc]
             pub fn syntax() -> String {
                 Self::keys().help(#about)
+            }
+
+            /// The keys whose values differ from their defaults. A group of keys has the name of its field.
+            pub fn changed_keys(&self) -> impl Iterator<Item = &'static str> {
+                let defaults = Self::default();
+                let keys = [#((#names, self.#key_fields != defaults.#key_fields)),*];
+                keys.into_iter()
+                    .filter_map(|(key, is_changed)| is_changed.then_some(key))
             }
 
             /// The option's part of the page of all options.

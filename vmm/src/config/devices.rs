@@ -102,25 +102,28 @@ fn check_disk(disk: &DiskConfig, vcpus: usize, shared: bool) -> Result<(), Devic
     queue_affinity(disk)
 }
 
-/// The back end has the image, so it decides about everything that concerns it.
+/// Keys of a disk that a back end serves. It has the image, so it decides about everything that the other keys concern.
+const VHOST_USER_DISK_KEYS: [&str; 11] = [
+    "iommu",
+    "num_queues",
+    "queue_size",
+    "vhost_user",
+    "socket",
+    "id",
+    "pci_segment",
+    "pci_device_id",
+    "backing_files",
+    "_disable_io_uring",
+    "_disable_aio",
+];
+
 fn check_vhost_user_disk(disk: &DiskConfig, memory_shared: bool) -> Result<(), DeviceFault> {
-    let defaults = DiskConfig::default();
-    let for_images = [
-        ("path", disk.path.is_some()),
-        ("readonly", disk.readonly),
-        ("direct", disk.direct),
-        ("serial", disk.serial.is_some()),
-        ("image_type", disk.image_type.is_some()),
-        ("sparse", disk.sparse != defaults.sparse),
-        (
-            "lock_granularity",
-            disk.lock_granularity != defaults.lock_granularity,
-        ),
-        ("queue_affinity", disk.queue_affinity.is_some()),
-        ("rate_limit_group", disk.rate_limit_group.is_some()),
-        ("a rate limit", disk.rate_limiter_config.is_some()),
-    ];
-    if let Some((key, _)) = for_images.into_iter().find(|(_, given)| *given) {
+    let mut changed = disk.changed_keys();
+    if let Some(key) = changed.find(|key| !VHOST_USER_DISK_KEYS.contains(key)) {
+        let key = match key {
+            "rate_limiter_config" => "a rate limit",
+            key => key,
+        };
         return Err(DeviceFault::OfBackEnd { key });
     }
     if !memory_shared {

@@ -871,6 +871,20 @@ fn validate_vhost_user_disk_needs_shared_memory_and_a_socket_and_has_no_image() 
         wrong[key] = value;
         assert_eq!(shared(&wrong, true), Some(DeviceFault::OfBackEnd { key }));
     }
+    let mut limited = disk.clone();
+    limited["rate_limiter_config"] = json!({"ops": {"size": 1, "refill_time": 1}});
+    let key = "a rate limit";
+    assert_eq!(shared(&limited, true), Some(DeviceFault::OfBackEnd { key }));
+    let mut placed = disk.clone();
+    for (key, value) in [
+        ("id", json!("d")),
+        ("queue_size", json!(64)),
+        ("pci_device_id", json!(7)),
+        ("_disable_io_uring", json!(true)),
+    ] {
+        placed[key] = value;
+    }
+    assert_eq!(shared(&placed, true), None);
     let without_socket = json!({"vhost_user": true});
     assert_eq!(
         shared(&without_socket, true),
