@@ -53,7 +53,9 @@ fn without_code(line: &str) -> String {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
+    use std::collections::BTreeSet;
     use std::fs;
+    use std::path::{Path, PathBuf};
 
     use super::*;
     use crate::{documents, root};
@@ -94,6 +96,50 @@ mod tests {
         }
         assert!(broken.is_empty(), "{broken:#?}");
         assert!(checked > 50, "only {checked} links were seen");
+    }
+
+    /// The files that a page links.
+    fn linked(page: &Path) -> BTreeSet<PathBuf> {
+        let text = fs::read_to_string(page).unwrap();
+        let files = links(&text).into_iter().filter_map(|(_, target)| {
+            let path = target.split('#').next().unwrap_or_default();
+            page.parent()?.join(path).canonicalize().ok()
+        });
+        files.collect()
+    }
+
+    #[test]
+    fn every_document_is_listed_in_the_index_or_in_that_of_its_folder() {
+        let docs = root().join("docs").canonicalize().unwrap();
+        let index = docs.join("README.md");
+        let mut listed = linked(&index);
+        let folders: Vec<_> = listed
+            .iter()
+            .filter(|page| page.starts_with(&docs) && page.ends_with("README.md"))
+            .cloned()
+            .collect();
+        listed.extend(folders.iter().flat_map(|page| linked(page)));
+        listed.insert(index);
+        let missing: Vec<_> = documents()
+            .iter()
+            .map(|document| root().join(document).canonicalize().unwrap())
+            .filter(|document| document.starts_with(&docs) && !listed.contains(document))
+            .collect();
+        assert!(missing.is_empty(), "not in docs/README.md: {missing:#?}");
+    }
+
+    #[test]
+    fn every_decision_has_a_number_of_its_own() {
+        let mut numbers = BTreeSet::new();
+        for document in documents() {
+            let name = document.file_name().unwrap().to_str().unwrap();
+            let number = name.split('-').next().unwrap().parse::<u32>();
+            let Ok(number) = number else { continue };
+            let text = fs::read_to_string(root().join(&document)).unwrap();
+            assert!(text.starts_with(&format!("# {number}. ")), "{name}");
+            assert!(numbers.insert(number), "{name}: the number is taken");
+        }
+        assert!(numbers.len() > 20, "only {} decisions", numbers.len());
     }
 
     /// Folders whose paths the documentation mentions.
