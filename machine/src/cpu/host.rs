@@ -21,7 +21,8 @@ const LISTED_MAX: usize = 16;
 
 const MSR_ARCH_CAPABILITIES: u32 = 0x10a;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr)]
+#[strum(serialize_all = "lowercase")]
 enum Register {
     Eax,
     Ebx,
@@ -31,13 +32,8 @@ enum Register {
 use Register::{Eax, Ebx, Ecx, Edx};
 
 impl Register {
-    const fn name(self) -> &'static str {
-        match self {
-            Eax => "eax",
-            Ebx => "ebx",
-            Ecx => "ecx",
-            Edx => "edx",
-        }
+    fn name(self) -> &'static str {
+        self.into()
     }
 
     fn of(self, leaf: &kvm_cpuid_entry2) -> u32 {

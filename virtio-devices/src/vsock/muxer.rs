@@ -384,7 +384,7 @@ impl Muxer {
             host: header.dst_port,
             guest: header.src_port,
         };
-        let op = Op::from_wire(header.op).filter(|_| header.socket_type == TYPE_STREAM);
+        let op = Op::from_repr(header.op).filter(|_| header.socket_type == TYPE_STREAM);
         let Some(&index) = self.by_ports.get(&ports) else {
             match op {
                 Some(Op::Request) => self.connect_to_host(ports, header),

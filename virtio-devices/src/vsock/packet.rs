@@ -15,7 +15,7 @@ pub(super) const SHUTDOWN_SEND: u32 = 2;
 pub(super) const SHUTDOWN_BOTH: u32 = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
 
 /// The operation of a packet.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::FromRepr)]
 #[repr(u16)]
 pub(super) enum Op {
     Request = 1,
@@ -25,23 +25,6 @@ pub(super) enum Op {
     Data = 5,
     CreditUpdate = 6,
     CreditRequest = 7,
-}
-
-impl Op {
-    const ALL: [Self; 7] = [
-        Self::Request,
-        Self::Response,
-        Self::Reset,
-        Self::Shutdown,
-        Self::Data,
-        Self::CreditUpdate,
-        Self::CreditRequest,
-    ];
-
-    /// `None` for an undefined number.
-    pub(super) fn from_wire(number: u16) -> Option<Self> {
-        Self::ALL.into_iter().find(|op| *op as u16 == number)
-    }
 }
 
 /// `struct virtio_vsock_hdr`.
@@ -138,7 +121,7 @@ mod tests {
     #[test]
     fn ops_are_numbered_from_1_to_7() {
         for number in 0..=9 {
-            let known = Op::from_wire(number).map(|op| op as u16);
+            let known = Op::from_repr(number).map(|op| op as u16);
             assert_eq!(known, (1..=7).contains(&number).then_some(number));
         }
     }

@@ -128,7 +128,7 @@ fn data_beyond_the_credit_resets_the_connection_and_is_not_kept() {
         rig.send(data_of(header, &chunk), &chunk);
         while let Some((header, _)) = rig.poll() {
             rig.offer(1);
-            if Op::from_wire(header.op) == Some(Op::Reset) {
+            if Op::from_repr(header.op) == Some(Op::Reset) {
                 assert_eq!(rig.counter("connections"), 0);
                 assert_eq!(rig.counter("bad_packets"), 1);
                 return;

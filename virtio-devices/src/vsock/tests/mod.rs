@@ -142,7 +142,7 @@ impl Rig {
 
     fn next_is(&mut self, op: Op) -> Header {
         let (header, _) = self.next();
-        assert_eq!(Op::from_wire(header.op), Some(op), "{header:?}");
+        assert_eq!(Op::from_repr(header.op), Some(op), "{header:?}");
         header
     }
 

@@ -20,7 +20,7 @@ fn host_program_reaches_a_port_of_the_guest_and_back() {
     assert_eq!(read_exactly(&mut stream, 14), b"from the guest");
     stream.write_all(b"from the host").unwrap();
     let (packet, data) = rig.next();
-    assert_eq!(Op::from_wire(packet.op), Some(Op::Data));
+    assert_eq!(Op::from_repr(packet.op), Some(Op::Data));
     assert_eq!(data, b"from the host");
     // The guest's data has reached the host, and every packet reports it.
     assert_eq!((packet.buf_alloc, packet.fwd_cnt), (BUFFER_BYTES, 14));
@@ -153,7 +153,7 @@ fn host_sends_no_more_than_the_guest_has_room_for() {
     );
     let rest = loop {
         let (header, data) = rig.next();
-        if Op::from_wire(header.op) == Some(Op::Data) {
+        if Op::from_repr(header.op) == Some(Op::Data) {
             break data;
         }
     };
