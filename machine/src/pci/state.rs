@@ -167,3 +167,25 @@ impl PciBus {
         Ok(taken)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use ::state::Saved;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn state_of_the_machine_with_one_segment_is_read() {
+        let slot = json!({"slot": 3, "id": "_rng", "ranges": [{"start": 4096, "bytes": 64}]});
+        let one = json!({"version": 1, "config_address": 7, "reserved": 8, "slots": [slot]});
+        let one: Saved = serde_json::from_value(one).unwrap();
+        let state: PciBusState = one.read().unwrap();
+        assert_eq!((state.config_address, state.segments.len()), (7, 1));
+        assert_eq!(state.segments[0].reserved, 8);
+        let (segment, slot) = state.slot("_rng").unwrap();
+        assert_eq!((segment, slot.slot, slot.ranges[0].bytes), (0, 3, 64));
+    }
+}

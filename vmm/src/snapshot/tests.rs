@@ -96,6 +96,16 @@ fn snapshot_comes_back_from_its_folder() {
     assert_eq!((bytes[0], bytes[4999], bytes[5000]), (7, 7, 0));
 }
 
+#[test]
+fn state_of_the_version_without_a_pending_size_is_read() {
+    let mut older = serde_json::to_value(Saved::of(&state(&memory()))).unwrap();
+    let fields = older.as_object_mut().unwrap();
+    fields.insert("version".to_owned(), json!(2));
+    fields.remove("memory_size_after_reboot").unwrap();
+    let older: Saved = serde_json::from_value(older).unwrap();
+    assert_eq!(older.read::<SnapshotState>().unwrap(), state(&memory()));
+}
+
 fn request(mode: MemoryRestoreMode) -> RestoreConfig {
     RestoreConfig {
         memory_restore_mode: mode,
