@@ -46,12 +46,12 @@ pub(crate) enum HttpError {
         source: serde_json::Error,
     },
     /// An error response.
-    #[error("{method} {path}: {status} {told}")]
+    #[error("{method} {path}: {status} {reason}")]
     Refused {
         method: &'static str,
         path: String,
         status: u16,
-        told: String,
+        reason: String,
         /// The requested delay before a retry, if the response has one.
         retry_after: Option<Duration>,
     },
@@ -94,7 +94,7 @@ impl Answer {
             return Ok(self.body);
         }
         // Kubernetes returns the reason in `message`, placement in `errors`.
-        let told = match (&self.body["message"], &self.body["errors"][0]["detail"]) {
+        let reason = match (&self.body["message"], &self.body["errors"][0]["detail"]) {
             (Value::String(text), _) | (_, Value::String(text)) => text.clone(),
             _ => self.body.to_string(),
         };
@@ -102,7 +102,7 @@ impl Answer {
             method: self.method,
             path: self.path,
             status: self.status,
-            told: told.chars().take(SHOWN_CHARS_MAX).collect(),
+            reason: reason.chars().take(SHOWN_CHARS_MAX).collect(),
             retry_after: self.retry_after,
         })
     }

@@ -41,20 +41,20 @@ impl Kubernetes {
         })
     }
 
-    pub(crate) fn tell(&self, offer: &Offer) -> Result<(), HttpError> {
-        let node = self.tell_node(offer)?;
-        self.tell_host_memory(offer, &node)
+    pub(crate) fn publish(&self, offer: &Offer) -> Result<(), HttpError> {
+        let node = self.publish_node(offer)?;
+        self.publish_host_memory(offer, &node)
     }
 
     /// Sets the extended resource and returns the updated node.
-    fn tell_node(&self, offer: &Offer) -> Result<Value, HttpError> {
+    fn publish_node(&self, offer: &Offer) -> Result<Value, HttpError> {
         let path = format!("/api/v1/nodes/{}/status", self.node);
         let capacity = json!({ self.resource.as_str(): offer.capacity_mib().to_string() });
         let patch = json!({"status": {"capacity": capacity}});
         self.patched(&path, &patch)?.good()
     }
 
-    fn tell_host_memory(&self, offer: &Offer, node: &Value) -> Result<(), HttpError> {
+    fn publish_host_memory(&self, offer: &Offer, node: &Value) -> Result<(), HttpError> {
         let path = format!("{HOST_MEMORIES}/{}/status", self.node);
         let patch = json!({"status": status(offer)});
         let answer = self.patched(&path, &patch)?;

@@ -59,10 +59,10 @@ enum Scheduler {
 }
 
 impl Scheduler {
-    fn tell(&mut self, offer: &Offer) -> Result<(), HttpError> {
+    fn publish(&mut self, offer: &Offer) -> Result<(), HttpError> {
         match self {
-            Self::Kubernetes(kubernetes) => kubernetes.tell(offer),
-            Self::Placement(placement) => placement.tell(offer),
+            Self::Kubernetes(kubernetes) => kubernetes.publish(offer),
+            Self::Placement(placement) => placement.publish(offer),
         }
     }
 }
@@ -70,10 +70,10 @@ impl Scheduler {
 fn run(arguments: &Arguments) -> Result<()> {
     let mut scheduler = scheduler(&arguments.target)?;
     if arguments.withdraw {
-        return tell(&mut scheduler, &Offer::default());
+        return publish(&mut scheduler, &Offer::default());
     }
     if arguments.once {
-        return tell(&mut scheduler, &ask(&arguments.socket)?);
+        return publish(&mut scheduler, &ask(&arguments.socket)?);
     }
     follow(arguments, &mut scheduler)
 }
@@ -96,11 +96,11 @@ fn follow(arguments: &Arguments, scheduler: &mut Scheduler) -> Result<()> {
         if let Some(offer) = pace.next(heard.ok(), now)
             && now >= not_before
         {
-            match scheduler.tell(&offer) {
+            match scheduler.publish(&offer) {
                 Ok(()) => {
                     failures = 0;
-                    log_told(&offer);
-                    pace.told(offer, now);
+                    log_published(&offer);
+                    pace.note_published(offer, now);
                 }
                 Err(error) => {
                     let wait = error
@@ -111,7 +111,7 @@ fn follow(arguments: &Arguments, scheduler: &mut Scheduler) -> Result<()> {
                     not_before = now + wait;
                     let chain = api::error_chain(&error).join(": ");
                     log(&format!(
-                        "not told, again in {} ms: {chain}",
+                        "not published, retry in {} ms: {chain}",
                         wait.as_millis()
                     ));
                 }
@@ -169,9 +169,9 @@ fn in_cluster(access: &Access) -> Result<Service> {
     Ok(service)
 }
 
-fn tell(scheduler: &mut Scheduler, offer: &Offer) -> Result<()> {
-    scheduler.tell(offer)?;
-    log_told(offer);
+fn publish(scheduler: &mut Scheduler, offer: &Offer) -> Result<()> {
+    scheduler.publish(offer)?;
+    log_published(offer);
     Ok(())
 }
 
@@ -186,9 +186,9 @@ fn ask(socket: &Path) -> Result<Offer> {
     Ok(Offer::of(&status))
 }
 
-fn log_told(offer: &Offer) {
+fn log_published(offer: &Offer) {
     log(&format!(
-        "told state={} capacity_mib={} in_use_mib={} free_mib={}",
+        "published state={} capacity_mib={} in_use_mib={} free_mib={}",
         offer.state.name(),
         offer.capacity_mib(),
         offer.in_use_mib,

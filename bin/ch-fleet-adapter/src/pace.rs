@@ -24,7 +24,7 @@ const LOST: Duration = Duration::from_secs(15 * 60);
 /// The latest published offer, and when it was published.
 #[derive(Debug)]
 pub(crate) struct Pace {
-    told: Option<(Offer, Instant)>,
+    published: Option<(Offer, Instant)>,
     heard: Option<(Offer, Instant)>,
     begin: Instant,
 }
@@ -32,7 +32,7 @@ pub(crate) struct Pace {
 impl Pace {
     pub(crate) fn new(now: Instant) -> Self {
         Self {
-            told: None,
+            published: None,
             heard: None,
             begin: now,
         }
@@ -44,22 +44,22 @@ impl Pace {
             self.heard = Some((offer, now));
         }
         let offer = self.current(now)?;
-        let Some((told, at)) = &self.told else {
+        let Some((published, at)) = &self.published else {
             return Some(offer);
         };
         let elapsed = now.saturating_duration_since(*at);
-        let offer = slowed(offer, told, elapsed);
-        let (before, after) = (told.capacity_mib(), offer.capacity_mib());
-        let worth_telling = elapsed >= REPEAT
-            || offer.state != told.state
+        let offer = slowed(offer, published, elapsed);
+        let (before, after) = (published.capacity_mib(), offer.capacity_mib());
+        let worth_publishing = elapsed >= REPEAT
+            || offer.state != published.state
             || before.saturating_sub(after) * 100 > before * FALL_PERCENT
             || after.saturating_sub(before) * 100 >= before.max(1) * RISE_PERCENT;
-        worth_telling.then_some(offer)
+        worth_publishing.then_some(offer)
     }
 
     /// Records that `offer` was published.
-    pub(crate) fn told(&mut self, offer: Offer, now: Instant) {
-        self.told = Some((offer, now));
+    pub(crate) fn note_published(&mut self, offer: Offer, now: Instant) {
+        self.published = Some((offer, now));
     }
 
     fn current(&self, now: Instant) -> Option<Offer> {
@@ -76,9 +76,9 @@ impl Pace {
     }
 }
 
-/// Limits the offer to the allowed growth since `told` was published.
-fn slowed(mut offer: Offer, told: &Offer, elapsed: Duration) -> Offer {
-    let before = told.capacity_mib();
+/// Limits the offer to the allowed growth since `published` was published.
+fn slowed(mut offer: Offer, published: &Offer, elapsed: Duration) -> Offer {
+    let before = published.capacity_mib();
     if before == 0 {
         // The previous capacity was 0, so there is no fluctuation to smooth.
         return offer;
@@ -109,18 +109,18 @@ mod tests {
         begin + Duration::from_secs(seconds)
     }
 
-    fn told(begin: Instant) -> Pace {
+    fn published(begin: Instant) -> Pace {
         let mut pace = Pace::new(begin);
         let first = pace.next(Some(offer(1000, 1000)), begin).unwrap();
         assert_eq!(first, offer(1000, 1000));
-        pace.told(first, begin);
+        pace.note_published(first, begin);
         pace
     }
 
     #[test]
-    fn fall_is_told_at_once_and_a_small_one_with_the_next_round() {
+    fn fall_is_published_at_once_and_a_small_one_with_the_next_round() {
         let begin = Instant::now();
-        let mut pace = told(begin);
+        let mut pace = published(begin);
         assert_eq!(pace.next(Some(offer(1000, 990)), after(begin, 1)), None);
         let fallen = offer(1000, 100);
         assert_eq!(
@@ -130,9 +130,9 @@ mod tests {
     }
 
     #[test]
-    fn rise_is_told_by_a_tenth_a_minute() {
+    fn rise_is_published_by_a_tenth_a_minute() {
         let begin = Instant::now();
-        let mut pace = told(begin);
+        let mut pace = published(begin);
         assert_eq!(pace.next(Some(offer(1000, 9000)), after(begin, 10)), None);
         let risen = pace
             .next(Some(offer(1000, 9000)), after(begin, 60))
@@ -146,9 +146,9 @@ mod tests {
     }
 
     #[test]
-    fn nothing_new_is_told_once_a_minute_and_another_state_at_once() {
+    fn nothing_new_is_published_once_a_minute_and_another_state_at_once() {
         let begin = Instant::now();
-        let mut pace = told(begin);
+        let mut pace = published(begin);
         assert_eq!(pace.next(Some(offer(1000, 1000)), after(begin, 59)), None);
         assert!(
             pace.next(Some(offer(1000, 1000)), after(begin, 60))
@@ -165,17 +165,17 @@ mod tests {
     #[test]
     fn silent_agent_offers_nothing_new_and_a_lost_one_nothing() {
         let begin = Instant::now();
-        let mut pace = told(begin);
+        let mut pace = published(begin);
         assert_eq!(pace.next(None, after(begin, 30)), None);
         let held = pace.next(None, after(begin, 61)).unwrap();
         assert_eq!(
             (held.state, held.in_use_mib, held.free_mib),
             (State::Unknown, 1000, 0)
         );
-        pace.told(held, after(begin, 61));
+        pace.note_published(held, after(begin, 61));
         let lost = pace.next(None, after(begin, 901)).unwrap();
         assert_eq!(lost.capacity_mib(), 0);
-        pace.told(lost, after(begin, 901));
+        pace.note_published(lost, after(begin, 901));
         // After a withdrawal, the full capacity is published at once.
         let back = pace
             .next(Some(offer(1000, 1000)), after(begin, 902))

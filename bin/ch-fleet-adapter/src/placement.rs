@@ -55,20 +55,20 @@ impl Placement {
         })
     }
 
-    pub(crate) fn tell(&mut self, offer: &Offer) -> Result<(), HttpError> {
+    pub(crate) fn publish(&mut self, offer: &Offer) -> Result<(), HttpError> {
         self.introduce()?;
         let path = format!("/resource_providers/{}", self.uuid()?);
-        let told = self
-            .tell_inventory(&path, offer)
-            .and_then(|()| self.tell_state(&path, offer.state));
+        let published = self
+            .publish_inventory(&path, offer)
+            .and_then(|()| self.publish_state(&path, offer.state));
         if let Err(HttpError::Refused {
             status: NOT_FOUND, ..
-        }) = told
+        }) = published
         {
             // The provider was removed, and possibly recreated with another id.
             self.uuid = None;
         }
-        told
+        published
     }
 
     /// Registers our traits and the resource class. Registering them again has no effect.
@@ -115,7 +115,7 @@ impl Placement {
         Ok(uuid.to_owned())
     }
 
-    fn tell_inventory(&self, provider: &str, offer: &Offer) -> Result<(), HttpError> {
+    fn publish_inventory(&self, provider: &str, offer: &Offer) -> Result<(), HttpError> {
         let path = format!("{provider}/inventories");
         let wanted = inventory(offer);
         self.changed(&path, |read| {
@@ -134,7 +134,7 @@ impl Placement {
         })
     }
 
-    fn tell_state(&self, provider: &str, state: State) -> Result<(), HttpError> {
+    fn publish_state(&self, provider: &str, state: State) -> Result<(), HttpError> {
         let path = format!("{provider}/traits");
         self.changed(&path, |read| {
             let names = read["traits"].as_array().into_iter().flatten();

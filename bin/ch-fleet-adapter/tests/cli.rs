@@ -110,7 +110,7 @@ fn wait(what: &str, condition: impl Fn() -> bool) {
 }
 
 #[test]
-fn what_was_not_told_is_told_later_and_what_changes_is_told_anew() {
+fn offer_that_failed_is_published_later_and_a_changed_one_anew() {
     let agent = FakeAgent::start();
     let good = Reply::new(200, "{}");
     let replies = [Reply::new(500, "{}"), Reply::new(503, "{}")];
@@ -125,7 +125,7 @@ fn what_was_not_told_is_told_later_and_what_changes_is_told_anew() {
 }
 
 #[test]
-fn once_tells_or_fails_and_withdraw_takes_it_back() {
+fn once_publishes_or_fails_and_withdraw_takes_it_back() {
     let agent = FakeAgent::start();
     let server = FakeServer::start([
         Reply::new(200, "{}"),
@@ -137,8 +137,8 @@ fn once_tells_or_fails_and_withdraw_takes_it_back() {
     assert!(once(&agent, &server, &["--once"]).status.success());
     let refused = once(&agent, &server, &["--once"]);
     assert_eq!(refused.status.code(), Some(1));
-    let told = String::from_utf8(refused.stderr).unwrap();
-    assert!(told.contains("403 forbidden"), "{told}");
+    let message = String::from_utf8(refused.stderr).unwrap();
+    assert!(message.contains("403 forbidden"), "{message}");
     assert!(once(&agent, &server, &["--withdraw"]).status.success());
     assert_eq!(capacities(&server), ["8192", "8192", "0"]);
 }
@@ -154,8 +154,8 @@ fn agent_that_is_not_there_is_an_error() {
     .output()
     .unwrap();
     assert_eq!(output.status.code(), Some(1));
-    let told = String::from_utf8(output.stderr).unwrap();
-    assert!(told.contains("There is no API socket"), "{told}");
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert!(message.contains("There is no API socket"), "{message}");
 }
 
 #[test]
@@ -186,8 +186,8 @@ fn https_is_checked_against_the_named_certificates_only() {
         .output()
         .unwrap();
     assert_eq!(without.status.code(), Some(1));
-    let told = String::from_utf8(without.stderr).unwrap();
-    assert!(told.contains("--ca-file"), "{told}");
+    let message = String::from_utf8(without.stderr).unwrap();
+    assert!(message.contains("--ca-file"), "{message}");
 }
 
 #[test]

@@ -195,49 +195,49 @@ pub(crate) struct ResizeDiskArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct UpdateRateLimiterArguments {
-    #[arg(value_name = "LIMIT", value_parser = |text: &str| told(VmUpdateRateLimiter::parse(text)), help = VmUpdateRateLimiter::syntax())]
+    #[arg(value_name = "LIMIT", value_parser = |text: &str| one_line(VmUpdateRateLimiter::parse(text)), help = VmUpdateRateLimiter::syntax())]
     pub(crate) limit: VmUpdateRateLimiter,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct AddDiskArguments {
-    #[arg(value_name = "DISK", value_parser = |text: &str| told(DiskConfig::parse(text)), help = DiskConfig::syntax())]
+    #[arg(value_name = "DISK", value_parser = |text: &str| one_line(DiskConfig::parse(text)), help = DiskConfig::syntax())]
     pub(crate) disk: DiskConfig,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct AddNetArguments {
-    #[arg(value_name = "NET", value_parser = |text: &str| told(NetConfig::parse(text)), help = NetConfig::syntax())]
+    #[arg(value_name = "NET", value_parser = |text: &str| one_line(NetConfig::parse(text)), help = NetConfig::syntax())]
     pub(crate) net: NetConfig,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct AddFsArguments {
-    #[arg(value_name = "FS", value_parser = |text: &str| told(FsConfig::parse(text)), help = FsConfig::syntax())]
+    #[arg(value_name = "FS", value_parser = |text: &str| one_line(FsConfig::parse(text)), help = FsConfig::syntax())]
     pub(crate) fs: FsConfig,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct AddGenericVhostUserArguments {
-    #[arg(value_name = "DEVICE", value_parser = |text: &str| told(GenericVhostUserConfig::parse(text)), help = GenericVhostUserConfig::syntax())]
+    #[arg(value_name = "DEVICE", value_parser = |text: &str| one_line(GenericVhostUserConfig::parse(text)), help = GenericVhostUserConfig::syntax())]
     pub(crate) device: GenericVhostUserConfig,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct AddPmemArguments {
-    #[arg(value_name = "PMEM", value_parser = |text: &str| told(PmemConfig::parse(text)), help = PmemConfig::syntax())]
+    #[arg(value_name = "PMEM", value_parser = |text: &str| one_line(PmemConfig::parse(text)), help = PmemConfig::syntax())]
     pub(crate) pmem: PmemConfig,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct AddVsockArguments {
-    #[arg(value_name = "VSOCK", value_parser = |text: &str| told(VsockConfig::parse(text)), help = VsockConfig::syntax())]
+    #[arg(value_name = "VSOCK", value_parser = |text: &str| one_line(VsockConfig::parse(text)), help = VsockConfig::syntax())]
     pub(crate) vsock: VsockConfig,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct AddBalloonArguments {
-    #[arg(value_name = "BALLOON", value_parser = |text: &str| told(BalloonConfig::parse(text)), help = BalloonConfig::syntax())]
+    #[arg(value_name = "BALLOON", value_parser = |text: &str| one_line(BalloonConfig::parse(text)), help = BalloonConfig::syntax())]
     pub(crate) balloon: BalloonConfig,
 }
 
@@ -264,7 +264,7 @@ pub(crate) struct CoredumpArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct RestoreArguments {
-    #[arg(value_name = "RESTORE", value_parser = |text: &str| told(RestoreConfig::parse(text)), help = RestoreConfig::syntax())]
+    #[arg(value_name = "RESTORE", value_parser = |text: &str| one_line(RestoreConfig::parse(text)), help = RestoreConfig::syntax())]
     pub(crate) restore: RestoreConfig,
 }
 
@@ -298,7 +298,7 @@ pub(crate) struct ReclaimStatsArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct ReclaimThresholdsArguments {
-    #[arg(long, value_name = "SETTINGS", value_parser = |text: &str| told(ReclaimThresholdsChange::parse(text)), help = ReclaimThresholdsChange::syntax())]
+    #[arg(long, value_name = "SETTINGS", value_parser = |text: &str| one_line(ReclaimThresholdsChange::parse(text)), help = ReclaimThresholdsChange::syntax())]
     pub(crate) set: Vec<ReclaimThresholdsChange>,
 
     /// Remove the alert with this name, before anything is set
@@ -335,7 +335,7 @@ impl ReclaimThresholdsArguments {
 }
 
 /// The value of an option, or the error with its chain of causes on one line.
-fn told<T>(parsed: Result<T, OptionError>) -> Result<T, String> {
+fn one_line<T>(parsed: Result<T, OptionError>) -> Result<T, String> {
     parsed.map_err(|error| api::error_chain(&error).join(": "))
 }
 

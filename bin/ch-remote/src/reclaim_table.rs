@@ -257,15 +257,18 @@ impl<'a> Sample<'a> {
                 age(guest.age_ms)
             ),
         );
-        let Some(told) = guest.reporting else {
+        let Some(reporting) = guest.reporting else {
             return;
         };
         let line = format!(
             "{} pending, {} reported and free, {} batches, {} isolation failures",
-            told.pending_bytes.map_or_else(unknown, bytes),
-            told.reported_bytes.map_or_else(unknown, bytes),
-            told.batches.map_or_else(unknown, |count| count.to_string()),
-            told.isolation_failures
+            reporting.pending_bytes.map_or_else(unknown, bytes),
+            reporting.reported_bytes.map_or_else(unknown, bytes),
+            reporting
+                .batches
+                .map_or_else(unknown, |count| count.to_string()),
+            reporting
+                .isolation_failures
                 .map_or_else(unknown, |count| count.to_string()),
         );
         text(table, "  reporting", &line);

@@ -282,12 +282,12 @@ impl Dispatcher {
 
 fn thresholds(endpoint: Endpoint, view: &PublishedView) -> Answer {
     let view = view.get();
-    let sight = match &view.machine {
+    let guest_policy = match &view.machine {
         Some(machine) => machine.observer.reporting_policy(),
         None => GuestPolicy::NoMachine,
     };
     match &view.thresholds {
-        Some(thresholds) => Answer::json(&thresholds.status(sight)),
+        Some(thresholds) => Answer::json(&thresholds.status(guest_policy)),
         None => not_created(endpoint),
     }
 }

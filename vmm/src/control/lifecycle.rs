@@ -42,8 +42,8 @@ pub struct Lifecycle {
     machine: Option<Box<dyn Machine>>,
     /// Counts machines and hot-plugged balloons: figures start from zero with each.
     generation: u64,
-    /// Counts machines alone.
-    machines: u64,
+    /// The number of machines created so far; the number of the current one.
+    machine_number: u64,
     /// Open taps received with requests, by their numbers in the configuration. They stay open across reboots.
     taps: BTreeMap<i32, OwnedFd>,
     paused: bool,
@@ -76,7 +76,7 @@ impl Lifecycle {
             make_machine,
             machine: None,
             generation: 0,
-            machines: 0,
+            machine_number: 0,
             taps: BTreeMap::new(),
             paused: false,
             reset_requested: false,
@@ -237,7 +237,7 @@ impl Lifecycle {
         self.config = Some(config);
         self.machine = Some(machine);
         self.generation += 1;
-        self.machines += 1;
+        self.machine_number += 1;
     }
 
     fn stop_machine(&mut self) -> Result<(), LifecycleError> {
@@ -742,7 +742,7 @@ impl Lifecycle {
 
     /// The number of the machine; `None` if there is none.
     pub(super) fn machine_number(&self) -> Option<u64> {
-        self.machine.as_ref().map(|_| self.machines)
+        self.machine.as_ref().map(|_| self.machine_number)
     }
 
     /// The operator has paused the machine.

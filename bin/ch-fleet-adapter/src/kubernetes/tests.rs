@@ -30,9 +30,11 @@ fn kubernetes(server: &FakeServer, timeout: Duration) -> Kubernetes {
     Kubernetes::new(&service, "n1", "ch-fleet.dev/memory-mib").unwrap()
 }
 
-fn tell(replies: impl IntoIterator<Item = Reply>) -> (Result<(), HttpError>, Vec<(String, Value)>) {
+fn publish(
+    replies: impl IntoIterator<Item = Reply>,
+) -> (Result<(), HttpError>, Vec<(String, Value)>) {
     let server = FakeServer::start(replies);
-    let result = kubernetes(&server, Duration::from_secs(30)).tell(&offer());
+    let result = kubernetes(&server, Duration::from_secs(30)).publish(&offer());
     (result, server.requests())
 }
 
@@ -42,7 +44,8 @@ fn lines(requests: &[(String, Value)]) -> Vec<&str> {
 
 #[test]
 fn node_and_object_are_patched_with_what_is_offered() {
-    let (result, requests) = tell([Reply::new(200, r#"{"kind":"Node"}"#), Reply::new(200, "{}")]);
+    let (result, requests) =
+        publish([Reply::new(200, r#"{"kind":"Node"}"#), Reply::new(200, "{}")]);
     result.unwrap();
     assert_eq!(
         lines(&requests),
@@ -62,7 +65,7 @@ fn node_and_object_are_patched_with_what_is_offered() {
 #[test]
 fn object_that_is_not_there_is_made_and_owned_by_its_node() {
     for (absent, made) in [(404, 201), (410, 201), (404, 409)] {
-        let (result, requests) = tell([
+        let (result, requests) = publish([
             Reply::new(200, r#"{"metadata":{"uid":"u-1"}}"#),
             Reply::new(absent, "{}"),
             Reply::new(made, "{}"),
@@ -81,7 +84,7 @@ fn object_that_is_not_there_is_made_and_owned_by_its_node() {
 #[test]
 fn conflict_is_tried_again_and_not_for_ever() {
     let conflict = || Reply::new(409, r#"{"message":"the object has been modified"}"#);
-    let (result, requests) = tell([
+    let (result, requests) = publish([
         conflict(),
         conflict(),
         Reply::new(200, "{}"),
@@ -89,7 +92,7 @@ fn conflict_is_tried_again_and_not_for_ever() {
     ]);
     result.unwrap();
     assert_eq!(requests.len(), 4);
-    let (result, requests) = tell((0..20).map(|_| conflict()));
+    let (result, requests) = publish((0..20).map(|_| conflict()));
     assert!(
         matches!(result, Err(HttpError::Contended { .. })),
         "{result:?}"
@@ -98,25 +101,25 @@ fn conflict_is_tried_again_and_not_for_ever() {
 }
 
 #[test]
-fn failure_is_told_with_what_the_server_says() {
-    let (result, requests) = tell([Reply::new(
+fn failure_is_reported_with_what_the_server_says() {
+    let (result, requests) = publish([Reply::new(
         500,
         r#"{"message":"etcdserver: leader changed"}"#,
     )]);
-    let told = result.unwrap_err().to_string();
+    let error = result.unwrap_err().to_string();
     assert_eq!(
-        told,
+        error,
         format!("PATCH {NODE}: 500 etcdserver: leader changed")
     );
     assert_eq!(requests.len(), 1);
     // A deleted node is not recreated.
-    let (result, requests) = tell([Reply::new(410, r#"{"message":"gone"}"#)]);
+    let (result, requests) = publish([Reply::new(410, r#"{"message":"gone"}"#)]);
     assert!(matches!(
         result,
         Err(HttpError::Refused { status: 410, .. })
     ));
     assert_eq!(requests.len(), 1);
-    let (result, _) = tell([Reply::new(429, "busy").header("Retry-After", "7")]);
+    let (result, _) = publish([Reply::new(429, "busy").header("Retry-After", "7")]);
     assert_eq!(
         result.unwrap_err().retry_after(),
         Some(Duration::from_secs(7))
@@ -124,20 +127,20 @@ fn failure_is_told_with_what_the_server_says() {
 }
 
 #[test]
-fn missing_definition_is_told_as_such() {
-    let (result, _) = tell([
+fn missing_definition_is_reported_as_such() {
+    let (result, _) = publish([
         Reply::new(200, "{}"),
         Reply::new(404, "404 page not found"),
         Reply::new(404, "404 page not found"),
     ]);
-    let told = result.unwrap_err().to_string();
-    assert!(told.contains("apply crd.yaml"), "{told}");
+    let error = result.unwrap_err().to_string();
+    assert!(error.contains("apply crd.yaml"), "{error}");
 }
 
 #[test]
 fn server_that_is_slow_is_given_up() {
     let server = FakeServer::start([Reply::new(200, "{}").hanging()]);
-    let result = kubernetes(&server, Duration::from_millis(200)).tell(&offer());
+    let result = kubernetes(&server, Duration::from_millis(200)).publish(&offer());
     assert!(
         matches!(result, Err(HttpError::Request { .. })),
         "{result:?}"
@@ -157,9 +160,9 @@ fn token_is_read_anew_for_each_request() {
         timeout: Duration::from_secs(30),
     };
     let kubernetes = Kubernetes::new(&service, "n1", "r").unwrap();
-    kubernetes.tell(&offer()).unwrap();
+    kubernetes.publish(&offer()).unwrap();
     std::fs::write(&file, "second\n").unwrap();
-    kubernetes.tell(&offer()).unwrap();
+    kubernetes.publish(&offer()).unwrap();
     let tokens = server.headers("authorization");
     assert_eq!(
         tokens,
@@ -185,10 +188,10 @@ fn status_is_what_the_definition_says() {
     assert!(!version["subresources"]["status"].is_badvalue());
     let schema = &version["schema"]["openAPIV3Schema"]["properties"]["status"]["properties"];
     let defined = schema.as_hash().unwrap();
-    let told = status(&offer());
-    let told = told.as_object().unwrap();
-    assert_eq!(defined.len(), told.len());
-    for (name, value) in told {
+    let published = status(&offer());
+    let published = published.as_object().unwrap();
+    assert_eq!(defined.len(), published.len());
+    for (name, value) in published {
         let kind = schema[name.as_str()]["type"].as_str();
         let expected = if value.is_string() {
             "string"

@@ -40,10 +40,10 @@ fn introduced() -> Vec<Reply> {
     vec![Reply::new(204, ""); <State as strum::VariantArray>::VARIANTS.len()]
 }
 
-fn tell(replies: Vec<Reply>) -> (Result<(), HttpError>, Vec<(String, Value)>) {
+fn publish(replies: Vec<Reply>) -> (Result<(), HttpError>, Vec<(String, Value)>) {
     let server = FakeServer::start([introduced(), replies].concat());
     let mut placement = Placement::new(&service(server.url()), "h1", "MEMORY_MB", false).unwrap();
-    let result = placement.tell(&offer(8, 2, State::Green));
+    let result = placement.publish(&offer(8, 2, State::Green));
     let requests = server
         .requests()
         .split_off(<State as strum::VariantArray>::VARIANTS.len());
@@ -66,7 +66,7 @@ fn traits(names: &[&str]) -> Reply {
 
 #[test]
 fn generation_that_moved_on_is_read_again() {
-    let (result, requests) = tell(vec![
+    let (result, requests) = publish(vec![
         Reply::new(200, FOUND),
         there(3),
         Reply::new(409, CONFLICTED),
@@ -97,7 +97,7 @@ fn provider_that_never_rests_is_given_up() {
     for round in 0..20 {
         replies.extend([there(round), Reply::new(409, CONFLICTED)]);
     }
-    let (result, requests) = tell(replies);
+    let (result, requests) = publish(replies);
     assert!(
         matches!(result, Err(HttpError::Contended { .. })),
         "{result:?}"
@@ -108,7 +108,7 @@ fn provider_that_never_rests_is_given_up() {
 #[test]
 fn conflict_of_another_kind_is_an_error() {
     let in_use = r#"{"errors":[{"code":"placement.inventory.inuse","detail":"is in use"}]}"#;
-    let (result, _) = tell(vec![
+    let (result, _) = publish(vec![
         Reply::new(200, FOUND),
         there(1),
         Reply::new(409, in_use),
@@ -117,10 +117,10 @@ fn conflict_of_another_kind_is_an_error() {
 }
 
 #[test]
-fn provider_that_is_not_there_is_told() {
-    let (result, _) = tell(vec![Reply::new(200, r#"{"resource_providers":[]}"#)]);
-    let told = result.unwrap_err().to_string();
-    assert!(told.contains("--create"), "{told}");
+fn provider_that_is_missing_is_reported() {
+    let (result, _) = publish(vec![Reply::new(200, r#"{"resource_providers":[]}"#)]);
+    let error = result.unwrap_err().to_string();
+    assert!(error.contains("--create"), "{error}");
 }
 
 /// Debian's placement with a separate database.
@@ -211,7 +211,7 @@ fn allocate(placement: &mut Placement, consumer: &str, mib: u64) -> u16 {
 fn real_placement_takes_inventory_and_state_and_places_by_them() {
     let real = RealPlacement::start();
     let mut placement = real.placement("MEMORY_MB");
-    placement.tell(&offer(0, 4096, State::Green)).unwrap();
+    placement.publish(&offer(0, 4096, State::Green)).unwrap();
     assert_eq!(
         allocate(&mut placement, "11111111-1111-4111-8111-111111111111", 3072),
         204
@@ -221,14 +221,16 @@ fn real_placement_takes_inventory_and_state_and_places_by_them() {
         409
     );
     // More memory was reclaimed, so the allocation fits now.
-    placement.tell(&offer(3072, 2048, State::Yellow)).unwrap();
+    placement
+        .publish(&offer(3072, 2048, State::Yellow))
+        .unwrap();
     assert_eq!(
         allocate(&mut placement, "22222222-2222-4222-8222-222222222222", 2048),
         204
     );
     // Another client writes as well: the generation changes, and its trait is kept.
     let mut other = real.placement("CUSTOM_OTHER_MB");
-    other.tell(&offer(0, 7, State::Yellow)).unwrap();
+    other.publish(&offer(0, 7, State::Yellow)).unwrap();
     let generation = generation_of(&read(&mut placement, "traits"));
     let uuid = placement.uuid().unwrap();
     let foreign = json!({
@@ -240,7 +242,7 @@ fn real_placement_takes_inventory_and_state_and_places_by_them() {
         .unwrap()
         .good()
         .unwrap();
-    placement.tell(&offer(5120, 0, State::Red)).unwrap();
+    placement.publish(&offer(5120, 0, State::Red)).unwrap();
     let traits = read(&mut placement, "traits");
     let mut names: Vec<_> = traits["traits"].as_array().unwrap().clone();
     names.sort_by_key(Value::to_string);
@@ -252,13 +254,13 @@ fn real_placement_takes_inventory_and_state_and_places_by_them() {
     assert_eq!(inventories["inventories"]["MEMORY_MB"]["total"], 5120);
     assert_eq!(inventories["inventories"]["CUSTOM_OTHER_MB"]["total"], 7);
     // Without a change, nothing is written.
-    placement.tell(&offer(5120, 0, State::Red)).unwrap();
+    placement.publish(&offer(5120, 0, State::Red)).unwrap();
     assert_eq!(
         generation_of(&read(&mut placement, "traits")),
         generation_of(&inventories)
     );
     // The capacity can be withdrawn although VMs are present.
-    placement.tell(&Offer::default()).unwrap();
+    placement.publish(&Offer::default()).unwrap();
     assert_eq!(
         allocate(&mut placement, "33333333-3333-4333-8333-333333333333", 1),
         409
@@ -270,7 +272,7 @@ fn real_placement_takes_inventory_and_state_and_places_by_them() {
 fn real_placement_tells_two_writers_apart_and_neither_is_lost() {
     let real = RealPlacement::start();
     real.placement("MEMORY_MB")
-        .tell(&offer(0, 1, State::Green))
+        .publish(&offer(0, 1, State::Green))
         .unwrap();
     thread::scope(|scope| {
         for class in ["CUSTOM_A", "CUSTOM_B"] {
@@ -279,7 +281,7 @@ fn real_placement_tells_two_writers_apart_and_neither_is_lost() {
                 for round in 1..=10 {
                     // Both clients change the provider continuously. If all five attempts of a call conflict, the next
                     // call may succeed.
-                    while let Err(error) = placement.tell(&offer(0, round, State::Green)) {
+                    while let Err(error) = placement.publish(&offer(0, round, State::Green)) {
                         assert!(matches!(error, HttpError::Contended { .. }), "{error}");
                     }
                 }
