@@ -5,7 +5,7 @@
 //! VMMs hang, reject requests, return garbage or truncated responses, execute requests without a response, confirm
 //! requests without executing them, report wrong figures, stop responding, and return as other machines. A file of the
 //! host disappears and reappears. Jumps of the wall clock, which cannot be simulated for a single process, are part of
-//! the version on virtual time (`fleet/src/agent/chaos`).
+//! the version on virtual time (`fleet/src/agent/tests/chaos`).
 
 use std::collections::BTreeMap;
 use std::fs;

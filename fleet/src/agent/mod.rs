@@ -17,8 +17,6 @@
 //! changes none.
 
 mod acts;
-#[cfg(test)]
-mod chaos;
 mod clock;
 mod control;
 mod counts;

@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used)]
 //! Tests the whole agent with fake VMMs on a host made of files.
 
+mod chaos;
 mod fleet;
 
 use std::fs;

@@ -1,0 +1,167 @@
+#![allow(clippy::unwrap_used)]
+
+use api::config::{DiskConfig, NetConfig};
+use api::{ReclaimThresholdsChange, VmConfig, VmResize};
+
+use super::*;
+
+#[test]
+fn body_unknown_keys_of_our_endpoints_are_refused_by_name() {
+    let refused = |body: &str| {
+        let endpoint = Endpoint::VmSetReclaimThresholds;
+        let read = read::<ReclaimThresholdsChange>(endpoint, body.as_bytes());
+        read.unwrap_err().to_string()
+    };
+    assert_eq!(refused(r#"{"delete":["zzz"]}"#), r#"unknown key "delete""#);
+    assert_eq!(
+        refused(r#"{"remove_alert":["zzz"]}"#),
+        r#"unknown key "remove_alert" (did you mean "remove_alerts"?)"#
+    );
+    assert_eq!(
+        refused(r#"{"policy":{"order_min":200},"x\n":1}"#),
+        r#"unknown key "policy", "x\n""#
+    );
+    assert_eq!(
+        refused(r#"{"reporting_policy":{"order_max":2}}"#),
+        r#"unknown key "reporting_policy.order_max" (did you mean "order_min"?)"#
+    );
+    assert_eq!(refused("[]"), "the body must be a JSON object");
+    assert_eq!(refused(" [[]]"), "the body must be a JSON object");
+    let many: Vec<String> = (0..1000).map(|key| format!(r#""{key}":1"#)).collect();
+    let named = refused(&format!("{{{}}}", many.join(",")));
+    assert_eq!(named.matches(", ").count(), KEYS_NAMED_MAX - 1);
+}
+
+#[test]
+fn body_unknown_keys_of_upstreams_endpoints_are_ignored() {
+    let body = br#"{"desired_balloon":1,"desired_future":{"deep":[1,2]}}"#;
+    let resize: VmResize = read(Endpoint::VmResize, body).unwrap();
+    assert_eq!(resize.desired_balloon, Some(1));
+}
+
+#[test]
+fn body_with_more_values_than_any_vm_has_is_refused_before_it_is_built() {
+    for (part, count) in [("{}", CONTAINERS_MAX), ("1", VALUES_MAX)] {
+        let list = vec![part; count].join(",");
+        let body = format!(r#"{{"disks":[{list}],"balloon":null}}"#);
+        assert!(matches!(
+            read::<VmConfig>(Endpoint::VmCreate, body.as_bytes()),
+            Err(BodyError::TooManyValues)
+        ));
+    }
+    // Brackets and commas inside a string do not count.
+    let text = "[{,\\\"".repeat(VALUES_MAX);
+    let body = format!(r#"{{"payload":{{"kernel":"/k","cmdline":"{text}"}}}}"#);
+    let config: VmConfig = read(Endpoint::VmCreate, body.as_bytes()).unwrap();
+    assert!(config.payload.unwrap().cmdline.unwrap().ends_with("[{,\""));
+}
+
+#[test]
+fn body_bound_keeps_every_list_below_8_mib() {
+    for bytes in [size_of::<DiskConfig>(), size_of::<NetConfig>()] {
+        assert!(bytes * CONTAINERS_MAX < 8 << 20, "{bytes}");
+    }
+}
+
+/// As many of `item` as fit `bytes`, at most `count`.
+fn items(item: &str, bytes: usize, count: usize) -> String {
+    vec![item; count.min(bytes / (item.len() + 1))].join(",")
+}
+
+#[test]
+fn body_of_any_shape_takes_a_bounded_amount_of_memory() {
+    /// The largest body that the server accepts.
+    const BODY_BYTES_MAX: usize = 4 << 20;
+    /// Maximum memory that parsing uses in addition to the body.
+    const READING_BYTES_MAX: usize = 8 << 20;
+    let room = BODY_BYTES_MAX - 100;
+    let zones = format!("[{}]", items("\"\"", room, 8000));
+    let node = format!("{{\"guest_numa_id\":0,\"memory_zones\":{zones}}}");
+    let cpus = format!("{{\"vcpu\":0,\"host_cpus\":[{}]}}", items("0", room, 8000));
+    let affinity =
+        |list: &str| format!("{{\"boot_vcpus\":1,\"max_vcpus\":1,\"affinity\":[{list}]}}");
+    let mut bodies = vec![
+        format!("{{\"numa\":[{}]}}", items(&node, room, 32)),
+        format!("{{\"cpus\":{}}}", affinity(&items(&cpus, room, 32))),
+        format!("{{\"payload\":{{\"kernel\":\"{}\"}}}}", "k".repeat(room)),
+    ];
+    for item in ["{}", "1", "\"\"", "\"aaaaaaa\"", "{\"a\":1}"] {
+        for key in ["disks", "fs", "unknown"] {
+            for count in [8192, VALUES_MAX - 2] {
+                bodies.push(format!("{{\"{key}\":[{}]}}", items(item, room, count)));
+            }
+        }
+    }
+    for key in ["fs", "unknown"] {
+        let members: Vec<_> = (0..VALUES_MAX - 2)
+            .map(|name| format!("\"{name}\":1"))
+            .collect();
+        bodies.push(format!("{{\"{key}\":{{{}}}}}", members.join(",")));
+    }
+    let mut accepted = 0;
+    for body in &bodies {
+        assert!(body.len() <= BODY_BYTES_MAX);
+        let (read, bytes) = peak_bytes(|| read::<VmConfig>(Endpoint::VmCreate, body.as_bytes()));
+        assert!(bytes <= READING_BYTES_MAX, "{bytes}: {}", &body[..60]);
+        accepted += usize::from(read.is_ok());
+    }
+    assert!(accepted >= 10, "{accepted} of {}", bodies.len());
+    // The counter works: it registers a copy of the largest body.
+    let (_, bytes) = peak_bytes(|| bodies[2].clone());
+    assert_eq!(bytes, bodies[2].len());
+}
+
+/// Peak memory that `action` allocates on this thread.
+fn peak_bytes<T>(action: impl FnOnce() -> T) -> (T, usize) {
+    counting::LIVE.set(0);
+    counting::PEAK.set(0);
+    let value = action();
+    (value, usize::try_from(counting::PEAK.get()).unwrap())
+}
+
+/// Counts what each thread allocates.
+// UNSAFETY: an allocator has no safe interface.
+#[allow(unsafe_code)]
+mod counting {
+    use std::alloc::{GlobalAlloc, Layout, System};
+    use std::cell::Cell;
+
+    struct Counting;
+
+    #[global_allocator]
+    static COUNTING: Counting = Counting;
+
+    thread_local! {
+        /// Neither variable has a destructor, so both can be used while a thread ends.
+        pub(super) static LIVE: Cell<isize> = const { Cell::new(0) };
+        pub(super) static PEAK: Cell<isize> = const { Cell::new(0) };
+    }
+
+    fn count(bytes: isize) {
+        LIVE.set(LIVE.get() + bytes);
+        PEAK.set(PEAK.get().max(LIVE.get()));
+    }
+
+    // SAFETY: every call is forwarded unchanged to the system's allocator.
+    unsafe impl GlobalAlloc for Counting {
+        unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+            count(layout.size().cast_signed());
+            // SAFETY: forwarded.
+            unsafe { System.alloc(layout) }
+        }
+
+        unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+            count(-layout.size().cast_signed());
+            // SAFETY: forwarded.
+            unsafe { System.dealloc(memory, layout) }
+        }
+
+        // The system's allocator moves large blocks by changing the page tables, so the old and the new block never
+        // coexist.
+        unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+            count(size.cast_signed() - layout.size().cast_signed());
+            // SAFETY: forwarded.
+            unsafe { System.realloc(memory, layout, size) }
+        }
+    }
+}
