@@ -69,11 +69,6 @@ pub(super) fn dsdt(params: &AcpiParams) -> Vec<u8> {
     dsdt.as_slice().to_vec()
 }
 
-/// The name of a segment's host bridge.
-pub(super) fn bridge_name(segment: u16) -> String {
-    format!("_SB_.PC{segment:02X}")
-}
-
 fn pci_host_bridge(number: u16, segment: &PciSegmentEntry, aml: &mut Vec<u8>) {
     let not_cacheable = AddressSpaceCacheable::NotCacheable;
     let WindowRanges { mmio32, mmio64 } = &segment.windows;
@@ -105,7 +100,7 @@ fn pci_host_bridge(number: u16, segment: &PciSegmentEntry, aml: &mut Vec<u8>) {
     ];
     let mut parts: Vec<&dyn Aml> = fixed.iter().chain(&domain).map(|it| it as _).collect();
     parts.extend([&PciDsm as &dyn Aml, &slots]);
-    Device::new(Path::new(&bridge_name(number)), parts).to_aml_bytes(aml);
+    Device::new(Path::new(&pci_hotplug::bridge_name(number)), parts).to_aml_bytes(aml);
 }
 
 /// States that BARs must stay in place: no firmware could place them again after a reset.

@@ -15,7 +15,6 @@ use acpi_tables::aml::{
 };
 use acpi_tables::{Aml, AmlSink};
 
-use super::dsdt::bridge_name;
 use crate::pci::{HOTPLUG_BYTES, SLOT_COUNT};
 
 /// A device was plugged in (ACPI 6.5, table 5.187).
@@ -29,6 +28,11 @@ pub(super) const STATUS_HIDDEN: u8 = 0b1011;
 
 /// The method that the event device calls.
 pub(super) const SCAN_METHOD: &str = "\\_SB_.PHPR.PSCN";
+
+/// The name of a segment's host bridge.
+pub(super) fn bridge_name(segment: u16) -> String {
+    format!("_SB_.PC{segment:02X}")
+}
 
 /// The controller with its registers at `address`.
 pub(super) fn controller(address: u64, segments: u16, aml: &mut dyn AmlSink) {

@@ -1,6 +1,6 @@
 //! The configuration half of the console and the VMM's handle.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
@@ -9,7 +9,7 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 
 use super::endpoint::ConsoleEndpoint;
 use super::handler::ConsoleHandler;
-use crate::counters::counters;
+use super::shared::Shared;
 use crate::device::{
     Counters, Interrupt, QueueHandler, VirtioDevice, WorkerError, boxed, read_config_space,
 };
@@ -30,23 +30,6 @@ pub struct WindowSize {
     pub columns: u16,
     /// Number of rows.
     pub rows: u16,
-}
-
-/// Data that both halves and the VMM share.
-#[derive(Debug, Default)]
-pub(super) struct Shared {
-    /// Columns in the lower half, rows in the upper half, so that both are accessed atomically.
-    window: AtomicU32,
-    pub(super) counters: ConsoleCounters,
-}
-
-counters! {
-    ConsoleCounters {
-        rx_bytes,
-        tx_bytes,
-        tx_dropped_bytes,
-        bad_chains,
-    }
 }
 
 /// A console has no state of its own: its size is that of the current terminal, which the driver receives when it is

@@ -10,9 +10,9 @@ use state::{Bytes, Part, Saved, State, StateError, parts, require};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::Shared;
 use super::endpoint::ConsoleEndpoint;
 use super::output::{BACKLOG_BYTES_MAX, Output, Written};
+use super::shared::Shared;
 use crate::device::{Activation, GuestRam, HandlerState, QueueHandler, WorkerError};
 use crate::queue::{GuestBuffers, Next, Popped, ServedQueue};
 use crate::taken::with_taken;

@@ -12,6 +12,7 @@ mod device;
 mod endpoint;
 mod handler;
 mod output;
+mod shared;
 #[cfg(test)]
 mod tests;
 

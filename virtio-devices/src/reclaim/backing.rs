@@ -8,8 +8,16 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
-use super::ranges::Expected;
 use super::sys;
+
+/// The content that the guest relies on in discarded memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expected {
+    /// Zeros.
+    Zeros,
+    /// No particular content: the guest writes before it reads, as with any memory that it allocates.
+    Anything,
+}
 
 /// The kinds of mapping for guest RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -20,10 +20,10 @@ use std::sync::{Arc, Weak};
 use device_facts::SkipReason;
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
-use super::backing::{Backing, RegionLayout, layout_of};
+use super::backing::{Backing, Expected, RegionLayout, layout_of};
 use super::huge::Remainders;
 use super::overlay::{Hidden, Overlay};
-use super::ranges::{Expected, GuestRange, Piece, SkippedBytes, plan};
+use super::ranges::{GuestRange, Piece, SkippedBytes, plan};
 use super::switch::DiscardSwitch;
 use super::sys::{self, HostSpan, VECTOR_SPANS_MAX};
 use crate::device::GuestRam;

@@ -31,12 +31,12 @@ mod sys;
 #[cfg(test)]
 mod tests;
 
-pub use backing::smallest_reclaimable_page_bytes;
+pub use backing::{Expected, smallest_reclaimable_page_bytes};
 pub use device_facts::SkipReason;
 pub use discard::{DiscardEngine, Extent, Outcome};
 pub use overlay::{Hidden, Overlay};
 pub use pagemap::Pagemap;
-pub use ranges::{Expected, GuestRange, SkippedBytes};
+pub use ranges::{GuestRange, SkippedBytes};
 pub use residency::{
     RegionResidency, ResidencyError, ResidencyMethod, ResidencyProbe, ResidencySample,
 };

@@ -7,7 +7,7 @@
 
 use device_facts::SkipReason;
 
-use super::backing::{Backing, RegionLayout};
+use super::backing::{Backing, Expected, RegionLayout};
 
 /// A range of guest physical memory that is claimed to be free. It is not checked: it may be empty, wrap around or be
 /// outside of RAM.
@@ -17,15 +17,6 @@ pub struct GuestRange {
     pub start: u64,
     /// Length; zero claims nothing.
     pub bytes: u64,
-}
-
-/// The content that the guest relies on in discarded memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Expected {
-    /// Zeros.
-    Zeros,
-    /// No particular content: the guest writes before it reads, as with any memory that it allocates.
-    Anything,
 }
 
 /// Bytes not discarded, by reason.

@@ -9,9 +9,9 @@ use state::{Part, Saved, State, StateError, parts};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
+use super::counters::Shared;
 use super::handler::VsockHandler;
 use super::muxer::Muxer;
-use crate::counters::counters;
 use crate::device::{Counters, QueueHandler, VirtioDevice, boxed, read_config_space};
 use crate::listening_socket::ListeningSocket;
 
@@ -38,30 +38,6 @@ pub struct VsockState {}
 
 impl State for VsockState {
     const PART: Part = parts::VSOCK;
-}
-
-counters! {
-    /// The counters of both halves.
-    Shared {
-        /// Gauge: number of current connections.
-        connections,
-        connections_opened,
-        connections_refused,
-        rx_bytes,
-        tx_bytes,
-        rx_packets,
-        tx_packets,
-        bad_packets,
-        resets_dropped,
-    }
-}
-
-impl Shared {
-    pub(super) fn bad_packet(&self, reason: &str) {
-        if self.bad_packets.count_loudly() {
-            log::warn!("vsock: bad packet from the guest: {reason}");
-        }
-    }
 }
 
 /// The configuration half.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use state::{Saved, StateError, parts};
 use vm_memory::GuestAddressSpace;
 
-use super::device::Shared;
+use super::counters::Shared;
 use super::muxer::{Muxer, VsockConnectionsState};
 use super::packet::{HEADER_BYTES, Header};
 use crate::device::{Activation, GuestRam, HandlerState, QueueHandler, WorkerError};

@@ -16,6 +16,7 @@
 //! [`CONNECTIONS_MAX`] limits the number of connections that either leaves open.
 
 mod connection;
+mod counters;
 mod device;
 mod handler;
 mod muxer;

@@ -15,7 +15,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::connection::{BUFFER_BYTES, Connection, Outgoing, Ports};
-use super::device::Shared;
+use super::counters::Shared;
 use super::packet::{CID_HOST, Header, Op, TYPE_STREAM};
 use crate::listening_socket::ListeningSocket;
 use crate::unix_connect::connect;

@@ -5,8 +5,8 @@ use proptest::prelude::*;
 
 use device_facts::SkipReason;
 
-use crate::reclaim::backing::{Backing, RegionLayout};
-use crate::reclaim::ranges::{Expected, GuestRange, Piece, SkippedBytes, plan};
+use crate::reclaim::backing::{Backing, Expected, RegionLayout};
+use crate::reclaim::ranges::{GuestRange, Piece, SkippedBytes, plan};
 
 /// The granularity of the model; every generated address is a multiple of it.
 const UNIT: u64 = 512;
