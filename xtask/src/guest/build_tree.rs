@@ -159,3 +159,68 @@ fn exchange(path: &Path, wanted: Option<&[u8]>) -> Result<()> {
     }
     fs::rename(&beside, path).with_context(|| format!("replacing {}", path.display()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn contents(files: &[(&str, Option<&str>)]) -> Contents {
+        let owned = |(name, text): &(&str, Option<&str>)| {
+            let bytes = text.map(|text| text.as_bytes().to_vec());
+            ((*name).to_string(), bytes)
+        };
+        files.iter().map(owned).collect()
+    }
+
+    fn assert_holds(tree: &BuildTree, wanted: &[(&str, Option<&str>)]) {
+        for (name, wanted) in contents(wanted) {
+            let found = source::file(&tree.tree(), &name).unwrap();
+            assert_eq!(found, wanted, "{name}");
+        }
+    }
+
+    /// The process was killed after it had written the record and the first of the files.
+    fn interrupt(tree: &BuildTree, patched: &Contents) {
+        let names = patched.keys().map(String::as_str);
+        tree.write_record(&tree.dir.join("exchanged"), names)
+            .unwrap();
+        let (name, bytes) = patched.iter().next().unwrap();
+        exchange(&tree.tree().join(name), bytes.as_deref()).unwrap();
+    }
+
+    #[test]
+    fn run_after_an_interrupted_one_completes_its_files_or_restores_them() {
+        let cache = tempfile::tempdir().unwrap();
+        let pristine = cache.path().join("source");
+        fs::create_dir_all(pristine.join("mm")).unwrap();
+        let stock = [
+            ("mm/a.c", Some("a")),
+            ("mm/b.c", Some("b")),
+            ("mm/c.c", None),
+        ];
+        for (name, text) in stock {
+            if let Some(text) = text {
+                fs::write(pristine.join(name), text).unwrap();
+            }
+        }
+        let patched = [
+            ("mm/a.c", Some("A")),
+            ("mm/b.c", None),
+            ("mm/c.c", Some("C")),
+        ];
+        let lock = Lock::take(cache.path()).unwrap();
+        let tree = BuildTree::open_in(cache.path().join("tree"), pristine.clone(), lock).unwrap();
+
+        interrupt(&tree, &contents(&patched));
+        assert_holds(&tree, &[("mm/a.c", Some("A")), ("mm/b.c", Some("b"))]);
+        tree.put(&contents(&patched)).unwrap();
+        assert_holds(&tree, &patched);
+
+        tree.put(&Contents::new()).unwrap();
+        interrupt(&tree, &contents(&patched));
+        tree.put(&Contents::new()).unwrap();
+        assert_holds(&tree, &stock);
+        // The tree has links to the unpacked source, which no exchange changes.
+        assert_eq!(fs::read(pristine.join("mm/a.c")).unwrap(), b"a");
+    }
+}
