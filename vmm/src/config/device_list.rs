@@ -1,4 +1,4 @@
-//! Adds devices to a configuration and removes them.
+//! Adds devices to a configuration, names them, and removes them.
 
 use api::VmConfig;
 use api::config::{
@@ -7,118 +7,100 @@ use api::config::{
 
 use crate::device_ids::BALLOON_ID;
 
-/// A device for a machine, running or not.
-#[derive(Debug, Clone)]
-pub enum NewDevice {
-    /// A disk.
-    Disk(DiskConfig),
-    /// A network interface.
-    Net(NetConfig),
-    /// A shared folder.
-    Fs(FsConfig),
-    /// A device of any type that a vhost-user back end serves.
-    GenericVhostUser(GenericVhostUserConfig),
-    /// Persistent memory.
-    Pmem(PmemConfig),
-    /// The vsock device.
-    Vsock(VsockConfig),
-    /// The balloon.
-    Balloon(BalloonConfig),
-}
-
-impl NewDevice {
-    /// Its name, if it has one.
-    pub fn id(&self) -> Option<&str> {
-        match self {
-            Self::Disk(disk) => disk.id.as_deref(),
-            Self::Net(net) => net.id.as_deref(),
-            Self::Fs(fs) => fs.id.as_deref(),
-            Self::GenericVhostUser(device) => device.id.as_deref(),
-            Self::Pmem(pmem) => pmem.id.as_deref(),
-            Self::Vsock(vsock) => vsock.id.as_deref(),
-            Self::Balloon(balloon) => Some(balloon_id(balloon)),
+/// Declares the devices that can be added and removed: a row has the section, whether it is a list or holds one device,
+/// and the prefix of generated names.
+macro_rules! devices {
+    (@iter list $section:expr) => { $section.iter().flatten() };
+    (@iter one $section:expr) => { $section.iter() };
+    (@iter_mut list $section:expr) => { $section.iter_mut().flatten() };
+    (@iter_mut one $section:expr) => { $section.iter_mut() };
+    (@add list $section:expr, $device:expr) => { $section.get_or_insert_default().push($device) };
+    (@add one $section:expr, $device:expr) => { $section = Some($device) };
+    (@remove list $section:expr, $named:expr) => {
+        if let Some(devices) = &mut $section {
+            devices.retain(|device| !$named(&device.id));
         }
-    }
-}
+    };
+    (@remove one $section:expr, $named:expr) => { $section.take_if(|device| $named(&device.id)) };
+    ($(#[doc = $doc:literal] $kind:ident($config:ty): $form:ident $section:ident, $prefix:literal;)+) => {
+        /// A device for a machine, running or not.
+        #[derive(Debug, Clone)]
+        pub enum NewDevice {
+            $(#[doc = $doc] $kind($config),)+
+            /// The balloon. Its name does not depend on the configuration.
+            Balloon(BalloonConfig),
+        }
 
-/// Returns the configuration with one more device, after the others of its kind.
-pub fn with_device(config: &VmConfig, device: NewDevice) -> VmConfig {
-    let mut config = config.clone();
-    match device {
-        NewDevice::Disk(disk) => config.disks.get_or_insert_default().push(disk),
-        NewDevice::Net(net) => config.net.get_or_insert_default().push(net),
-        NewDevice::Fs(fs) => config.fs.get_or_insert_default().push(fs),
-        NewDevice::GenericVhostUser(device) => {
+        impl NewDevice {
+            /// Its name, if it has one.
+            pub fn id(&self) -> Option<&str> {
+                match self {
+                    $(Self::$kind(device) => device.id.as_deref(),)+
+                    Self::Balloon(balloon) => Some(balloon_id(balloon)),
+                }
+            }
+        }
+
+        /// Returns the configuration with one more device, after the others of its kind.
+        pub fn with_device(config: &VmConfig, device: NewDevice) -> VmConfig {
+            let mut config = config.clone();
+            match device {
+                $(NewDevice::$kind(device) => devices!(@add $form config.$section, device),)+
+                NewDevice::Balloon(balloon) => config.balloon = Some(balloon),
+            }
             config
-                .generic_vhost_user
-                .get_or_insert_default()
-                .push(device);
         }
-        NewDevice::Pmem(pmem) => config.pmem.get_or_insert_default().push(pmem),
-        NewDevice::Vsock(vsock) => config.vsock = Some(vsock),
-        NewDevice::Balloon(balloon) => config.balloon = Some(balloon),
-    }
-    config
+
+        /// Returns the configuration without the removable device of this name; `None` if there is none.
+        pub fn without_device(config: &VmConfig, id: &str) -> Option<VmConfig> {
+            let named = |known: &Option<String>| known.as_deref() == Some(id);
+            let mut without = config.clone();
+            $(devices!(@remove $form without.$section, named);)+
+            without.balloon.take_if(|balloon| balloon_id(balloon) == id);
+            (without != *config).then_some(without)
+        }
+
+        /// Stores the name of the device that was added last in the configuration.
+        pub fn take_id(config: &VmConfig, device: &mut NewDevice) {
+            match device {
+                $(NewDevice::$kind(device) => {
+                    let last = devices!(@iter $form config.$section).next_back();
+                    device.id = last.and_then(|last| last.id.clone());
+                })+
+                NewDevice::Balloon(_) => {}
+            }
+        }
+
+        /// Prefixes of generated names; a number follows.
+        pub(super) const GENERATED_PREFIXES: &[&str] = &[$($prefix),+];
+
+        /// Gives a name to each device without one; `next` makes it from the prefix.
+        pub(super) fn name_devices(config: &mut VmConfig, mut next: impl FnMut(&str) -> String) {
+            $(for device in devices!(@iter_mut $form config.$section) {
+                device.id.get_or_insert_with(|| next($prefix));
+            })+
+        }
+    };
 }
 
-/// Returns the configuration without the removable device of this name; `None` if there is none.
-pub fn without_device(config: &VmConfig, id: &str) -> Option<VmConfig> {
-    let named = |known: &Option<String>| known.as_deref() == Some(id);
-    let mut without = config.clone();
-    if let Some(disks) = &mut without.disks {
-        disks.retain(|disk| !named(&disk.id));
-    }
-    if let Some(net) = &mut without.net {
-        net.retain(|net| !named(&net.id));
-    }
-    if let Some(fs) = &mut without.fs {
-        fs.retain(|fs| !named(&fs.id));
-    }
-    if let Some(devices) = &mut without.generic_vhost_user {
-        devices.retain(|device| !named(&device.id));
-    }
-    if let Some(pmem) = &mut without.pmem {
-        pmem.retain(|pmem| !named(&pmem.id));
-    }
-    without.vsock.take_if(|vsock| named(&vsock.id));
-    without.balloon.take_if(|balloon| balloon_id(balloon) == id);
-    (without != *config).then_some(without)
+devices! {
+    /// A disk.
+    Disk(DiskConfig): list disks, "_disk";
+    /// A network interface.
+    Net(NetConfig): list net, "_net";
+    /// A shared folder.
+    Fs(FsConfig): list fs, "_fs";
+    /// A device of any type that a vhost-user back end serves.
+    GenericVhostUser(GenericVhostUserConfig): list generic_vhost_user, "_generic_vhost_user";
+    /// Persistent memory.
+    Pmem(PmemConfig): list pmem, "_pmem";
+    /// The vsock device.
+    Vsock(VsockConfig): one vsock, "_vsock";
 }
 
 /// The balloon's name, or the default name.
 pub fn balloon_id(balloon: &BalloonConfig) -> &str {
     balloon.id.as_deref().unwrap_or(BALLOON_ID)
-}
-
-/// Stores the name of the device that was added last in the configuration.
-pub fn take_id(config: &VmConfig, device: &mut NewDevice) {
-    match device {
-        NewDevice::Disk(disk) => {
-            let last = config.disks.iter().flatten().next_back();
-            disk.id = last.and_then(|last| last.id.clone());
-        }
-        NewDevice::Net(net) => {
-            let last = config.net.iter().flatten().next_back();
-            net.id = last.and_then(|last| last.id.clone());
-        }
-        NewDevice::Fs(fs) => {
-            let last = config.fs.iter().flatten().next_back();
-            fs.id = last.and_then(|last| last.id.clone());
-        }
-        NewDevice::GenericVhostUser(device) => {
-            let last = config.generic_vhost_user.iter().flatten().next_back();
-            device.id = last.and_then(|last| last.id.clone());
-        }
-        NewDevice::Pmem(pmem) => {
-            let last = config.pmem.iter().flatten().next_back();
-            pmem.id = last.and_then(|last| last.id.clone());
-        }
-        NewDevice::Vsock(vsock) => {
-            vsock.id = config.vsock.as_ref().and_then(|named| named.id.clone());
-        }
-        // The balloon's name does not depend on the configuration.
-        NewDevice::Balloon(_) => {}
-    }
 }
 
 #[cfg(test)]
@@ -142,6 +124,7 @@ mod tests {
             net: Some(Vec::new()),
             fs: Some(Vec::new()),
             pmem: Some(Vec::new()),
+            generic_vhost_user: Some(Vec::new()),
             ..VmConfig::default()
         };
         let net = NewDevice::Net(NetConfig {
@@ -151,6 +134,10 @@ mod tests {
         let vsock = NewDevice::Vsock(VsockConfig {
             id: Some("v".to_owned()),
             ..VsockConfig::default()
+        });
+        let generic = NewDevice::GenericVhostUser(GenericVhostUserConfig {
+            id: Some("g".to_owned()),
+            ..GenericVhostUserConfig::default()
         });
         let fs = NewDevice::Fs(FsConfig {
             id: Some("f".to_owned()),
@@ -165,6 +152,7 @@ mod tests {
             (disk(Some("a")), "a"),
             (net, "b"),
             (fs, "f"),
+            (generic, "g"),
             (vsock, "v"),
             (pmem, "p"),
             (balloon, "__balloon"),

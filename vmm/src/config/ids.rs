@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use api::VmConfig;
 use api::config::HotplugMethod;
 
+use super::device_list::{GENERATED_PREFIXES, name_devices};
 use super::error::ValidationError;
 use super::pci_devices::pci_devices;
 use crate::device_ids::RESERVED_PREFIX;
@@ -34,16 +35,6 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
     Ok(())
 }
 
-/// Prefixes of generated names; a number follows.
-const GENERATED_PREFIXES: [&str; 6] = [
-    "_disk",
-    "_net",
-    "_fs",
-    "_generic_vhost_user",
-    "_pmem",
-    "_vsock",
-];
-
 fn generated_number(id: &str) -> Option<u64> {
     let mut digits = GENERATED_PREFIXES
         .iter()
@@ -59,30 +50,12 @@ pub fn assign_ids(config: &mut VmConfig) {
         .filter_map(|id| generated_number(id))
         .collect();
     let mut counter = 0u64;
-    let mut next = |prefix: &str| {
+    name_devices(config, |prefix| {
         while taken.contains(&counter) {
             counter += 1;
         }
         let id = format!("{prefix}{counter}");
         counter += 1;
         id
-    };
-    for disk in config.disks.iter_mut().flatten() {
-        disk.id.get_or_insert_with(|| next("_disk"));
-    }
-    for net in config.net.iter_mut().flatten() {
-        net.id.get_or_insert_with(|| next("_net"));
-    }
-    for fs in config.fs.iter_mut().flatten() {
-        fs.id.get_or_insert_with(|| next("_fs"));
-    }
-    for device in config.generic_vhost_user.iter_mut().flatten() {
-        device.id.get_or_insert_with(|| next("_generic_vhost_user"));
-    }
-    for pmem in config.pmem.iter_mut().flatten() {
-        pmem.id.get_or_insert_with(|| next("_pmem"));
-    }
-    if let Some(vsock) = &mut config.vsock {
-        vsock.id.get_or_insert_with(|| next("_vsock"));
-    }
+    });
 }
