@@ -1,5 +1,6 @@
 //! The table of steps, and how a step is run.
 
+use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead as _, BufReader};
@@ -248,6 +249,9 @@ pub(crate) const STEPS: &[Step] = &[
     ),
 ];
 
+/// Number of lines shown of a step that failed without a failed test.
+const LAST_LINES: usize = 20;
+
 /// The result of a step that has run.
 #[derive(Debug)]
 pub(super) struct Ended {
@@ -267,15 +271,26 @@ impl Step {
             took: Duration::ZERO,
             seen: TestsSeen::default(),
         };
-        if let Err(error) = self.run_into(&mut ended, show) {
+        let mut last = VecDeque::new();
+        if let Err(error) = self.run_into(&mut ended, &mut last, show) {
             ended.passed = false;
-            eprintln!("error: {}: {error:#}", self.name);
+            let error = format!("error: {}: {error:#}", self.name);
+            eprintln!("{error}");
+            last.push_back(error);
+        }
+        if !ended.passed {
+            ended.seen.step_failed(self.name, last);
         }
         ended.took = started.elapsed();
         ended
     }
 
-    fn run_into(&self, ended: &mut Ended, mut show: impl FnMut(&str)) -> Result<()> {
+    fn run_into(
+        &self,
+        ended: &mut Ended,
+        last: &mut VecDeque<String>,
+        mut show: impl FnMut(&str),
+    ) -> Result<()> {
         let words = self.words();
         let (program, args) = words.split_first().context("a step has a command")?;
         // One pipe for both, in order: nextest prints its counts to standard error.
@@ -295,6 +310,10 @@ impl Step {
             let line = String::from_utf8_lossy(&line);
             show(&line);
             ended.seen.read(&line);
+            if last.len() == LAST_LINES {
+                last.pop_front();
+            }
+            last.push_back(line.to_string());
             if let Some(more) = closing_line(&line) {
                 ended.counts += more;
             }

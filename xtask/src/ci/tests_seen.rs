@@ -1,5 +1,5 @@
-//! Data about single tests from the output of the steps: durations, skipped or retried tests with reasons, and cache
-//! hits instead of builds.
+//! Data about single tests from the output of the steps: durations, skipped, retried or failed tests with reasons, and
+//! cache hits instead of builds.
 
 use std::fs;
 use std::path::Path;
@@ -7,6 +7,9 @@ use std::time::Duration;
 
 /// Number of slowest tests shown.
 const SLOWEST: usize = 20;
+
+/// Number of lines shown of what a failed test printed. nextest prints some before the message of a panic.
+const FAILED_LINES: usize = 20;
 
 /// Collected line by line.
 #[derive(Debug, Default)]
@@ -16,12 +19,25 @@ pub(super) struct TestsSeen {
     skipped: Vec<(String, Option<String>)>,
     /// `name: why`.
     tried_twice: Vec<String>,
+    failed: Vec<Failure>,
+    /// Whether further lines belong to the last failed test.
+    in_failure: bool,
     caches: Vec<String>,
+}
+
+/// What failed, and the first lines that say why.
+#[derive(Debug)]
+struct Failure {
+    what: String,
+    lines: Vec<String>,
 }
 
 impl TestsSeen {
     /// Parses one line of a step's output. Supported are nextest, `cargo test` and our own runners.
     pub(super) fn read(&mut self, line: &str) {
+        if self.in_failure {
+            self.continue_failure(line);
+        }
         let line = line.trim();
         if let Some(rest) = line.strip_prefix("AGAIN ") {
             self.tried_twice.push(rest.trim().into());
@@ -41,6 +57,9 @@ impl TestsSeen {
                     if let Some(took) = seconds(time) {
                         self.timed.push((took, name.into()));
                     }
+                    if word == "FAIL" {
+                        self.fail(rest);
+                    }
                 }
                 "SKIP" => self.skip(rest),
                 _ => {}
@@ -48,8 +67,53 @@ impl TestsSeen {
         }
     }
 
+    fn fail(&mut self, what: &str) {
+        // nextest names each failed test again at its end.
+        if self.failed.iter().all(|known| known.what != what) {
+            self.failed.push(Failure {
+                what: what.into(),
+                lines: Vec::new(),
+            });
+            self.in_failure = true;
+        }
+    }
+
+    /// Adds a line to the last failed test, unless the line belongs to the next test.
+    fn continue_failure(&mut self, line: &str) {
+        const NEXT: [&str; 8] = [
+            "PASS",
+            "FAIL",
+            "SKIP",
+            "SLOW",
+            "AGAIN",
+            "ran for",
+            "Summary",
+            "Cancelling",
+        ];
+        let Some(failure) = self.failed.last_mut() else {
+            return;
+        };
+        let text = line.trim();
+        if NEXT.iter().any(|word| text.starts_with(word)) || failure.lines.len() == FAILED_LINES {
+            self.in_failure = false;
+        } else if !text.is_empty() {
+            failure.lines.push(line.trim_end().into());
+        }
+    }
+
+    /// Records a step that failed, with its last lines, unless the tests that failed in it are known.
+    pub(super) fn step_failed(&mut self, step: &str, last: impl IntoIterator<Item = String>) {
+        if self.failed.is_empty() {
+            self.failed.push(Failure {
+                what: format!("the step {step}"),
+                lines: last.into_iter().collect(),
+            });
+        }
+    }
+
     /// Merges the results of another step's output.
     pub(super) fn add(&mut self, other: Self) {
+        self.failed.extend(other.failed);
         self.timed.extend(other.timed);
         self.skipped.extend(other.skipped);
         self.tried_twice.extend(other.tried_twice);
@@ -106,6 +170,13 @@ impl TestsSeen {
             format!("{name}: {}", why.as_deref().unwrap_or("ignored"))
         });
         paragraph(&mut text, &title, skipped);
+        // At the end, where the reader of a long log looks first.
+        let title = format!("Failed ({})", self.failed.len());
+        let failed = self.failed.into_iter().flat_map(|Failure { what, lines }| {
+            let lines = lines.into_iter().map(|line| format!("  {line}"));
+            std::iter::once(what).chain(lines)
+        });
+        paragraph(&mut text, &title, failed);
         text
     }
 }
@@ -188,7 +259,54 @@ mod tests {
         ]);
         assert_eq!(
             seen.summary("/nowhere".as_ref()),
-            "\nSlowest tests:\n    120.00 s  guest_boots\n      1.50 s  guest_ends\n      0.10 s  api tests::a_b\n"
+            "\nSlowest tests:\n    120.00 s  guest_boots\n      1.50 s  guest_ends\n      0.10 s  api tests::a_b\n\n\
+             Failed (1):\n  guest_boots: no: answer\n"
+        );
+    }
+
+    fn failures(seen: TestsSeen) -> String {
+        let text = seen.summary("/nowhere".as_ref());
+        let at = text.find("\nFailed").expect("failures");
+        text[at..].into()
+    }
+
+    #[test]
+    fn failed_tests_are_named_once_with_the_lines_that_say_why() {
+        let mut seen = seen(&[
+            "        FAIL [   0.105s] ( 1/40) api tests::a_b",
+            "  stderr ───",
+            "",
+            "    thread 'tests::a_b' panicked at api/src/lib.rs:3:5:",
+            "    left: 1",
+            "        PASS [   0.105s] ( 2/40) api tests::c",
+            "     Summary [   0.2s] 2 tests run: 1 passed, 1 failed",
+            "        FAIL [   0.105s] ( 1/40) api tests::a_b",
+        ]);
+        seen.step_failed("unit tests", [String::from("error: test run failed")]);
+        assert_eq!(
+            failures(seen),
+            "\nFailed (1):\n  api tests::a_b\n      stderr ───\n        \
+             thread 'tests::a_b' panicked at api/src/lib.rs:3:5:\n        left: 1\n"
+        );
+    }
+
+    #[test]
+    fn failed_test_shows_a_bounded_number_of_lines() {
+        let mut lines = vec!["FAIL [ 120.00s] guest_boots: the kernel logged: ["];
+        lines.extend([" oops"; 2 * FAILED_LINES]);
+        assert_eq!(
+            failures(seen(&lines)).lines().count(),
+            "\nFailed".lines().count() + 1 + FAILED_LINES
+        );
+    }
+
+    #[test]
+    fn step_that_fails_without_a_failed_test_shows_its_last_lines() {
+        let mut seen = seen(&["    Compiling api", "error[E0308]: mismatched types"]);
+        seen.step_failed("build", [String::from("error[E0308]: mismatched types")]);
+        assert_eq!(
+            failures(seen),
+            "\nFailed (1):\n  the step build\n    error[E0308]: mismatched types\n"
         );
     }
 
