@@ -78,16 +78,24 @@ const JOBS_MAX: usize = 4;
 
 /// Runs the tests selected on the command line, a few at a time.
 pub fn main(tests: Vec<Test>) -> ExitCode {
-    let jobs = available_parallelism().map_or(1, usize::from).min(JOBS_MAX);
-    main_with_jobs(tests, jobs)
+    main_with_jobs(tests, jobs_here(), is_host_emulated())
+}
+
+/// The same for tests whose guests QEMU emulates on this machine.
+pub fn main_with_emulated_guests(tests: Vec<Test>) -> ExitCode {
+    main_with_jobs(tests, jobs_here(), true)
+}
+
+fn jobs_here() -> usize {
+    available_parallelism().map_or(1, usize::from).min(JOBS_MAX)
 }
 
 /// The same, one test after another.
 pub fn main_in_order(tests: Vec<Test>) -> ExitCode {
-    main_with_jobs(tests, 1)
+    main_with_jobs(tests, 1, is_host_emulated())
 }
 
-fn main_with_jobs(tests: Vec<Test>, jobs: usize) -> ExitCode {
+fn main_with_jobs(tests: Vec<Test>, jobs: usize, emulated: bool) -> ExitCode {
     let mut options = Options::parse();
     options.libtest.test_threads.get_or_insert(jobs);
     if options.libtest.list {
@@ -100,7 +108,7 @@ fn main_with_jobs(tests: Vec<Test>, jobs: usize) -> ExitCode {
         failed,
         skipped,
         retried,
-    } = run(options, tests, is_second_try_fair());
+    } = run(options, tests, emulated);
     shared::end_idle();
     println!("ran for {} s", start.elapsed().as_secs());
     // Machine-readable, so it is on a separate line.
@@ -171,9 +179,9 @@ fn chosen(options: &mut Options, trials: impl Iterator<Item = Trial>) -> Vec<Tri
         .collect()
 }
 
-/// If the machine around it is busy, an emulated host loses interrupts and is slower by orders of magnitude. A failed
+/// If the machine around it is busy, an emulated machine loses interrupts and is slower by orders of magnitude. A failed
 /// test there is shown and retried once; a real bug fails twice.
-fn is_second_try_fair() -> bool {
+fn is_host_emulated() -> bool {
     std::env::var("TESTBED").is_ok_and(|testbed| testbed == "emulated")
 }
 

@@ -12,7 +12,9 @@ use integration_tests::paths;
 use integration_tests::tests;
 use integration_tests::wait::wait_for;
 
-use crate::debian::{DISTRIBUTION_DEADLINE, balloon_inflates_and_deflates, reporting_gives_back};
+use crate::debian::{
+    DISTRIBUTION_DEADLINE, balloon_inflates_and_deflates, reporting_goes_on_under_load,
+};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![debian_guest_shares_a_folder_while_memory_goes_and_the_back_end_is_killed]
@@ -149,7 +151,7 @@ fn debian_guest_shares_a_folder_while_memory_goes_and_the_back_end_is_killed() -
     guest.shell(&format!("({LOAD}) > /tmp/load 2>&1 < /dev/null &"))?;
     wait_file(&mut guest, "/tmp/rounds")?;
     balloon_inflates_and_deflates(&guest).context("balloon under load")?;
-    reporting_gives_back(&mut guest).context("reporting under load")?;
+    reporting_goes_on_under_load(&mut guest).context("reporting under load")?;
     guest.shell("touch /tmp/stop")?;
     wait_file(&mut guest, "/tmp/stopped")?;
     guest

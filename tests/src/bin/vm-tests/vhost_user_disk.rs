@@ -12,7 +12,7 @@ use integration_tests::tests;
 use integration_tests::wait::wait_for;
 use serde_json::json;
 
-use crate::debian::reporting_gives_back;
+use crate::debian::reporting_goes_on_under_load;
 use crate::hotplug::{expect, wait_disk, wait_gone};
 
 pub(crate) fn tests() -> Vec<Test> {
@@ -134,7 +134,7 @@ fn vhost_user_disk_keeps_data_while_its_back_end_is_killed() -> Result<Outcome> 
         daemon = Daemon::start(&program, &image, &socket)?;
         rounds(&mut guest, 1).with_context(|| format!("after kill {kills}"))?;
     }
-    reporting_gives_back(&mut guest).context("reporting under load")?;
+    reporting_goes_on_under_load(&mut guest).context("reporting under load")?;
     rounds(&mut guest, 2).context("after reporting")?;
     guest
         .shell("touch /tmp/stop; until [ $(ls /tmp/stopped.* | wc -l) = 3 ]; do sleep 0.2; done")?;
