@@ -138,6 +138,14 @@ impl Bus {
         self.missed.load(Ordering::Relaxed)
     }
 
+    /// First address and length of each range.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn ranges(&self) -> Vec<(u64, u64)> {
+        let ranges = self.ranges.read().unpoisoned();
+        let range = |(base, entry): (&u64, &Entry)| (*base, entry.bytes);
+        ranges.iter().map(range).collect()
+    }
+
     fn resolve(&self, address: u64, bytes: usize) -> Option<(Arc<dyn BusDevice>, u64)> {
         let ranges = self.ranges.read().unpoisoned();
         let (base, entry) = ranges.range(..=address).next_back()?;

@@ -8,6 +8,8 @@ pub mod boot;
 pub mod bus;
 pub mod cpu;
 pub mod events;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod interrupt;
 pub mod legacy;
 pub mod memory;

@@ -58,7 +58,7 @@ pub trait InterruptBackend: Send + Sync {
     fn signal_msi(&self, message: MsiMessage) -> io::Result<()>;
 }
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(crate) mod fake {
     //! A fake hypervisor that only records calls.
 
@@ -66,6 +66,8 @@ pub(crate) mod fake {
     use std::collections::BTreeMap;
     use std::os::fd::AsRawFd;
     use std::sync::Mutex;
+
+    use virtio_devices::Unpoisoned;
 
     #[derive(Debug, Default)]
     pub(crate) struct Notes {
@@ -81,7 +83,7 @@ pub(crate) mod fake {
 
     impl FakeBackend {
         pub(crate) fn notes(&self) -> std::sync::MutexGuard<'_, Notes> {
-            self.0.lock().unwrap()
+            self.0.lock().unpoisoned()
         }
 
         pub(crate) fn check(notes: &Notes) -> io::Result<()> {

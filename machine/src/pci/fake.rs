@@ -1,13 +1,11 @@
-//! A fake PCI function with one 64-bit BAR and one doorbell, and a fake hypervisor that records doorbells.
+//! A fake PCI function with one 64-bit BAR and one doorbell.
 
-use std::collections::BTreeSet;
-use std::io;
 use std::sync::Mutex;
 
 use virtio_devices::pci::{Bar, DoorbellRegister, PciFunction};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::DoorbellBackend;
+pub(super) use super::fake_doorbells::FakeDoorbells;
 
 pub(super) const BAR_BYTES: u64 = 0x8000;
 pub(super) const DOORBELL_OFFSET: u64 = 0x6000;
@@ -108,21 +106,4 @@ impl PciFunction for FakeFunction {
     fn resume(&self) {}
 
     fn reset(&self) {}
-}
-
-#[derive(Debug, Default)]
-pub(super) struct FakeDoorbells {
-    pub(super) addresses: Mutex<BTreeSet<u64>>,
-}
-
-impl DoorbellBackend for FakeDoorbells {
-    fn register_doorbell(&self, address: u64, _event: &EventFd) -> io::Result<()> {
-        assert!(self.addresses.lock().unwrap().insert(address));
-        Ok(())
-    }
-
-    fn unregister_doorbell(&self, address: u64, _event: &EventFd) -> io::Result<()> {
-        assert!(self.addresses.lock().unwrap().remove(&address));
-        Ok(())
-    }
 }

@@ -23,6 +23,8 @@ mod windows;
 
 #[cfg(test)]
 mod fake;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fake_doorbells;
 
 use std::fmt;
 use std::io;

@@ -108,6 +108,15 @@ impl Endpoint {
         }
     }
 
+    /// A socket that nobody ever opens.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn without_client() -> Arc<Self> {
+        Arc::new(Self {
+            input: Some(Input::new(None)),
+            ..Self::with_output(Output::for_clients())
+        })
+    }
+
     fn open_tty_output(manager: &SerialManager) -> Result<(Self, Watcher), SerialError> {
         let watcher = manager.watcher().map_err(SerialError::Manager)?;
         let output = Output::unconnected();

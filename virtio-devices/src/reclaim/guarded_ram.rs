@@ -3,8 +3,8 @@
 //! For tests and fuzzing. Regardless of what a guest makes the device do, guard pages must not change, and every page
 //! must be either unchanged or discarded. [`discard_and_check`] compares an engine with the rule on such memory.
 #![allow(unsafe_code)]
-// UNSAFETY: regions are placed in the middle of larger mappings, and `mlock` and `memfd_create` have no safe wrapper
-// among our dependencies.
+// UNSAFETY: regions are placed in the middle of larger mappings, and `mlock`, `madvise` and `memfd_create` have no safe
+// wrapper among our dependencies.
 
 use std::ffi::c_void;
 use std::fs::File;
@@ -30,6 +30,8 @@ const FILE_BYTE: u8 = 0xa6;
 pub enum Kind {
     /// Private anonymous memory.
     Anonymous,
+    /// The same, with transparent huge pages wherever a whole one fits.
+    Transparent,
     /// A memory file, mapped shared.
     Memfd,
     /// A file, mapped private. Its content is not zeros.
@@ -224,11 +226,35 @@ pub fn discard_and_check(
     expected: Expected,
 ) -> io::Result<Outcome> {
     let guarded = GuardedRam::try_new(areas)?;
+    Ok(discard_and_check_on(
+        &guarded,
+        engine,
+        claims,
+        expected,
+        |_| (),
+    ))
+}
+
+/// As [`discard_and_check`], on memory that is there. `before_check` gets the outcome before the memory is read, which
+/// maps pages.
+///
+/// # Panics
+/// As [`discard_and_check`].
+pub fn discard_and_check_on(
+    guarded: &GuardedRam,
+    engine: &mut DiscardEngine,
+    claims: &[GuestRange],
+    expected: Expected,
+    before_check: impl FnOnce(&DiscardEngine),
+) -> Outcome {
+    let mut sorted = claims.to_vec();
+    sorted.sort_by_key(|claim| claim.start);
     let outcome = engine.discard(&guarded.ram, &mut claims.to_vec(), expected);
+    before_check(engine);
     let (mut gone, mut refused) = (Vec::new(), 0);
-    for (at, area) in areas.iter().enumerate() {
+    for (at, area) in guarded.areas.iter().enumerate() {
         let given_up: Vec<_> = (0..area.pages as u64)
-            .map(|page| given_up(claims, area.guest_page + page))
+            .map(|page| given_up(&sorted, area.guest_page + page))
             .collect();
         for page in 0..area.pages {
             let unit = area.kind.unit_pages();
@@ -237,7 +263,9 @@ pub fn discard_and_check(
                 continue;
             }
             match area.kind {
-                Kind::Anonymous | Kind::Memfd | Kind::Huge => gone.push((at, page)),
+                Kind::Anonymous | Kind::Transparent | Kind::Memfd | Kind::Huge => {
+                    gone.push((at, page));
+                }
                 Kind::PrivateFile if expected == Expected::Anything => gone.push((at, page)),
                 Kind::PrivateFile => {}
                 Kind::ReadOnlyMemfd => refused += PAGE as u64,
@@ -253,16 +281,14 @@ pub fn discard_and_check(
     );
     let told: u64 = engine.discarded_ranges().map(|range| range.bytes).sum();
     assert_eq!(told, outcome.discarded.bytes);
-    Ok(outcome)
+    outcome
 }
 
-/// Whether a guest page is completely in the union of the claims, byte by byte.
-fn given_up(claims: &[GuestRange], page: u64) -> bool {
+/// Whether a guest page is completely in the union of the claims, which are in ascending order.
+fn given_up(sorted: &[GuestRange], page: u64) -> bool {
     let bytes = PAGE as u64;
     let (start, end) = (u128::from(page * bytes), u128::from((page + 1) * bytes));
     let mut reached = start;
-    let mut sorted = claims.to_vec();
-    sorted.sort_by_key(|claim| claim.start);
     for claim in sorted {
         let claim_end = u128::from(claim.start) + u128::from(claim.bytes);
         if u128::from(claim.start) <= reached {
@@ -315,12 +341,12 @@ fn map(area: RamArea) -> io::Result<(MmapRegion, GuestRegionMmap)> {
     let guard_bytes = area.kind.guard_pages() * PAGE;
     let bytes = area.pages * PAGE + 2 * guard_bytes;
     let flags = match area.kind {
-        Kind::Anonymous => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        Kind::Anonymous | Kind::Transparent => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
         Kind::Memfd | Kind::ReadOnlyMemfd | Kind::Huge => libc::MAP_SHARED,
         Kind::PrivateFile => libc::MAP_PRIVATE,
     };
     let file = match area.kind {
-        Kind::Anonymous => None,
+        Kind::Anonymous | Kind::Transparent => None,
         kind => Some(memfd(kind, bytes)?),
     };
     let mut outer = MmapRegionBuilder::new(bytes)
@@ -330,6 +356,11 @@ fn map(area: RamArea) -> io::Result<(MmapRegion, GuestRegionMmap)> {
         outer = outer.with_file_offset(FileOffset::new(file.try_clone()?, 0));
     }
     let outer = outer.build().map_err(io::Error::other)?;
+    if area.kind == Kind::Transparent {
+        // SAFETY: the range is the whole mapping, and the advice changes no content. A kernel without huge pages
+        // refuses it, which makes the memory that of `Anonymous`.
+        unsafe { libc::madvise(outer.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
+    }
     let inner_start = outer.as_ptr().wrapping_add(guard_bytes);
     // SAFETY: the range is inside `outer`, which exists as long as the guarded region.
     let inner =

@@ -16,6 +16,8 @@
 //! [`ResidencyProbe`] measures what is resident. It reads page tables and files and does not rely on what was
 //! discarded: a discarded page that the guest has touched again is resident, and only a measurement shows that.
 
+#[cfg(any(test, feature = "test-utils"))]
+pub mod any_claims;
 mod backing;
 mod discard;
 #[cfg(any(test, feature = "test-utils"))]

@@ -46,7 +46,7 @@ impl Pagemap {
     }
 
     /// Opens it as on a kernel without the scan, for tests.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "test-utils"))]
     pub(super) fn open_without_scan() -> io::Result<Self> {
         let file = File::open("/proc/self/pagemap")?;
         Ok(Self { file, scans: false })

@@ -1,0 +1,7 @@
+//! Guests that random bytes describe, for ordinary tests and for a fuzzer.
+//!
+//! The bytes are decisions of a guest and of the host. A hypervisor that only records calls takes KVM's place.
+
+pub mod legacy;
+pub mod pci;
+mod plain_function;

@@ -1,0 +1,200 @@
+//! Any claims on memory of mixed kinds, for ordinary tests and for a fuzzer.
+//!
+//! The bytes describe the regions of guest RAM, and then batches of claims. After each batch:
+//!
+//! * exactly the pages of the rule are gone ([`discard_and_check_on`]);
+//! * the resident memory of each region has fallen by what the engine has discarded there.
+
+use std::sync::OnceLock;
+
+use super::guarded_ram::{GuardedRam, HUGE_PAGE_PAGES, Kind, PAGE, RamArea, discard_and_check_on};
+use super::pagemap::Pagemap;
+use super::{DiscardEngine, Expected, GuestRange, ResidencyProbe};
+use crate::testing::fuzz_input::Input;
+
+const AREAS_MAX: u8 = 4;
+const CLAIMS_MAX: u8 = 24;
+const BATCHES_MAX: usize = 3;
+/// Pages of small areas and between areas.
+const SMALL_PAGES: u8 = 24;
+/// Huge pages of large areas.
+const HUGE_PAGES: u8 = 2;
+/// Pages where areas of huge pages can begin and end, or nearly.
+const NEAR: u64 = 4;
+
+/// Figures of a run, for checks that the bytes reach what they should.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Seen {
+    /// Bytes discarded.
+    pub discarded: u64,
+    /// Bytes discarded in parts of huge pages, which the kernel has split.
+    pub partial: u64,
+    /// Bytes left in place for a reason.
+    pub skipped: u64,
+    /// Bytes that the kernel refused to discard.
+    pub failed: u64,
+}
+
+/// Runs the batches that the bytes describe.
+///
+/// # Panics
+/// A wrong page is discarded, a page is not discarded, or a report or a measurement is wrong.
+pub fn run(bytes: &[u8]) -> Seen {
+    let mut input = Input(bytes);
+    let options = input.byte();
+    let areas = areas(&mut input);
+    let guarded = GuardedRam::try_new(&areas).expect("memory can be mapped");
+    let mut engine = if options & 1 == 0 {
+        DiscardEngine::new(Default::default())
+    } else {
+        DiscardEngine::without_vectors(Default::default())
+    };
+    let pagemap = if options & 2 == 0 {
+        Pagemap::open()
+    } else {
+        Pagemap::open_without_scan()
+    };
+    let pagemap = pagemap.expect("every process has a page map");
+    let probe = ResidencyProbe::with_pagemap(guarded.ram.clone(), pagemap);
+    let pages_end = areas
+        .last()
+        .map_or(0, |area| area.guest_page + area.pages as u64);
+    let mut seen = Seen::default();
+    for _ in 0..BATCHES_MAX {
+        if input.is_empty() {
+            break;
+        }
+        let expected = match input.byte() % 2 {
+            0 => Expected::Zeros,
+            _ => Expected::Anything,
+        };
+        let claims: Vec<_> = (0..input.byte() % CLAIMS_MAX)
+            .map(|_| claim(&mut input, pages_end))
+            .collect();
+        let before = held(&probe);
+        let outcome = discard_and_check_on(&guarded, &mut engine, &claims, expected, |engine| {
+            check_residency(&areas, &before, &held(&probe), engine);
+        });
+        seen.discarded += outcome.discarded.bytes;
+        seen.partial += outcome.partial_bytes;
+        seen.skipped += outcome.skipped.total();
+        seen.failed += outcome.failed.bytes;
+        guarded.refill();
+    }
+    seen
+}
+
+/// Bytes of each region in RAM or in swap.
+fn held(probe: &ResidencyProbe) -> Vec<u64> {
+    let sample = probe.measure().expect("the page map can be read");
+    let bytes = |it: &super::RegionResidency| it.resident_bytes + it.swapped_bytes;
+    sample.regions.iter().map(bytes).collect()
+}
+
+fn check_residency(areas: &[RamArea], before: &[u64], after: &[u64], engine: &DiscardEngine) {
+    for (at, area) in areas.iter().enumerate() {
+        let start = area.guest_page * PAGE as u64;
+        let end = start + (area.pages * PAGE) as u64;
+        let discarded: u64 = engine
+            .discarded_ranges()
+            .map(|range| {
+                let (first, last) = (range.start.max(start), (range.start + range.bytes).min(end));
+                last.saturating_sub(first)
+            })
+            .sum();
+        let fallen = before[at].checked_sub(after[at]);
+        match area.kind {
+            // The kernel may join huge pages again at any time.
+            Kind::Transparent => assert!(fallen.is_some(), "{area:?}"),
+            _ => assert_eq!(fallen, Some(discarded), "{area:?}"),
+        }
+    }
+}
+
+fn areas(input: &mut Input<'_>) -> Vec<RamArea> {
+    let mut guest_page = 0;
+    let mut areas = Vec::new();
+    for _ in 0..=input.byte() % AREAS_MAX {
+        let small = usize::from(input.byte() % SMALL_PAGES) + 1;
+        let shape = input.byte();
+        let large = (usize::from(shape >> 7) % usize::from(HUGE_PAGES) + 1) * HUGE_PAGE_PAGES;
+        let (kind, pages) = match shape % 16 {
+            0..=5 => (Kind::Anonymous, small),
+            6..=9 => (Kind::Memfd, small),
+            10 | 11 => (Kind::PrivateFile, small),
+            12 => (Kind::ReadOnlyMemfd, small),
+            13 if has_huge_pages() => (Kind::Huge, large),
+            _ => (Kind::Transparent, large + small),
+        };
+        guest_page += u64::from(input.byte() % SMALL_PAGES);
+        areas.push(RamArea {
+            guest_page,
+            pages,
+            kind,
+        });
+        guest_page += pages as u64;
+    }
+    areas
+}
+
+/// Whether the host has a pool from which the largest area and its guards can be taken.
+fn has_huge_pages() -> bool {
+    static HAS: OnceLock<bool> = OnceLock::new();
+    *HAS.get_or_init(|| {
+        let all = (0..AREAS_MAX).map(|at| RamArea {
+            guest_page: u64::from(at) * (usize::from(HUGE_PAGES) * HUGE_PAGE_PAGES) as u64,
+            pages: usize::from(HUGE_PAGES) * HUGE_PAGE_PAGES,
+            kind: Kind::Huge,
+        });
+        GuardedRam::try_new(&all.collect::<Vec<_>>()).is_ok()
+    })
+}
+
+fn claim(input: &mut Input<'_>, pages_end: u64) -> GuestRange {
+    const BYTES: u64 = PAGE as u64;
+    let shape = input.byte();
+    let page = input.number(2) % (pages_end + NEAR);
+    let (start, bytes) = match shape % 8 {
+        0..=3 => (page * BYTES, (u64::from(shape >> 3) + 1) * BYTES),
+        // Huge pages, or nearly.
+        4 => (
+            page * BYTES,
+            (u64::from(shape >> 3) + HUGE_PAGE_PAGES as u64 - NEAR) * BYTES,
+        ),
+        5 => (page * BYTES + input.number(2) % BYTES, input.number(2)),
+        6 => (
+            page * BYTES,
+            (pages_end + NEAR).saturating_sub(page) * BYTES,
+        ),
+        _ => (input.number(8), input.number(4)),
+    };
+    GuestRange { start, bytes }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use proptest::strategy::ValueTree;
+    use proptest::test_runner::TestRunner;
+
+    use super::*;
+
+    /// Without figures above zero, the checks of `run` would mean nothing.
+    #[test]
+    fn claims_of_random_bytes_discard_what_the_rule_says() {
+        let mut runner = TestRunner::deterministic();
+        let mut all = Seen::default();
+        for _ in 0..100 {
+            let bytes = prop::collection::vec(any::<u8>(), 0..400);
+            let seen = run(&bytes.new_tree(&mut runner).expect("bytes").current());
+            all.discarded += seen.discarded;
+            all.partial += seen.partial;
+            all.skipped += seen.skipped;
+            all.failed += seen.failed;
+        }
+        assert!(
+            all.discarded > 0 && all.skipped > 0 && all.failed > 0,
+            "{all:?}"
+        );
+    }
+}
