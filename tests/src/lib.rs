@@ -3,6 +3,7 @@
 
 pub mod adopters;
 pub mod bare_metal;
+pub mod chaos;
 pub mod chart;
 pub mod descriptors;
 pub mod ended;
@@ -15,6 +16,7 @@ pub mod outcome;
 pub mod overhead;
 pub mod paths;
 pub mod qemu;
+pub mod random;
 pub mod serial;
 pub mod shared;
 pub mod vmm;

@@ -4,6 +4,7 @@ mod api_life;
 mod bad_input;
 mod bare_metal;
 mod ch_remote;
+mod chaos;
 mod crate_borders;
 mod generated_clients;
 mod host_view;

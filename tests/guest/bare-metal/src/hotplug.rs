@@ -14,20 +14,28 @@ const BALLOON_FRAMES: u32 = 16;
 /// The host's balloon target, by which it confirms an observation.
 const HOST_IS_DONE_FRAMES: u32 = 1;
 
-const SLOTS_UP: u64 = 0x0;
-const SLOTS_DOWN: u64 = 0x4;
+pub const SLOTS_UP: u64 = 0x0;
+pub const SLOTS_DOWN: u64 = 0x4;
 const EJECT: u64 = 0x8;
 const SEGMENT: u64 = 0xc;
 
+/// From the PCI hot-plug controller to that of processors.
+const PROCESSORS: u64 = 0x1000;
+const PROCESSOR_STATUS: u64 = 4;
+/// In a processor's status: it was added; its removal is requested; it is released.
+const ADDED: u8 = 2;
+const LEAVES: u8 = 4;
+const RELEASED: u8 = 8;
+
 /// The PCI hot-plug controller.
-struct Controller {
+pub struct Controller {
     registers: u64,
     segment: u16,
 }
 
 impl Controller {
     /// Finds it, and selects a segment. Its address is in the DSDT: `OperationRegion (PCST, SystemMemory, address, …)`.
-    fn find(segment: u16) -> Option<Controller> {
+    pub fn find(segment: u16) -> Option<Controller> {
         let xsdt: u64 = read(RSDP + 24);
         // The FADT is the first table, and names the DSDT.
         let fadt: u64 = unaligned(xsdt + 36);
@@ -43,6 +51,29 @@ impl Controller {
         Some(Controller { registers, segment })
     }
 
+    /// The slots that are named in this register.
+    pub fn slots(&self, register: u64) -> impl Iterator<Item = Function> {
+        let slots: u32 = read(self.registers + register);
+        let segment = self.segment;
+        (0..32)
+            .filter(move |slot| slots & 1 << slot != 0)
+            .map(move |slot| Function { segment, slot })
+    }
+
+    /// Releases a processor whose removal is requested, and takes note of one that was added.
+    pub fn release_processor(&self, processor: u32) {
+        let registers = self.registers + PROCESSORS;
+        write(registers, processor);
+        let status: u8 = read(registers + PROCESSOR_STATUS);
+        if status & ADDED != 0 {
+            write(registers + PROCESSOR_STATUS, ADDED);
+        }
+        if status & LEAVES != 0 {
+            write(registers + PROCESSOR_STATUS, LEAVES);
+            write(registers + PROCESSOR_STATUS, RELEASED);
+        }
+    }
+
     /// Waits until a slot is named in this register.
     fn wait(&self, register: u64) -> Function {
         loop {
@@ -55,7 +86,7 @@ impl Controller {
         }
     }
 
-    fn eject(&self, function: Function) {
+    pub fn eject(&self, function: Function) {
         write(self.registers + EJECT, 1u32 << function.slot);
     }
 }

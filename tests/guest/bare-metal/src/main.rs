@@ -16,6 +16,7 @@
 #![no_main]
 
 mod balloon;
+mod chaos;
 mod console;
 mod hinting;
 mod hostile;
@@ -54,6 +55,7 @@ extern "C" fn guest_main(start_info: u64) -> ! {
     match machine::option(command_line, "scenario=") {
         Some("pci") => pci::scenario(&mut report),
         Some("balloon") => balloon = balloon::scenario(&mut report),
+        Some("chaos") => chaos::scenario(&mut report),
         Some("hotplug") => hotplug::scenario(0, &mut report),
         Some("hotplug-on-segment-1") => hotplug::scenario(1, &mut report),
         Some("plug") => plug::scenario(&mut report),

@@ -11,11 +11,12 @@
 //! cargo xtask testbed run --timeout 4000 -- env STRESS_SECONDS=1800 target/debug/vm-tests stress_
 //! ```
 
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use integration_tests::linux::{Guest, Machine};
 use integration_tests::outcome::{Outcome, Test};
+use integration_tests::random::{Random, fresh_seed};
 use integration_tests::tests;
 use integration_tests::wait::wait_for;
 use serde_json::Value;
@@ -132,12 +133,6 @@ impl std::fmt::Display for Variant {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} {}", self.memory, self.command_line)
     }
-}
-
-/// A new seed each time, short enough to type.
-fn fresh_seed() -> u64 {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    now.map_or(1, |now| u64::from(now.subsec_nanos()) | 1)
 }
 
 /// The host's actions on the guest.
@@ -378,18 +373,4 @@ fn told_figure(told: &str, name: &str) -> Result<u64> {
         value.trim().parse().ok()
     });
     word.with_context(|| format!("no {name} in {told:?}"))
-}
-
-/// SplitMix64: the same steps for the same seed.
-struct Random(u64);
-
-impl Random {
-    /// A number below `bound`, which is not zero.
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (mixed ^ (mixed >> 31)) % bound
-    }
 }

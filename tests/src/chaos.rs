@@ -1,0 +1,408 @@
+//! API clients that change a machine at random, several at once, while its guest verifies memory and disks; and what the
+//! VMM must have again when all changes are undone. The test reboots the machine meanwhile: clients would do so again
+//! before the guest has verified anything.
+//!
+//! Each client begins with each of its actions once, so that a short run has all of them. `CHAOS_SEED=N` repeats their
+//! choices, `CHAOS_SECONDS=1800` makes a run longer.
+
+use std::collections::BTreeMap;
+use std::env;
+use std::fs;
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use strum::VariantArray as _;
+
+use crate::literal_client::request;
+use crate::random::Random;
+use crate::vmm::Vmm;
+use crate::wait::wait_for;
+
+const CLIENTS: u64 = 3;
+/// Disks that each client plugs and unplugs.
+const DISKS_PER_CLIENT: u64 = 2;
+const MIB: u64 = 1 << 20;
+/// Time for the guest to release devices and processors.
+const SETTLE_DEADLINE: Duration = Duration::from_secs(300);
+/// Time for threads to end and clients' connections to close.
+const RELEASE_DEADLINE: Duration = Duration::from_secs(60);
+
+/// The limits of the changes.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// vCPUs at boot, and at most.
+    pub vcpus: (u64, u64),
+    /// Memory at boot, and at most, in MiB.
+    pub ram_mib: (u64, u64),
+    /// The largest balloon, bytes.
+    pub balloon_bytes: u64,
+}
+
+/// What a client does at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, strum::VariantArray)]
+enum Action {
+    PauseAndResume,
+    Balloon,
+    Vcpus,
+    Ram,
+    AddDisk,
+    RemoveDisk,
+    AddPmem,
+    RemovePmem,
+    Read,
+}
+
+/// The requests of all clients.
+#[derive(Debug, Default)]
+pub struct Done(BTreeMap<Action, (u64, u64)>);
+
+impl std::fmt::Display for Done {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (action, (accepted, all)) in &self.0 {
+            write!(f, "{action:?} {accepted}/{all} ")?;
+        }
+        f.write_str("(accepted/all)")
+    }
+}
+
+impl Done {
+    /// # Errors
+    /// An action was never accepted, so the run says nothing about it.
+    pub fn expect_all(&self) -> Result<()> {
+        for action in Action::VARIANTS {
+            let accepted = self.0.get(action).map_or(0, |counts| counts.0);
+            ensure!(accepted > 0, "{action:?} was never accepted: {self}");
+        }
+        Ok(())
+    }
+}
+
+/// Length and seed of a run, from the environment.
+///
+/// # Errors
+/// A value is not a number.
+pub fn length_and_seed(default: Duration) -> Result<(Duration, u64)> {
+    let number = |name: &str| match env::var(name) {
+        Ok(text) => text
+            .parse()
+            .map(Some)
+            .with_context(|| format!("{name}={text}")),
+        Err(_) => Ok(None),
+    };
+    let seconds = number("CHAOS_SECONDS")?.map_or(default, Duration::from_secs);
+    let seed = number("CHAOS_SEED")?.unwrap_or_else(crate::random::fresh_seed);
+    println!("     CHAOS_SEED={seed}");
+    Ok((seconds, seed))
+}
+
+/// Lets clients of a VMM with this socket work, with files in `folder`, until `meanwhile`, which is called repeatedly,
+/// returns true.
+///
+/// # Errors
+/// `meanwhile` failed, or a request got no response or a failure of the VMM.
+pub fn run_clients(
+    (socket, folder): (PathBuf, PathBuf),
+    limits: &Limits,
+    seed: u64,
+    mut meanwhile: impl FnMut() -> Result<bool>,
+) -> Result<Done> {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..CLIENTS)
+            .map(|number| {
+                let mut client = Client {
+                    socket: &socket,
+                    folder: &folder,
+                    limits,
+                    number,
+                    random: Random(seed.wrapping_add(number)),
+                    done: Done::default(),
+                };
+                let stop = &stop;
+                scope.spawn(move || {
+                    let worked = client.work(stop);
+                    // The others need not continue after a failure.
+                    stop.store(
+                        worked.is_err() || stop.load(Ordering::Acquire),
+                        Ordering::Release,
+                    );
+                    worked.map(|()| client.done)
+                })
+            })
+            .collect();
+        let watched = loop {
+            match meanwhile() {
+                Ok(false) if !stop.load(Ordering::Acquire) => {}
+                Ok(_) => break Ok(()),
+                Err(error) => break Err(error),
+            }
+        };
+        stop.store(true, Ordering::Release);
+        let mut all = Done::default();
+        let mut failed = watched;
+        for thread in threads {
+            match thread.join().expect("clients do not panic") {
+                Ok(done) => {
+                    for (action, counts) in done.0 {
+                        let sum = all.0.entry(action).or_default();
+                        *sum = (sum.0 + counts.0, sum.1 + counts.1);
+                    }
+                }
+                Err(error) => failed = failed.and(Err(error)),
+            }
+        }
+        failed.with_context(|| all.to_string()).map(|()| all)
+    })
+}
+
+struct Client<'a> {
+    socket: &'a Path,
+    folder: &'a Path,
+    limits: &'a Limits,
+    number: u64,
+    random: Random,
+    done: Done,
+}
+
+impl Client<'_> {
+    fn work(&mut self, stop: &AtomicBool) -> Result<()> {
+        let first = Action::VARIANTS.len() as u64;
+        let mut steps = 0;
+        while !stop.load(Ordering::Acquire) {
+            let choice = if steps < first {
+                (steps + self.number * 3) % first
+            } else {
+                self.random.below(first)
+            };
+            steps += 1;
+            let action = Action::VARIANTS[choice as usize];
+            let accepted = self.act(action).with_context(|| format!("{action:?}"))?;
+            let counts = self.done.0.entry(action).or_default();
+            *counts = (counts.0 + u64::from(accepted), counts.1 + 1);
+        }
+        Ok(())
+    }
+
+    fn act(&mut self, action: Action) -> Result<bool> {
+        match action {
+            Action::PauseAndResume => {
+                let answer = request(self.socket, "PUT", "vm.pause", None)?;
+                self.get("vm.reclaim-stats")?;
+                self.put("vm.resume", None)?;
+                // A host that does not run the vCPUs for seconds cannot stop them either, which is an error.
+                Ok(matches!(answer.status, 200 | 204))
+            }
+            Action::Balloon => {
+                let pages = self.random.below(self.limits.balloon_bytes / 4096 + 1);
+                self.resize("desired_balloon", pages * 4096)
+            }
+            Action::Vcpus => {
+                let (_, max) = self.limits.vcpus;
+                let count = 1 + self.random.below(max);
+                self.resize("desired_vcpus", count)
+            }
+            Action::Ram => {
+                let (min, max) = self.limits.ram_mib;
+                let mib = min + self.random.below((max - min) / 2 + 1) * 2;
+                self.resize("desired_ram", mib * MIB)
+            }
+            Action::AddDisk => {
+                let id = self.disk();
+                let path = self.file(&id, 16 * MIB)?;
+                let body = json!({"id": id, "path": path, "image_type": "Raw"});
+                self.put("vm.add-disk", Some(&body))
+            }
+            Action::RemoveDisk => {
+                let id = self.disk();
+                self.remove(&id)
+            }
+            Action::AddPmem => {
+                let id = self.pmem();
+                let path = self.file(&id, 2 * MIB)?;
+                self.put("vm.add-pmem", Some(&json!({"id": id, "file": path})))
+            }
+            Action::RemovePmem => {
+                let id = self.pmem();
+                self.remove(&id)
+            }
+            Action::Read => {
+                for endpoint in ["vm.info", "vm.counters", "vm.reclaim-stats"] {
+                    self.get(endpoint)?;
+                }
+                Ok(true)
+            }
+        }
+    }
+
+    fn disk(&mut self) -> String {
+        format!(
+            "disk-{}-{}",
+            self.number,
+            self.random.below(DISKS_PER_CLIENT)
+        )
+    }
+
+    fn pmem(&self) -> String {
+        format!("pmem-{}", self.number)
+    }
+
+    /// The file behind a device, which is kept while the device comes and goes.
+    fn file(&self, id: &str, bytes: u64) -> Result<PathBuf> {
+        let path = self.folder.join(id);
+        let mut options = fs::File::options();
+        let file = options
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)?;
+        file.set_len(bytes)?;
+        Ok(path)
+    }
+
+    fn resize(&self, what: &str, to: u64) -> Result<bool> {
+        self.put("vm.resize", Some(&json!({ what: to })))
+    }
+
+    fn remove(&self, id: &str) -> Result<bool> {
+        self.put("vm.remove-device", Some(&json!({ "id": id })))
+    }
+
+    fn get(&self, endpoint: &str) -> Result<bool> {
+        self.send("GET", endpoint, None)
+    }
+
+    fn put(&self, endpoint: &str, body: Option<&Value>) -> Result<bool> {
+        self.send("PUT", endpoint, body)
+    }
+
+    /// Whether the request was accepted. Others may have made it impossible, but the VMM must not fail.
+    fn send(&self, method: &str, endpoint: &str, body: Option<&Value>) -> Result<bool> {
+        let text = body.map(Value::to_string);
+        let answer = request(self.socket, method, endpoint, text.as_deref())?;
+        // Another client may have resumed the machine, or may be rebooting it. Upstream's status for that is 500.
+        let body = answer.body.as_deref().unwrap_or_default();
+        let mut refusals = ["Invalid VM state transition", "VM is not running"].iter();
+        let is_refusal = answer.status < 500 || refusals.any(|text| body.contains(text));
+        ensure!(
+            is_refusal,
+            "{endpoint} {}: {answer:?}",
+            text.unwrap_or_default()
+        );
+        Ok(matches!(answer.status, 200 | 204))
+    }
+}
+
+/// Undoes the changes: the machine runs with the devices, vCPUs and memory that it had at boot.
+///
+/// # Errors
+/// The guest does not release something.
+pub fn settle(vmm: &Vmm, limits: &Limits) -> Result<()> {
+    let put = |endpoint: &str, body: Value| {
+        let answer = vmm.request("PUT", endpoint, Some(&body.to_string()))?;
+        ensure!(answer.status < 500, "{endpoint} {body}: {answer:?}");
+        Ok(matches!(answer.status, 200 | 204))
+    };
+    wait_for("a running machine", SETTLE_DEADLINE, || {
+        if vmm.get("vm.info")?["state"] == "Running" {
+            return Ok(Some(()));
+        }
+        vmm.request("PUT", "vm.resume", None)?;
+        Ok(None)
+    })?;
+    for (what, to) in [
+        ("desired_balloon", 0),
+        ("desired_vcpus", limits.vcpus.0),
+        ("desired_ram", limits.ram_mib.0 * MIB),
+    ] {
+        // A removal that is under way must end first.
+        wait_for(what, SETTLE_DEADLINE, || {
+            Ok(put("vm.resize", json!({ what: to }))?.then_some(()))
+        })?;
+    }
+    let mut ids: Vec<String> = (0..CLIENTS)
+        .map(|client| format!("pmem-{client}"))
+        .collect();
+    for client in 0..CLIENTS {
+        ids.extend((0..DISKS_PER_CLIENT).map(|disk| format!("disk-{client}-{disk}")));
+    }
+    for id in ids {
+        wait_for(&id, SETTLE_DEADLINE, || {
+            let info = vmm.get("vm.info")?;
+            if info["device_tree"][&id].is_null() {
+                return Ok(Some(()));
+            }
+            put("vm.remove-device", json!({ "id": id }))?;
+            Ok(None)
+        })?;
+    }
+    Ok(())
+}
+
+/// What a VMM has at one moment: descriptors, threads, mapped files and sockets in its folder, each with their number.
+#[derive(Debug)]
+pub struct Belongings(BTreeMap<String, usize>);
+
+impl Belongings {
+    /// Those of a running VMM, without the vCPUs' descriptors: KVM keeps the vCPUs that have been removed.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn of(vmm: &Vmm) -> Result<Self> {
+        let proc = PathBuf::from(format!("/proc/{}", vmm.pid()));
+        let mut all = BTreeMap::new();
+        let mut add =
+            |kind: &str, name: &str| *all.entry(format!("{kind} {name}")).or_default() += 1;
+        // What disappears meanwhile is skipped.
+        for fd in fs::read_dir(proc.join("fd"))?.flatten() {
+            if let Ok(link) = fs::read_link(fd.path()) {
+                let text = link.to_string_lossy();
+                // Without the number of an inode.
+                let name = text.split_once(":[").map_or(&*text, |(kind, _)| kind);
+                if !name.starts_with("anon_inode:kvm-vcpu") {
+                    add("descriptor", name);
+                }
+            }
+        }
+        for task in fs::read_dir(proc.join("task"))?.flatten() {
+            if let Ok(name) = fs::read_to_string(task.path().join("comm"))
+                // The kernel creates these in a process.
+                && !name.starts_with("kvm-")
+                && !name.starts_with("iou-wrk-")
+            {
+                add("thread", name.trim());
+            }
+        }
+        for line in fs::read_to_string(proc.join("maps"))?.lines() {
+            if let Some(path) = line.split_whitespace().nth(5)
+                && path.starts_with('/')
+            {
+                add("mapping", path);
+            }
+        }
+        for entry in fs::read_dir(vmm.folder())?.flatten() {
+            if entry.file_type()?.is_socket() {
+                add("socket", &entry.file_name().to_string_lossy());
+            }
+        }
+        Ok(Self(all))
+    }
+
+    /// Waits until the VMM has nothing more than this.
+    ///
+    /// # Errors
+    /// It keeps something.
+    pub fn expect_no_more(&self, vmm: &Vmm) -> Result<()> {
+        let mut left = Vec::new();
+        let released = wait_for("the release of everything", RELEASE_DEADLINE, || {
+            let mut now = Self::of(vmm)?.0;
+            now.retain(|name, count| *count > self.0.get(name).copied().unwrap_or(0));
+            left = now.into_iter().collect();
+            Ok(left.is_empty().then_some(()))
+        });
+        released.with_context(|| format!("the VMM keeps {left:?} of {:?}", self.0))
+    }
+}

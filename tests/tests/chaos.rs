@@ -1,0 +1,87 @@
+//! Clients that change a machine at random, with a guest without an operating system that follows them at once.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use integration_tests::bare_metal::{SCENARIO_DEADLINE, expect_all_passed, kvm_opens, start};
+use integration_tests::chaos::{Belongings, Limits, length_and_seed, run_clients, settle};
+use integration_tests::vmm::Vmm;
+use integration_tests::wait::wait_for;
+use serde_json::json;
+
+const LENGTH: Duration = Duration::from_secs(10);
+/// Rounds of the guest between two looks at it.
+const ROUNDS_MIN: u64 = 64;
+/// The balloon target, in bytes, by which the guest ends.
+const END_BYTES: u64 = 1000 * 4096;
+
+/// The rounds of all boots: one line for 16.
+fn rounds(vmm: &mut Vmm) -> Result<u64> {
+    ensure!(!vmm.has_ended()?, "the VMM ended: {}", vmm.stderr());
+    let text = vmm.text("serial");
+    ensure!(!text.contains("FAIL "), "the guest says:\n{text}");
+    Ok(16 * text.matches("ROUND ").count() as u64)
+}
+
+fn wait_rounds(vmm: &mut Vmm, wanted: u64) -> Result<()> {
+    wait_for("rounds of the guest", SCENARIO_DEADLINE, || {
+        Ok((rounds(vmm)? >= wanted).then_some(()))
+    })
+}
+
+#[test]
+fn guest_loses_nothing_and_the_vmm_keeps_nothing_while_clients_change_the_machine() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let limits = Limits {
+        vcpus: (1, 4),
+        ram_mib: (256, 384),
+        balloon_bytes: 256 * 4096,
+    };
+    let (length, seed) = length_and_seed(LENGTH)?;
+    let image = tempfile::NamedTempFile::new()?;
+    image.as_file().set_len(1 << 20)?;
+    let disk = format!("path={},image_type=raw", image.path().display());
+    let mut vmm = start(
+        "chaos",
+        &[
+            "--cpus",
+            "boot=1,max=4",
+            "--memory",
+            "size=256M,hotplug_method=virtio-mem,hotplug_size=128M",
+            "--disk",
+            &disk,
+            "--balloon",
+            "size=0,free_page_reporting=on",
+        ],
+    )?;
+    vmm.wait_api()?;
+    wait_rounds(&mut vmm, ROUNDS_MIN)?;
+    let before = Belongings::of(&vmm)?;
+    let started = Instant::now();
+    let mut reboots = 0;
+    let place = (vmm.socket(), vmm.folder().to_owned());
+    let done = run_clients(place, &limits, seed, || {
+        let so_far = rounds(&mut vmm)?;
+        wait_rounds(&mut vmm, so_far + ROUNDS_MIN)?;
+        vmm.put("vm.reboot", None)?;
+        reboots += 1;
+        Ok(started.elapsed() >= length)
+    });
+    let done = done.with_context(|| format!("CHAOS_SEED={seed}"))?;
+    println!(
+        "     {} rounds, {reboots} reboots, {done}",
+        rounds(&mut vmm)?
+    );
+    done.expect_all()?;
+    settle(&vmm, &limits)?;
+    // Nothing may come later.
+    let so_far = rounds(&mut vmm)?;
+    wait_rounds(&mut vmm, so_far + ROUNDS_MIN)?;
+    before.expect_no_more(&vmm)?;
+    let end = json!({"desired_balloon": END_BYTES}).to_string();
+    vmm.put("vm.resize", Some(&end))?;
+    expect_all_passed(&mut vmm)?;
+    vmm.expect_clean_exit(SCENARIO_DEADLINE)
+}
