@@ -32,9 +32,12 @@ const TARGETS: &[&str] = &[
     "balloon",
     "boot",
     "devices",
+    "discard",
     "fleet",
     "http",
+    "legacy",
     "options",
+    "pci",
     "registers",
     "saved_state",
 ];
