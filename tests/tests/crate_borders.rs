@@ -68,6 +68,7 @@ const VMM_MODULES: &[&str] = &[
     "events",
     "event_monitor",
     "config",
+    "jail",
     "landlock",
     "reporting_policy",
     "alerts",

@@ -9,6 +9,7 @@ mod crate_borders;
 mod generated_clients;
 mod host_view;
 mod hotplug;
+mod jail;
 mod landlock;
 mod reporting_policy;
 mod shared_folder;

@@ -10,6 +10,7 @@ pub mod event_monitor;
 pub mod events;
 mod figures_thread;
 mod inherited_fd;
+pub mod jail;
 pub mod landlock;
 pub mod reporting_policy;
 pub mod seccomp;

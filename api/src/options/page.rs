@@ -12,8 +12,9 @@ use serde_json::Value;
 
 use crate::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, FsConfig,
-    GenericVhostUserConfig, LandlockConfig, MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig,
-    PlatformConfig, PmemConfig, RateLimitGroupConfig, RngConfig, SerialConfig, VsockConfig,
+    GenericVhostUserConfig, JailConfig, LandlockConfig, MemoryConfig, MemoryZoneConfig, NetConfig,
+    NumaConfig, PlatformConfig, PmemConfig, RateLimitGroupConfig, ResourceLimitsConfig, RngConfig,
+    SerialConfig, VsockConfig,
 };
 use crate::{AlertChange, ReportingPolicy, RestoreConfig};
 
@@ -70,6 +71,8 @@ fn sections() -> Vec<OptionReference> {
         DebugConsoleConfig::reference(),
         PlatformConfig::reference(),
         LandlockConfig::reference(),
+        JailConfig::reference(),
+        ResourceLimitsConfig::reference(),
         RestoreConfig::reference(),
     ]
 }

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use api::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, FsConfig,
-    GenericVhostUserConfig, LandlockConfig, MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig,
-    PathOrFd, PayloadConfig, PlatformConfig, PmemConfig, RateLimitGroupConfig, RngConfig,
-    SerialConfig, VsockConfig,
+    GenericVhostUserConfig, JailConfig, LandlockConfig, MemoryConfig, MemoryZoneConfig, NetConfig,
+    NumaConfig, PathOrFd, PayloadConfig, PlatformConfig, PmemConfig, RateLimitGroupConfig,
+    ResourceLimitsConfig, RngConfig, SerialConfig, VsockConfig,
 };
 use api::options::OptionError;
 use api::{RestoreConfig, VmConfig};
@@ -53,9 +53,17 @@ pub(crate) struct Arguments {
     #[arg(long)]
     firmware: Option<PathBuf>,
 
+    /// Run as this group (name or number) [default: the user's group]
+    #[arg(long, requires = "user")]
+    pub(crate) group: Option<String>,
+
     /// Path to initramfs image
     #[arg(long, requires = "payload")]
     initramfs: Option<PathBuf>,
+
+    // Without a value, the jail shows only the paths that other options name.
+    #[arg(long, num_args = 0.., action = ArgAction::Append, help = jail_help())]
+    jail: Option<Vec<String>>,
 
     /// Path to kernel to load: a vmlinux with a PVH entry point, or a bzImage
     #[arg(long)]
@@ -107,6 +115,9 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "rate-limit-group", requires = "payload", num_args = 1.., action = ArgAction::Append, help = RateLimitGroupConfig::syntax())]
     rate_limit_group: Vec<String>,
 
+    #[arg(long, value_name = "resource-limits", help = ResourceLimitsConfig::syntax())]
+    resource_limits: Option<String>,
+
     #[arg(long, conflicts_with = "payload", help = RestoreConfig::syntax())]
     restore: Option<String>,
 
@@ -119,6 +130,10 @@ pub(crate) struct Arguments {
 
     #[arg(long, requires = "payload", help = SerialConfig::syntax())]
     serial: Option<String>,
+
+    /// Run as this user (name or number), without capabilities, once the log file is open
+    #[arg(long)]
+    pub(crate) user: Option<String>,
 
     /// Log more: -v info, -vv debug, -vvv trace
     #[arg(short, action = ArgAction::Count)]
@@ -169,6 +184,23 @@ impl Arguments {
         read(&self.restore, RestoreConfig::parse)
     }
 
+    /// The paths that `--jail` shows in addition to those of other options; `None` without a jail.
+    ///
+    /// # Errors
+    /// A value cannot be parsed.
+    pub(crate) fn jail(&self) -> Result<Option<Vec<JailConfig>>, OptionError> {
+        let parsed = |texts: &Vec<String>| texts.iter().map(|it| JailConfig::parse(it)).collect();
+        self.jail.as_ref().map(parsed).transpose()
+    }
+
+    /// The limits of the process.
+    ///
+    /// # Errors
+    /// The option cannot be parsed.
+    pub(crate) fn resource_limits(&self) -> Result<ResourceLimitsConfig, OptionError> {
+        Ok(read(&self.resource_limits, ResourceLimitsConfig::parse)?.unwrap_or_default())
+    }
+
     /// The VM to boot at the start; `None` if only the API is to be served.
     ///
     /// # Errors
@@ -210,6 +242,13 @@ impl Arguments {
             ..defaults
         }))
     }
+}
+
+fn jail_help() -> String {
+    let syntax = JailConfig::syntax();
+    format!(
+        "Change to a root folder that shows only the paths that options name, and these. {syntax}"
+    )
 }
 
 type Read<T> = fn(&str) -> Result<T, OptionError>;
@@ -335,6 +374,29 @@ mod tests {
         assert_eq!(arguments.v, 2);
         assert!(arguments.no_shutdown);
         assert_eq!(SeccompMode::from(arguments.seccomp), SeccompMode::Log);
+    }
+
+    #[test]
+    fn arguments_of_the_process_need_no_vm() {
+        let arguments = parse(
+            "--api-socket /s --user vm --group kvm --jail path=/a path=/b,access=rw --jail path=/c \
+             --resource-limits open_files=4096,file_size=1G,core_size=0",
+        )
+        .unwrap();
+        assert_eq!(arguments.user.as_deref(), Some("vm"));
+        assert_eq!(arguments.group.as_deref(), Some("kvm"));
+        let jail = arguments.jail().unwrap().unwrap();
+        let access: Vec<_> = jail.iter().map(|path| path.access.as_str()).collect();
+        assert_eq!(access, ["r", "rw", "r"]);
+        let limits = arguments.resource_limits().unwrap();
+        let limits = (limits.open_files, limits.file_size, limits.core_size);
+        assert_eq!(limits, (Some(4096), Some(1 << 30), Some(0)));
+
+        let alone = parse("--jail --api-socket /s").unwrap();
+        assert_eq!(alone.jail().unwrap(), Some(Vec::new()));
+        let without = parse("--api-socket /s").unwrap();
+        assert_eq!(without.jail().unwrap(), None);
+        assert_eq!(without.resource_limits().unwrap().open_files, None);
     }
 
     #[test]

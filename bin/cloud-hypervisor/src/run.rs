@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use api::config::PathOrFd;
+use api::config::{JailConfig, PathOrFd};
 use api::{Endpoint, RestoreConfig, VmConfig, VmmPingResponse};
 use vmm::api::http::{Deadlines, HttpServer};
 use vmm::api::{ApiSocket, Dispatcher};
 use vmm::control::{ControlSetup, ControlThread, Ending, Lifecycle};
 use vmm::event_monitor::EventMonitor;
-use vmm::landlock;
+use vmm::jail::{Jail, JailError, Place};
+use vmm::landlock::{self, Need};
 use vmm::seccomp::Seccomp;
 use vmm::signals::{ExitSignals, exit_was_asked_for, survive_file_size_limit};
 use vmm::snapshot;
@@ -29,6 +30,7 @@ struct Plan {
     restore: Option<RestoreConfig>,
     /// The VM enables Landlock.
     confined: bool,
+    jail: Jail,
 }
 
 impl Plan {
@@ -44,11 +46,32 @@ impl Plan {
         let config = arguments.vm_config()?;
         let restore = arguments.restore_config()?;
         let saved = restore.as_ref().map(saved_config).transpose()?;
-        let confined = config.as_ref().or(saved.as_ref());
+        let vm = config.as_ref().or(saved.as_ref());
+        let (api_socket, event_monitor) = (api_socket.transpose()?, event_monitor.transpose()?);
+        let mut places = arguments.jail()?.as_deref().map(jail_places).transpose()?;
+        if let Some(places) = &mut places {
+            places.extend(landlock::places(vm.unwrap_or(&VmConfig::default())));
+            if let Some(PathOrFd::Path(path)) = &api_socket {
+                places.push(Need::of_api_socket(path).place());
+            }
+            if let Some(PathOrFd::Path(path)) = &event_monitor {
+                places.push(Need::of_events(path).place());
+            }
+            if let Some(request) = &restore {
+                let folder = snapshot::folder_of(&request.source_url)?;
+                places.push(landlock::of_restore(&folder).place());
+            }
+        }
         let plan = Self {
-            confined: confined.is_some_and(|it| it.landlock_enable),
-            api_socket: api_socket.transpose()?,
-            event_monitor: event_monitor.transpose()?,
+            confined: vm.is_some_and(|it| it.landlock_enable),
+            jail: Jail::new(
+                arguments.user.as_deref(),
+                arguments.group.as_deref(),
+                arguments.resource_limits()?,
+                places,
+            )?,
+            api_socket,
+            event_monitor,
             config,
             restore,
         };
@@ -71,6 +94,7 @@ impl Plan {
 pub(crate) fn run(arguments: &Arguments, start: Instant) -> Result<()> {
     let plan = Plan::new(arguments)?;
     survive_file_size_limit().context("Cannot ignore SIGXFSZ")?;
+    plan.jail.enter().context("Cannot confine the process")?;
     let seccomp = Arc::new(Seccomp::new(arguments.seccomp.into())?);
     let mut thread_start = seccomp.hook();
     if plan.confined {
@@ -116,6 +140,10 @@ pub(crate) fn run(arguments: &Arguments, start: Instant) -> Result<()> {
         Ending::Regular => Ok(()),
         Ending::MachineFailed => bail!("The machine has failed; see the log for the reason"),
     }
+}
+
+fn jail_places(paths: &[JailConfig]) -> Result<Vec<Place>, JailError> {
+    paths.iter().map(Place::configured).collect()
 }
 
 fn open_events(

@@ -33,7 +33,9 @@ pub enum TapError {
     #[error("cannot open {TUN_DEVICE}")]
     Open(#[source] io::Error),
     /// Permission denied: creating a tap needs CAP_NET_ADMIN; using one requires being its owner.
-    #[error("no permission to use tap {name}")]
+    #[error(
+        "no permission to use tap {name}: creating one needs CAP_NET_ADMIN, and using one requires being its owner"
+    )]
     Permission {
         /// The tap.
         name: String,

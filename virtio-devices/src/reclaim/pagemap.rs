@@ -14,8 +14,11 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 
 use super::backing::base_page_bytes;
+
+const PATH: &str = "/proc/self/pagemap";
 
 /// The bytes of a range by location; bytes not counted are absent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,6 +31,9 @@ pub(super) struct MappedBytes {
     pub(super) calls: u64,
 }
 
+/// The file of a process that will not be able to open it.
+static KEPT: OnceLock<File> = OnceLock::new();
+
 /// `/proc/self/pagemap`, opened once: it stays bound to this process's memory map.
 #[derive(Debug)]
 pub struct Pagemap {
@@ -39,16 +45,30 @@ impl Pagemap {
     /// # Errors
     /// The page map of this process cannot be opened.
     pub fn open() -> io::Result<Self> {
-        let file = File::open("/proc/self/pagemap")?;
+        let file = match KEPT.get() {
+            Some(file) => file.try_clone()?,
+            None => File::open(PATH)?,
+        };
         let mut pagemap = Self { file, scans: true };
         pagemap.scans = pagemap.scan(0, 0).is_ok();
         Ok(pagemap)
     }
 
+    /// Keeps the file open for every later [`Pagemap::open`]. A process that is not dumpable cannot open it, because
+    /// it then belongs to root.
+    ///
+    /// # Errors
+    /// The page map of this process cannot be opened.
+    pub fn keep_open() -> io::Result<()> {
+        let file = File::open(PATH)?;
+        KEPT.get_or_init(|| file);
+        Ok(())
+    }
+
     /// Opens it as on a kernel without the scan, for tests.
     #[cfg(any(test, feature = "test-utils"))]
     pub(super) fn open_without_scan() -> io::Result<Self> {
-        let file = File::open("/proc/self/pagemap")?;
+        let file = File::open(PATH)?;
         Ok(Self { file, scans: false })
     }
 

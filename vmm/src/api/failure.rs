@@ -32,7 +32,11 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
             ValidationError::IdentifierNotUnique { .. } | ValidationError::DuplicateDiskPath { .. },
         ) => Status::Conflict,
         LifecycleError::ConfigValidation(_)
-        | LifecycleError::Landlock(LandlockError::Outside { .. } | LandlockError::Path(_))
+        | LifecycleError::Landlock(
+            LandlockError::Outside { .. }
+            | LandlockError::OutsideJail { .. }
+            | LandlockError::Path(_),
+        )
         | LifecycleError::Thresholds(_)
         | LifecycleError::MemoryOutOfRange { .. }
         | LifecycleError::Machine(VmError::MemoryResize(_))

@@ -38,4 +38,15 @@ pub enum LandlockError {
         /// The access that the rule needs, in the option's syntax.
         access: &'static str,
     },
+    /// A path that the jail does not show.
+    #[error(
+        "{} is outside the jail of this process: name it when the VMM is started \
+         (--jail path={},access={access})", path.display(), path.display()
+    )]
+    OutsideJail {
+        /// The file, or the folder of a socket.
+        path: PathBuf,
+        /// The access that the jail must grant, in the option's syntax.
+        access: &'static str,
+    },
 }

@@ -23,7 +23,23 @@ pub use error::LandlockError;
 pub use needs::{Need, of_config, of_core_file, of_device, of_restore, of_snapshot};
 use rules::Rules;
 
+use crate::jail::{self, Place};
 use crate::threads::{ThreadKind, ThreadStart};
+
+/// Everything that the VM of `config` opens, and the paths of its rules, for a jail.
+pub fn places(config: &VmConfig) -> Vec<Place> {
+    let rules = config.landlock_rules.iter().flatten();
+    let ruled = rules.map(|rule| Place {
+        path: rule.path.clone(),
+        writable: rule.access.contains('w'),
+        creates: false,
+    });
+    of_config(config)
+        .iter()
+        .map(Need::place)
+        .chain(ruled)
+        .collect()
+}
 
 /// The kernel's limit of layers (`LANDLOCK_MAX_NUM_LAYERS`).
 const LAYERS_MAX: usize = 16;
@@ -59,12 +75,15 @@ impl Confinement {
         Ok(())
     }
 
-    /// Checks that every layer allows `needs`. A path that does not exist passes, because the error from opening it is
-    /// clearer.
+    /// Checks that the jail of this process shows `needs`, and that every layer allows them. A path that does not exist
+    /// passes, because the error from opening it is clearer.
     ///
     /// # Errors
     /// The first path outside the rules.
     pub fn check(&self, needs: &[Need]) -> Result<(), LandlockError> {
+        if let Some(need) = needs.iter().find(|need| !jail::shows(&need.path)) {
+            return Err(need.outside_jail());
+        }
         let outside = |need: &&Need| self.layers.iter().any(|layer| !layer.allow(need));
         match needs.iter().find(outside) {
             Some(need) => Err(need.outside()),

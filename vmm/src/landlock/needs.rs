@@ -12,6 +12,7 @@ use landlock::{AccessFs, BitFlags, make_bitflags};
 
 use super::LandlockError;
 use crate::config::NewDevice;
+use crate::jail::Place;
 
 /// The device that creates taps.
 const TUN_DEVICE: &str = "/dev/net/tun";
@@ -65,18 +66,52 @@ impl Need {
         Self::new(folder(path), SOCKETS)
     }
 
-    pub(super) fn outside(&self) -> LandlockError {
+    /// The folder of the API socket.
+    pub fn of_api_socket(path: &Path) -> Self {
+        Self::socket(path)
+    }
+
+    /// The file of the event monitor.
+    pub fn of_events(path: &Path) -> Self {
+        Self::output(path)
+    }
+
+    /// The path for a jail, which knows only reading and writing.
+    pub fn place(&self) -> Place {
+        Place {
+            path: self.path.clone(),
+            writable: self.writes(),
+            creates: self.creates,
+        }
+    }
+
+    fn writes(&self) -> bool {
+        self.access.intersects(WRITE & !AccessFs::IoctlDev)
+    }
+
+    /// The access in the syntax of a rule.
+    fn access(&self) -> &'static str {
         let reads = self
             .access
             .intersects(AccessFs::ReadFile | AccessFs::ReadDir);
-        let writes = self.access.intersects(WRITE & !AccessFs::IoctlDev);
+        match (reads, self.writes()) {
+            (true, true) => "rw",
+            (false, true) => "w",
+            _ => "r",
+        }
+    }
+
+    pub(super) fn outside(&self) -> LandlockError {
         LandlockError::Outside {
             path: self.path.clone(),
-            access: match (reads, writes) {
-                (true, true) => "rw",
-                (false, true) => "w",
-                _ => "r",
-            },
+            access: self.access(),
+        }
+    }
+
+    pub(super) fn outside_jail(&self) -> LandlockError {
+        LandlockError::OutsideJail {
+            path: self.path.clone(),
+            access: if self.writes() { "rw" } else { "r" },
         }
     }
 }

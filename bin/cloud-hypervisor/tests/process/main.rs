@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod confinement;
+
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -55,11 +57,16 @@ struct Vmm {
 
 impl Vmm {
     fn start(arguments: &[&str]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let child = program()
+        let mut command = program();
+        command.args(arguments);
+        Self::start_in(tempfile::tempdir().unwrap(), &mut command)
+    }
+
+    /// Starts `command` with a socket in `dir`.
+    fn start_in(dir: tempfile::TempDir, command: &mut Command) -> Self {
+        let child = command
             .arg("--api-socket")
             .arg(dir.path().join("s"))
-            .args(arguments)
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
@@ -75,15 +82,22 @@ impl Vmm {
 
     /// The first line of the response; `None` if there is no listener.
     fn request(&self, method: &str, name: &str) -> Option<String> {
+        let answer = self.response(method, name, "")?;
+        answer.lines().next().map(str::to_owned)
+    }
+
+    /// The whole response; `None` if there is no listener.
+    fn response(&self, method: &str, name: &str, body: &str) -> Option<String> {
         let mut stream = UnixStream::connect(self.dir.path().join("s")).ok()?;
+        let length = body.len();
         write!(
             stream,
-            "{method} /api/v1/{name} HTTP/1.1\r\nConnection: close\r\n\r\n"
+            "{method} /api/v1/{name} HTTP/1.1\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}"
         )
         .unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
-        answer.lines().next().map(str::to_owned)
+        Some(answer)
     }
 
     fn signal(&self, name: &str) {

@@ -1,0 +1,120 @@
+//! Confines the whole process before it starts threads: user, capabilities, resource limits, and a root of its own.
+//!
+//! ```text
+//! --resource-limits ─► limits.rs
+//! --jail, paths of all options ─► root.rs: mount namespace, whose root shows only these paths
+//! --user, --group ─► identity.rs: user and groups, no capabilities, not dumpable
+//! ```
+//! The VMM opens the files of its options afterwards, as that user and inside that root. Therefore what a boot can open,
+//! a reboot can open as well. The kernel copies all of this to each thread that the process starts.
+
+mod error;
+mod identity;
+mod limits;
+mod root;
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use api::config::{JailConfig, ResourceLimitsConfig};
+use virtio_devices::reclaim::Pagemap;
+
+pub use error::JailError;
+use identity::Identity;
+
+/// The places of this process's jail, once it is in one.
+static ENTERED: OnceLock<Vec<PathBuf>> = OnceLock::new();
+
+/// A path that the jail shows.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    /// The path.
+    pub path: PathBuf,
+    /// Files can be written there.
+    pub writable: bool,
+    /// The VMM creates the file if it does not exist.
+    pub creates: bool,
+}
+
+impl Place {
+    /// One of the paths of `--jail`.
+    ///
+    /// # Errors
+    /// The access is neither `r` nor `rw`.
+    pub fn configured(config: &JailConfig) -> Result<Self, JailError> {
+        let writable = match config.access.as_str() {
+            "r" => false,
+            "rw" => true,
+            _ => return Err(JailError::Access(config.clone())),
+        };
+        Ok(Self {
+            path: config.path.clone(),
+            writable,
+            creates: false,
+        })
+    }
+}
+
+/// The confinement that the command line requests.
+#[derive(Debug)]
+pub struct Jail {
+    identity: Option<Identity>,
+    limits: ResourceLimitsConfig,
+    places: Option<Vec<Place>>,
+}
+
+impl Jail {
+    /// Looks up the user and the group. With `places`, the process gets a root that shows only them.
+    ///
+    /// # Errors
+    /// There is no such user or group.
+    pub fn new(
+        user: Option<&str>,
+        group: Option<&str>,
+        limits: ResourceLimitsConfig,
+        places: Option<Vec<Place>>,
+    ) -> Result<Self, JailError> {
+        let identity = user.map(|user| Identity::find(user, group)).transpose()?;
+        Ok(Self {
+            identity,
+            limits,
+            places,
+        })
+    }
+
+    /// Confines the process. Must be called while it has a single thread.
+    ///
+    /// # Errors
+    /// A part is not permitted or not supported. The process must end then, because it is confined in part.
+    pub fn enter(self) -> Result<(), JailError> {
+        // The VMM runs no other program, so this only deprives an attacker.
+        rustix::thread::set_no_new_privs(true)
+            .map_err(|source| JailError::failed("forbid new privileges", source))?;
+        limits::apply(&self.limits)?;
+        if self.identity.is_some() {
+            // A process that is not dumpable cannot open this file.
+            Pagemap::keep_open().map_err(JailError::Pagemap)?;
+        }
+        if let Some(places) = &self.places {
+            let shown = root::enter(places, self.identity.as_ref().map(Identity::owner))?;
+            // The process enters one jail.
+            let _ = ENTERED.set(shown);
+        }
+        match &self.identity {
+            Some(identity) => identity.assume(),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Whether the jail of this process, if it is in one, shows `path` or a folder above it. A path that does not exist in
+/// a folder that is shown is not outside.
+pub fn shows(path: &Path) -> bool {
+    let Some(places) = ENTERED.get() else {
+        return true;
+    };
+    // In the jail, all other paths are missing.
+    path.symlink_metadata().is_ok()
+        || std::path::absolute(path)
+            .is_ok_and(|path| places.iter().any(|place| path.starts_with(place)))
+}
