@@ -93,7 +93,10 @@ impl Rig {
             }],
         };
         let mut pc = Pc::new(&self.kvm, memory, params, context).unwrap();
-        let mode = EndpointMode::File(output.to_path_buf());
+        let mode = EndpointMode::File {
+            path: output.to_path_buf(),
+            bytes_max: None,
+        };
         let endpoint = Endpoint::open(&mode, &self.manager).unwrap();
         pc.plug_serial(endpoint).unwrap();
         pc

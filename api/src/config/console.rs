@@ -6,7 +6,7 @@ use api_macros::section;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::options::{KeyGroup, Keys, OptionError, OptionFault, Options, ValueError};
+use crate::options::{KeyGroup, Keys, OptionError, OptionFault, Options, ValueError, parse_bytes};
 
 /// I/O port of the debug console.
 pub const DEFAULT_DEBUG_CONSOLE_PORT: u16 = 0xe9;
@@ -42,6 +42,10 @@ pub struct SerialConfig {
     /// Path of the socket with mode `Socket`.
     #[key(hidden)]
     pub socket: Option<PathBuf>,
+    /// Size up to which `file` grows, bytes. Further output is dropped and counted (`tx_dropped_bytes`). By default, the
+    /// guest can fill the file system.
+    #[key("<size>", read = parse_bytes)]
+    pub file_bytes_max: Option<u64>,
 }
 
 /// The virtio console.
@@ -57,6 +61,10 @@ pub struct ConsoleConfig {
     /// Path of the socket with mode `Socket`.
     #[key(hidden)]
     pub socket: Option<PathBuf>,
+    /// Size up to which `file` grows, bytes. Further output is dropped and counted (`tx_dropped_bytes`). By default, the
+    /// guest can fill the file system.
+    #[key("<size>", read = parse_bytes)]
+    pub file_bytes_max: Option<u64>,
     /// Put the device behind the virtual IOMMU.
     #[key(omit_false)]
     pub iommu: bool,
@@ -81,6 +89,10 @@ pub struct DebugConsoleConfig {
     /// Where the output goes.
     #[key(group = DEBUG_OUTPUT, required, default = ConsoleOutputMode::Off)]
     pub mode: ConsoleOutputMode,
+    /// Size up to which `file` grows, bytes. Further output is dropped and counted (`tx_dropped_bytes`). By default, the
+    /// guest can fill the file system.
+    #[key("<size>", read = parse_bytes)]
+    pub file_bytes_max: Option<u64>,
     /// The I/O port; 0xe9 when absent. The command line also accepts hexadecimal numbers.
     #[key("<port>", read = parse_port, default = Some(DEFAULT_DEBUG_CONSOLE_PORT))]
     pub iobase: Option<u16>,

@@ -8,7 +8,7 @@ use api::config::{
     NumaConfig, PathOrFd, PayloadConfig, PlatformConfig, PmemConfig, RateLimitGroupConfig,
     ResourceLimitsConfig, RngConfig, SerialConfig, VsockConfig,
 };
-use api::options::OptionError;
+use api::options::{OptionError, parse_bytes};
 use api::{RestoreConfig, VmConfig};
 use clap::{ArgAction, ArgGroup, Parser, ValueEnum};
 use vmm::seccomp::SeccompMode;
@@ -79,6 +79,10 @@ pub(crate) struct Arguments {
     /// Log file [default: standard error]
     #[arg(long, value_name = "log-file")]
     pub(crate) log_file: Option<PathBuf>,
+
+    /// Size up to which the log file grows; further lines are left out and counted [default: unlimited]
+    #[arg(long, value_name = "size", requires = "log_file", value_parser = parse_bytes)]
+    pub(crate) log_file_bytes_max: Option<u64>,
 
     #[arg(long, requires = "payload", help = MemoryConfig::syntax())]
     memory: Option<String>,
@@ -438,6 +442,7 @@ mod tests {
             "--cmdline x",
             "--kernel /k --landlock-rules path=/a,access=r",
             "--api-socket /s --landlock",
+            "--api-socket /s --log-file-bytes-max 1M",
             "--kernel /k --restore source_url=file:///d",
             "--restore source_url=file:///d --cpus boot=1",
         ] {

@@ -27,9 +27,15 @@ fn main() -> ExitCode {
         print_version(arguments.v > 0);
         return ExitCode::SUCCESS;
     }
-    let outcome = logger::install(start, arguments.log_file.as_deref(), arguments.v)
-        .context("Cannot open the log file")
-        .and_then(|()| run::run(&arguments, start));
+    let outcome = logger::install(
+        start,
+        arguments.log_file.as_deref(),
+        arguments.log_file_bytes_max,
+        arguments.v,
+    )
+    .context("Cannot open the log file")
+    .and_then(|()| run::run(&arguments, start));
+    log::logger().flush();
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

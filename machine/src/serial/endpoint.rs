@@ -32,7 +32,12 @@ pub enum EndpointMode {
     /// A new pseudo-terminal.
     Pty,
     /// A file, emptied first; no input.
-    File(PathBuf),
+    File {
+        /// The path.
+        path: PathBuf,
+        /// Size up to which a regular file grows.
+        bytes_max: Option<u64>,
+    },
     /// A UNIX socket for one client at a time.
     Socket(PathBuf),
 }
@@ -45,6 +50,7 @@ impl EndpointMode {
     pub fn from_config(
         mode: ConsoleOutputMode,
         file: Option<&Path>,
+        bytes_max: Option<u64>,
         socket: Option<&Path>,
     ) -> Result<Option<Self>, SerialError> {
         let path = |path: Option<&Path>, mode| {
@@ -56,7 +62,10 @@ impl EndpointMode {
             ConsoleOutputMode::Null => Self::Null,
             ConsoleOutputMode::Tty => Self::Tty,
             ConsoleOutputMode::Pty => Self::Pty,
-            ConsoleOutputMode::File => Self::File(path(file, "File")?),
+            ConsoleOutputMode::File => Self::File {
+                path: path(file, "File")?,
+                bytes_max,
+            },
             ConsoleOutputMode::Socket => Self::Socket(path(socket, "Socket")?),
         }))
     }
@@ -89,7 +98,7 @@ impl Endpoint {
             EndpointMode::Tty => Self::open_tty(manager)?,
             EndpointMode::TtyOutput => Self::open_tty_output(manager)?.0,
             EndpointMode::Pty => Self::open_pty(manager)?,
-            EndpointMode::File(path) => Self::open_file(path, manager)?,
+            EndpointMode::File { path, bytes_max } => Self::open_file(path, *bytes_max, manager)?,
             EndpointMode::Socket(path) => Self::open_socket(path, manager)?,
         };
         Ok(Arc::new(endpoint))
@@ -164,23 +173,36 @@ impl Endpoint {
         })
     }
 
-    fn open_file(path: &Path, manager: &SerialManager) -> Result<Self, SerialError> {
+    fn open_file(
+        path: &Path,
+        bytes_max: Option<u64>,
+        manager: &SerialManager,
+    ) -> Result<Self, SerialError> {
         let refused = |source| SerialError::File {
             path: path.to_owned(),
             source,
         };
         let file = create(path).map_err(refused)?;
-        // A disk always accepts writes; a FIFO or another terminal may not.
-        let watcher = if file.metadata().map_err(refused)?.is_file() {
-            None
-        } else {
-            Some(manager.watcher().map_err(SerialError::Manager)?)
+        let is_file = file.metadata().map_err(refused)?.is_file();
+        let bytes_max = bytes_max.filter(|_| is_file);
+        // A disk always accepts writes; a FIFO or another terminal may not. The console's own thread must not write past
+        // a limit.
+        let watcher = match is_file && bytes_max.is_none() {
+            true => None,
+            false => Some(manager.watcher().map_err(SerialError::Manager)?),
+        };
+        let sink = match bytes_max {
+            Some(bytes_max) => Sink::limited(file, path, bytes_max),
+            None => Sink::new(file),
         };
         let output = Output::unconnected();
         output
-            .connect(Sink::new(file), watcher.as_ref())
+            .connect(sink, watcher.as_ref())
             .map_err(SerialError::Manager)?;
-        Ok(Self::with_output(output))
+        Ok(Self {
+            watcher,
+            ..Self::with_output(output)
+        })
     }
 
     fn open_socket(path: &Path, manager: &SerialManager) -> Result<Self, SerialError> {
@@ -300,17 +322,23 @@ mod tests {
     fn config_modes_are_understood() {
         let path = Some(Path::new("/x"));
         let from = EndpointMode::from_config;
-        assert_eq!(from(ConsoleOutputMode::Off, None, None).unwrap(), None);
         assert_eq!(
-            from(ConsoleOutputMode::File, path, None).unwrap(),
-            Some(EndpointMode::File("/x".into()))
+            from(ConsoleOutputMode::Off, None, None, None).unwrap(),
+            None
         );
         assert_eq!(
-            from(ConsoleOutputMode::Socket, None, path).unwrap(),
+            from(ConsoleOutputMode::File, path, Some(7), None).unwrap(),
+            Some(EndpointMode::File {
+                path: "/x".into(),
+                bytes_max: Some(7)
+            })
+        );
+        assert_eq!(
+            from(ConsoleOutputMode::Socket, None, None, path).unwrap(),
             Some(EndpointMode::Socket("/x".into()))
         );
         assert!(matches!(
-            from(ConsoleOutputMode::File, None, path),
+            from(ConsoleOutputMode::File, None, None, path),
             Err(SerialError::MissingPath { mode: "File" })
         ));
     }
@@ -320,14 +348,24 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("log");
         std::fs::write(&path, "old text").unwrap();
-        let endpoint = Endpoint::open(&EndpointMode::File(path.clone()), &manager()).unwrap();
+        let endpoint = Endpoint::open(
+            &EndpointMode::File {
+                path: path.clone(),
+                bytes_max: None,
+            },
+            &manager(),
+        )
+        .unwrap();
         endpoint.output().write_all(b"new").unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"new");
     }
 
     #[test]
     fn file_that_cannot_be_made_is_an_error_with_its_path() {
-        let mode = EndpointMode::File("/nonexistent/log".into());
+        let mode = EndpointMode::File {
+            path: "/nonexistent/log".into(),
+            bytes_max: None,
+        };
         let error = Endpoint::open(&mode, &manager()).unwrap_err();
         assert_eq!(
             error.to_string(),
@@ -435,10 +473,37 @@ mod tests {
             .unwrap();
         assert!(status.success());
         let manager = manager();
-        let endpoint = Endpoint::open(&EndpointMode::File(path.clone()), &manager).unwrap();
+        let endpoint = Endpoint::open(
+            &EndpointMode::File {
+                path: path.clone(),
+                bytes_max: None,
+            },
+            &manager,
+        )
+        .unwrap();
         endpoint.output().write_all(b"kept").unwrap();
         let mut reader = File::open(&path).unwrap();
         assert_eq!(read_exactly(&mut reader, 4), b"kept");
+    }
+
+    #[test]
+    fn file_with_a_limit_grows_no_further() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        let mode = EndpointMode::File {
+            path: path.clone(),
+            bytes_max: Some(5),
+        };
+        let manager = manager();
+        let endpoint = Endpoint::open(&mode, &manager).unwrap();
+        // Two machines, one after the other.
+        for text in [b"abc", b"def"] {
+            endpoint.output().write_all(text).unwrap();
+        }
+        assert_eq!(std::fs::read(&path).unwrap(), b"abcde");
+        assert_eq!(endpoint.output().dropped_bytes(), 1);
+        // The console's output passes through this thread.
+        assert!(endpoint.watcher.is_some());
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
@@ -31,6 +32,14 @@ pub(super) struct Sink {
     file: File,
     /// The descriptor is shared with others and may block, so it is polled before each write.
     may_block: bool,
+    limit: Option<Limit>,
+}
+
+/// The size up to which a file grows.
+struct Limit {
+    path: PathBuf,
+    bytes_max: u64,
+    left: u64,
 }
 
 impl Sink {
@@ -40,6 +49,19 @@ impl Sink {
             watch: None,
             file,
             may_block: false,
+            limit: None,
+        }
+    }
+
+    /// An empty file that grows up to `bytes_max`.
+    pub(super) fn limited(file: File, path: &Path, bytes_max: u64) -> Self {
+        Self {
+            limit: Some(Limit {
+                path: path.to_owned(),
+                bytes_max,
+                left: bytes_max,
+            }),
+            ..Self::new(file)
         }
     }
 
@@ -51,8 +73,15 @@ impl Sink {
         }
     }
 
-    fn write_some(&self, bytes: &[u8]) -> io::Result<usize> {
+    fn write_some(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let mut bytes = bytes;
+        if let Some(limit) = &self.limit {
+            if limit.left == 0 {
+                return Err(io::ErrorKind::FileTooLarge.into());
+            }
+            let left = usize::try_from(limit.left).unwrap_or(usize::MAX);
+            bytes = &bytes[..bytes.len().min(left)];
+        }
         if self.may_block {
             if !is_writable(self.file.as_raw_fd(), Duration::ZERO) {
                 return Err(io::ErrorKind::WouldBlock.into());
@@ -61,7 +90,24 @@ impl Sink {
         }
         match (&self.file).write(bytes) {
             Ok(0) => Err(io::ErrorKind::WriteZero.into()),
-            result => result,
+            Ok(written) => {
+                if let Some(limit) = &mut self.limit {
+                    limit.left = limit.left.saturating_sub(written as u64);
+                }
+                Ok(written)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn log_loss(&self, error: &io::Error) {
+        match &self.limit {
+            Some(limit) if limit.left == 0 => log::warn!(
+                "{} has its maximum size of {} bytes: further console output is dropped",
+                limit.path.display(),
+                limit.bytes_max
+            ),
+            _ => log::warn!("Console output is lost: {error}"),
         }
     }
 }
@@ -150,20 +196,20 @@ impl Output {
         self.0.kind == Kind::Null
     }
 
-    /// The descriptor, if it is permanent and may be written without polling first.
+    /// The descriptor, if it is permanent and may be written without polling first and without a limit.
     ///
     /// # Errors
     /// It cannot be duplicated.
     pub(super) fn try_clone_file(&self) -> io::Result<Option<File>> {
         match &self.0.state().sink {
-            Some(sink) if self.0.kind == Kind::Fixed && !sink.may_block => {
+            Some(sink) if self.0.kind == Kind::Fixed && !sink.may_block && sink.limit.is_none() => {
                 sink.file.try_clone().map(Some)
             }
             _ => Ok(None),
         }
     }
 
-    /// Bytes lost because they were not read in time.
+    /// Bytes lost because they were not read in time, or because the file could not grow.
     pub fn dropped_bytes(&self) -> u64 {
         self.0.dropped_bytes.load(Ordering::Relaxed)
     }
@@ -198,7 +244,7 @@ impl Queue {
         // The common case: one system call writes everything.
         let mut rest = bytes;
         if state.backlog.is_empty()
-            && let Some(sink) = &state.sink
+            && let Some(sink) = &mut state.sink
             && let Ok(written) = sink.write_some(bytes)
         {
             rest = &bytes[written..];
@@ -248,7 +294,7 @@ impl Queue {
                 }
                 Err(error) => {
                     if self.dropped_bytes.load(Ordering::Relaxed) == 0 {
-                        log::warn!("Console output is lost: {error}");
+                        open.log_loss(&error);
                     }
                     self.count_dropped(backlog.len());
                     backlog.clear();
@@ -387,6 +433,25 @@ mod tests {
         output.connect(Sink::new(full), None).unwrap();
         output.write_all(b"12345").unwrap();
         assert_eq!(output.dropped_bytes(), 5);
+    }
+
+    #[test]
+    fn file_grows_up_to_its_limit_and_the_rest_is_counted() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let mut output = Output::unconnected();
+        let sink = Sink::limited(File::create(&path).unwrap(), &path, 10);
+        output.connect(sink, None).unwrap();
+        output.write_all(b"123456").unwrap();
+        assert_eq!(output.dropped_bytes(), 0);
+        output.write_all(b"7890ab").unwrap();
+        assert_eq!(output.dropped_bytes(), 2);
+        output.write_all(b"cd").unwrap();
+        assert_eq!(output.dropped_bytes(), 4);
+        assert!(output.0.state().backlog.is_empty());
+        assert_eq!(std::fs::read(&path).unwrap(), b"1234567890");
+        // A console's own thread would write past the limit.
+        assert!(output.try_clone_file().unwrap().is_none());
     }
 
     #[test]

@@ -162,6 +162,7 @@ mod tests {
     use super::super::output::Sink;
     use super::*;
     use std::io::Read;
+    use std::time::{Duration, Instant};
 
     fn read_exactly(mut from: &UnixStream, count: usize) -> Vec<u8> {
         let mut data = vec![0; count];
@@ -200,6 +201,27 @@ mod tests {
         let mut file = &streams.output.as_ref().unwrap().file;
         file.write_all(b"direct").unwrap();
         assert_eq!(read_exactly(&operator, 6), b"direct");
+    }
+
+    #[test]
+    fn output_stream_to_a_limited_file_obeys_its_limit() {
+        let manager = manager();
+        let watcher = manager.watcher().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let output = Output::unconnected();
+        let sink = Sink::limited(File::create(&path).unwrap(), &path, 5);
+        output.connect(sink, Some(&watcher)).unwrap();
+        let streams = Streams::new(&output, None, Some(&watcher)).unwrap();
+        let mut device = &streams.output.as_ref().unwrap().file;
+        device.write_all(b"abcdefgh").unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while output.dropped_bytes() < 3 {
+            assert!(Instant::now() < deadline);
+            std::thread::yield_now();
+        }
+        assert_eq!(output.dropped_bytes(), 3);
+        assert_eq!(std::fs::read(&path).unwrap(), b"abcde");
     }
 
     #[test]

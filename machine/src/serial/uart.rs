@@ -309,7 +309,10 @@ mod tests {
     fn guest_text_reaches_a_file() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("log");
-        let mode = EndpointMode::File(path.clone());
+        let mode = EndpointMode::File {
+            path: path.clone(),
+            bytes_max: None,
+        };
         let machine = machine(Endpoint::open(&mode, &manager()).unwrap());
         for byte in b"Linux version" {
             machine.ports.write(BASE, &[*byte]);
@@ -408,7 +411,10 @@ mod tests {
     fn refused_interrupt_is_counted_and_loses_no_text() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("log");
-        let mode = EndpointMode::File(path.clone());
+        let mode = EndpointMode::File {
+            path: path.clone(),
+            bytes_max: None,
+        };
         let machine = machine(Endpoint::open(&mode, &manager()).unwrap());
         machine.backend.notes().refuse = true;
         machine.ports.write(BASE + 1, &[2]);

@@ -563,6 +563,9 @@ pub enum DeviceFault {
         /// The port.
         port: u16,
     },
+    /// A limit for a file that does not exist.
+    #[error("file_bytes_max needs the mode File")]
+    ConsoleLimitWithoutFile,
     /// A mode that needs a path.
     #[error("This console mode needs a path")]
     ConsolePathMissing,

@@ -131,17 +131,31 @@ fn consoles(config: &VmConfig) -> Result<(), ValidationError> {
             "serial",
             config.serial.mode,
             &config.serial.file,
+            config.serial.file_bytes_max,
             &config.serial.socket,
         ),
         (
             "console",
             config.console.mode,
             &config.console.file,
+            config.console.file_bytes_max,
             &config.console.socket,
         ),
-        ("debug_console", debug.mode, &debug.file, &None),
+        (
+            "debug_console",
+            debug.mode,
+            &debug.file,
+            debug.file_bytes_max,
+            &None,
+        ),
     ];
-    for (device, mode, file, socket) in ends {
+    for (device, mode, file, bytes_max, socket) in ends {
+        if mode != File && bytes_max.is_some() {
+            return Err(ValidationError::Device {
+                device: device.to_owned(),
+                fault: DeviceFault::ConsoleLimitWithoutFile,
+            });
+        }
         let path_missing = match mode {
             File => file.is_none(),
             Socket => socket.is_none(),

@@ -704,6 +704,22 @@ fn validate_consoles_may_share_the_terminal_and_have_their_paths() {
 }
 
 #[test]
+fn validate_limit_of_a_console_file_needs_a_file() {
+    for device in ["serial", "console", "debug_console"] {
+        let file = json!({"mode": "File", "file": "/f", "file_bytes_max": 0});
+        validate(&with(device, file)).unwrap();
+        let refused = fault(device, json!({"mode": "Null", "file_bytes_max": 1}));
+        assert!(matches!(
+            refused,
+            ValidationError::Device {
+                fault: DeviceFault::ConsoleLimitWithoutFile,
+                ..
+            }
+        ));
+    }
+}
+
+#[test]
 fn validate_debug_console_has_a_port_of_its_own() {
     for mode in ["Null", "Tty", "Pty"] {
         let console = |port: Option<u16>| json!({"mode": mode, "iobase": port});

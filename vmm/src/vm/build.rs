@@ -28,9 +28,10 @@ use virtio_devices::reclaim::ResidencyProbe;
 use super::consoles::DebugConsole;
 use super::devices::{self, Made};
 use super::handles::Handles;
-use super::observer::{Observed, OwnObserver};
+use super::observer::{CounterSource, Observed, OwnObserver};
 use super::{Vm, VmContext, VmError, consoles};
 use crate::config::{pci_segments, wished_slots};
+use crate::device_ids::{DEBUG_CONSOLE_ID, SERIAL_ID};
 use crate::snapshot::Snapshot;
 
 /// All parts of a machine, opened and checked before the machine is created.
@@ -156,13 +157,18 @@ impl Parts {
         };
         let mut pc =
             Pc::new(kvm, self.memory, params, context.of_machine()).map_err(VmError::Pc)?;
+        let mut counters = Vec::new();
+        let mut count = |id: &str, output| {
+            counters.push((id.to_owned(), CounterSource::Output(output)));
+        };
         if let Some(endpoint) = self.serial {
+            count(SERIAL_ID, endpoint.output());
             pc.plug_serial(endpoint).map_err(VmError::Pc)?;
         }
         if let Some(DebugConsole { port, output }) = self.debug_console {
+            count(DEBUG_CONSOLE_ID, output.clone());
             pc.plug_debug_console(port, output).map_err(VmError::Pc)?;
         }
-        let mut counters = Vec::new();
         if saved.is_some() {
             // Rings of other devices may be in hot-plugged memory, which this device opens. Slots are those of the state.
             self.devices

@@ -119,6 +119,7 @@ pub(super) fn open_serial(
     let mode = EndpointMode::from_config(
         serial.mode,
         serial.file.as_deref(),
+        serial.file_bytes_max,
         serial.socket.as_deref(),
     );
     let endpoint = SERIAL.open(mode, context)?;
@@ -138,6 +139,7 @@ pub(super) fn open_console(
     let mut mode = EndpointMode::from_config(
         console.mode,
         console.file.as_deref(),
+        console.file_bytes_max,
         console.socket.as_deref(),
     );
     if shares_terminal {
@@ -160,7 +162,8 @@ pub(super) fn open_console(
         .map_err(|source| VmError::device(id, source))?;
     let device = Console::new(id, streams, None).map_err(|source| VmError::device(id, source))?;
     let place = place!(console);
-    Ok(Some(Made::new(id, DeviceKind::Console, place, device)))
+    let made = Made::new(id, DeviceKind::Console, place, device);
+    Ok(Some(made.with_output(endpoint.output())))
 }
 
 /// The debug console's port and output.
@@ -175,7 +178,12 @@ pub(super) fn open_debug_console(
     context: &VmContext,
 ) -> Result<Option<DebugConsole>, VmError> {
     let debug = &mut config.debug_console;
-    let mode = EndpointMode::from_config(debug.mode, debug.file.as_deref(), None);
+    let mode = EndpointMode::from_config(
+        debug.mode,
+        debug.file.as_deref(),
+        debug.file_bytes_max,
+        None,
+    );
     let endpoint = DEBUG_CONSOLE.open(mode.map(without_input), context)?;
     if let Some(path) = endpoint.as_deref().and_then(Endpoint::pty_path) {
         debug.file = Some(path.to_path_buf());

@@ -15,6 +15,7 @@ use api::config::{
 use machine::memory::{DEFAULT_ZONE_ID, GuestMemory};
 use machine::pc::Plug;
 use machine::pci::Place;
+use machine::serial::Output;
 use machine::signals::VmSignals;
 use machine::threads::DeviceKind;
 use virtio_devices::VirtioDevice;
@@ -69,6 +70,14 @@ impl Made {
                 place,
                 device,
             },
+        }
+    }
+
+    /// Bytes that `output` drops count as dropped by the device.
+    pub(super) fn with_output(self, output: Output) -> Self {
+        Self {
+            counters: CounterSource::DeviceAndOutput(Arc::clone(&self.plug.device), output),
+            ..self
         }
     }
 }

@@ -8,6 +8,7 @@ use api::{BalloonStatsResponse, DeviceNode, ReclaimStats, ReportingStatus, VmCou
 use machine::memory::Zone;
 use machine::pc::{BarView, PVPANIC_ID, Plugged};
 use machine::pci::Bdf;
+use machine::serial::Output;
 use serde_json::{Value, json};
 use virtio_devices::Unpoisoned;
 use virtio_devices::balloon::{BalloonHandle, StatsError};
@@ -41,13 +42,26 @@ pub enum BalloonStatsError {
 pub(super) enum CounterSource {
     Balloon(BalloonHandle),
     Device(Arc<Mutex<dyn VirtioDevice>>),
+    /// A console, and what follows its queue.
+    DeviceAndOutput(Arc<Mutex<dyn VirtioDevice>>, Output),
+    /// A device without a queue.
+    Output(Output),
 }
+
+/// The counter of output that is lost.
+const DROPPED: &str = "tx_dropped_bytes";
 
 impl CounterSource {
     fn read(&self) -> Counters {
         match self {
             Self::Balloon(balloon) => balloon.counters(),
             Self::Device(device) => device.lock().unpoisoned().counters(),
+            Self::DeviceAndOutput(device, output) => {
+                let mut counters = device.lock().unpoisoned().counters();
+                *counters.entry(DROPPED).or_default() += output.dropped_bytes();
+                counters
+            }
+            Self::Output(output) => Counters::from([(DROPPED, output.dropped_bytes())]),
         }
     }
 }

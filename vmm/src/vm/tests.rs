@@ -47,6 +47,7 @@ fn console_refusal(mode: ConsoleOutputMode) -> [String; 2] {
     config.serial = SerialConfig {
         mode,
         file: path(),
+        file_bytes_max: None,
         socket: path(),
     };
     config.console = ConsoleConfig {
