@@ -23,6 +23,9 @@ use crate::{HintingStatus, ReportingStatus};
     "balloon_target_bytes": 0,
     "backing": "anonymous-private",
     "residency_method": "pagemap",
+    "charged_bytes": 121_634_816,
+    "charged_method": "cgroup",
+    "uncharged_bytes": 415_236_096,
     "resident_sample_us": 310,
     "resident_age_ms": 0,
     "reporting": {"active": true},
@@ -35,6 +38,20 @@ pub struct ReclaimStats {
     /// Configured guest RAM that does not occupy host memory now, bytes: `configured_bytes - resident_bytes`. It
     /// includes memory that was returned and memory that was never touched.
     pub reclaimed_bytes: u64,
+    /// Host memory that the kernel attributes to the VMM, with guest RAM, bytes, by `charged_method`; 0 if unknown. It
+    /// exceeds `resident_bytes` by the VMM's own memory, and by memory that the kernel keeps although the guest returned
+    /// it, because it belongs to a huge page of which another part is in use.
+    #[serde(default)]
+    pub charged_bytes: u64,
+    /// How `charged_bytes` was determined. `cgroup`: charge of the VMM's control group, in which it is alone, without page
+    /// cache and kernel memory. `process`: resident set of the VMM, which does not include kept memory. The latter is used
+    /// if other processes are in the group, or if guest RAM is in files.
+    #[serde(default)]
+    pub charged_method: String,
+    /// Configured guest RAM that costs the host no memory, bytes: `configured_bytes - charged_bytes`, at least 0. This is
+    /// what the host really got back.
+    #[serde(default)]
+    pub uncharged_bytes: u64,
     /// Memory that the guest touched again after it was returned, bytes, by `repopulated_method`.
     #[serde(default)]
     pub repopulated_bytes: u64,

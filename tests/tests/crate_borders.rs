@@ -62,6 +62,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
 const VMM_MODULES: &[&str] = &[
     "device_ids",
     "inherited_fd",
+    "own_memory",
     "threads",
     "signals",
     "seccomp",

@@ -111,6 +111,14 @@ impl<'a> Sample<'a> {
             "Reclaimed",
             &[&bytes(stats.reclaimed_bytes), &share(stats.reclaimed_bytes)],
         );
+        if stats.charged_bytes > 0 {
+            let method = format!("({})", stats.charged_method);
+            row(
+                table,
+                "Charged by the host",
+                &[&bytes(stats.charged_bytes), &method],
+            );
+        }
         if let Some(swapped) = stats.swapped_bytes {
             row(
                 table,

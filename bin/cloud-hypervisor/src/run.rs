@@ -12,6 +12,7 @@ use vmm::control::{ControlSetup, ControlThread, Ending, Lifecycle};
 use vmm::event_monitor::EventMonitor;
 use vmm::jail::{Jail, JailError, Place};
 use vmm::landlock::{self, Need};
+use vmm::own_memory;
 use vmm::seccomp::Seccomp;
 use vmm::signals::{ExitSignals, exit_was_asked_for, survive_file_size_limit};
 use vmm::snapshot;
@@ -94,6 +95,7 @@ impl Plan {
 pub(crate) fn run(arguments: &Arguments, start: Instant) -> Result<()> {
     let plan = Plan::new(arguments)?;
     survive_file_size_limit().context("Cannot ignore SIGXFSZ")?;
+    own_memory::open();
     plan.jail.enter().context("Cannot confine the process")?;
     let seccomp = Arc::new(Seccomp::new(arguments.seccomp.into())?);
     let mut thread_start = seccomp.hook();

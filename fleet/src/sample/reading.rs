@@ -471,7 +471,13 @@ fn fill_from_reclaim(reading: &mut VmReading, stats: &ReclaimStats, at_ms: u64) 
     let sample = &mut reading.sample;
     sample.balloon_target = Bytes(stats.balloon_target_bytes);
     sample.ballooned = Bytes(stats.ballooned_bytes);
-    sample.resident = Bytes(stats.resident_bytes);
+    // Memory that the kernel keeps because it belongs to a huge page in use is not available to others. Without a control
+    // group of its own, the VMM cannot tell.
+    let charged = match stats.charged_method.as_str() {
+        "cgroup" => Bytes(stats.charged_bytes) - OWN_MEMORY_MAX,
+        _ => Bytes::ZERO,
+    };
+    sample.resident = Bytes(stats.resident_bytes).max(charged);
     sample.swapped = Bytes(stats.swapped_bytes.unwrap_or(0));
     if let Some(obtainable) = stats.obtainable_bytes {
         sample.obtainable = Bytes(obtainable);
@@ -604,6 +610,34 @@ mod tests {
             (proven, Bytes::gib(4) - proven)
         );
         assert_eq!(claims(FeatureLevel::L0, 1), (Bytes::gib(2), Bytes::gib(2)));
+    }
+
+    #[test]
+    fn memory_that_the_kernel_keeps_counts_as_resident() {
+        let resident = |method: &str, charged: Bytes| {
+            let mut reading = reading(FeatureLevel::L2, false);
+            let stats = ReclaimStats {
+                configured_bytes: Bytes::gib(4).0,
+                resident_bytes: Bytes::gib(1).0,
+                charged_bytes: charged.0,
+                charged_method: method.to_owned(),
+                ..ReclaimStats::default()
+            };
+            fill_from_reclaim(&mut reading, &stats, 0);
+            reading.fill_from_process(memory(1, 0));
+            reading.sample.resident
+        };
+        let kept = Bytes::gib(2) + OWN_MEMORY_MAX;
+        assert_eq!(resident("cgroup", kept), Bytes::gib(2));
+        // The agent reads the resident set of the process itself.
+        assert_eq!(resident("process", kept), Bytes::gib(1));
+        assert_eq!(resident("", kept), Bytes::gib(1));
+        // The VMM's own memory does not count, and no VM has more than its configuration.
+        assert_eq!(
+            resident("cgroup", Bytes::gib(1) + Bytes::mib(50)),
+            Bytes::gib(1)
+        );
+        assert_eq!(resident("cgroup", Bytes::gib(9)), Bytes::gib(4));
     }
 
     #[test]

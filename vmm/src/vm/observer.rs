@@ -19,6 +19,7 @@ use virtio_devices::{Counters, VirtioDevice};
 
 use super::reclaim_report::{self, ConfiguredRam};
 use super::reporting;
+use crate::own_memory;
 use crate::reporting_policy::GuestPolicy;
 
 /// Reasons why figures are unavailable.
@@ -373,9 +374,13 @@ impl MachineObserver for VmObserver {
                 .sample()
                 .map_err(BalloonStatsError::Residency)?;
             let balloon = observed.balloon.as_ref().map(BalloonHandle::snapshot);
+            let ram = observed.ram();
+            // Without it, the other figures are still right.
+            let own = own_memory::read(ram.is_without_files()).ok();
             Ok(reclaim_report::reclaim_stats(
                 Some(&residency),
-                &observed.ram(),
+                own.as_ref(),
+                &ram,
                 balloon.as_ref(),
             ))
         })
@@ -385,7 +390,7 @@ impl MachineObserver for VmObserver {
     fn balloon_figures(&self) -> Result<ReclaimStats, BalloonStatsError> {
         self.look(|observed| {
             let balloon = observed.balloon.as_ref().map(BalloonHandle::snapshot);
-            reclaim_report::reclaim_stats(None, &observed.ram(), balloon.as_ref())
+            reclaim_report::reclaim_stats(None, None, &observed.ram(), balloon.as_ref())
         })
         .ok_or(BalloonStatsError::MachineGone)
     }

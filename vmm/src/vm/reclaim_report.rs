@@ -16,6 +16,7 @@ use virtio_devices::reclaim::{RegionResidency, ResidencySample};
 use machine::memory::{Zone, ZoneKind};
 
 use super::reporting;
+use crate::own_memory::OwnMemory;
 
 /// RAM that the guest has.
 pub(super) struct ConfiguredRam<'a> {
@@ -34,6 +35,12 @@ impl ConfiguredRam<'_> {
         }
     }
 
+    /// Whether none of it is in a file with a name.
+    pub(super) fn is_without_files(&self) -> bool {
+        let mut zones = self.zones.iter();
+        zones.all(|zone| !zone.backing.starts_with("file-"))
+    }
+
     fn bytes(&self) -> u64 {
         self.zones.iter().map(|zone| self.bytes_of(zone)).sum()
     }
@@ -43,6 +50,7 @@ impl ConfiguredRam<'_> {
 /// residency, it has none of those.
 pub(super) fn reclaim_stats(
     residency: Option<&ResidencySample>,
+    own: Option<&OwnMemory>,
     ram: &ConfiguredRam<'_>,
     balloon: Option<&BalloonSnapshot>,
 ) -> ReclaimStats {
@@ -61,6 +69,11 @@ pub(super) fn reclaim_stats(
         stats.residency_method = residency.method.name().to_owned();
         stats.resident_sample_us = residency.cost_us;
         stats.resident_age_ms = millis(residency.taken.elapsed());
+    }
+    if let Some(own) = own {
+        stats.charged_bytes = own.bytes;
+        stats.charged_method = own.method.to_owned();
+        stats.uncharged_bytes = ram.bytes().saturating_sub(own.bytes);
     }
     if let Some(balloon) = balloon {
         stats.ballooned_bytes = balloon.actual_bytes;
@@ -244,7 +257,7 @@ mod tests {
             plugged_bytes,
             obtainable_bytes: 7,
         };
-        let stats = reclaim_stats(Some(&residency), &ram(0), None);
+        let stats = reclaim_stats(Some(&residency), None, &ram(0), None);
         let figures: Vec<_> = stats
             .zones
             .iter()
@@ -262,7 +275,7 @@ mod tests {
         let reason = |at: usize| stats.zones[at].reporting.reason.clone().unwrap();
         assert!(reason(0).contains("no balloon"), "{}", reason(0));
         assert!(reason(1).contains("1073741824"), "{}", reason(1));
-        assert!(reclaim_stats(None, &ram(0), None).zones.is_empty());
+        assert!(reclaim_stats(None, None, &ram(0), None).zones.is_empty());
     }
 
     #[test]
@@ -299,7 +312,15 @@ mod tests {
                 plugged_bytes,
                 obtainable_bytes: 0,
             };
-            let stats = reclaim_stats(Some(&residency), &ram, None);
+            let own = OwnMemory {
+                bytes: 60 + resident_bytes + 5,
+                method: "process",
+            };
+            let stats = reclaim_stats(Some(&residency), Some(&own), &ram, None);
+            assert_eq!(stats.charged_bytes, stats.resident_bytes + 5);
+            assert_eq!(stats.charged_method, "process");
+            let uncharged = stats.configured_bytes.saturating_sub(stats.charged_bytes);
+            assert_eq!(stats.uncharged_bytes, uncharged);
             let zone = &stats.zones[1];
             let of_zone = (
                 zone.configured_bytes,
