@@ -220,12 +220,12 @@ impl Rig {
                     .read(port, &mut data[..usize::from(choice >> 4) % 9]);
             }
             10 | 11 => {
-                let address = self.place(input) + input.number(2) % WIDE_BYTES;
+                let address = self.place(input).wrapping_add(input.number(2) % WIDE_BYTES);
                 self.write(address, input.number(8), usize::from(choice >> 4) % 9);
             }
             12 => {
                 let mut data = [0; 8];
-                let address = self.place(input) + input.number(2) % WIDE_BYTES;
+                let address = self.place(input).wrapping_add(input.number(2) % WIDE_BYTES);
                 self.mmio
                     .read(address, &mut data[..usize::from(choice >> 4) % 9]);
             }
