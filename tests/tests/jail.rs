@@ -74,7 +74,7 @@ fn machine_of_another_user_in_a_jail_boots_reboots_measures_and_grows() -> Resul
         "--serial",
         "file=@/serial",
         "--console",
-        "pty",
+        "off",
         "--event-monitor",
         "path=@/events",
         "--disk",

@@ -35,6 +35,7 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
         | LifecycleError::Landlock(
             LandlockError::Outside { .. }
             | LandlockError::OutsideJail { .. }
+            | LandlockError::TerminalInJail
             | LandlockError::Path(_),
         )
         | LifecycleError::Thresholds(_)

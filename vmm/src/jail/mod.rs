@@ -107,6 +107,11 @@ impl Jail {
     }
 }
 
+/// Whether this process is in a jail.
+pub fn is_entered() -> bool {
+    ENTERED.get().is_some()
+}
+
 /// Whether the jail of this process, if it is in one, shows `path` or a folder above it. A path that does not exist in
 /// a folder that is shown is not outside.
 pub fn shows(path: &Path) -> bool {

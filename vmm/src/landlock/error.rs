@@ -38,6 +38,9 @@ pub enum LandlockError {
         /// The access that the rule needs, in the option's syntax.
         access: &'static str,
     },
+    /// The jail shows files at their own places, but not what the kernel looks for beside them.
+    #[error("No pseudo-terminal opens in the jail of this process: use a file, a socket or off")]
+    TerminalInJail,
     /// A path that the jail does not show.
     #[error(
         "{} is outside the jail of this process: name it when the VMM is started \

@@ -81,6 +81,10 @@ impl Confinement {
     /// # Errors
     /// The first path outside the rules.
     pub fn check(&self, needs: &[Need]) -> Result<(), LandlockError> {
+        let is_terminal = |need: &Need| need.path == Path::new(needs::PSEUDO_TERMINALS);
+        if jail::is_entered() && needs.iter().any(is_terminal) {
+            return Err(LandlockError::TerminalInJail);
+        }
         if let Some(need) = needs.iter().find(|need| !jail::shows(&need.path)) {
             return Err(need.outside_jail());
         }

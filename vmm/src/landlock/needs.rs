@@ -275,10 +275,13 @@ fn of_vsock(vsock: &VsockConfig) -> Need {
     Need::socket(&vsock.socket)
 }
 
+/// The kernel looks for the folder of terminals beside this file.
+pub(super) const PSEUDO_TERMINALS: &str = "/dev/ptmx";
+
 /// The endpoint of a console.
 fn of_console(mode: ConsoleOutputMode, file: Option<&Path>, socket: Option<&Path>) -> Vec<Need> {
     match mode {
-        ConsoleOutputMode::Pty => ["/dev/ptmx", "/dev/pts"]
+        ConsoleOutputMode::Pty => [PSEUDO_TERMINALS, "/dev/pts"]
             .map(|path| Need::new(Path::new(path), CHANGE | AccessFs::ReadDir))
             .into(),
         // The VMM's terminal is opened once more. A pipe has no path and needs no rule.

@@ -210,6 +210,17 @@ fn jail_shows_the_paths_that_options_name_and_nothing_else() {
         assert!(!error.contains("outside the jail"), "{error}");
         assert!(!error.contains("No such file"), "{error}");
     }
+    let inside = files.path().join("shown/inside");
+    let pty = format!(
+        r#"{{"payload":{{"kernel":"{}"}},"console":{{"mode":"Pty"}}}}"#,
+        inside.display()
+    );
+    let error = vmm.boot_error(&pty);
+    assert!(error.starts_with("HTTP/1.1 400"), "{error}");
+    assert!(
+        error.contains("No pseudo-terminal opens in the jail"),
+        "{error}"
+    );
     assert!(vmm.shut_down().is_empty());
     let log = fs::read_to_string(files.path().join("log")).unwrap();
     assert!(log.contains("API request: VmBoot"), "{log}");
