@@ -157,6 +157,7 @@ mod tests {
         "test-docs/",
         "test-server/",
         "chart/",
+        "test-alloc/",
         "test-skip/",
         "tests/",
         "virtio-devices/",

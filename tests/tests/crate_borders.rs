@@ -52,6 +52,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("generated-client", &[]),
     ("chart", &[]),
     ("program-docs", &[]),
+    ("test-alloc", &[]),
     ("test-docs", &[]),
     ("test-server", &[]),
     ("test-skip", &[]),

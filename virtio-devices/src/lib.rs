@@ -42,3 +42,7 @@ pub use device::{
 };
 pub use listening_socket::ListeningSocket;
 pub use unpoisoned::Unpoisoned;
+
+#[cfg(test)]
+#[global_allocator]
+static ALLOCATOR: test_alloc::Recording = test_alloc::Recording;

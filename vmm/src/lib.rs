@@ -21,3 +21,7 @@ pub mod threads;
 pub mod thresholds;
 pub mod view;
 pub mod vm;
+
+#[cfg(test)]
+#[global_allocator]
+static ALLOCATOR: test_alloc::Recording = test_alloc::Recording;

@@ -32,6 +32,10 @@ const PIECE: Work = Work {
     calls: 16,
 };
 
+/// The largest allocation that serving any ring may cause.
+#[cfg(test)]
+const ALLOCATION_BYTES_MAX: usize = 8 << 20;
+
 /// The content of the driver's rings.
 #[derive(Debug, Clone, Copy)]
 struct Ring {
@@ -139,18 +143,34 @@ fn play(
             if let Some(looks) = call_at {
                 harness.turn.call_after(looks);
             }
-            harness.kick(*index).expect("the ring is sound");
+            within_allocations(|| harness.kick(*index)).expect("the ring is sound");
             // Chains collected from the ring may still be submitted to the kernel once.
             let in_spite = harness.turn.done_in_spite();
             assert!(in_spite.chains == 0 && in_spite.calls <= 1, "{in_spite:?}");
             assert_within_piece(in_spite);
             pause_stands_still(&mut harness, &mine);
         }
-        serve_out(&mut harness, &mine);
+        within_allocations(|| serve_out(&mut harness, &mine));
         used.extend(mine.iter().map(|index| harness.queue(*index).used_idx()));
         most = most.max(harness.turn.most_between_looks());
     }
     (used, most)
+}
+
+/// Runs `serve`, which must allocate little. Only the tests of this crate have the allocator that records it.
+fn within_allocations<T>(serve: impl FnOnce() -> T) -> T {
+    #[cfg(not(test))]
+    let served = serve();
+    #[cfg(test)]
+    let served = {
+        let (served, allocated) = test_alloc::record(serve);
+        assert!(
+            allocated.largest_bytes <= ALLOCATION_BYTES_MAX,
+            "{allocated:?}"
+        );
+        served
+    };
+    served
 }
 
 /// Executes the pause as the worker would, and checks that the ring does not change afterwards.

@@ -101,67 +101,14 @@ fn body_of_any_shape_takes_a_bounded_amount_of_memory() {
     let mut accepted = 0;
     for body in &bodies {
         assert!(body.len() <= BODY_BYTES_MAX);
-        let (read, bytes) = peak_bytes(|| read::<VmConfig>(Endpoint::VmCreate, body.as_bytes()));
-        assert!(bytes <= READING_BYTES_MAX, "{bytes}: {}", &body[..60]);
+        let (read, allocated) =
+            test_alloc::record(|| read::<VmConfig>(Endpoint::VmCreate, body.as_bytes()));
+        let peak = allocated.peak_bytes;
+        assert!(peak <= READING_BYTES_MAX, "{peak}: {}", &body[..60]);
         accepted += usize::from(read.is_ok());
     }
     assert!(accepted >= 10, "{accepted} of {}", bodies.len());
-    // The counter works: it registers a copy of the largest body.
-    let (_, bytes) = peak_bytes(|| bodies[2].clone());
-    assert_eq!(bytes, bodies[2].len());
-}
-
-/// Peak memory that `action` allocates on this thread.
-fn peak_bytes<T>(action: impl FnOnce() -> T) -> (T, usize) {
-    counting::LIVE.set(0);
-    counting::PEAK.set(0);
-    let value = action();
-    (value, usize::try_from(counting::PEAK.get()).unwrap())
-}
-
-/// Counts what each thread allocates.
-// UNSAFETY: an allocator has no safe interface.
-#[allow(unsafe_code)]
-mod counting {
-    use std::alloc::{GlobalAlloc, Layout, System};
-    use std::cell::Cell;
-
-    struct Counting;
-
-    #[global_allocator]
-    static COUNTING: Counting = Counting;
-
-    thread_local! {
-        /// Neither variable has a destructor, so both can be used while a thread ends.
-        pub(super) static LIVE: Cell<isize> = const { Cell::new(0) };
-        pub(super) static PEAK: Cell<isize> = const { Cell::new(0) };
-    }
-
-    fn count(bytes: isize) {
-        LIVE.set(LIVE.get() + bytes);
-        PEAK.set(PEAK.get().max(LIVE.get()));
-    }
-
-    // SAFETY: every call is forwarded unchanged to the system's allocator.
-    unsafe impl GlobalAlloc for Counting {
-        unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-            count(layout.size().cast_signed());
-            // SAFETY: forwarded.
-            unsafe { System.alloc(layout) }
-        }
-
-        unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-            count(-layout.size().cast_signed());
-            // SAFETY: forwarded.
-            unsafe { System.dealloc(memory, layout) }
-        }
-
-        // The system's allocator moves large blocks by changing the page tables, so the old and the new block never
-        // coexist.
-        unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-            count(size.cast_signed() - layout.size().cast_signed());
-            // SAFETY: forwarded.
-            unsafe { System.realloc(memory, layout, size) }
-        }
-    }
+    // The allocator is installed: it records a copy of the largest body.
+    let (_, allocated) = test_alloc::record(|| bodies[2].clone());
+    assert_eq!(allocated.peak_bytes, bodies[2].len());
 }
