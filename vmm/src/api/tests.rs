@@ -1330,7 +1330,7 @@ fn ram_grows_by_memory_devices_and_shrinks_with_a_reboot() {
     assert_eq!(sizes(), [640, 640]);
     for (mib, text) in [
         (700, "a multiple of 134217728 bytes"),
-        (2048, "939524096 bytes at most"),
+        (2048, "grow by at most 939524096 bytes"),
         (1, "is less than 2097152 bytes"),
     ] {
         let refused = resize(mib);
