@@ -12,7 +12,8 @@ use kvm_ioctls::Cap;
 use crate::error::{Error, Result, ioctl};
 use crate::vm::Vm;
 
-const KVM_PATH: &str = "/dev/kvm";
+/// The device of KVM.
+pub const KVM_PATH: &str = "/dev/kvm";
 
 /// `KVM_API_VERSION` in the type of the kernel's reply. Frozen at 12 since 2007.
 const API_VERSION: i32 = KVM_API_VERSION.cast_signed();

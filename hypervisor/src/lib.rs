@@ -22,7 +22,7 @@ mod vm_state;
 pub use error::{Error, Result};
 pub use exit::{SystemEvent, VmExit};
 pub use irq::{GsiRoute, IoAddress, MsiMessage};
-pub use kvm::{Kvm, REQUIRED_CAPABILITIES};
+pub use kvm::{KVM_PATH, Kvm, REQUIRED_CAPABILITIES};
 pub use vcpu::Vcpu;
 pub use vcpu_state::{
     CpuidState, DebugRegsState, EventsState, MsrState, RegsState, SegmentState, SregsState,

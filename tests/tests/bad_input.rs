@@ -36,7 +36,7 @@ enum KvmDevice {
     Hidden,
 }
 
-const HIDE_KVM: &str = "mount --bind /dev/null /dev/kvm && exec \"$@\"";
+pub(crate) const HIDE_KVM: &str = "mount --bind /dev/null /dev/kvm && exec \"$@\"";
 
 impl KvmDevice {
     /// Without KVM: errors that must be detected before KVM is opened are still detected.

@@ -6,10 +6,13 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::bare_metal::{SCENARIO_DEADLINE, expect_all_passed, kvm_opens, start};
+use integration_tests::paths;
 use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
 use integration_tests::wait::wait_for;
 use serde_json::json;
 use test_skip::skip;
+
+use crate::bad_input::HIDE_KVM;
 
 /// Enough memory that saving takes a while, without any data in it.
 const LARGE: &[&str] = &["--memory", "size=1G,prefault=on"];
@@ -137,6 +140,37 @@ fn damaged_snapshot_ends_the_process_with_its_name() -> Result<()> {
         told.contains("memory file of zone mem0 is damaged"),
         "{told}"
     );
+    Ok(())
+}
+
+#[test]
+fn restore_without_kvm_still_names_the_path_that_does_not_open() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let mut first = start("balloon", BALLOON)?;
+    first.wait_api()?;
+    let url = save(&mut first)?;
+    let folder = first.folder().join("saved");
+    let config = folder.join("config.json");
+    let text = std::fs::read_to_string(&config)?;
+    let serial = first.folder().join("serial");
+    let missing = first.folder().join("missing/serial");
+    let edited = text.replace(&*serial.to_string_lossy(), &missing.to_string_lossy());
+    ensure!(edited != text, "{text}");
+    std::fs::write(&config, edited)?;
+    let output = Command::new("unshare")
+        .args(["--mount", "sh", "-c", HIDE_KVM, "sh"])
+        .arg(paths::program("cloud-hypervisor")?)
+        .args(["--restore", &format!("source_url={url}")])
+        .output()?;
+    let told = String::from_utf8_lossy(&output.stderr);
+    ensure!(!output.status.success(), "{told}");
+    if told.contains("unshare: ") {
+        skip(format!("no mount namespace: {told}"));
+        return Ok(());
+    }
+    ensure!(told.contains(&*missing.to_string_lossy()), "{told}");
     Ok(())
 }
 

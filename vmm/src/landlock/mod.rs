@@ -18,6 +18,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use api::VmConfig;
+use hypervisor::KVM_PATH;
 
 pub use error::LandlockError;
 pub use needs::{Need, of_config, of_core_file, of_device, of_restore, of_snapshot};
@@ -85,7 +86,9 @@ impl Confinement {
         if jail::is_entered() && needs.iter().any(is_terminal) {
             return Err(LandlockError::TerminalInJail);
         }
-        if let Some(need) = needs.iter().find(|need| !jail::shows(&need.path)) {
+        // Every jail shows this device. Without it, the errors about paths still come first.
+        let mut named = needs.iter().filter(|need| need.path != Path::new(KVM_PATH));
+        if let Some(need) = named.find(|need| !jail::shows(&need.path)) {
             return Err(need.outside_jail());
         }
         let outside = |need: &&Need| self.layers.iter().any(|layer| !layer.allow(need));

@@ -8,6 +8,7 @@ use api::config::{
     ConsoleOutputMode, DiskConfig, FsConfig, MemoryConfig, MemoryZoneConfig, NetConfig,
     PayloadConfig, PmemConfig, VsockConfig,
 };
+use hypervisor::KVM_PATH;
 use landlock::{AccessFs, BitFlags, make_bitflags};
 
 use super::LandlockError;
@@ -166,7 +167,7 @@ pub fn of_config(config: &VmConfig) -> Vec<Need> {
         generic_vhost_user,
     } = config;
     let mut needs = vec![
-        Need::new(Path::new("/dev/kvm"), CHANGE),
+        Need::new(Path::new(KVM_PATH), CHANGE),
         // Figures about this process. The files of other processes remain inaccessible, because Landlock forbids
         // tracing them.
         Need::new(Path::new("/proc"), READ),

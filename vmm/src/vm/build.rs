@@ -72,6 +72,15 @@ impl Parts {
         let nets = config.net.iter_mut().flatten();
         let nets = nets.map(|net| handles.net(net));
         let nets = nets.collect::<Result<Vec<_>, _>>()?;
+        let serial = consoles::open_serial(config, context)?;
+        let console = consoles::open_console(config, context)?;
+        let debug_console = consoles::open_debug_console(config, context)?;
+        let fs = config.fs.iter().flatten().map(devices::fs);
+        let fs = fs.collect::<Result<Vec<_>, _>>()?;
+        let generic = config.generic_vhost_user.iter().flatten();
+        let generic = generic.map(devices::generic_vhost_user);
+        let generic = generic.collect::<Result<Vec<_>, _>>()?;
+        let vsock = config.vsock.as_ref().map(devices::vsock).transpose()?;
         let payload = match snapshot {
             Some(_) => None,
             None => {
@@ -98,15 +107,6 @@ impl Parts {
         let balloon = balloon.map(|balloon| devices::balloon(balloon, &memory));
         let (balloon, balloon_handle) = balloon.transpose()?.unzip();
         let (mem, mem_handle) = devices::mem(config, &memory)?.unzip();
-        let serial = consoles::open_serial(config, context)?;
-        let console = consoles::open_console(config, context)?;
-        let debug_console = consoles::open_debug_console(config, context)?;
-        let fs = config.fs.iter().flatten().map(devices::fs);
-        let fs = fs.collect::<Result<Vec<_>, _>>()?;
-        let generic = config.generic_vhost_user.iter().flatten();
-        let generic = generic.map(devices::generic_vhost_user);
-        let generic = generic.collect::<Result<Vec<_>, _>>()?;
-        let vsock = config.vsock.as_ref().map(devices::vsock).transpose()?;
 
         let disks_and_nets = disks.into_iter().chain(nets);
         Ok(Self {
