@@ -213,7 +213,7 @@ mod tests {
         let address = far.bars()[0].address;
         assert_eq!(
             address,
-            segments.buses()[1].windows().mmio64.start + 2 * BAR_BYTES
+            segments.buses()[1].windows().mmio64.end - 3 * BAR_BYTES
         );
         assert!(matches!(
             segments.add(

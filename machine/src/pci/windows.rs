@@ -70,7 +70,8 @@ impl MemoryWindows {
         }
     }
 
-    /// Allocates address space for a BAR of function `id`.
+    /// Allocates address space for a BAR of function `id`, from the end of the window down: a guest that assigns BARs
+    /// anew starts at the other end, and finds it free.
     ///
     /// # Errors
     /// The size is invalid or there is no room.
@@ -90,7 +91,7 @@ impl MemoryWindows {
         };
         window
             .allocator
-            .allocate(bytes, bytes.max(BAR_ALIGNMENT_MIN), AllocPolicy::FirstMatch)
+            .allocate(bytes, bytes.max(BAR_ALIGNMENT_MIN), AllocPolicy::LastMatch)
             .map_err(|source| PciError::NoAddressSpace {
                 id: id.to_owned(),
                 index: bar.index,
@@ -183,9 +184,9 @@ mod tests {
         let small = windows.allocate("_a", &bar(0x1000, true)).unwrap();
         let large = windows.allocate("_b", &bar(0x8_0000, true)).unwrap();
         let low = windows.allocate("_c", &bar(16, false)).unwrap();
-        assert_eq!(small.start(), 0x1_0000_0000);
-        assert_eq!(large.start(), 0x1_0008_0000);
-        assert_eq!(low.start(), 0xc000_0000);
+        assert_eq!(small.start(), 0x1_ffff_f000);
+        assert_eq!(large.start(), 0x1_fff0_0000);
+        assert_eq!(low.start(), 0xe7ff_f000);
         windows.free(&large);
         assert_eq!(windows.allocate("_b", &bar(0x8_0000, true)).unwrap(), large);
     }

@@ -13,6 +13,8 @@ use super::*;
 const ECAM_BASE: u64 = 0xe800_0000;
 const MMIO64_BASE: u64 = 0x1_0000_0000;
 const MMIO64_END: u64 = 0x2_0000_0000;
+/// Where the bus puts the first function's BAR.
+const FIRST_BAR: u64 = MMIO64_END - BAR_BYTES;
 
 struct Guest {
     mmio: Arc<Bus>,
@@ -193,17 +195,17 @@ fn bar_answers_where_it_is_decoded_and_takes_its_doorbell_along() {
 
     guest.ecam_write(1, 4, 2);
     let mut data = [0; 2];
-    guest.mmio.read(MMIO64_BASE + 0x42, &mut data);
+    guest.mmio.read(FIRST_BAR + 0x42, &mut data);
     assert_eq!(data, [0x42; 2]);
-    assert_eq!(guest.doorbells(), [MMIO64_BASE + DOORBELL_OFFSET]);
-    guest.mmio.write(MMIO64_BASE + 1, &[7]);
+    assert_eq!(guest.doorbells(), [FIRST_BAR + DOORBELL_OFFSET]);
+    guest.mmio.write(FIRST_BAR + 1, &[7]);
     assert_eq!(
         function.registers.lock().unwrap().bar_writes,
         [(1, vec![7])]
     );
 
     guest.ecam_write(1, 0x10, 0x10_0000);
-    guest.mmio.read(MMIO64_BASE + 0x42, &mut data);
+    guest.mmio.read(FIRST_BAR + 0x42, &mut data);
     assert_eq!(data, [0xff; 2]);
     guest.mmio.read(MMIO64_BASE + 0x10_0042, &mut data);
     assert_eq!(data, [0x42; 2]);
@@ -228,8 +230,8 @@ fn bar_outside_the_windows_or_over_another_does_not_answer() {
     }
     assert_eq!(guest.doorbells().len(), 2);
     // Over the other BAR.
-    guest.ecam_write(2, 0x10, 0);
-    assert_eq!(guest.doorbells(), [MMIO64_BASE + DOORBELL_OFFSET]);
+    guest.ecam_write(2, 0x10, FIRST_BAR as u32);
+    assert_eq!(guest.doorbells(), [FIRST_BAR + DOORBELL_OFFSET]);
     assert_eq!(guest.pci.unmapped_bars(), 1);
     // Onto the configuration space, then into RAM.
     guest.ecam_write(2, 0x14, 0);
@@ -250,20 +252,20 @@ fn bar_refused_for_another_answers_when_that_one_moves_away_or_goes() {
         guest.pci.add(function, Some(slot)).unwrap();
         guest.ecam_write(slot, 4, 2);
     }
-    let first = MMIO64_BASE + DOORBELL_OFFSET;
-    let second = first + BAR_BYTES;
+    let second_bar = FIRST_BAR - BAR_BYTES;
+    let [first, second] = [FIRST_BAR, second_bar].map(|bar| bar + DOORBELL_OFFSET);
     // Two functions swap addresses: temporarily the first overlaps the second.
-    guest.ecam_write(1, 0x10, BAR_BYTES as u32);
+    guest.ecam_write(1, 0x10, second_bar as u32);
     assert!(!guest.doorbells().contains(&first));
-    guest.ecam_write(2, 0x10, 0);
+    guest.ecam_write(2, 0x10, FIRST_BAR as u32);
     assert!(guest.doorbells().contains(&first));
     assert!(guest.doorbells().contains(&second));
     assert_eq!(guest.doorbells().len(), 3);
     // The third moves to the address of the first, which then moves away.
-    guest.ecam_write(3, 0x10, BAR_BYTES as u32);
+    guest.ecam_write(3, 0x10, second_bar as u32);
     assert_eq!(guest.doorbells().len(), 2);
     guest.pci.remove(1);
-    assert_eq!(guest.doorbells(), [first, second]);
+    assert_eq!(guest.doorbells(), [second, first]);
 }
 
 #[test]
@@ -280,7 +282,7 @@ fn removed_function_leaves_slot_addresses_and_doorbells() {
     assert_eq!(guest.ecam_read(1, 0), 0xffff_ffff);
     let function = Arc::new(FakeFunction::new("_g"));
     guest.pci.add(function.clone(), None).unwrap();
-    assert_eq!(function.bars()[0].address, MMIO64_BASE);
+    assert_eq!(function.bars()[0].address, FIRST_BAR);
 }
 
 #[test]

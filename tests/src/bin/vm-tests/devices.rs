@@ -15,6 +15,7 @@ pub(crate) fn tests() -> Vec<Test> {
         disk_discard_gives_space_back,
         disk_read_only_refuses_writes,
         ten_disks_are_all_there,
+        disk_works_where_the_guest_moves_it,
     ]
 }
 
@@ -121,6 +122,44 @@ fn ten_disks_are_all_there() -> Result<Outcome> {
     let text =
         guest.shell("echo disks $(ls /sys/block | grep -c vd) $(cat /sys/block/vdj/serial)")?;
     ensure!(text.contains("disks 10 nr9"), "{text}");
+    Ok(Outcome::Passed)
+}
+
+/// A guest that finds a device anew assigns its BAR from the start of the window, which is free.
+fn disk_works_where_the_guest_moves_it() -> Result<Outcome> {
+    let (_folder, path) = image("disk.raw")?;
+    let mut guest = boot_with_disk(&format!("path={path},image_type=raw"))?;
+    guest.command("disk-fill /dev/vda 8M 5")?;
+    let text = guest.shell("basename $(readlink -f /sys/block/vda/device/..)")?;
+    let address = text
+        .lines()
+        .map(str::trim)
+        .find(|line| line.starts_with("0000:00:"))
+        .with_context(|| text.clone())?
+        .to_owned();
+    let function = format!("/sys/bus/pci/devices/{address}");
+    let bar = |guest: &mut Guest| {
+        let text = guest.shell(&format!("grep -m1 -v '^0x0* ' {function}/resource"))?;
+        let line = text.lines().map(str::trim).find(|it| it.starts_with("0x"));
+        line.map(str::to_owned).context(text.clone())
+    };
+    let before = bar(&mut guest)?;
+    guest.shell(&format!(
+        "echo 1 > {function}/remove; echo 1 > /sys/bus/pci/rescan"
+    ))?;
+    let after = bar(&mut guest)?;
+    ensure!(before != after, "the BAR stays at {before}");
+    guest.command("disk-verify /dev/vda 8M 5")?;
+    guest.command("disk-fill /dev/vda 16M 6")?;
+    guest.command("disk-verify /dev/vda 16M 6")?;
+    let info = guest.vmm.get("vm.info")?.to_string();
+    let start = after.split(' ').next().unwrap_or_default();
+    let start = u64::from_str_radix(start.trim_start_matches("0x"), 16)?;
+    ensure!(
+        info.contains(&format!("\"base\":{start}")),
+        "{start:#x}: {info}"
+    );
+    guest.end_cleanly()?;
     Ok(Outcome::Passed)
 }
 
