@@ -66,7 +66,8 @@ impl QemuGuest {
             .spawn()
             .context("start qemu-system-x86_64")?;
         let mut child = Killed(Some(child));
-        let told = || fs::read_to_string(folder.path().join("stderr")).unwrap_or_default();
+        let complaints = folder.path().join("stderr");
+        let told = || fs::read_to_string(&complaints).unwrap_or_default();
         let serial = Serial::connect(&folder.path().join("serial.sock"), PROCESS_DEADLINE);
         let serial = serial.with_context(told)?;
         let control = Control::connect(&folder.path().join("control.sock")).with_context(told)?;
@@ -76,7 +77,8 @@ impl QemuGuest {
             control,
             _folder: folder,
         };
-        guest.serial.expect("guest: init", BOOT_DEADLINE)?;
+        let started = guest.serial.expect("guest: init", BOOT_DEADLINE);
+        started.with_context(|| format!("QEMU printed: {}", told()))?;
         wait_for("the guest's command server", COMMAND_DEADLINE, || {
             guest.serial.send("ping")?;
             let answer = guest.serial.expect("ok ping", Duration::from_secs(3));

@@ -29,9 +29,13 @@ const OK: u8 = 0;
 const HEADER: u64 = 52 << 20;
 const BUFFER: u64 = HEADER + 0x1000;
 const STATUS: u64 = HEADER + 0x2000;
-/// Rings of the disk from the start, and those of a disk that comes.
+/// Rings of the disk from the start.
 const RINGS: u64 = 40 << 20;
-const OTHER_RINGS: u64 = RINGS + Queue::AREA_BYTES;
+
+/// Rings of a disk that comes. One that stays has its own: a resume makes it look at them again.
+fn rings_of(slot: u8) -> u64 {
+    RINGS + (1 + u64::from(slot)) * Queue::AREA_BYTES
+}
 
 /// Memory that is written and verified in each round.
 const MEMORY: u64 = 128 << 20;
@@ -185,7 +189,7 @@ fn try_disk(function: Function, report: &mut Report) -> bool {
     if function.vendor() != VENDOR_VIRTIO || function.device() != 0x1040 + DEVICE_BLOCK {
         return true;
     }
-    let Some(mut disk) = Disk::start(Device::probe(function), OTHER_RINGS) else {
+    let Some(mut disk) = Disk::start(Device::probe(function), rings_of(function.slot)) else {
         report.fail("chaos_disk_starts", format_args!("slot {}", function.slot));
         return false;
     };
