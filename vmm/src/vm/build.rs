@@ -72,15 +72,6 @@ impl Parts {
         let nets = config.net.iter_mut().flatten();
         let nets = nets.map(|net| handles.net(net));
         let nets = nets.collect::<Result<Vec<_>, _>>()?;
-        let serial = consoles::open_serial(config, context)?;
-        let console = consoles::open_console(config, context)?;
-        let debug_console = consoles::open_debug_console(config, context)?;
-        let fs = config.fs.iter().flatten().map(devices::fs);
-        let fs = fs.collect::<Result<Vec<_>, _>>()?;
-        let generic = config.generic_vhost_user.iter().flatten();
-        let generic = generic.map(devices::generic_vhost_user);
-        let generic = generic.collect::<Result<Vec<_>, _>>()?;
-        let vsock = config.vsock.as_ref().map(devices::vsock).transpose()?;
         let payload = match snapshot {
             Some(_) => None,
             None => {
@@ -91,8 +82,11 @@ impl Parts {
 
         let (memory, on_demand) = match snapshot {
             Some(snapshot) => {
-                let fits = snapshot.pc.check_host(&open_kvm()?, &config.cpus);
-                fits.map_err(|error| VmError::Pc(PcError::State(error)))?;
+                // Without KVM, no machine is created either, and the errors about paths come first.
+                if let Ok(kvm) = open_kvm() {
+                    let fits = snapshot.pc.check_host(&kvm, &config.cpus);
+                    fits.map_err(|error| VmError::Pc(PcError::State(error)))?;
+                }
                 let memory = snapshot.memory(config, &context.of_restore());
                 memory.map_err(VmError::Snapshot)?
             }
@@ -107,6 +101,16 @@ impl Parts {
         let balloon = balloon.map(|balloon| devices::balloon(balloon, &memory));
         let (balloon, balloon_handle) = balloon.transpose()?.unzip();
         let (mem, mem_handle) = devices::mem(config, &memory)?.unzip();
+        // Last, because an output file is emptied and an old socket replaced.
+        let serial = consoles::open_serial(config, context)?;
+        let console = consoles::open_console(config, context)?;
+        let debug_console = consoles::open_debug_console(config, context)?;
+        let fs = config.fs.iter().flatten().map(devices::fs);
+        let fs = fs.collect::<Result<Vec<_>, _>>()?;
+        let generic = config.generic_vhost_user.iter().flatten();
+        let generic = generic.map(devices::generic_vhost_user);
+        let generic = generic.collect::<Result<Vec<_>, _>>()?;
+        let vsock = config.vsock.as_ref().map(devices::vsock).transpose()?;
 
         let disks_and_nets = disks.into_iter().chain(nets);
         Ok(Self {
