@@ -53,10 +53,10 @@ impl Plan {
         if let Some(places) = &mut places {
             places.extend(landlock::places(vm.unwrap_or(&VmConfig::default())));
             if let Some(PathOrFd::Path(path)) = &api_socket {
-                places.push(Need::of_api_socket(path).place());
+                places.push(Need::socket(path).place());
             }
             if let Some(PathOrFd::Path(path)) = &event_monitor {
-                places.push(Need::of_events(path).place());
+                places.push(Need::output(path).place());
             }
             if let Some(request) = &restore {
                 let folder = snapshot::folder_of(&request.source_url)?;

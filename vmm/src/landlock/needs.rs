@@ -54,8 +54,8 @@ impl Need {
         }
     }
 
-    /// A file that receives guest output.
-    fn output(path: &Path) -> Self {
+    /// A file that receives guest output or events.
+    pub fn output(path: &Path) -> Self {
         Self {
             creates: true,
             ..Self::new(path, CHANGE)
@@ -63,18 +63,8 @@ impl Need {
     }
 
     /// The folder of a socket.
-    fn socket(path: &Path) -> Self {
+    pub fn socket(path: &Path) -> Self {
         Self::new(folder(path), SOCKETS)
-    }
-
-    /// The folder of the API socket.
-    pub fn of_api_socket(path: &Path) -> Self {
-        Self::socket(path)
-    }
-
-    /// The file of the event monitor.
-    pub fn of_events(path: &Path) -> Self {
-        Self::output(path)
     }
 
     /// The path for a jail, which knows only reading and writing.
