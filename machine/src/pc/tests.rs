@@ -23,6 +23,15 @@ fn context() -> (PcContext, Receiver<MachineThread>) {
     (context, threads)
 }
 
+fn params() -> PcParams {
+    PcParams {
+        cpus: CpusConfig::default(),
+        numa: Vec::new(),
+        pci_segments: 1,
+        wished_slots: Vec::new(),
+    }
+}
+
 #[test]
 fn worker_of_a_device_named_like_a_thread_is_confined_as_a_worker() {
     let Ok(kvm) = Kvm::open().map_err(test_skip::skip) else {
@@ -30,13 +39,7 @@ fn worker_of_a_device_named_like_a_thread_is_confined_as_a_worker() {
     };
     let (context, threads) = context();
     let memory = GuestMemory::new(&Default::default(), 46).unwrap();
-    let params = PcParams {
-        cpus: CpusConfig::default(),
-        numa: Vec::new(),
-        pci_segments: 1,
-        wished_slots: Vec::new(),
-    };
-    let mut pc = Pc::new(&kvm, memory, params, context).unwrap();
+    let mut pc = Pc::new(&kvm, memory, params(), context).unwrap();
     let id = "vcpu0";
     let rng = Rng::new(id, File::open("/dev/zero").unwrap());
     let plug = Plug {
@@ -62,15 +65,7 @@ fn memory_added_is_the_guests_and_is_saved_with_the_machine() {
         ..Default::default()
     };
     let bits = crate::cpu::guest_phys_bits(&kvm, CpusConfig::default().max_phys_bits).unwrap();
-    let pc = |memory| {
-        let params = PcParams {
-            cpus: CpusConfig::default(),
-            numa: Vec::new(),
-            pci_segments: 1,
-            wished_slots: Vec::new(),
-        };
-        Pc::new(&kvm, memory, params, context().0).unwrap()
-    };
+    let pc = |memory| Pc::new(&kvm, memory, params(), context().0).unwrap();
     let mut first = pc(GuestMemory::new(&config(BYTES), bits).unwrap());
     assert!(first.grow_memory(BYTES).unwrap().is_none());
     let refused = first.grow_memory(BYTES + 1).unwrap_err();
@@ -112,14 +107,8 @@ fn device_added_into_the_slot_of_an_ejected_one_stays() {
         return;
     };
     let memory = GuestMemory::new(&Default::default(), 46).unwrap();
-    let params = PcParams {
-        cpus: CpusConfig::default(),
-        numa: Vec::new(),
-        pci_segments: 1,
-        wished_slots: Vec::new(),
-    };
     let (context, _threads) = context();
-    let mut pc = Pc::new(&kvm, memory, params, context).unwrap();
+    let mut pc = Pc::new(&kvm, memory, params(), context).unwrap();
     let add = |pc: &mut Pc, id: &str| {
         let plug = Plug {
             id: id.to_owned(),
@@ -167,9 +156,7 @@ fn vcpus_come_and_go_as_the_guest_lets_go_of_them() {
             max_vcpus: 4,
             ..CpusConfig::default()
         },
-        numa: Vec::new(),
-        pci_segments: 1,
-        wished_slots: Vec::new(),
+        ..params()
     };
     let mut pc = Pc::new(&kvm, memory, params, context).unwrap();
     // Paused: the added vCPUs wait for their start-up interrupt either way.

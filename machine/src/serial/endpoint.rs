@@ -373,17 +373,22 @@ mod tests {
         );
     }
 
+    /// The operator's side of a pseudo-terminal.
+    fn operator_of(endpoint: &Endpoint) -> File {
+        File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NOCTTY)
+            .open(endpoint.pty_path().unwrap())
+            .unwrap()
+    }
+
     #[test]
     fn pty_passes_bytes_unchanged_both_ways() {
         let manager = manager();
         let endpoint = Endpoint::open(&EndpointMode::Pty, &manager).unwrap();
         let device = listen_to(&endpoint);
-        let mut operator = File::options()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NOCTTY)
-            .open(endpoint.pty_path().unwrap())
-            .unwrap();
+        let mut operator = operator_of(&endpoint);
         endpoint.output().write_all(b"login\r\n").unwrap();
         assert_eq!(read_exactly(&mut operator, 7), b"login\r\n");
         operator.write_all(b"root\r\x03\x04").unwrap();
@@ -396,12 +401,7 @@ mod tests {
         let endpoint = Endpoint::open(&EndpointMode::Pty, &manager).unwrap();
         let device = listen_to(&endpoint);
         for sent in [b"a", b"b"] {
-            let mut operator = File::options()
-                .read(true)
-                .write(true)
-                .custom_flags(libc::O_NOCTTY)
-                .open(endpoint.pty_path().unwrap())
-                .unwrap();
+            let mut operator = operator_of(&endpoint);
             operator.write_all(sent).unwrap();
             let all = if sent == b"a" { &b"a"[..] } else { b"ab" };
             device.wait_for(all);

@@ -41,6 +41,21 @@ pub struct BalloonParams {
     pub reporting_policy: bool,
 }
 
+#[cfg(any(test, feature = "test-utils"))]
+impl BalloonParams {
+    /// A balloon that offers everything and starts empty.
+    pub fn with_everything(ram: GuestRam) -> Self {
+        Self {
+            ram,
+            size_bytes: 0,
+            deflate_on_oom: true,
+            free_page_reporting: true,
+            free_page_hinting: true,
+            reporting_policy: true,
+        }
+    }
+}
+
 /// A virtio balloon, as its transport sees it.
 #[derive(Debug)]
 pub struct Balloon {

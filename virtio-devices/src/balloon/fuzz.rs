@@ -75,12 +75,8 @@ impl Guest {
     fn new(guarded: &GuardedRam, options: u8) -> Self {
         let ram = driver_ram(guarded);
         let params = BalloonParams {
-            ram: ram.mem(),
-            size_bytes: 0,
-            deflate_on_oom: true,
-            free_page_reporting: true,
-            free_page_hinting: true,
             reporting_policy: options & 8 == 0,
+            ..BalloonParams::with_everything(ram.mem())
         };
         let engine = if options & 1 == 0 {
             DiscardEngine::new

@@ -181,14 +181,7 @@ pub(super) fn make(choice: u8, ram: &TestRam) -> Made {
             shared(Watchdog::new("__watchdog", expiry, || ()).expect("a timer"))
         }
         "balloon" => {
-            let params = BalloonParams {
-                ram: ram.mem(),
-                size_bytes: 0,
-                deflate_on_oom: true,
-                free_page_reporting: true,
-                free_page_hinting: true,
-                reporting_policy: true,
-            };
+            let params = BalloonParams::with_everything(ram.mem());
             shared(Balloon::new(params).expect("descriptors").0)
         }
         "pmem" => {

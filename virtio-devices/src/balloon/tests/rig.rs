@@ -48,14 +48,7 @@ impl Rig {
     /// A driver without queues, not active.
     pub(super) fn idle(features: u64) -> Self {
         let ram = TestRam::new(RAM_BYTES as usize);
-        let params = BalloonParams {
-            ram: ram.mem(),
-            size_bytes: 0,
-            deflate_on_oom: true,
-            free_page_reporting: true,
-            free_page_hinting: true,
-            reporting_policy: true,
-        };
+        let params = BalloonParams::with_everything(ram.mem());
         // Without vectors, so that the number of system calls is the same on every kernel; the engine's own tests
         // compare both variants.
         let (mut balloon, handle) =

@@ -21,15 +21,7 @@ const HINT: u16 = 3;
 const ACTUAL_OFFSET: u64 = 4;
 
 fn balloon(ram: &TestRam) -> (Arc<Mutex<Balloon>>, BalloonHandle) {
-    let (balloon, handle) = Balloon::new(BalloonParams {
-        ram: ram.mem(),
-        size_bytes: 0,
-        deflate_on_oom: true,
-        free_page_reporting: true,
-        free_page_hinting: true,
-        reporting_policy: true,
-    })
-    .unwrap();
+    let (balloon, handle) = Balloon::new(BalloonParams::with_everything(ram.mem())).unwrap();
     (Arc::new(Mutex::new(balloon)), handle)
 }
 
