@@ -21,8 +21,8 @@ use state::{Saved, StateError, parts, require};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap, MmapRegion};
-use vmm_sys_util::eventfd::EventFd;
 
+pub use crate::worker::{Doorbell, WorkerError};
 use crate::worker::{EventSources, Turn};
 
 /// Guest RAM as every device sees it: an immutable map behind an atomic pointer, so that memory hot-plug swaps the map
@@ -232,44 +232,6 @@ pub struct DeviceMemory {
     pub align_bytes: u64,
 }
 
-/// Reasons why a worker stops serving its device until the next reset.
-///
-/// Only for faults after which the worker cannot continue (rings outside of guest RAM, a host descriptor that is gone).
-/// An invalid request is completed with an error status, or dropped and counted; it is not a `WorkerError`.
-#[derive(Debug, thiserror::Error)]
-pub enum WorkerError {
-    /// The ring itself cannot be read or written.
-    #[error("virtqueue {index} is unusable: {reason}")]
-    Queue {
-        /// Queue number.
-        index: u16,
-        /// The error from the queue code; it does not implement `std::error::Error`.
-        reason: String,
-    },
-    /// Registering or using a host descriptor failed.
-    #[error("{what} failed")]
-    Host {
-        /// The operation, e.g. "epoll_ctl".
-        what: &'static str,
-        #[source]
-        source: std::io::Error,
-    },
-    /// The worker thread cannot run on its host CPUs.
-    #[error("cannot run a worker thread on host CPUs {host_cpus:?}")]
-    Affinity {
-        /// The host CPUs.
-        host_cpus: Vec<usize>,
-        #[source]
-        source: std::io::Error,
-    },
-    /// The worker thread accepts no commands.
-    #[error("the worker thread does not respond: {reason}")]
-    Unresponsive {
-        /// The error from the channel.
-        reason: &'static str,
-    },
-}
-
 /// The progress in a queue: the next index in each ring, both free-running.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueuePosition {
@@ -390,6 +352,3 @@ pub trait QueueHandler: Send {
     /// watches.
     fn resume(&mut self) {}
 }
-
-/// A doorbell of the transport: one per queue, written by KVM.
-pub type Doorbell = EventFd;

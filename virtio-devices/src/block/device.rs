@@ -1,20 +1,19 @@
-//! The configuration half of a disk, and the data that both halves share.
+//! The configuration half of a disk.
 
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 use state::{Fields, Part, Saved, State, StateError, parts, require};
-use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES};
+use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 
 use super::config_space::{self, CONFIG_BYTES, WRITEBACK_AT};
 use super::counters::BlockCounters;
+use super::disk::{DiskState, SERIAL_BYTES};
 use super::engine::new_engine;
 use super::flights::Flights;
 use super::image::Image;
 use super::queue::BlockQueue;
-use super::request::Rules;
 use super::resize::DiskHandle;
 use super::{BlockError, BlockParams, QUEUE_SIZE_MAX, QUEUES_MAX};
 use crate::Unpoisoned;
@@ -26,7 +25,6 @@ use crate::worker::Throttle;
 /// Device id (virtio 1.2 §5).
 const VIRTIO_ID_BLOCK: u32 = 2;
 const QUEUE_SIZE_MIN: u16 = 4;
-const SERIAL_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
 
 /// The saved state of a disk beyond its configuration. The image's content is not part of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,76 +45,6 @@ impl State for BlockState {
         // Version 1 had no limits.
         RateLimiterState::add_none(fields, "limit");
         Ok(())
-    }
-}
-
-/// Data shared by the configuration half and all queues.
-pub(super) struct DiskState {
-    params: BlockParams,
-    image: Arc<Image>,
-    serial: [u8; SERIAL_BYTES],
-    /// Changed by a resize.
-    capacity_sectors: AtomicU64,
-    writeback: AtomicBool,
-    counters: BlockCounters,
-    /// `None` until the disk is attached to its transport.
-    interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
-}
-
-crate::debug_fields!(DiskState { params, image });
-
-impl DiskState {
-    pub(super) fn rules(&self) -> Rules {
-        Rules {
-            capacity_sectors: self.capacity_sectors.load(Ordering::Acquire),
-            readonly: self.params.readonly,
-            discard: !self.params.readonly && self.params.sparse,
-            write_zeroes: !self.params.readonly,
-            unmap: self.params.sparse,
-            guards_format: self.params.autodetect,
-        }
-    }
-
-    /// Padded with zeroes to the 20 bytes of GET_ID.
-    pub(super) fn serial(&self) -> &[u8] {
-        &self.serial
-    }
-
-    pub(super) fn image(&self) -> &Image {
-        &self.image
-    }
-
-    pub(super) fn is_readonly(&self) -> bool {
-        self.params.readonly
-    }
-
-    /// Changes the size that the guest sees, and notifies the guest.
-    pub(super) fn set_capacity(&self, sectors: u64) {
-        self.capacity_sectors.store(sectors, Ordering::Release);
-        let interrupt = self.interrupt.lock().unpoisoned().clone();
-        if let Some(interrupt) = interrupt {
-            interrupt.signal_config();
-        }
-    }
-
-    pub(super) fn is_block_device(&self) -> bool {
-        self.image.is_block_device()
-    }
-
-    pub(super) fn writeback(&self) -> bool {
-        self.writeback.load(Ordering::Acquire)
-    }
-
-    pub(super) fn counters(&self) -> &BlockCounters {
-        &self.counters
-    }
-
-    pub(super) fn id(&self) -> &str {
-        &self.params.id
-    }
-
-    pub(super) fn path(&self) -> &Path {
-        &self.params.path
     }
 }
 

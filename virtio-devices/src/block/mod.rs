@@ -19,6 +19,7 @@
 mod config_space;
 mod counters;
 mod device;
+mod disk;
 mod disk_sys;
 mod engine;
 mod flights;

@@ -10,7 +10,7 @@ use virtio_bindings::bindings::virtio_blk::{
 use vm_memory::GuestAddressSpace;
 
 use super::config_space::has;
-use super::device::DiskState;
+use super::disk::DiskState;
 use super::flights::{Flights, Landed};
 use super::job::{Job, Kind, Range, Step, Transfer};
 use super::request::{Operation, Refusal, Request};

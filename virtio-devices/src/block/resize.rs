@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::SECTOR_BYTES;
-use super::device::DiskState;
+use super::disk::DiskState;
 
 /// The VMM's handle of a disk; keeps the image open. No call waits for the guest.
 #[derive(Clone, Debug)]

@@ -2,17 +2,15 @@
 
 use std::sync::{Arc, Mutex};
 
+use super::conformance_checks::{OFFERED_MAX, RAM_BYTES, assert_alive, used_indices};
 use super::driver::MockPciDriver;
 use super::queue::{Desc, INDIRECT, NEXT, Segment, WRITE};
 use super::ram::TestRam;
 use crate::device::VirtioDevice;
 use crate::pci::PciFunction;
 
-pub(super) const RAM_BYTES: usize = 64 << 20;
 /// Rounds of random descriptors per queue.
 const RANDOM_ROUNDS: usize = 40;
-/// Chains offered to a queue between two checks of the device.
-const OFFERED_MAX: u16 = 32;
 const SEED: u64 = 0x005e_ed0f_600d;
 
 /// The test of one aspect, with a separate device.
@@ -189,31 +187,6 @@ fn vm_reset_and_pause_work(driver: &mut MockPciDriver) {
     assert!(!driver.function.bars()[0].decoded);
     driver.set_up_pci();
     assert_alive(driver);
-}
-
-/// Returns when every queue has been processed. Commands take precedence over doorbells, so a reset right after a kick
-/// would keep the garbage from the device. But after a resume each queue serves at least one chain, and the next pause
-/// is acknowledged only after that.
-pub(super) fn settle(driver: &MockPciDriver) {
-    for _ in 0..=OFFERED_MAX {
-        driver.function.pause();
-        driver.function.resume();
-    }
-}
-
-/// Checks that the device can be activated, which is impossible after its worker has panicked.
-pub(super) fn assert_alive(driver: &mut MockPciDriver) {
-    settle(driver);
-    driver.start(u64::MAX);
-    settle(driver);
-    assert!(!driver.needs_reset(), "device gave up on a fresh start");
-    driver.reset();
-}
-
-pub(super) fn used_indices(driver: &mut MockPciDriver) -> Vec<u16> {
-    (0..driver.num_queues())
-        .map(|index| driver.queue(index).used_idx())
-        .collect()
 }
 
 fn garbage_chains() -> Vec<(&'static str, Vec<Desc>)> {

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use state::{Saved, State, testing};
 
-use super::conformance::{RAM_BYTES, assert_alive, settle, used_indices};
+use super::conformance_checks::{RAM_BYTES, assert_alive, settle, used_indices};
 use super::driver::{MockPciDriver, restore};
 use super::queue::Segment;
 use super::ram::TestRam;

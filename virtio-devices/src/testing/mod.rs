@@ -13,6 +13,7 @@ pub mod any_guest;
 pub mod any_registers;
 mod blocks;
 mod conformance;
+mod conformance_checks;
 mod conformance_state;
 mod driver;
 #[cfg(test)]

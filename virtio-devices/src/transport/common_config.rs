@@ -27,6 +27,15 @@ const S_FAILED: u8 = VIRTIO_CONFIG_S_FAILED as u8;
 pub(super) const S_KNOWN: u8 =
     S_ACKNOWLEDGE | S_DRIVER | S_DRIVER_OK | S_FEATURES_OK | S_NEEDS_RESET | S_FAILED;
 
+/// Feature bits of the transport itself that are not supported (virtio 1.2 §6): PACKED, IN_ORDER, SR_IOV,
+/// NOTIFICATION_DATA, NOTIF_CONFIG_DATA, RING_RESET.
+const FEATURES_NOT_OFFERED: u64 = 1 << 34 | 1 << 35 | 1 << 37 | 1 << 38 | 1 << 39 | 1 << 40;
+
+/// The feature bits of a device as the transport offers them.
+pub(super) fn on_this_transport(features: u64) -> u64 {
+    features & !FEATURES_NOT_OFFERED | 1 << VIRTIO_F_VERSION_1
+}
+
 /// Defines the fields by name, offset and width. Addresses are two registers each.
 macro_rules! fields {
     ($($name:ident = $offset:literal, $width:literal;)+) => {

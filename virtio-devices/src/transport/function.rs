@@ -4,11 +4,10 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use ::state::{Saved, StateError};
-use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::common_config::{CommonConfig, Effects, S_NEEDS_RESET};
+use super::common_config::{CommonConfig, Effects, S_NEEDS_RESET, on_this_transport};
 use super::counters::TransportCounters;
 use super::interrupt::PciInterrupt;
 use super::layout::{
@@ -21,10 +20,6 @@ use crate::Unpoisoned;
 use crate::device::{Counters, DeviceIdentity, Doorbell, GuestRam, QueueHandler, VirtioDevice};
 use crate::pci::{Bar, DoorbellRegister, MsixLines, MsixTable, PciFunction};
 use crate::worker::{Pausing, Worker, WorkerHandle};
-
-/// Feature bits of the transport itself that are not supported (virtio 1.2 §6): PACKED, IN_ORDER, SR_IOV,
-/// NOTIFICATION_DATA, NOTIF_CONFIG_DATA, RING_RESET.
-const FEATURES_NOT_OFFERED: u64 = 1 << 34 | 1 << 35 | 1 << 37 | 1 << 38 | 1 << 39 | 1 << 40;
 
 /// A virtio device as a PCI function.
 pub struct VirtioPciFunction {
@@ -421,11 +416,6 @@ fn offered(device: &dyn VirtioDevice) -> u64 {
         DeviceIdentity::Known => on_this_transport(device.features()),
         DeviceIdentity::Awaited | DeviceIdentity::Absent => 0,
     }
-}
-
-/// The feature bits of a device as the transport offers them.
-pub(super) fn on_this_transport(features: u64) -> u64 {
-    features & !FEATURES_NOT_OFFERED | 1 << VIRTIO_F_VERSION_1
 }
 
 /// Restores the device's own state and the accepted features.

@@ -28,6 +28,7 @@ mod function;
 mod interrupt;
 mod layout;
 mod queue_config;
+mod saving;
 mod state;
 #[cfg(test)]
 mod tests;

@@ -9,9 +9,11 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::GRACE;
 use super::rings::Rings;
 use crate::Unpoisoned;
+
+/// Maximum time for a back end to return the rings.
+const GRACE: Duration = Duration::from_secs(1);
 
 /// Reason why the back end must not have the rings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

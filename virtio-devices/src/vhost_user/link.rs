@@ -11,7 +11,7 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::Shared;
+use super::counters::Shared;
 use super::gate::{Gate, Reason, Step};
 use super::identity::{Identity, Learned};
 use super::profile::Profile;

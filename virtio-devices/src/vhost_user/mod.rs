@@ -19,7 +19,7 @@
 //! ```
 //!
 //! Only the link waits for the back end, without a time limit. If the guest resets the device, or the VM pauses or
-//! ends, the queues' thread gives the back end [`GRACE`] to return the rings. Then it shuts the connection down, which
+//! ends, the queues' thread gives the back end one second (`GRACE`) to return the rings. Then it shuts the connection down, which
 //! ends every call of the link. So a back end that never responds blocks no other thread.
 //!
 //! The link tries forever to reconnect to a back end that has disconnected. If the back end keeps a record of its
@@ -34,6 +34,7 @@
 #[cfg(any(test, feature = "test-utils"))]
 pub mod any_back_end;
 mod config;
+mod counters;
 mod device;
 mod gate;
 mod identity;
@@ -47,15 +48,14 @@ mod session;
 mod tests;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
 
-use crate::counters::counters;
 use crate::device::QueueHandler;
+pub(crate) use counters::Shared;
 pub use device::{IdentityState, VhostUser, VhostUserParams, VhostUserState};
 pub use link::Endpoint;
 pub(crate) use link::Link;
@@ -65,28 +65,6 @@ use queues::Queues;
 /// Features, common to all device types, that the back end implements.
 pub(crate) const RING_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
-
-/// Maximum time for a back end to return the rings.
-const GRACE: Duration = Duration::from_secs(1);
-
-counters! {
-    /// The counters of a device.
-    Shared {
-        /// Gauge: whether the back end is connected.
-        connected,
-        /// Gauge: whether the back end has the rings.
-        serving,
-        connections,
-        connections_lost,
-        /// Messages and values that violate the protocol, and rejections by the back end.
-        protocol_errors,
-        /// Number of times the back end did not return the rings in time.
-        rings_taken_away,
-        /// Requests in flight at the end of a back end, which its successor may not get, or get although they were completed.
-        uncertain_requests,
-        interrupts,
-    }
-}
 
 /// Both handlers of a device, in the order in which the transport needs them: queues first.
 pub(crate) fn handlers(id: String, link: Link, shared: &Arc<Shared>) -> Vec<Box<dyn QueueHandler>> {

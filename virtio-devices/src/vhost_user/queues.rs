@@ -3,7 +3,7 @@
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use super::Shared;
+use super::counters::Shared;
 use super::gate::{Gate, Reason};
 use super::rings::Rings;
 use crate::device::{Activation, HandlerState, QueueHandler, WorkerError};

@@ -1,6 +1,6 @@
 //! The handle of a worker thread, used by the transport and the control thread.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -9,9 +9,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::ThreadStart;
 use super::affinity::pin;
+use super::command::{Command, Progress};
 use super::sources::EventSources;
 use super::thread::WorkerThread;
-use super::turn::CommandsPending;
 use crate::Unpoisoned;
 use crate::device::{Activation, HandlerState, QueueHandler, WorkerError};
 
@@ -22,32 +22,6 @@ const COMMANDS_PENDING_MAX: usize = 8;
 
 /// Virtual size of a worker's stack; only touched pages use memory. Handlers keep their buffers on the heap.
 const STACK_BYTES: usize = 256 << 10;
-
-/// The commands of a worker thread. Each `SyncSender<()>` acknowledges its command.
-pub(super) enum Command {
-    Activate(Box<Activation>),
-    Reset(Option<SyncSender<()>>),
-    Pause(SyncSender<()>),
-    Resume(SyncSender<()>),
-    /// Returns the paused handler's state.
-    State(SyncSender<HandlerState>),
-    /// Serves this queue for a vCPU that is held; the result is whether it was served.
-    Kick(u16, SyncSender<bool>),
-    Stop,
-}
-
-/// Data shared by the handle and the thread.
-#[derive(Debug, Default)]
-pub(super) struct Progress {
-    /// Number of resets requested.
-    pub(super) resets_requested: AtomicU64,
-    /// Number of resets finished; equal to `resets_requested` when no reset is pending.
-    pub(super) resets_done: AtomicU64,
-    /// Number of handler failures.
-    pub(super) failures: AtomicU64,
-    /// The signal that makes a handler stop.
-    pub(super) pending: CommandsPending,
-}
 
 /// Creates worker threads.
 #[derive(Debug)]

@@ -21,6 +21,8 @@
 //! piece of work.
 
 mod affinity;
+mod command;
+mod error;
 mod handle;
 mod sources;
 #[cfg(test)]
@@ -32,10 +34,11 @@ mod turn;
 use std::sync::Arc;
 
 pub use affinity::{HOST_CPUS_MAX, pin};
+pub use error::WorkerError;
 pub use handle::{Pausing, Worker, WorkerHandle};
-pub use sources::EventSources;
 #[cfg(any(test, feature = "test-utils"))]
 pub(crate) use sources::Wake;
+pub use sources::{Doorbell, EventSources};
 pub(crate) use throttle::Throttle;
 pub use turn::{Turn, Work};
 

@@ -7,7 +7,10 @@ use std::sync::Arc;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::device::{Doorbell, WorkerError};
+use super::error::WorkerError;
+
+/// A doorbell of the transport: one per queue, written by KVM.
+pub type Doorbell = EventFd;
 
 /// Maximum number of events per wait. Further ones stay ready.
 const WAKES_PER_WAIT: usize = 16;

@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::handle::{Command, Progress};
+use super::command::{Command, Progress};
 use super::sources::{EventSources, Wake};
 use super::turn::Turn;
 use crate::device::{Activation, ActiveQueue, HandlerState, Interrupt, QueueHandler, WorkerError};

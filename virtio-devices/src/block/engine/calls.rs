@@ -9,8 +9,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use super::IoOperation;
 use super::bounce::Bounce;
+use super::operation::IoOperation;
 use crate::block::disk_sys;
 use crate::block::image::Image;
 

@@ -24,7 +24,7 @@ use io_uring::register::Restriction;
 use io_uring::{IoUring, Probe, opcode, squeue, types};
 
 use super::calls::{Calls, PUNCH_HOLE, ZERO_RANGE, zeroes};
-use super::{Completion, IoEngine, IoOperation};
+use super::operation::{Completion, IoEngine, IoOperation};
 use crate::block::image::Image;
 
 /// The operations that the ring must support. All others are forbidden.

@@ -8,7 +8,7 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use super::calls::Calls;
-use super::{Completion, IoEngine, IoOperation};
+use super::operation::{Completion, IoEngine, IoOperation};
 use crate::block::image::Image;
 
 pub(super) struct SyncEngine {

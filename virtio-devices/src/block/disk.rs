@@ -1,0 +1,86 @@
+//! The data of a disk that its configuration half, its queues and the VMM's handle share.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
+
+use super::BlockParams;
+use super::counters::BlockCounters;
+use super::image::Image;
+use super::request::Rules;
+use crate::Unpoisoned;
+use crate::device::Interrupt;
+
+pub(super) const SERIAL_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
+
+/// Data shared by both halves and the handle.
+pub(super) struct DiskState {
+    pub(super) params: BlockParams,
+    pub(super) image: Arc<Image>,
+    pub(super) serial: [u8; SERIAL_BYTES],
+    /// Changed by a resize.
+    pub(super) capacity_sectors: AtomicU64,
+    pub(super) writeback: AtomicBool,
+    pub(super) counters: BlockCounters,
+    /// `None` until the disk is attached to its transport.
+    pub(super) interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
+}
+
+crate::debug_fields!(DiskState { params, image });
+
+impl DiskState {
+    pub(super) fn rules(&self) -> Rules {
+        Rules {
+            capacity_sectors: self.capacity_sectors.load(Ordering::Acquire),
+            readonly: self.params.readonly,
+            discard: !self.params.readonly && self.params.sparse,
+            write_zeroes: !self.params.readonly,
+            unmap: self.params.sparse,
+            guards_format: self.params.autodetect,
+        }
+    }
+
+    /// Padded with zeroes to the 20 bytes of GET_ID.
+    pub(super) fn serial(&self) -> &[u8] {
+        &self.serial
+    }
+
+    pub(super) fn image(&self) -> &Image {
+        &self.image
+    }
+
+    pub(super) fn is_readonly(&self) -> bool {
+        self.params.readonly
+    }
+
+    /// Changes the size that the guest sees, and notifies the guest.
+    pub(super) fn set_capacity(&self, sectors: u64) {
+        self.capacity_sectors.store(sectors, Ordering::Release);
+        let interrupt = self.interrupt.lock().unpoisoned().clone();
+        if let Some(interrupt) = interrupt {
+            interrupt.signal_config();
+        }
+    }
+
+    pub(super) fn is_block_device(&self) -> bool {
+        self.image.is_block_device()
+    }
+
+    pub(super) fn writeback(&self) -> bool {
+        self.writeback.load(Ordering::Acquire)
+    }
+
+    pub(super) fn counters(&self) -> &BlockCounters {
+        &self.counters
+    }
+
+    pub(super) fn id(&self) -> &str {
+        &self.params.id
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.params.path
+    }
+}
