@@ -11,49 +11,21 @@
 mod error;
 mod identity;
 mod limits;
+mod place;
 mod root;
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use api::config::{JailConfig, ResourceLimitsConfig};
+use api::config::ResourceLimitsConfig;
 use virtio_devices::reclaim::Pagemap;
 
 pub use error::JailError;
 use identity::Identity;
+pub use place::Place;
 
 /// The places of this process's jail, once it is in one.
 static ENTERED: OnceLock<Vec<PathBuf>> = OnceLock::new();
-
-/// A path that the jail shows.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Place {
-    /// The path.
-    pub path: PathBuf,
-    /// Files can be written there.
-    pub writable: bool,
-    /// The VMM creates the file if it does not exist.
-    pub creates: bool,
-}
-
-impl Place {
-    /// One of the paths of `--jail`.
-    ///
-    /// # Errors
-    /// The access is neither `r` nor `rw`.
-    pub fn configured(config: &JailConfig) -> Result<Self, JailError> {
-        let writable = match config.access.as_str() {
-            "r" => false,
-            "rw" => true,
-            _ => return Err(JailError::Access(config.clone())),
-        };
-        Ok(Self {
-            path: config.path.clone(),
-            writable,
-            creates: false,
-        })
-    }
-}
 
 /// The confinement that the command line requests.
 #[derive(Debug)]

@@ -20,7 +20,8 @@ use rustix::mount::{
 use rustix::process::{chdir, pivot_root, umask};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-use super::{JailError, Place};
+use super::JailError;
+use super::place::Place;
 
 /// Where the new root is mounted before it becomes the root. In this namespace, it hides the host's folder.
 const BASE: &str = "/tmp";

@@ -1,7 +1,7 @@
 //! The files of a snapshot.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,13 +9,13 @@ use std::sync::Arc;
 use api::VmConfig;
 use machine::memory::on_demand::{Faults, OnDemand, OnDemandError};
 use machine::memory::{DEFAULT_ZONE_ID, GuestMemory, MemoryState, RestoreError, ZoneContentState};
-use machine::open_regular_file;
 use machine::pc::PcState;
 use state::Saved;
 
 use super::adapt::set_prefault;
 use super::bounds::{Bounds, CONFIG_BYTES_MAX};
 use super::on_demand::{Filling, Owner, RestoreContext};
+use super::read::{open_file, read};
 use super::state_file::{StateFile, checksum_line};
 use super::{Progress, SnapshotError, SnapshotState};
 
@@ -158,15 +158,6 @@ fn require_content_is_ours(config: &VmConfig) -> Result<(), SnapshotError> {
         return Err(SnapshotError::OtherProcess { id });
     }
     Ok(())
-}
-
-/// Opens a file of a snapshot for reading and returns its size with it.
-pub(super) fn open_file(path: &Path) -> Result<(File, u64), SnapshotError> {
-    let opened = open_regular_file(path).map_err(SnapshotError::file("open", path))?;
-    opened.ok_or_else(|| SnapshotError::Damaged {
-        path: path.to_owned(),
-        reason: "it is not a file",
-    })
 }
 
 fn text_of<T: serde::Serialize>(value: &T) -> String {
@@ -330,22 +321,6 @@ fn require_plain_zones(config: &VmConfig) -> Result<(), SnapshotError> {
         }
     }
     Ok(())
-}
-
-fn read(path: &Path, bytes_max: u64) -> Result<String, SnapshotError> {
-    let mut text = String::new();
-    let (file, _) = open_file(path)?;
-    let read = file.take(bytes_max + 1).read_to_string(&mut text);
-    let damaged = |reason| SnapshotError::Damaged {
-        path: path.to_owned(),
-        reason,
-    };
-    match read {
-        Ok(bytes) if bytes as u64 > bytes_max => Err(damaged("it is too long")),
-        Ok(_) => Ok(text),
-        Err(error) if error.kind() == io::ErrorKind::InvalidData => Err(damaged("it is not text")),
-        Err(error) => Err(SnapshotError::file("read", path)(error)),
-    }
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ mod error;
 mod files;
 mod on_demand;
 mod progress;
+mod read;
 mod state_file;
 #[cfg(test)]
 mod tests;

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::de::DeserializeOwned;
 
 use super::SnapshotError;
-use super::files::open_file;
+use super::read::open_file;
 
 /// Length of [`checksum_line`].
 const CHECKSUM_BYTES: u64 = 21;

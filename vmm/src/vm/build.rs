@@ -26,10 +26,11 @@ use virtio_devices::mem::MemHandle;
 use virtio_devices::reclaim::ResidencyProbe;
 
 use super::consoles::DebugConsole;
+use super::context::VmContext;
 use super::devices::{self, Made};
 use super::handles::Handles;
 use super::observer::{CounterSource, Observed, OwnObserver};
-use super::{Vm, VmContext, VmError, consoles};
+use super::{Vm, VmError, consoles};
 use crate::config::{pci_segments, wished_slots};
 use crate::device_ids::{DEBUG_CONSOLE_ID, SERIAL_ID};
 use crate::snapshot::Snapshot;
@@ -216,14 +217,25 @@ impl Parts {
     }
 }
 
-/// Builds the machine; on an error, everything created so far is dropped.
-pub(super) fn build(
-    config: &mut VmConfig,
-    context: &VmContext,
-    snapshot: Option<&Snapshot>,
-) -> Result<Vm, VmError> {
-    let parts = Parts::open(config, context, snapshot)?;
-    parts.assemble(&open_kvm()?, config, context, snapshot.map(|it| &it.pc))
+impl Vm {
+    /// Opens everything a validated configuration names, loads the payload, and creates
+    /// memory, vCPUs and devices. On an error nothing is left behind.
+    ///
+    /// `config` is changed where creation decides something: the path of a
+    /// pseudo-terminal, the name of a tap.
+    ///
+    /// With a `snapshot`, the machine is restored from it and paused, and no payload is loaded.
+    ///
+    /// # Errors
+    /// A part that could not be created or restored, with its cause.
+    pub fn new(
+        config: &mut VmConfig,
+        context: &VmContext,
+        snapshot: Option<&Snapshot>,
+    ) -> Result<Self, VmError> {
+        let parts = Parts::open(config, context, snapshot)?;
+        parts.assemble(&open_kvm()?, config, context, snapshot.map(|it| &it.pc))
+    }
 }
 
 fn open_kvm() -> Result<Kvm, VmError> {

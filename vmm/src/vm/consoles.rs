@@ -1,38 +1,17 @@
 //! The serial port, the virtio console and the debug console, and their endpoints.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use api::VmConfig;
 use api::config::{ConsoleOutputMode, DEFAULT_DEBUG_CONSOLE_PORT};
 use machine::serial::{Endpoint, EndpointMode, Output, SerialError, SerialManager};
 use machine::threads::DeviceKind;
-use virtio_devices::Unpoisoned;
 use virtio_devices::console::Console;
 
+use super::VmError;
+use super::context::{Known, Open, VmContext};
 use super::devices::{Made, place};
-use super::{VmContext, VmError};
 use crate::device_ids::{CONSOLE_ID, DEBUG_CONSOLE_ID, SERIAL_ID};
-
-/// The open endpoints of one VM. They outlive its machines, so that a reboot
-/// keeps the pseudo-terminal and the socket's client.
-#[derive(Default)]
-pub struct Consoles {
-    open: Mutex<Open>,
-}
-
-/// An endpoint, and the mode for which it was opened.
-type Known = Option<(EndpointMode, Arc<Endpoint>)>;
-
-#[derive(Default)]
-struct Open {
-    serial: Known,
-    console: Known,
-    debug_console: Known,
-    /// Dropped last, because endpoints remove themselves from its list when dropped.
-    manager: Option<SerialManager>,
-}
-
-virtio_devices::debug_fields!(Consoles {});
 
 /// One of the devices with an endpoint.
 struct Device {
@@ -87,17 +66,6 @@ impl Device {
         };
         *(self.slot)(open) = Some((mode, Arc::clone(&endpoint)));
         Ok(Some(endpoint))
-    }
-}
-
-impl Consoles {
-    /// Closes all endpoints: the VM is deleted.
-    pub fn close(&self) {
-        *self.lock() = Open::default();
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Open> {
-        self.open.lock().unpoisoned()
     }
 }
 

@@ -45,7 +45,7 @@ pub enum VmError {
     Hinting(#[source] virtio_devices::balloon::HintingError),
     /// A device cannot be added or removed.
     #[error(transparent)]
-    Hotplug(super::HotplugError),
+    Hotplug(HotplugError),
     /// Reporting cannot be controlled this way.
     #[error("Cannot control free page reporting")]
     Reporting(#[source] virtio_devices::balloon::policy::ReportingError),
@@ -77,4 +77,60 @@ impl VmError {
             source: source.into(),
         })
     }
+}
+
+/// Reasons why a device cannot be added or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum HotplugError {
+    /// No device of this name.
+    #[error("There is no device {id}")]
+    NoSuchDevice {
+        /// The name.
+        id: String,
+    },
+    /// A device that every machine has, or that does not support removal.
+    #[error(
+        "Device {id} cannot be removed: only disks, network devices, shared folders, persistent memory, the vsock device and the balloon support removal"
+    )]
+    NotRemovable {
+        /// The name.
+        id: String,
+    },
+    /// The balloon is inflated, or has a target.
+    #[error(
+        "Balloon {id} holds {ballooned_bytes} bytes; its target is {target_bytes} bytes: \
+         resize the balloon to 0 and wait until it is empty"
+    )]
+    BalloonInflated {
+        /// The balloon.
+        id: String,
+        /// The size that the guest reports.
+        ballooned_bytes: u64,
+        /// The target.
+        target_bytes: u64,
+    },
+    /// A device of this name is still waiting for its release by the guest.
+    #[error("Device {id} is still being removed: the guest has not released it")]
+    StillLeaving {
+        /// The name.
+        id: String,
+    },
+    /// The VMM has no part in its data.
+    #[error("Device {id} is served by a vhost-user back end: change it there")]
+    OfBackEnd {
+        /// The name.
+        id: String,
+    },
+    /// A second balloon.
+    #[error("The VM already has balloon {id}")]
+    BalloonPresent {
+        /// The balloon.
+        id: String,
+    },
+    /// A second vsock device.
+    #[error("The VM already has a vsock device, {id}")]
+    VsockPresent {
+        /// The device.
+        id: String,
+    },
 }

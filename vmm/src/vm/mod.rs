@@ -5,6 +5,7 @@
 
 mod build;
 mod consoles;
+mod context;
 mod devices;
 mod error;
 mod handles;
@@ -18,110 +19,27 @@ mod reporting;
 mod tests;
 
 use std::fs::File;
-use std::io;
 use std::sync::Arc;
 
 use api::config::{PlatformConfig, RateLimiterConfig};
 use api::{HintingAction, PciDeviceInfo, ReportingPolicy, VmBalloonReporting, VmConfig};
 use machine::boot::Payload;
-use machine::events::{DeviceEventKind, GuestPanic};
 use machine::memory::GuestMemory;
 use machine::memory::on_demand::OnDemand;
-use machine::pc::{Pc, PcContext};
-use machine::signals::VmSignals;
+use machine::pc::{Pc, Plugged};
 use machine::threads::DeviceKind;
 use state::Saved;
 use virtio_devices::balloon::BalloonHandle;
 use virtio_devices::mem::MemHandle;
 
-pub use consoles::Consoles;
-pub use error::VmError;
+pub use context::{Consoles, VmContext};
+pub use error::{HotplugError, VmError};
 use handles::Handles;
-pub use hotplug::HotplugError;
 use observer::OwnObserver;
 pub use observer::{BalloonStatsError, MachineObserver};
 
 use crate::config::{NewDevice, rate_limits};
-use crate::events::{Event, EventKind, EventSink};
-use crate::snapshot::{RestoreContext, Snapshot, SnapshotError};
-use crate::threads::{ThreadKind, ThreadStart};
-
-/// The machine's interface to the rest of the program.
-#[derive(Clone)]
-pub struct VmContext {
-    /// Signals to the control thread.
-    pub signals: Arc<VmSignals>,
-    /// Seccomp hook for every thread.
-    pub thread_start: ThreadStart,
-    /// Event monitor.
-    pub events: EventSink,
-    /// Endpoints of the serial port and the consoles; kept across reboots.
-    pub consoles: Arc<Consoles>,
-}
-
-virtio_devices::debug_fields!(VmContext { signals });
-
-impl VmContext {
-    /// A context with no signal raised and no consoles.
-    ///
-    /// # Errors
-    /// No descriptors are left.
-    pub fn new(thread_start: ThreadStart, events: EventSink) -> io::Result<Self> {
-        Ok(Self {
-            signals: Arc::new(VmSignals::new()?),
-            thread_start,
-            events,
-            consoles: Arc::default(),
-        })
-    }
-
-    /// The part that the machine itself needs.
-    fn of_machine(&self) -> PcContext {
-        let events = Arc::clone(&self.events);
-        PcContext {
-            signals: Arc::clone(&self.signals),
-            thread_start: self.start_of_machine_threads(),
-            events: Arc::new(move |event| {
-                // As in upstream, a panic is an event of the guest and not of a device.
-                let (kind, device) = match event.kind {
-                    DeviceEventKind::Activated => (EventKind::DeviceActivated, Some(event.device)),
-                    DeviceEventKind::Reset => (EventKind::DeviceReset, Some(event.device)),
-                    DeviceEventKind::GuestPanic(panic) => (guest_panic(panic), None),
-                };
-                events(&Event {
-                    kind,
-                    device,
-                    left_out: event.left_out,
-                });
-            }),
-        }
-    }
-
-    /// The part that restored RAM needs.
-    fn of_restore(&self) -> RestoreContext {
-        RestoreContext {
-            events: Arc::clone(&self.events),
-            signals: Arc::clone(&self.signals),
-            thread_start: self.start_of_machine_threads(),
-        }
-    }
-
-    fn start_of_machine_threads(&self) -> machine::threads::ThreadStart {
-        let thread_start = Arc::clone(&self.thread_start);
-        Arc::new(move |thread| thread_start(ThreadKind::Machine(thread)))
-    }
-}
-
-/// Converts a panic to the event with upstream's names.
-fn guest_panic(panic: GuestPanic) -> EventKind {
-    EventKind::GuestPanic {
-        event: match panic {
-            GuestPanic::Panicked => "panic",
-            GuestPanic::CrashLoaded => "crash_loaded",
-            GuestPanic::Unknown => "unknown_event",
-        },
-    }
-}
+use crate::snapshot::{Snapshot, SnapshotError};
 
 /// The machine as the control thread uses it. Every call comes from that thread and none waits for the guest. Tests of
 /// the control thread and of the API implement it without KVM.
@@ -275,24 +193,6 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Opens everything a validated configuration names, loads the payload, and creates
-    /// memory, vCPUs and devices. On an error nothing is left behind.
-    ///
-    /// `config` is changed where creation decides something: the path of a
-    /// pseudo-terminal, the name of a tap.
-    ///
-    /// With a `snapshot`, the machine is restored from it and paused, and no payload is loaded.
-    ///
-    /// # Errors
-    /// A part that could not be created or restored, with its cause.
-    pub fn new(
-        config: &mut VmConfig,
-        context: &VmContext,
-        snapshot: Option<&Snapshot>,
-    ) -> Result<Self, VmError> {
-        build::build(config, context, snapshot)
-    }
-
     /// Loads what a restored machine has not loaded yet: it would count as never touched.
     fn complete_memory(&self) -> Result<(), VmError> {
         match self.on_demand.as_ref().is_none_or(OnDemand::finish) {
@@ -453,8 +353,16 @@ impl Machine for Vm {
             let is_balloon = plugged.kind == DeviceKind::Balloon;
             self.observer.remove(&plugged.id, is_balloon);
             self.handles.remove(&plugged.id);
-            hotplug::info(&plugged)
+            info(&plugged)
         })
         .collect()
+    }
+}
+
+/// A device as the API shows it.
+fn info(plugged: &Plugged) -> PciDeviceInfo {
+    PciDeviceInfo {
+        id: plugged.id.clone(),
+        bdf: plugged.bdf.to_string(),
     }
 }
