@@ -7,6 +7,7 @@
 //! tests, cache hits, and skipped or retried tests with reasons.
 
 mod count;
+mod part;
 mod since;
 mod step;
 mod tests_seen;

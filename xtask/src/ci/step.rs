@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 
 use super::count::{Counts, closing_line};
-use super::since::Part;
-use super::since::Part::{Fleet, Fuzz, GuestPatches, Shared, Tests, Text, Vmm, Xtask};
+use super::part::Part;
+use super::part::Part::{Fleet, Fuzz, GuestPatches, Shared, Tests, Text, Vmm, Xtask};
 use super::tests_seen::TestsSeen;
 use crate::{cargo, paths, test_programs};
 

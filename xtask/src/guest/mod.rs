@@ -41,6 +41,7 @@ mod source;
 mod stamp;
 mod stress_ng;
 pub(crate) mod tree;
+mod unpack;
 mod variant;
 
 use std::path::{Path, PathBuf};
@@ -195,7 +196,7 @@ pub(crate) fn build_kernels(kernels: &[Wanted]) -> Result<()> {
 
 /// Ensures that the Debian packages are installed that [`build`] needs for [`Wanted::Debian`].
 pub(crate) fn ensure_tools() -> Result<()> {
-    debian::ensure_tools()?;
+    unpack::ensure_tools()?;
     initramfs::ensure_tools()
 }
 

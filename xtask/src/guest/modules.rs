@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
-use super::debian::{ensure_tools, unxz};
+use super::unpack::{ensure_tools, unxz};
 
 /// A module, unpacked.
 #[derive(Debug)]

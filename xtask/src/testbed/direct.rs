@@ -17,7 +17,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
-use super::{Job, Outcome};
+use super::job::{Job, Outcome};
 use crate::paths;
 use crate::process::{self, Tie};
 

@@ -28,8 +28,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, bail};
 use parking_lot::Mutex;
 
+use super::job::{Job, Options, Outcome};
 use super::saved::SavedHost;
-use super::{Job, Outcome, plan, swap};
+use super::{plan, swap};
 use crate::apt::{self, Need};
 use crate::guest::debian::{self, DebianKernel};
 use crate::guest::{cpio, programs};
@@ -106,7 +107,7 @@ pub(crate) fn run(job: &Job) -> Result<Outcome> {
 
 /// Whether a saved host can be used: additional devices may not be savable, and counted runs and shown consoles must
 /// begin at boot.
-fn can_be_saved(options: &super::Options) -> bool {
+fn can_be_saved(options: &Options) -> bool {
     !options.icount && !options.console && options.qemu.is_none() && options.swap.is_none()
 }
 

@@ -9,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
 
-use super::{Job, KernelChoice};
+use super::job::{Job, KernelChoice};
 
 /// Folder of our binaries in the outer machine.
 const BIN_DIR: &str = "/opt/vmm/bin";

@@ -1,0 +1,204 @@
+//! The parameters of a run, and how its command ends.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use crate::guest::{Artefacts, Wanted};
+
+/// Exit status for a command that ran out of time, as in timeout(1).
+const TIMED_OUT: u8 = 124;
+
+/// One: with several, QEMU's emulation of nested guests occasionally loses inter-processor requests, and a guest
+/// crashes or the whole machine hangs.
+pub(super) const DEFAULT_CPUS: u32 = 1;
+pub(super) const DEFAULT_PROFILE: &str = "release";
+
+/// What the caller wants.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Memory of the emulated host (with suffix K, M or G)
+    #[arg(long, default_value = "4G", value_parser = parse_size)]
+    pub(super) memory: u64,
+    /// Processors of the emulated host
+    #[arg(long, default_value_t = DEFAULT_CPUS)]
+    pub(super) cpus: u32,
+    /// Directory that the command can read and write at /share
+    #[arg(long, value_name = "DIR")]
+    pub(super) share: Option<PathBuf>,
+    /// Stop after this many seconds, with exit status 124
+    #[arg(long, value_name = "SECONDS")]
+    pub(super) timeout: Option<u64>,
+    /// Count instructions instead of time: repeatable, one processor, always emulated
+    #[arg(long)]
+    pub(super) icount: bool,
+    /// Swap space of the emulated host (with suffix K, M or G) [default: none]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(super) swap: Option<u64>,
+    /// Host of the command: this machine if its KVM boots Linux (auto), or always one of the two
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(super) host: HostChoice,
+    /// Cargo profile of the programs, which are built first
+    #[arg(long, default_value = DEFAULT_PROFILE)]
+    pub(super) profile: String,
+    /// Kernel of the guests
+    #[arg(long, value_enum, default_value = "stock")]
+    pub(super) kernel: KernelChoice,
+    /// Also offer Debian's kernels of several series and a disk with Debian on it
+    #[arg(long)]
+    pub(super) distributions: bool,
+    /// Build only these programs [default: all]
+    #[arg(long = "program", value_name = "NAME")]
+    pub(super) programs: Vec<String>,
+    /// The programs are already built
+    #[arg(skip)]
+    pub(super) are_built: bool,
+    /// An emulated host is ended when its command has printed nothing for this long
+    #[arg(skip)]
+    pub(super) silence_max: Option<Duration>,
+    /// Further options for QEMU, separated by spaces (for devices of the emulated host)
+    #[arg(long, value_name = "OPTIONS", allow_hyphen_values = true)]
+    pub(super) qemu: Option<String>,
+    /// Show the console of the emulated host on stderr
+    #[arg(long)]
+    pub(super) console: bool,
+    /// The command and its arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(super) command: Vec<OsString>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum HostChoice {
+    Auto,
+    Direct,
+    Emulated,
+}
+
+/// What our own tests and programs boot, unless they name a kernel.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum, strum::IntoStaticStr)]
+#[strum(serialize_all = "lowercase")]
+pub(crate) enum KernelChoice {
+    /// Debian's binary kernel for cloud guests, with its modules; nothing is compiled
+    Debian,
+    /// Debian's source, compiled with our small configuration
+    #[default]
+    Stock,
+    /// The stock kernel with the series in guest-patches
+    Patched,
+    /// The stock kernel with guest-patches/rival, the baseline for measurements of the series
+    Rival,
+    /// The patched kernel with mainline's tracking of free memory; it suffices for most tests
+    Mainline,
+}
+
+impl KernelChoice {
+    /// Its value of the environment variable `GUEST_KERNEL`.
+    pub(crate) fn name(self) -> &'static str {
+        self.into()
+    }
+
+    /// The kernel to build for it.
+    pub(super) fn wanted(self) -> Wanted {
+        match self {
+            Self::Debian => Wanted::Debian,
+            Self::Stock => Wanted::Stock,
+            Self::Patched | Self::Mainline => Wanted::Patched,
+            Self::Rival => Wanted::Rival,
+        }
+    }
+}
+
+/// Everything a host needs to run the command.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) options: Options,
+    pub(super) artefacts: Artefacts,
+    pub(super) bins: Vec<PathBuf>,
+    pub(super) share: Option<PathBuf>,
+}
+
+/// How the command ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    Exit(u8),
+    TimedOut,
+    /// Ended because it printed nothing for too long after this line, which may be incomplete.
+    Silent(String),
+}
+
+impl Outcome {
+    /// The status that this program ends with; says why it is not the command's.
+    pub(crate) fn status(&self) -> ExitCode {
+        match self {
+            Self::Exit(status) => return ExitCode::from(*status),
+            Self::TimedOut => eprintln!("testbed: the command reached its time limit"),
+            Self::Silent(line) => eprintln!("testbed: no output after {line:?} for too long"),
+        }
+        ExitCode::from(TIMED_OUT)
+    }
+}
+
+impl Job {
+    pub(super) fn timeout(&self) -> Option<Duration> {
+        self.options.timeout.map(Duration::from_secs)
+    }
+}
+
+/// Bytes, with an optional binary suffix; 4.5G is fine, a fraction of a byte is not.
+pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.chars().last() {
+        Some('K' | 'k') => (&text[..text.len() - 1], 10),
+        Some('M' | 'm') => (&text[..text.len() - 1], 20),
+        Some('G' | 'g') => (&text[..text.len() - 1], 30),
+        _ => (text, 0),
+    };
+    let whole = digits
+        .parse::<u64>()
+        .ok()
+        .and_then(|number| number.checked_mul(1 << shift));
+    match whole.or_else(|| fraction(digits, 1 << shift)) {
+        Some(0) | None => Err(format!("{text:?} is no size, such as 512M or 4G")),
+        Some(bytes) => Ok(bytes),
+    }
+}
+
+/// `digits` with one decimal point, in units of `unit` bytes, when that is a whole number.
+fn fraction(digits: &str, unit: u64) -> Option<u64> {
+    let (whole, tenths) = digits.split_once('.')?;
+    let scale = 10u64.checked_pow(u32::try_from(tenths.len()).ok()?)?;
+    let parts = tenths.parse::<u64>().ok()?.checked_mul(unit)?;
+    let whole = whole.parse::<u64>().ok()?.checked_mul(unit)?;
+    (parts % scale == 0).then(|| whole.checked_add(parts / scale))?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse_size;
+
+    #[test]
+    fn size_with_suffix_is_binary() {
+        assert_eq!(parse_size("4G"), Ok(4 << 30));
+        assert_eq!(parse_size("512m"), Ok(512 << 20));
+        assert_eq!(parse_size("4096"), Ok(4096));
+        assert_eq!(parse_size("4.5G"), Ok(9 << 29));
+    }
+
+    #[test]
+    fn size_that_is_none_is_refused() {
+        for text in [
+            "",
+            "0",
+            "G",
+            "4T",
+            "-1",
+            "1.5",
+            ".5G",
+            "1.G",
+            "0.3G",
+            "99999999999G",
+        ] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+}
