@@ -2,7 +2,8 @@
 //!
 //! The server's routes and error messages, the client's calls, the commands of `ch-remote` and the test of the OpenAPI
 //! file are all derived from this table. The server matches on [`Endpoint`] without a catch-all arm, so a new row does
-//! not compile until the server implements it. The comment of a row is the help text of its command.
+//! not compile until the server implements it. The comment of a row is the help text of its command, unless the command
+//! also calls another endpoint. The help lists the commands in the order of the rows, those without arguments first.
 
 /// Prefix of every path.
 pub const API_PREFIX: &str = "/api/v1/";
@@ -128,11 +129,63 @@ endpoints! {
     VmResize = Upstream Put "vm.resize",
         request Some("VmResize"), response None, command "resize",
         failure "The VM could not be resized";
+    /// Change the size of a disk of a running VM.
+    VmResizeDisk = Upstream Put "vm.resize-disk",
+        request Some("VmResizeDisk"), response None, command "resize-disk",
+        failure "The disk could not be resized";
+    /// Change the rate limit of a disk, a network interface or a group.
+    VmUpdateRateLimiter = Ours Put "vm.update-rate-limiter",
+        request Some("VmUpdateRateLimiter"), response None, command "update-rate-limiter",
+        failure "The rate limit could not be changed";
     /// Show the memory statistics that the guest reports.
     VmBalloonStats = Upstream Get "vm.balloon-stats",
         request None, response Some("BalloonStatsResponse"), command "balloon-stats",
         failure "The balloon statistics are not available";
-    /// Show how much of the VM's memory returned to the host.
+    /// Add a disk to the VM.
+    VmAddDisk = Upstream Put "vm.add-disk",
+        request Some("DiskConfig"), response Some("PciDeviceInfo"), command "add-disk",
+        failure "The disk could not be added to the VM";
+    /// Add a network interface to the VM.
+    VmAddNet = Upstream Put "vm.add-net",
+        request Some("NetConfig"), response Some("PciDeviceInfo"), command "add-net",
+        failure "The network device could not be added to the VM";
+    /// Add a shared folder to the VM.
+    VmAddFs = Upstream Put "vm.add-fs",
+        request Some("FsConfig"), response Some("PciDeviceInfo"), command "add-fs",
+        failure "The shared folder could not be added to the VM";
+    /// Add a device that a vhost-user back end serves to the VM.
+    VmAddGenericVhostUser = Upstream Put "vm.add-generic-vhost-user",
+        request Some("GenericVhostUserConfig"), response Some("PciDeviceInfo"), command "add-generic-vhost-user",
+        failure "The vhost-user device could not be added to the VM";
+    /// Add persistent memory to the VM.
+    VmAddPmem = Upstream Put "vm.add-pmem",
+        request Some("PmemConfig"), response Some("PciDeviceInfo"), command "add-pmem",
+        failure "The persistent memory device could not be added to the VM";
+    /// Add the vsock device to the VM.
+    VmAddVsock = Upstream Put "vm.add-vsock",
+        request Some("VsockConfig"), response Some("PciDeviceInfo"), command "add-vsock",
+        failure "The vsock device could not be added to the VM";
+    /// Add the balloon to the VM.
+    VmAddBalloon = Ours Put "vm.add-balloon",
+        request Some("BalloonConfig"), response Some("PciDeviceInfo"), command "add-balloon",
+        failure "The balloon could not be added to the VM";
+    /// Save the paused VM to files.
+    VmSnapshot = Upstream Put "vm.snapshot",
+        request Some("VmSnapshotConfig"), response None, command "snapshot",
+        failure "The VM could not be snapshotted";
+    /// Write a core file of the guest.
+    VmCoredump = Upstream Put "vm.coredump",
+        request Some("VmCoredumpData"), response None, command "coredump",
+        failure "The core file of the VM could not be written";
+    /// Create a VM from saved files.
+    VmRestore = Upstream Put "vm.restore",
+        request Some("RestoreConfig"), response None, command "restore",
+        failure "The VM could not be restored";
+    /// Remove a disk, a network interface, a shared folder, persistent memory, the vsock device or the balloon from the VM.
+    VmRemoveDevice = Upstream Put "vm.remove-device",
+        request Some("VmRemoveDevice"), response None, command "remove-device",
+        failure "The device could not be removed from the VM";
+    /// Show how much of the VM's memory returned to the host, and how.
     VmReclaimStats = Ours Get "vm.reclaim-stats",
         request None, response Some("ReclaimStats"), command "reclaim-stats",
         failure "The reclaim statistics are not available";
@@ -148,38 +201,6 @@ endpoints! {
     VmBalloonHinting = Ours Put "vm.balloon-hinting",
         request Some("VmBalloonHinting"), response None, command "balloon-hinting",
         failure "Free page hinting could not be started or stopped";
-    /// Add a disk, also to a running VM.
-    VmAddDisk = Upstream Put "vm.add-disk",
-        request Some("DiskConfig"), response Some("PciDeviceInfo"), command "add-disk",
-        failure "The disk could not be added to the VM";
-    /// Add a network interface, also to a running VM.
-    VmAddNet = Upstream Put "vm.add-net",
-        request Some("NetConfig"), response Some("PciDeviceInfo"), command "add-net",
-        failure "The network device could not be added to the VM";
-    /// Add a shared folder, also to a running VM.
-    VmAddFs = Upstream Put "vm.add-fs",
-        request Some("FsConfig"), response Some("PciDeviceInfo"), command "add-fs",
-        failure "The shared folder could not be added to the VM";
-    /// Add a device that a vhost-user back end serves, also to a running VM.
-    VmAddGenericVhostUser = Upstream Put "vm.add-generic-vhost-user",
-        request Some("GenericVhostUserConfig"), response Some("PciDeviceInfo"), command "add-generic-vhost-user",
-        failure "The vhost-user device could not be added to the VM";
-    /// Add persistent memory, also to a running VM.
-    VmAddPmem = Upstream Put "vm.add-pmem",
-        request Some("PmemConfig"), response Some("PciDeviceInfo"), command "add-pmem",
-        failure "The persistent memory device could not be added to the VM";
-    /// Add the vsock device, also to a running VM.
-    VmAddVsock = Upstream Put "vm.add-vsock",
-        request Some("VsockConfig"), response Some("PciDeviceInfo"), command "add-vsock",
-        failure "The vsock device could not be added to the VM";
-    /// Add the balloon, also to a running VM.
-    VmAddBalloon = Ours Put "vm.add-balloon",
-        request Some("BalloonConfig"), response Some("PciDeviceInfo"), command "add-balloon",
-        failure "The balloon could not be added to the VM";
-    /// Remove a device; a running guest must release it first.
-    VmRemoveDevice = Upstream Put "vm.remove-device",
-        request Some("VmRemoveDevice"), response None, command "remove-device",
-        failure "The device could not be removed from the VM";
     /// Pause or resume free page reporting, or request a full report.
     VmBalloonReporting = Ours Put "vm.balloon-reporting",
         request Some("VmBalloonReporting"), response Some("ReportingStatus"), command "balloon-reporting",
@@ -200,30 +221,10 @@ endpoints! {
     VmReboot = Upstream Put "vm.reboot",
         request None, response None, command "reboot",
         failure "The VM could not reboot";
-    /// Write a core file of the guest.
-    VmCoredump = Upstream Put "vm.coredump",
-        request Some("VmCoredumpData"), response None, command "coredump",
-        failure "The core file of the VM could not be written";
     /// Send a non-maskable interrupt to the VM's vCPUs.
     VmNmi = Upstream Put "vm.nmi",
         request None, response None, command "nmi",
         failure "The NMI could not be sent";
-    /// Change the size of a disk of a running VM.
-    VmResizeDisk = Upstream Put "vm.resize-disk",
-        request Some("VmResizeDisk"), response None, command "resize-disk",
-        failure "The disk could not be resized";
-    /// Change the rate limit of a disk, a network interface or a group.
-    VmUpdateRateLimiter = Ours Put "vm.update-rate-limiter",
-        request Some("VmUpdateRateLimiter"), response None, command "update-rate-limiter",
-        failure "The rate limit could not be changed";
-    /// Save a paused VM to files.
-    VmSnapshot = Upstream Put "vm.snapshot",
-        request Some("VmSnapshotConfig"), response None, command "snapshot",
-        failure "The VM could not be snapshotted";
-    /// Create a VM from saved files; it is paused.
-    VmRestore = Upstream Put "vm.restore",
-        request Some("RestoreConfig"), response None, command "restore",
-        failure "The VM could not be restored";
     /// Press the VM's power button.
     VmPowerButton = Upstream Put "vm.power-button",
         request None, response None, command "power-button",

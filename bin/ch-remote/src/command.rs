@@ -1,4 +1,4 @@
-//! The commands: their arguments, and conversion to requests.
+//! The commands: one for each name in the endpoint table, with the arguments that the endpoint's body needs.
 
 use std::fs::File;
 use std::io::Read;
@@ -17,7 +17,8 @@ use api::{
     VmSnapshotConfig, VmUpdateRateLimiter, to_ascii_json,
 };
 use clap::error::ErrorKind;
-use clap::{ArgGroup, ArgMatches, Args, FromArgMatches, Subcommand, ValueEnum};
+use clap::{Arg, ArgGroup, ArgMatches, Args, FromArgMatches, Subcommand, ValueEnum};
+use serde::Serialize;
 
 /// Minimum time between two samples of `reclaim-stats --watch`, because each measures residency on the host.
 const INTERVAL_SECONDS_MIN: f64 = 0.05;
@@ -27,90 +28,214 @@ const INTERVAL_SECONDS_MAX: f64 = 86_400.0;
 /// Maximum size of a configuration, the VMM's limit for a body.
 const CONFIG_BYTES_MAX: u64 = 4 << 20;
 
-/// The commands. Names are those of the endpoint table, which a test checks.
-#[derive(Debug, Subcommand)]
+/// What a command does.
+#[derive(Debug)]
 pub(crate) enum Command {
-    #[command(flatten)]
-    Bare(Bare),
-    /// Store the configuration of a VM without booting it
-    Create(CreateArguments),
-    /// Change the VM's vCPUs, RAM or balloon
-    Resize(ResizeArguments),
-    /// Change the size of a disk of a running VM
-    ResizeDisk(ResizeDiskArguments),
-    /// Change the rate limit of a disk, a network interface or a group
-    UpdateRateLimiter(UpdateRateLimiterArguments),
-    /// Add a disk to the VM
-    AddDisk(AddDiskArguments),
-    /// Add a network interface to the VM
-    AddNet(AddNetArguments),
-    /// Add a shared folder to the VM
-    AddFs(AddFsArguments),
-    /// Add a device that a vhost-user back end serves to the VM
-    AddGenericVhostUser(AddGenericVhostUserArguments),
-    /// Add persistent memory to the VM
-    AddPmem(AddPmemArguments),
-    /// Add the vsock device to the VM
-    AddVsock(AddVsockArguments),
-    /// Add the balloon to the VM
-    AddBalloon(AddBalloonArguments),
-    /// Save the paused VM to files
-    Snapshot(SnapshotArguments),
-    /// Write a core file of the guest
-    Coredump(CoredumpArguments),
-    /// Create a VM from saved files
-    Restore(RestoreArguments),
-    /// Remove a disk, a network interface, a shared folder, persistent memory, the vsock device or the balloon from the VM
-    RemoveDevice(RemoveDeviceArguments),
-    /// Show how much of the VM's memory returned to the host, and how
+    /// Sends a request and prints the response.
+    Call(Request),
+    /// Sends the configuration in this file.
+    Create(PathBuf),
+    /// Prints the reclaim statistics.
     ReclaimStats(ReclaimStatsArguments),
-    /// Show or change alerts and the reporting policy
-    ReclaimThresholds(ReclaimThresholdsArguments),
-    /// Start or stop a run of free page hinting, or show its progress
-    BalloonHinting(BalloonHintingArguments),
-    /// Pause or resume free page reporting, request a full report, or show the state
-    BalloonReporting(BalloonReportingArguments),
+    /// Prints the part of the reclaim statistics about hinting.
+    HintingStatus,
+    /// Prints the part of the reclaim statistics about reporting.
+    ReportingStatus,
 }
 
-/// A command without arguments. Name and help text come from the endpoint table.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Bare(pub(crate) Endpoint);
+/// A request to an endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Request {
+    pub(crate) endpoint: Endpoint,
+    pub(crate) body: Option<String>,
+    /// Open descriptors of this process that are sent with it.
+    pub(crate) fds: Vec<RawFd>,
+}
 
-impl Bare {
-    fn endpoints() -> impl Iterator<Item = Endpoint> {
-        // The commands of these two endpoints have arguments nevertheless.
-        let has_arguments =
-            |it| matches!(it, Endpoint::VmReclaimStats | Endpoint::VmReclaimThresholds);
-        let all = Endpoint::ALL.iter().copied();
-        all.filter(move |it| it.request().is_none() && !has_arguments(*it))
+impl Request {
+    fn new(endpoint: Endpoint, body: Option<String>) -> Self {
+        let fds = Vec::new();
+        Self {
+            endpoint,
+            body,
+            fds,
+        }
     }
 
-    fn named(name: &str) -> Option<Self> {
-        Self::endpoints().find(|it| it.command() == name).map(Self)
+    /// The request to create the VM of the configuration at `path`; `input` stands for standard input.
+    pub(crate) fn create(path: &Path, input: &mut dyn Read) -> Result<Self> {
+        let config = read_config(path, input)?;
+        Ok(Self::new(Endpoint::VmCreate, Some(config)))
     }
 }
 
-impl Subcommand for Bare {
-    fn augment_subcommands(command: clap::Command) -> clap::Command {
-        Self::endpoints().fold(command, |command, endpoint| {
-            let about = endpoint.about().trim_end_matches('.');
-            command.subcommand(clap::Command::new(endpoint.command()).about(about))
+fn call(endpoint: Endpoint, body: &impl Serialize) -> Command {
+    Command::Call(Request::new(endpoint, Some(json(body))))
+}
+
+fn json(body: &impl Serialize) -> String {
+    to_ascii_json(body).expect("wire types are always JSON")
+}
+
+type Parsed = Result<Command, clap::Error>;
+
+/// The arguments of a command: their declaration, and the command that they make.
+struct Arguments {
+    declare: Box<dyn Fn(clap::Command) -> clap::Command>,
+    read: Box<dyn Fn(&ArgMatches) -> Parsed>,
+}
+
+impl Arguments {
+    /// The arguments of the command whose first endpoint this is, if it has any.
+    fn of(endpoint: Endpoint) -> Option<Self> {
+        /// One argument: a section of the configuration, with the descriptors that it names.
+        macro_rules! section {
+            ($section:ty, $id:literal, $name:literal) => {
+                section!($section, $id, $name, |_| Vec::new())
+            };
+            ($section:ty, $id:literal, $name:literal, $fds:expr) => {{
+                let argument = Arg::new($id).value_name($name).help(<$section>::syntax());
+                Self::one(endpoint, argument, <$section>::parse, $fds)
+            }};
+        }
+        Some(match endpoint {
+            Endpoint::VmCreate => Self::derived::<CreateArguments>(),
+            Endpoint::VmResize => Self::derived::<ResizeArguments>(),
+            Endpoint::VmResizeDisk => Self::derived::<ResizeDiskArguments>(),
+            Endpoint::VmUpdateRateLimiter => section!(VmUpdateRateLimiter, "limit", "LIMIT"),
+            Endpoint::VmAddDisk => section!(DiskConfig, "disk", "DISK"),
+            Endpoint::VmAddNet => {
+                section!(NetConfig, "net", "NET", |it| {
+                    it.fds.clone().unwrap_or_default()
+                })
+            }
+            Endpoint::VmAddFs => section!(FsConfig, "fs", "FS"),
+            Endpoint::VmAddGenericVhostUser => section!(GenericVhostUserConfig, "device", "DEVICE"),
+            Endpoint::VmAddPmem => section!(PmemConfig, "pmem", "PMEM"),
+            Endpoint::VmAddVsock => section!(VsockConfig, "vsock", "VSOCK"),
+            Endpoint::VmAddBalloon => section!(BalloonConfig, "balloon", "BALLOON"),
+            Endpoint::VmRestore => section!(RestoreConfig, "restore", "RESTORE", |it| {
+                let nets = it.net_fds.iter().flatten();
+                nets.flat_map(|net| net.fds.iter().copied()).collect()
+            }),
+            Endpoint::VmSnapshot => Self::text(
+                endpoint,
+                Arg::new("url").value_name("URL").help(
+                    "An existing folder without a snapshot, as file:// and its absolute path",
+                ),
+                |destination_url| VmSnapshotConfig { destination_url },
+            ),
+            Endpoint::VmCoredump => Self::text(
+                endpoint,
+                Arg::new("url")
+                    .value_name("URL")
+                    .help("A file that does not exist yet, as file:// and its absolute path"),
+                |destination_url| VmCoredumpData { destination_url },
+            ),
+            Endpoint::VmRemoveDevice => Self::text(
+                endpoint,
+                Arg::new("id")
+                    .value_name("ID")
+                    .help("Name of the device, as vm.info shows it"),
+                |id| VmRemoveDevice { id },
+            ),
+            Endpoint::VmReclaimStats => Self::derived::<ReclaimStatsArguments>(),
+            Endpoint::VmReclaimThresholds => Self::derived::<ReclaimThresholdsArguments>(),
+            Endpoint::VmBalloonHinting => Self::derived::<BalloonHintingArguments>(),
+            Endpoint::VmBalloonReporting => Self::derived::<BalloonReportingArguments>(),
+            _ => return None,
         })
     }
 
-    fn augment_subcommands_for_update(command: clap::Command) -> clap::Command {
-        Self::augment_subcommands(command)
+    fn derived<T: Args + Into<Command> + 'static>() -> Self {
+        Self {
+            declare: Box::new(T::augment_args),
+            read: Box::new(|matches| T::from_arg_matches(matches).map(T::into)),
+        }
     }
 
-    fn has_subcommand(name: &str) -> bool {
-        Self::named(name).is_some()
+    /// One argument, which is a field of the body.
+    fn text<T: Serialize + 'static>(
+        endpoint: Endpoint,
+        argument: Arg,
+        body: fn(String) -> T,
+    ) -> Self {
+        let parse = move |text: &str| Ok(body(text.to_owned()));
+        Self::one(endpoint, argument, parse, |_| Vec::new())
+    }
+
+    /// One argument, from which `parse` makes the body.
+    fn one<T: Serialize + 'static>(
+        endpoint: Endpoint,
+        argument: Arg,
+        parse: impl Fn(&str) -> Result<T, OptionError> + Clone + Send + Sync + 'static,
+        fds: fn(&T) -> Vec<RawFd>,
+    ) -> Self {
+        let id = argument.get_id().clone();
+        let argument = argument.required(true).value_parser(move |text: &str| {
+            let value = one_line(parse(text))?;
+            Ok::<_, String>(Request {
+                endpoint,
+                body: Some(json(&value)),
+                fds: fds(&value),
+            })
+        });
+        Self {
+            declare: Box::new(move |command| command.arg(argument.clone())),
+            read: Box::new(move |matches| {
+                let request = matches.get_one::<Request>(id.as_str()).cloned();
+                let missing = || clap::Error::new(ErrorKind::MissingRequiredArgument);
+                request.map(Command::Call).ok_or_else(missing)
+            }),
+        }
     }
 }
 
-impl FromArgMatches for Bare {
+/// The first endpoint of each command. Commands without arguments come first.
+fn endpoints() -> impl Iterator<Item = Endpoint> {
+    let is_first = |it: &Endpoint| first_of(it.command()) == Some(*it);
+    let all = Endpoint::ALL.iter().copied().filter(is_first);
+    let (with_arguments, bare): (Vec<_>, Vec<_>) = all.partition(|it| Arguments::of(*it).is_some());
+    bare.into_iter().chain(with_arguments)
+}
+
+fn first_of(command: &str) -> Option<Endpoint> {
+    let mut all = Endpoint::ALL.iter().copied();
+    all.find(|it| it.command() == command)
+}
+
+impl Subcommand for Command {
+    fn augment_subcommands(program: clap::Command) -> clap::Command {
+        endpoints().fold(program, |program, endpoint| {
+            let about = endpoint.about().trim_end_matches('.');
+            let command = clap::Command::new(endpoint.command()).about(about);
+            program.subcommand(match Arguments::of(endpoint) {
+                Some(arguments) => (arguments.declare)(command),
+                None => command,
+            })
+        })
+    }
+
+    fn augment_subcommands_for_update(program: clap::Command) -> clap::Command {
+        Self::augment_subcommands(program)
+    }
+
+    fn has_subcommand(name: &str) -> bool {
+        first_of(name).is_some()
+    }
+}
+
+impl FromArgMatches for Command {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        let named = matches.subcommand_name().and_then(Self::named);
-        named.ok_or_else(|| clap::Error::new(ErrorKind::MissingSubcommand))
+        let (name, matches) = matches
+            .subcommand()
+            .ok_or_else(|| clap::Error::new(ErrorKind::MissingSubcommand))?;
+        let endpoint =
+            first_of(name).ok_or_else(|| clap::Error::new(ErrorKind::InvalidSubcommand))?;
+        match Arguments::of(endpoint) {
+            Some(arguments) => (arguments.read)(matches),
+            None => Ok(Self::Call(Request::new(endpoint, None))),
+        }
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
@@ -119,19 +244,20 @@ impl FromArgMatches for Bare {
     }
 }
 
+/// Pause or resume free page reporting, request a full report, or show the state
 #[derive(Debug, Args)]
-pub(crate) struct BalloonReportingArguments {
+struct BalloonReportingArguments {
     /// Action
     #[arg(value_enum)]
-    pub(crate) action: BalloonReportingAction,
+    action: BalloonReportingAction,
 
     /// With report-now: include memory reported before, for example after a restore
     #[arg(long)]
-    pub(crate) again: bool,
+    again: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum BalloonReportingAction {
+enum BalloonReportingAction {
     /// Pause reporting, and wait until reported memory is no longer discarded
     Pause,
     /// Resume reporting
@@ -142,15 +268,29 @@ pub(crate) enum BalloonReportingAction {
     Status,
 }
 
+impl From<BalloonReportingArguments> for Command {
+    fn from(BalloonReportingArguments { action, again }: BalloonReportingArguments) -> Self {
+        let action = match action {
+            BalloonReportingAction::Pause => ReportingAction::Pause,
+            BalloonReportingAction::Resume => ReportingAction::Resume,
+            BalloonReportingAction::ReportNow => ReportingAction::ReportNow,
+            BalloonReportingAction::Status => return Self::ReportingStatus,
+        };
+        let body = VmBalloonReporting { action, again };
+        call(Endpoint::VmBalloonReporting, &body)
+    }
+}
+
+/// Start or stop a run of free page hinting, or show its progress
 #[derive(Debug, Args)]
-pub(crate) struct BalloonHintingArguments {
+struct BalloonHintingArguments {
     /// Action
     #[arg(value_enum)]
-    pub(crate) action: BalloonHintingAction,
+    action: BalloonHintingAction,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum BalloonHintingAction {
+enum BalloonHintingAction {
     /// Ask the guest to hint all its free memory, which returns to the host
     Start,
     /// End the run; the guest keeps its free memory
@@ -159,113 +299,76 @@ pub(crate) enum BalloonHintingAction {
     Status,
 }
 
+impl From<BalloonHintingArguments> for Command {
+    fn from(hinting: BalloonHintingArguments) -> Self {
+        let action = match hinting.action {
+            BalloonHintingAction::Start => HintingAction::Start,
+            BalloonHintingAction::Stop => HintingAction::Stop,
+            BalloonHintingAction::Status => return Self::HintingStatus,
+        };
+        call(Endpoint::VmBalloonHinting, &VmBalloonHinting { action })
+    }
+}
+
 #[derive(Debug, Args)]
-pub(crate) struct CreateArguments {
+struct CreateArguments {
     /// File with the configuration as JSON; - reads standard input
     #[arg(value_name = "PATH", default_value = "-")]
-    pub(crate) path: PathBuf,
+    path: PathBuf,
+}
+
+impl From<CreateArguments> for Command {
+    fn from(create: CreateArguments) -> Self {
+        Self::Create(create.path)
+    }
 }
 
 #[derive(Debug, Args)]
 #[command(group = ArgGroup::new("change").required(true).multiple(true))]
-pub(crate) struct ResizeArguments {
+struct ResizeArguments {
     /// Number of vCPUs
     #[arg(long, value_name = "COUNT", group = "change", value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) cpus: Option<u32>,
+    cpus: Option<u32>,
 
     /// RAM, in bytes or with a suffix such as M or GiB
     #[arg(long, value_name = "SIZE", group = "change", value_parser = parse_bytes)]
-    pub(crate) memory: Option<u64>,
+    memory: Option<u64>,
 
     /// Target size of the balloon, in bytes or with a suffix such as M or GiB
     #[arg(long, value_name = "SIZE", group = "change", value_parser = parse_bytes)]
-    pub(crate) balloon: Option<u64>,
+    balloon: Option<u64>,
+}
+
+impl From<ResizeArguments> for Command {
+    fn from(resize: ResizeArguments) -> Self {
+        let body = VmResize {
+            desired_vcpus: resize.cpus,
+            desired_ram: resize.memory,
+            desired_balloon: resize.balloon,
+        };
+        call(Endpoint::VmResize, &body)
+    }
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct ResizeDiskArguments {
+struct ResizeDiskArguments {
     /// Name of the disk, as vm.info shows it
     #[arg(long, value_name = "ID")]
-    pub(crate) disk: String,
+    disk: String,
 
     /// Its new size, in bytes or with a suffix such as M or GiB
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
-    pub(crate) size: u64,
+    size: u64,
 }
 
-#[derive(Debug, Args)]
-pub(crate) struct UpdateRateLimiterArguments {
-    #[arg(value_name = "LIMIT", value_parser = |text: &str| one_line(VmUpdateRateLimiter::parse(text)), help = VmUpdateRateLimiter::syntax())]
-    pub(crate) limit: VmUpdateRateLimiter,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct AddDiskArguments {
-    #[arg(value_name = "DISK", value_parser = |text: &str| one_line(DiskConfig::parse(text)), help = DiskConfig::syntax())]
-    pub(crate) disk: DiskConfig,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct AddNetArguments {
-    #[arg(value_name = "NET", value_parser = |text: &str| one_line(NetConfig::parse(text)), help = NetConfig::syntax())]
-    pub(crate) net: NetConfig,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct AddFsArguments {
-    #[arg(value_name = "FS", value_parser = |text: &str| one_line(FsConfig::parse(text)), help = FsConfig::syntax())]
-    pub(crate) fs: FsConfig,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct AddGenericVhostUserArguments {
-    #[arg(value_name = "DEVICE", value_parser = |text: &str| one_line(GenericVhostUserConfig::parse(text)), help = GenericVhostUserConfig::syntax())]
-    pub(crate) device: GenericVhostUserConfig,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct AddPmemArguments {
-    #[arg(value_name = "PMEM", value_parser = |text: &str| one_line(PmemConfig::parse(text)), help = PmemConfig::syntax())]
-    pub(crate) pmem: PmemConfig,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct AddVsockArguments {
-    #[arg(value_name = "VSOCK", value_parser = |text: &str| one_line(VsockConfig::parse(text)), help = VsockConfig::syntax())]
-    pub(crate) vsock: VsockConfig,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct AddBalloonArguments {
-    #[arg(value_name = "BALLOON", value_parser = |text: &str| one_line(BalloonConfig::parse(text)), help = BalloonConfig::syntax())]
-    pub(crate) balloon: BalloonConfig,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct RemoveDeviceArguments {
-    /// Name of the device, as vm.info shows it
-    #[arg(value_name = "ID")]
-    pub(crate) id: String,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct SnapshotArguments {
-    /// An existing folder without a snapshot, as file:// and its absolute path
-    #[arg(value_name = "URL")]
-    pub(crate) url: String,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct CoredumpArguments {
-    /// A file that does not exist yet, as file:// and its absolute path
-    #[arg(value_name = "URL")]
-    pub(crate) url: String,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct RestoreArguments {
-    #[arg(value_name = "RESTORE", value_parser = |text: &str| one_line(RestoreConfig::parse(text)), help = RestoreConfig::syntax())]
-    pub(crate) restore: RestoreConfig,
+impl From<ResizeDiskArguments> for Command {
+    fn from(resize: ResizeDiskArguments) -> Self {
+        let body = VmResizeDisk {
+            id: resize.disk,
+            desired_size: resize.size,
+        };
+        call(Endpoint::VmResizeDisk, &body)
+    }
 }
 
 /// Output format of `reclaim-stats`.
@@ -296,14 +399,15 @@ pub(crate) struct ReclaimStatsArguments {
     pub(crate) count: Option<u64>,
 }
 
+/// Show or change alerts and the reporting policy
 #[derive(Debug, Args)]
-pub(crate) struct ReclaimThresholdsArguments {
+struct ReclaimThresholdsArguments {
     #[arg(long, value_name = "SETTINGS", value_parser = |text: &str| one_line(ReclaimThresholdsChange::parse(text)), help = ReclaimThresholdsChange::syntax())]
-    pub(crate) set: Vec<ReclaimThresholdsChange>,
+    set: Vec<ReclaimThresholdsChange>,
 
     /// Remove the alert with this name, before anything is set
     #[arg(long, value_name = "NAME")]
-    pub(crate) remove: Vec<String>,
+    remove: Vec<String>,
 }
 
 impl ReclaimStatsArguments {
@@ -317,20 +421,24 @@ impl ReclaimStatsArguments {
     }
 }
 
-impl ReclaimThresholdsArguments {
-    /// All changes in one request; `None` if there are none.
-    pub(crate) fn change(&self) -> Option<ReclaimThresholdsChange> {
-        if self.set.is_empty() && self.remove.is_empty() {
-            return None;
+impl From<ReclaimStatsArguments> for Command {
+    fn from(stats: ReclaimStatsArguments) -> Self {
+        Self::ReclaimStats(stats)
+    }
+}
+
+impl From<ReclaimThresholdsArguments> for Command {
+    /// All changes in one request. Without changes, the settings are shown.
+    fn from(ReclaimThresholdsArguments { set, remove }: ReclaimThresholdsArguments) -> Self {
+        if set.is_empty() && remove.is_empty() {
+            return Self::Call(Request::new(Endpoint::VmReclaimThresholds, None));
         }
         let mut change = ReclaimThresholdsChange {
-            remove_alerts: self.remove.clone(),
+            remove_alerts: remove,
             ..ReclaimThresholdsChange::default()
         };
-        for set in &self.set {
-            change.extend(set.clone());
-        }
-        Some(change)
+        set.into_iter().for_each(|set| change.extend(set));
+        call(Endpoint::VmSetReclaimThresholds, &change)
     }
 }
 
@@ -349,140 +457,6 @@ fn parse_interval(text: &str) -> Result<Duration, String> {
         ));
     }
     Ok(Duration::from_secs_f64(seconds))
-}
-
-/// An endpoint with the body for it.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Request {
-    pub(crate) endpoint: Endpoint,
-    pub(crate) body: Option<String>,
-    /// Open descriptors of this process that are sent with it.
-    pub(crate) fds: Vec<RawFd>,
-}
-
-impl Request {
-    /// The request of `command`; `input` stands for standard input.
-    pub(crate) fn new(command: &Command, input: &mut dyn Read) -> Result<Self> {
-        let endpoint = endpoint(command);
-        let body = match command {
-            Command::Create(create) => Some(read_config(&create.path, input)?),
-            Command::Resize(resize) => Some(to_ascii_json(&resize_body(resize))?),
-            Command::ReclaimThresholds(thresholds) => thresholds
-                .change()
-                .map(|change| to_ascii_json(&change))
-                .transpose()?,
-            Command::BalloonHinting(hinting) => hinting_body(hinting.action)
-                .map(|body| to_ascii_json(&body))
-                .transpose()?,
-            Command::ResizeDisk(resize) => Some(to_ascii_json(&VmResizeDisk {
-                id: resize.disk.clone(),
-                desired_size: resize.size,
-            })?),
-            Command::UpdateRateLimiter(update) => Some(to_ascii_json(&update.limit)?),
-            Command::AddDisk(add) => Some(to_ascii_json(&add.disk)?),
-            Command::AddNet(add) => Some(to_ascii_json(&add.net)?),
-            Command::AddFs(add) => Some(to_ascii_json(&add.fs)?),
-            Command::AddGenericVhostUser(add) => Some(to_ascii_json(&add.device)?),
-            Command::AddPmem(add) => Some(to_ascii_json(&add.pmem)?),
-            Command::AddVsock(add) => Some(to_ascii_json(&add.vsock)?),
-            Command::AddBalloon(add) => Some(to_ascii_json(&add.balloon)?),
-            Command::Snapshot(snapshot) => {
-                let destination_url = snapshot.url.clone();
-                Some(to_ascii_json(&VmSnapshotConfig { destination_url })?)
-            }
-            Command::Coredump(coredump) => {
-                let destination_url = coredump.url.clone();
-                Some(to_ascii_json(&VmCoredumpData { destination_url })?)
-            }
-            Command::Restore(restore) => Some(to_ascii_json(&restore.restore)?),
-            Command::RemoveDevice(remove) => {
-                let id = remove.id.clone();
-                Some(to_ascii_json(&VmRemoveDevice { id })?)
-            }
-            Command::BalloonReporting(reporting) => reporting_body(reporting)
-                .map(|body| to_ascii_json(&body))
-                .transpose()?,
-            _ => None,
-        };
-        let fds = match command {
-            Command::AddNet(add) => add.net.fds.clone().unwrap_or_default(),
-            Command::Restore(restore) => {
-                let nets = restore.restore.net_fds.iter().flatten();
-                nets.flat_map(|net| net.fds.iter().copied()).collect()
-            }
-            _ => Vec::new(),
-        };
-        Ok(Self {
-            endpoint,
-            body,
-            fds,
-        })
-    }
-}
-
-/// The endpoint that `command` calls.
-pub(crate) fn endpoint(command: &Command) -> Endpoint {
-    match command {
-        Command::Bare(Bare(endpoint)) => *endpoint,
-        Command::Create(_) => Endpoint::VmCreate,
-        Command::Resize(_) => Endpoint::VmResize,
-        Command::ResizeDisk(_) => Endpoint::VmResizeDisk,
-        Command::UpdateRateLimiter(_) => Endpoint::VmUpdateRateLimiter,
-        Command::AddDisk(_) => Endpoint::VmAddDisk,
-        Command::AddNet(_) => Endpoint::VmAddNet,
-        Command::AddFs(_) => Endpoint::VmAddFs,
-        Command::AddGenericVhostUser(_) => Endpoint::VmAddGenericVhostUser,
-        Command::AddPmem(_) => Endpoint::VmAddPmem,
-        Command::AddVsock(_) => Endpoint::VmAddVsock,
-        Command::AddBalloon(_) => Endpoint::VmAddBalloon,
-        Command::RemoveDevice(_) => Endpoint::VmRemoveDevice,
-        Command::Snapshot(_) => Endpoint::VmSnapshot,
-        Command::Coredump(_) => Endpoint::VmCoredump,
-        Command::Restore(_) => Endpoint::VmRestore,
-        Command::ReclaimStats(_) => Endpoint::VmReclaimStats,
-        Command::ReclaimThresholds(thresholds) if thresholds.change().is_some() => {
-            Endpoint::VmSetReclaimThresholds
-        }
-        Command::ReclaimThresholds(_) => Endpoint::VmReclaimThresholds,
-        Command::BalloonHinting(hinting) => match hinting.action {
-            BalloonHintingAction::Status => Endpoint::VmReclaimStats,
-            BalloonHintingAction::Start | BalloonHintingAction::Stop => Endpoint::VmBalloonHinting,
-        },
-        Command::BalloonReporting(reporting) => match reporting.action {
-            BalloonReportingAction::Status => Endpoint::VmReclaimStats,
-            _ => Endpoint::VmBalloonReporting,
-        },
-    }
-}
-
-fn hinting_body(action: BalloonHintingAction) -> Option<VmBalloonHinting> {
-    let action = match action {
-        BalloonHintingAction::Start => HintingAction::Start,
-        BalloonHintingAction::Stop => HintingAction::Stop,
-        BalloonHintingAction::Status => return None,
-    };
-    Some(VmBalloonHinting { action })
-}
-
-fn reporting_body(arguments: &BalloonReportingArguments) -> Option<VmBalloonReporting> {
-    let action = match arguments.action {
-        BalloonReportingAction::Pause => ReportingAction::Pause,
-        BalloonReportingAction::Resume => ReportingAction::Resume,
-        BalloonReportingAction::ReportNow => ReportingAction::ReportNow,
-        BalloonReportingAction::Status => return None,
-    };
-    Some(VmBalloonReporting {
-        action,
-        again: arguments.again,
-    })
-}
-
-fn resize_body(resize: &ResizeArguments) -> VmResize {
-    VmResize {
-        desired_vcpus: resize.cpus,
-        desired_ram: resize.memory,
-        desired_balloon: resize.balloon,
-    }
 }
 
 /// The unmodified configuration in the file. The VMM validates it, and may support more than this program knows.

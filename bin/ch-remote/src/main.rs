@@ -17,11 +17,11 @@ use std::io::{self, IsTerminal, Read, Write};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use api::{Client, HintingReport, ReclaimStats, to_ascii_json};
+use api::{Client, Endpoint, HintingReport, ReclaimStats, to_ascii_json};
 use clap::{CommandFactory, Parser};
 
 use args::Arguments;
-use command::{BalloonHintingAction, BalloonReportingAction, Command, OutputFormat, Request};
+use command::{Command, OutputFormat, Request};
 use reclaim_table::Sample;
 
 fn main() -> ExitCode {
@@ -55,30 +55,29 @@ fn run(
     terminal: bool,
 ) -> Result<()> {
     let client = Client::new(&arguments.api_socket).with_timeout(arguments.timeout());
-    if let Command::ReclaimStats(options) = &arguments.command
-        && options.watch
-    {
-        return watch::watch(&client, options, output, terminal);
-    }
+    let call =
+        |Request {
+             endpoint,
+             body,
+             fds,
+         }: &Request| { client.call_with_fds(*endpoint, body.as_deref(), fds) };
     let answer = match &arguments.command {
-        Command::BalloonHinting(hinting) if hinting.action == BalloonHintingAction::Status => {
-            // A part of the response, as in the next arm.
-            let ReclaimStats { hinting, hint, .. } = client.reclaim_stats()?;
-            Some(to_ascii_json(&HintingReport { hinting, hint })?)
-        }
-        Command::BalloonReporting(it) if it.action == BalloonReportingAction::Status => {
-            Some(to_ascii_json(&client.reclaim_stats()?.reporting)?)
+        Command::Call(request) => call(request)?,
+        Command::Create(path) => call(&Request::create(path, input)?)?,
+        Command::ReclaimStats(options) if options.watch => {
+            return watch::watch(&client, options, output, terminal);
         }
         Command::ReclaimStats(options) if options.output(terminal) == OutputFormat::Table => {
             let stats = client.reclaim_stats()?;
             let table = Sample::single(&stats).to_table();
             Some(table.trim_end().to_owned())
         }
-        command => {
-            let request = Request::new(command, input)?;
-            let Request { endpoint, fds, .. } = &request;
-            client.call_with_fds(*endpoint, request.body.as_deref(), fds)?
+        Command::ReclaimStats(_) => client.call(Endpoint::VmReclaimStats, None)?,
+        Command::HintingStatus => {
+            let ReclaimStats { hinting, hint, .. } = client.reclaim_stats()?;
+            Some(to_ascii_json(&HintingReport { hinting, hint })?)
         }
+        Command::ReportingStatus => Some(to_ascii_json(&client.reclaim_stats()?.reporting)?),
     };
     if let Some(answer) = answer {
         writeln!(output, "{answer}")
