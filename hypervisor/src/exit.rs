@@ -91,6 +91,8 @@ pub enum VmExit<'a> {
         /// Bytes.
         bytes: u64,
     },
+    /// The host cannot provide memory that the guest touched. The guest has not moved: the next run tries again.
+    MemoryUnavailable,
     /// An exit reason this crate does not know.
     Unknown(u32),
 }

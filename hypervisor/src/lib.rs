@@ -11,6 +11,7 @@
 
 mod error;
 mod exit;
+mod fault_stats;
 mod irq;
 pub mod kick;
 mod kvm;
@@ -21,6 +22,7 @@ mod vm_state;
 
 pub use error::{Error, Result};
 pub use exit::{SystemEvent, VmExit};
+pub use fault_stats::{FaultCounts, FaultStats};
 pub use irq::{GsiRoute, IoAddress, MsiMessage};
 pub use kvm::{KVM_PATH, Kvm, REQUIRED_CAPABILITIES};
 pub use vcpu::Vcpu;

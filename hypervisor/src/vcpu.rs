@@ -13,6 +13,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::error::{Error, Result, ioctl};
 use crate::exit::VmExit;
+use crate::fault_stats::FaultStats;
 
 /// A vCPU. Belongs to the thread that runs it; another thread may set it up.
 #[derive(Debug)]
@@ -58,9 +59,17 @@ impl Vcpu {
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
                 VmExit::Interrupted
             }
+            Err(error) if matches!(error.errno(), libc::EFAULT | libc::EHWPOISON) => {
+                VmExit::MemoryUnavailable
+            }
             Err(error) => return Err(ioctl("KVM_RUN")(error)),
         };
         Ok(exit)
+    }
+
+    /// The counters of its page faults, if the kernel has them.
+    pub fn fault_stats(&self) -> Option<FaultStats> {
+        FaultStats::open(&self.fd)
     }
 
     /// Makes the next `KVM_RUN` return without entering the guest. KVM applies the data of a read only in that call.

@@ -4,12 +4,13 @@
 
 mod guest;
 
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use guest::{Guest, Page, kvm};
+use guest::{FilePage, Guest, Page, kvm};
 use hypervisor::{Error, IoAddress, Kvm, MsiMessage, VmExit, kick};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -166,6 +167,30 @@ fn kick_endless_guest_leaves_and_flag_is_seen() {
         std::thread::yield_now();
     }
     thread.join().expect("no panic");
+}
+
+/// The guest reads from a file that has no page there, as on a full file system.
+#[test]
+fn run_access_to_memory_that_the_host_lacks_is_told_and_can_be_repeated() {
+    // mov al,[0x3000]; hlt
+    let Some(mut guest) = guest(&[0xa0, 0x00, 0x30, 0xf4]) else {
+        return;
+    };
+    let page = FilePage::new();
+    page.attach(&guest.vm, 0x3000);
+    for _ in 0..2 {
+        match guest.vcpu.run().expect("run") {
+            VmExit::MemoryUnavailable => {}
+            // This KVM emulates every instruction; its emulator has no other exit for missing memory.
+            VmExit::MmioRead {
+                address: 0x3000, ..
+            } => return,
+            other => panic!("{other:?}"),
+        }
+    }
+    page.file.write_all_at(&[0x5a; 4096], 0).expect("room");
+    assert_eq!(guest.vcpu.run().expect("run"), VmExit::Hlt);
+    assert_eq!(guest.vcpu.regs().expect("regs").rax & 0xff, 0x5a);
 }
 
 #[test]

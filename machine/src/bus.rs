@@ -112,25 +112,25 @@ impl Bus {
         ranges.remove(&base).is_some()
     }
 
-    /// Reads. An address without a device reads as all ones, as on an undriven bus.
-    pub fn read(&self, address: u64, data: &mut [u8]) {
-        match self.resolve(address, data.len()) {
-            Some((device, offset)) => device.read(offset, data),
-            None => {
-                self.missed.fetch_add(1, Ordering::Relaxed);
-                data.fill(0xff);
-            }
-        }
+    /// Reads. An address without a device reads as all ones, as on an undriven bus; the result is false then.
+    pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
+        let Some((device, offset)) = self.resolve(address, data.len()) else {
+            self.missed.fetch_add(1, Ordering::Relaxed);
+            data.fill(0xff);
+            return false;
+        };
+        device.read(offset, data);
+        true
     }
 
-    /// Writes. A write to an address without a device is ignored.
-    pub fn write(&self, address: u64, data: &[u8]) {
-        match self.resolve(address, data.len()) {
-            Some((device, offset)) => device.write(offset, data),
-            None => {
-                self.missed.fetch_add(1, Ordering::Relaxed);
-            }
-        }
+    /// Writes. A write to an address without a device is ignored; the result is false then.
+    pub fn write(&self, address: u64, data: &[u8]) -> bool {
+        let Some((device, offset)) = self.resolve(address, data.len()) else {
+            self.missed.fetch_add(1, Ordering::Relaxed);
+            return false;
+        };
+        device.write(offset, data);
+        true
     }
 
     /// Accesses that hit no device or crossed the end of one.

@@ -1,5 +1,7 @@
 //! Signals from a machine to its owner.
 
+use std::sync::Arc;
+
 use vmm_sys_util::eventfd::EventFd;
 
 /// The machine's reports to the control thread.
@@ -11,6 +13,8 @@ pub struct VmSignals {
     pub reset: EventFd,
     /// A vCPU stopped on an exit that the VMM cannot handle; the machine is lost.
     pub failed: EventFd,
+    /// The host cannot provide RAM. A signal handler writes to it.
+    pub memory: Arc<EventFd>,
     /// The guest released devices on request.
     pub ejected: EventFd,
 }
@@ -26,6 +30,7 @@ impl VmSignals {
             shutdown: event()?,
             reset: event()?,
             failed: event()?,
+            memory: Arc::new(event()?),
             ejected: event()?,
         })
     }

@@ -71,7 +71,9 @@ impl VmExitHandler for Board {
         match port {
             COUNT_PORT => self.told.0.lock().unwrap().counts.push(word()),
             DONE_PORT => self.told.0.lock().unwrap().done = Some(word()),
-            _ => self.ports.write(port.into(), data),
+            _ => {
+                self.ports.write(port.into(), data);
+            }
         }
         self.told.1.notify_all();
     }
@@ -128,6 +130,7 @@ impl Machine {
             handler: Arc::new(board),
             events: Arc::new(|event: GuestEvent| println!("guest: {event:?}")),
             thread_start: Arc::new(|_| {}),
+            memory_may_run_out: false,
         };
         let vcpus = Vcpus::new(kvm, &vm, &CpusConfig::default(), context).unwrap();
         Self {

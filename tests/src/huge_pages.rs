@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use parking_lot::{Mutex, MutexGuard};
 
 /// Serializes tests, so that each can count its own pages.
@@ -60,9 +60,48 @@ impl ReservedHugePages {
     /// # Errors
     /// As [`ReservedHugePages::new`].
     pub fn free(&self) -> Result<u64> {
-        let file = self.pool.join("free_hugepages");
+        self.figure("free_hugepages")
+    }
+
+    fn figure(&self, name: &str) -> Result<u64> {
+        let file = self.pool.join(name);
         let text = fs::read_to_string(&file).with_context(|| format!("{}", file.display()))?;
         Ok(text.trim().parse()?)
+    }
+}
+
+impl ReservedHugePages {
+    /// Takes all pages out of the pool that are free and not reserved, until the result is dropped.
+    ///
+    /// # Errors
+    /// The pool cannot be changed.
+    pub fn take_free(&self) -> Result<TakenHugePages> {
+        let file = self.pool.join("nr_hugepages");
+        let all = fs::read_to_string(&file)?;
+        // The kernel keeps those that are used or reserved.
+        fs::write(&file, "0")?;
+        let taken = TakenHugePages { file, all };
+        let (free, reserved) = (self.free()?, self.figure("resv_hugepages")?);
+        ensure!(
+            free == reserved,
+            "{free} huge pages are free, {reserved} of them reserved"
+        );
+        Ok(taken)
+    }
+}
+
+/// Huge pages that the pool lacks until this is dropped.
+#[derive(Debug)]
+pub struct TakenHugePages {
+    file: PathBuf,
+    all: String,
+}
+
+impl Drop for TakenHugePages {
+    fn drop(&mut self) {
+        if let Err(error) = fs::write(&self.file, &self.all) {
+            println!("     huge pages stay away: {error}");
+        }
     }
 }
 

@@ -242,6 +242,38 @@ fn unplugged_huge_pages_are_closed() -> Result<()> {
     unplugged_memory_is_closed("size=256M,hugepages=on,hugepage_size=2M")
 }
 
+/// The memory file becomes shorter under the guest: as on a full file system, its pages cannot come back.
+#[test]
+fn memory_that_the_host_takes_away_ends_the_vm_with_its_name() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let file = tempfile::NamedTempFile::new()?;
+    file.as_file().set_len(256 << 20)?;
+    let zone = format!("id=ram,size=256M,shared=on,file={}", file.path().display());
+    let arguments = ["--memory", "size=0", "--memory-zone", &zone];
+    let more = [
+        "--cmdline",
+        "scenario=balloon stay",
+        "--event-monitor",
+        "path=@/events",
+    ];
+    let mut vmm = start("balloon", &[BALLOON, &arguments, &more].concat())?;
+    expect_all_passed(&mut vmm)?;
+    file.as_file().set_len(0)?;
+    // The balloon's worker reads its ring. The VM may end before the response.
+    drop(vmm.request("GET", "vm.balloon-stats", None));
+    let status = vmm.wait_exit(SCENARIO_DEADLINE)?;
+    ensure!(status.code() == Some(1), "{status}: {}", vmm.stderr());
+    let (log, events) = (vmm.stderr(), vmm.text("events"));
+    ensure!(
+        log.contains("the host cannot provide RAM") && log.contains("ram (file-shared)"),
+        "{log}"
+    );
+    ensure!(events.contains("memory-unavailable"), "{events}");
+    Ok(())
+}
+
 /// Both scenarios request a reset, so the guest restarts forever, which its boot count shows.
 fn starts_again_after(scenario: &str) -> Result<()> {
     if !kvm_opens() {

@@ -145,6 +145,8 @@ events! {
         MemoryFilled "memory-filled" { demanded_pages: u64, filled_pages: u64 }
         /// RAM cannot be filled any further; the machine ends.
         MemoryFillFailed "memory-fill-failed" { error: String }
+        /// The host cannot provide RAM; the machine is paused or ends.
+        MemoryUnavailable "memory-unavailable" { error: String, action: &'static str }
         /// The machine could not be created; nothing was left behind.
         RestoreFailed "restore-failed" { error: String }
         /// Memory or balloon are being resized.

@@ -52,6 +52,10 @@ pub struct MemoryConfig {
     /// Request transparent huge pages.
     #[key(default = true)]
     pub thp: bool,
+    /// What happens if the host cannot provide a page of RAM while the VM runs: the VM ends, or it is paused if it can be
+    /// resumed later.
+    #[key]
+    pub on_unavailable: MemoryUnavailableAction,
     /// Zones of RAM with different backing; `size` must be 0.
     pub zones: Option<Vec<MemoryZoneConfig>>,
 }
@@ -127,6 +131,18 @@ pub struct MemoryZoneConfig {
     /// Let the host merge identical pages (KSM).
     #[key]
     pub mergeable: bool,
+}
+
+/// What happens to a VM whose RAM the host cannot provide.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema, Words)]
+pub enum MemoryUnavailableAction {
+    /// The VM ends, as on any other failure.
+    #[default]
+    #[word("shutdown")]
+    Shutdown,
+    /// The VM is paused. `vm.resume` tries again. If a device has missed the page, the VM ends.
+    #[word("pause")]
+    Pause,
 }
 
 /// How RAM is added to a running guest.

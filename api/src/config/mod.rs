@@ -41,7 +41,9 @@ pub use fs::{DEFAULT_FS_NUM_QUEUES, DEFAULT_FS_QUEUE_SIZE, FsConfig};
 pub use generic_vhost_user::{GenericVhostUserConfig, VirtioDeviceType};
 pub use landlock::LandlockConfig;
 pub use mac::{MacAddr, MacAddrError};
-pub use memory::{DEFAULT_MEMORY_BYTES, HotplugMethod, MemoryConfig, MemoryZoneConfig};
+pub use memory::{
+    DEFAULT_MEMORY_BYTES, HotplugMethod, MemoryConfig, MemoryUnavailableAction, MemoryZoneConfig,
+};
 pub use net::{DEFAULT_NET_NUM_QUEUES, DEFAULT_NET_QUEUE_SIZE, INVALID_FD, NetConfig, VhostMode};
 pub use numa::{NumaConfig, NumaDistance};
 pub use path_or_fd::PathOrFd;

@@ -58,6 +58,7 @@ samples![
     VmCoredumpData,
     RestoreConfig,
     MemoryRestoreMode,
+    MemoryUnavailableAction,
     RestoredNetConfig,
     PciDeviceInfo,
     VmBalloonHinting,

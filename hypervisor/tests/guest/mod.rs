@@ -30,6 +30,51 @@ pub(crate) struct Guest {
     pub(crate) page: Box<Page>,
 }
 
+/// A page of a file, mapped shared.
+#[allow(dead_code, reason = "only one of the test programs has one")]
+pub(crate) struct FilePage {
+    pub(crate) file: std::fs::File,
+    address: *mut libc::c_void,
+}
+
+#[allow(dead_code, reason = "only one of the test programs has one")]
+impl FilePage {
+    pub(crate) fn new() -> Self {
+        // SAFETY: the name is a constant; the result is checked below and has no other owner.
+        let fd = unsafe { libc::memfd_create(c"page".as_ptr(), libc::MFD_CLOEXEC) };
+        assert!(fd >= 0, "a memory file");
+        // SAFETY: as above.
+        let file = unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) };
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping affects no other memory.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                PAGE_BYTES,
+                protection,
+                libc::MAP_SHARED,
+                fd,
+                0,
+            )
+        };
+        assert!(address != libc::MAP_FAILED, "a mapping");
+        Self { file, address }
+    }
+
+    /// Shows the page to the guest of `vm`. It must outlive the machine.
+    pub(crate) fn attach(&self, vm: &Vm, guest_address: u64) {
+        let slot = MemorySlot {
+            slot: 1,
+            guest_address,
+            bytes: PAGE_BYTES as u64,
+            host_address: self.address as u64,
+            flags: 0,
+        };
+        // SAFETY: the mapping is never removed.
+        unsafe { vm.set_memory_slot(slot) }.expect("a slot");
+    }
+}
+
 /// This host's KVM. Without one the test is skipped.
 pub(crate) fn kvm() -> Option<Kvm> {
     Kvm::open().map_err(test_skip::skip).ok()

@@ -30,6 +30,8 @@ struct State {
     active: usize,
     /// Threads that have not ended.
     alive: usize,
+    /// How often `wanted` was set.
+    changes: u64,
 }
 
 #[derive(Debug)]
@@ -48,6 +50,7 @@ impl Gate {
                 wanted: Wanted::Paused,
                 active: 0,
                 alive: 0,
+                changes: 0,
             }),
             changed: Condvar::new(),
             open: AtomicBool::new(false),
@@ -75,6 +78,7 @@ impl Gate {
     pub(super) fn set(&self, wanted: Wanted) {
         let mut state = self.lock();
         state.wanted = wanted;
+        state.changes += 1;
         self.open.store(wanted == Wanted::Running, Ordering::SeqCst);
         self.changed.notify_all();
     }
@@ -135,6 +139,19 @@ impl Gate {
     pub(super) fn wait_for_stop(&self, leaves: &AtomicBool) {
         let mut state = self.lock();
         while state.wanted != Wanted::Stopping && !leaves.load(Ordering::SeqCst) {
+            state = self.changed.wait(state).unpoisoned();
+        }
+    }
+
+    /// vCPU thread: for [`Gate::wait_for_change`].
+    pub(super) fn changes(&self) -> u64 {
+        self.lock().changes
+    }
+
+    /// vCPU thread: parks until the wanted state is set again after [`Gate::changes`] was `seen`, or `leaves` is set.
+    pub(super) fn wait_for_change(&self, seen: u64, leaves: &AtomicBool) {
+        let mut state = self.lock();
+        while state.changes == seen && !leaves.load(Ordering::SeqCst) {
             state = self.changed.wait(state).unpoisoned();
         }
     }
@@ -229,6 +246,24 @@ mod tests {
             gate.wait_ended(staying, DEADLINE).unwrap();
             thread.join().unwrap();
         }
+    }
+
+    #[test]
+    fn gate_thread_that_waits_for_a_change_misses_none() {
+        let gate = Arc::new(Gate::new());
+        gate.set(Wanted::Running);
+        let seen = gate.changes();
+        let thread = std::thread::spawn({
+            let gate = Arc::clone(&gate);
+            move || {
+                gate.wait_for_change(seen, &STAYS);
+                drop(gate.enter(&STAYS));
+            }
+        });
+        gate.set(Wanted::Paused);
+        gate.wait_parked(DEADLINE).unwrap();
+        gate.set(Wanted::Running);
+        thread.join().unwrap();
     }
 
     #[test]

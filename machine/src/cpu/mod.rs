@@ -16,6 +16,7 @@ mod host;
 mod hotplug;
 mod registers;
 mod run;
+mod stall;
 mod state;
 mod topology;
 mod vcpus;
@@ -26,6 +27,7 @@ pub use counters::{ExitCounters, ExitCounts};
 pub use cpuid::guest_phys_bits;
 pub use hotplug::{CPU_HOTPLUG_BYTES, CpuHotplug, CpuHotplugState};
 pub use run::VcpusContext;
+pub use stall::STALL_CHECK_INTERVAL;
 pub use state::{IndexedVcpuState, VcpusState};
 pub use topology::Topology;
 pub use vcpus::Vcpus;
@@ -47,7 +49,8 @@ pub trait VmExitHandler: Send + Sync {
     fn ioapic_eoi(&self, vector: u8);
 }
 
-/// Events inside the guest that end a machine. Each vCPU reports at most one and then parks until [`Vcpus::stop`].
+/// Events inside the guest that end or pause a machine. A vCPU reports one and then parks: until the next pause or
+/// [`Vcpus::stop`] if it lacks memory, until [`Vcpus::stop`] otherwise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GuestEvent {
     /// Triple fault, or KVM's own reset event.
@@ -56,6 +59,11 @@ pub enum GuestEvent {
     Shutdown,
     /// The vCPU cannot continue because of an error in KVM or the VMM. Logged.
     Failed,
+    /// The host cannot provide memory that the vCPU touched.
+    MemoryUnavailable {
+        /// The vCPU.
+        vcpu: u32,
+    },
 }
 
 /// Errors of creating and controlling vCPUs.

@@ -26,6 +26,8 @@ pub struct VcpusContext {
     pub events: Arc<dyn Fn(GuestEvent) + Send + Sync>,
     /// Called first on every vCPU thread.
     pub thread_start: ThreadStart,
+    /// The host may fail to provide memory: vCPUs that wait for it endlessly are to be found.
+    pub memory_may_run_out: bool,
 }
 
 virtio_devices::debug_fields!(VcpusContext {});
@@ -129,11 +131,17 @@ pub(super) fn vcpu_thread(
         let outcome = kick::with_kicks(&mut vcpu, |vcpu| run_guest(vcpu, cell, gate, context));
         drop(vcpu);
         if let Outcome::Over(event) = outcome {
+            let changes = gate.changes();
             // Before the pass is returned: a thread that waits for the pause then finds every event reported.
             (context.events)(event);
             drop(pass);
-            gate.wait_for_stop(&cell.leaves);
-            return;
+            match event {
+                GuestEvent::MemoryUnavailable { .. } => gate.wait_for_change(changes, &cell.leaves),
+                _ => {
+                    gate.wait_for_stop(&cell.leaves);
+                    return;
+                }
+            }
         }
     }
 }
@@ -152,6 +160,9 @@ fn run_guest(vcpu: &mut Vcpu, cell: &VcpuCell, gate: &Gate, context: &VcpusConte
             drained += 1;
         }
         let step = match vcpu.run() {
+            Ok(VmExit::MemoryUnavailable) => {
+                Step::Over(GuestEvent::MemoryUnavailable { vcpu: cell.index })
+            }
             Ok(exit) => handle(exit, context.handler.as_ref(), &cell.counters),
             Err(error) => {
                 log::error!("vCPU {}: {error}", cell.index);
@@ -165,9 +176,9 @@ fn run_guest(vcpu: &mut Vcpu, cell: &VcpuCell, gate: &Gate, context: &VcpusConte
             }
             Step::Interrupted | Step::GoOn => {}
             Step::Over(event) => {
-                // Logged once per boot: a triple fault leaves no trace on the guest's console.
+                // Logged once per boot or pause: a triple fault leaves no trace on the guest's console.
                 let rip = vcpu.regs().map_or(0, |regs| regs.rip);
-                log::warn!("vCPU {} requests at {rip:#x}: {event:?}", cell.index);
+                log::warn!("vCPU {} stops at {rip:#x}: {event:?}", cell.index);
                 return Outcome::Over(event);
             }
             Step::Lost(reason) => {
@@ -228,6 +239,7 @@ fn handle(exit: VmExit<'_>, handler: &dyn VmExitHandler, counters: &ExitCounters
         | VmExit::InternalError { .. }
         | VmExit::FailEntry { .. }
         | VmExit::MemoryFault { .. }
+        | VmExit::MemoryUnavailable
         | VmExit::Unknown(_)) => return Step::Lost(format!("{other:x?}")),
     }
     Step::GoOn

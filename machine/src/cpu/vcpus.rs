@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::config::CpusConfig;
 use hypervisor::bindings::kvm_clock_data;
@@ -17,6 +17,7 @@ use super::core_scheduling::CoreCookies;
 use super::cpuid::{CpuidOptions, GuestCpuid, guest_phys_bits};
 use super::gate::{Gate, Wanted};
 use super::run::{VcpuCell, VcpusContext, vcpu_thread};
+use super::stall::{StallClock, StallWatch};
 use super::{CpuError, ExitCounters, Topology, registers};
 use crate::boot::EntryPoint;
 use crate::memory::layout::{KVM_IDENTITY_MAP_START, KVM_TSS_START};
@@ -46,6 +47,9 @@ pub struct Vcpus {
     pub(super) paused_clock: Option<kvm_clock_data>,
     /// Host-dependent parts of a vCPU's state.
     pub(super) msr_indices: Vec<u32>,
+    /// By the index of the vCPU, if memory may run out.
+    stall_watches: Vec<(u32, StallWatch)>,
+    stall_clock: StallClock,
 }
 
 impl Vcpus {
@@ -111,7 +115,7 @@ impl Vcpus {
             tsc_khz: cells[0].lock().tsc_khz().ok(),
         };
         let supported = kvm.supported_cpuid().map_err(CpuError::Prepare)?;
-        Ok(Self {
+        let mut vcpus = Self {
             vm: Arc::clone(vm),
             config: config.clone(),
             topology,
@@ -124,7 +128,36 @@ impl Vcpus {
             kvmclock_ctrl: kvm.supports_kvmclock_ctrl(),
             paused_clock: None,
             msr_indices: kvm.msr_indices().map_err(CpuError::Prepare)?,
-        })
+            stall_watches: Vec::new(),
+            stall_clock: StallClock::default(),
+        };
+        for vcpu in 0..config.boot_vcpus {
+            vcpus.watch(vcpu);
+        }
+        Ok(vcpus)
+    }
+
+    /// Before the vCPU runs for the first time.
+    fn watch(&mut self, vcpu: u32) {
+        if self.context.memory_may_run_out
+            && let Some(stats) = self.cells[vcpu as usize].lock().fault_stats()
+        {
+            self.stall_watches.push((vcpu, StallWatch::new(stats)));
+        }
+    }
+
+    /// A vCPU that waits endlessly for memory. To be called at [`super::STALL_CHECK_INTERVAL`] while the vCPUs run.
+    pub fn stalled(&mut self) -> Option<u32> {
+        if !self.stall_clock.is_due(Instant::now()) {
+            return None;
+        }
+        let mut stalled = None;
+        for (vcpu, watch) in &mut self.stall_watches {
+            if watch.is_stalled() {
+                stalled = stalled.or(Some(*vcpu));
+            }
+        }
+        stalled
     }
 
     /// The topology that the guest sees; the MADT lists the same APIC ids.
@@ -226,6 +259,7 @@ impl Vcpus {
             let cell = create(&self.vm, &self.topology, vcpu)?;
             self.set_up(&cell)?;
             self.cells.push(cell);
+            self.watch(vcpu);
         }
         self.start_thread(vcpu)
     }

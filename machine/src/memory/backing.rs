@@ -24,7 +24,7 @@ use super::error::ZoneError;
 use super::file::{ZoneFile, huge_page_bytes_of};
 use super::layout::{MIB, PAGE_BYTES};
 use super::numa_policy;
-use super::source::Source;
+use super::source::{MEMFD, Source};
 
 /// The kernel takes 80 bytes with the final zero.
 const MAPPING_NAME_CHARS_MAX: usize = 64;
@@ -274,7 +274,7 @@ fn memfd(bytes: u64, flags: libc::c_uint) -> Result<Source, ZoneError> {
     Ok(match huge_page_bytes {
         Some(_) => source,
         None => Source {
-            name: "memfd-shared",
+            name: MEMFD,
             ..source
         },
     })

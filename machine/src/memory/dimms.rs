@@ -139,9 +139,10 @@ impl GuestMemory {
     pub fn add_dimm(&mut self, dimm: Dimm) {
         let map = self.ram.lock();
         let map = map.expect("only the owner of the machine replaces the map");
-        let grown = self.ram.memory().insert_region(dimm.region);
+        let grown = self.ram.memory().insert_region(Arc::clone(&dimm.region));
         map.replace(grown.expect("a memory device lies behind all RAM"));
         self.zones.push(dimm.zone);
+        self.cover(&dimm.region);
     }
 
     /// Maps RAM as [`GuestMemory::new`] does, with the memory devices of `state`.

@@ -16,11 +16,13 @@ use vm_memory::{
 
 use super::backing::{self, Backing};
 use super::dimms::{DIMMS_MAX, Dimm};
+use super::faults::MemoryFaults;
 use super::layout::AddressMap;
 use super::plugged::{HotplugRam, hotplug_block_bytes};
 use super::source::Source;
 use super::zones::{Zone, ZoneKind, hotplug_zone_of, place, zones_of};
 use super::{E820Entry, MemoryError, ZoneError, e820_map};
+use crate::signals::VmSignals;
 
 /// The RAM of one machine and its address map.
 #[derive(Debug, Clone)]
@@ -33,6 +35,8 @@ pub struct GuestMemory {
     pub(super) overlay: Option<Arc<Overlay>>,
     /// Of memory devices that are added later; none if there is no room for them.
     pub(super) dimm_backing: Option<Backing>,
+    /// Once there is a machine for it.
+    pub(super) faults: Option<Arc<MemoryFaults>>,
 }
 
 /// The checked configuration, before anything is created.
@@ -99,7 +103,42 @@ impl GuestMemory {
             zones: made,
             overlay: None,
             dimm_backing,
+            faults: None,
         })
+    }
+
+    /// Survives missing pages, and notifies the machine's owner of them, from now on.
+    pub fn watch(&mut self, signals: &Arc<VmSignals>) -> Arc<MemoryFaults> {
+        if let Some(faults) = &self.faults {
+            return Arc::clone(faults);
+        }
+        let faults = Arc::new(MemoryFaults::new(signals));
+        self.faults = Some(Arc::clone(&faults));
+        let ram = self.ram.memory().into_inner();
+        for region in ram.iter() {
+            self.cover(region);
+        }
+        faults
+    }
+
+    /// Survives missing pages of `region`.
+    pub(super) fn cover(&self, region: &GuestRegionMmap<()>) {
+        let address = region.start_addr().0;
+        let zone = self.zones.iter().find(|zone| zone.holds(address));
+        if let (Some(faults), Some(zone)) = (&self.faults, zone)
+            && let Err(error) = faults.cover(region, zone.page_bytes)
+        {
+            log::warn!(
+                "A missing page of memory zone {} would end the process: {error}",
+                zone.id
+            );
+        }
+    }
+
+    /// Whether the host may fail to provide a page while the guest runs.
+    pub fn may_run_out(&self) -> bool {
+        // A copy-on-write restore maps the files of the snapshot.
+        self.overlay.is_some() || self.zones.iter().any(Zone::may_run_out)
     }
 
     /// Checks the configuration and creates nothing.

@@ -9,11 +9,13 @@
 //! ```
 
 mod backing;
+mod bus_error;
 mod content;
 mod copy_on_write;
 mod dimms;
 mod e820;
 mod error;
+mod faults;
 mod file;
 mod guest_ram;
 mod hotplug;
@@ -32,6 +34,7 @@ pub use copy_on_write::CopyOnWriteError;
 pub use dimms::{DIMMS_MAX, Dimm, DimmError, RestoreError};
 pub use e820::{E820Entry, E820Kind, e820_map};
 pub use error::{MemoryError, ZoneError};
+pub use faults::{MemoryFailure, MemoryFault, MemoryFaults};
 pub use guest_ram::{GuestMemory, RamSlots};
 pub use hotplug::{MEMORY_HOTPLUG_BYTES, MemoryHotplug, MemoryHotplugState};
 pub use numa_policy::HOST_NUMA_NODE_MAX;

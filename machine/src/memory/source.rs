@@ -8,6 +8,8 @@ use super::layout::PAGE_BYTES;
 
 /// Name of private anonymous memory.
 pub(super) const ANONYMOUS: &str = "anonymous-private";
+/// Name of shared anonymous memory.
+pub(super) const MEMFD: &str = "memfd-shared";
 
 /// The source of a zone's pages, opened and checked.
 #[derive(Debug)]

@@ -13,6 +13,8 @@ use std::ops::Range;
 use api::config::{HotplugMethod, MemoryConfig, MemoryZoneConfig};
 use serde::{Deserialize, Serialize};
 
+use super::source::{ANONYMOUS, MEMFD};
+
 /// Name of the only zone if RAM is not divided.
 pub const DEFAULT_ZONE_ID: &str = "mem0";
 /// Name of the zone for virtio-mem.
@@ -52,6 +54,12 @@ impl Zone {
             .iter()
             .map(|range| range.end - range.start)
             .sum()
+    }
+
+    /// Whether the host may fail to provide a page while the guest runs. Without a file, the host's swap and its OOM
+    /// killer see to it.
+    pub fn may_run_out(&self) -> bool {
+        self.backing != ANONYMOUS && self.backing != MEMFD
     }
 
     /// Whether the zone contains a guest physical address.

@@ -2,10 +2,14 @@
 
 use std::sync::Arc;
 
+use virtio_devices::GuestRam;
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
+
 use super::chassis::Chassis;
 use crate::bus::Bus;
 use crate::cpu::VmExitHandler;
 use crate::interrupt::Ioapic;
+use crate::memory::{GuestMemory, MemoryFault, MemoryFaults};
 
 /// The buses and the I/O APIC, as the vCPU threads see them.
 #[derive(Debug)]
@@ -13,14 +17,25 @@ pub(super) struct Exits {
     ports: Arc<Bus>,
     mmio: Arc<Bus>,
     ioapic: Arc<Ioapic>,
+    ram: GuestRam,
+    faults: Arc<MemoryFaults>,
 }
 
 impl Exits {
-    pub(super) fn new(chassis: &Chassis) -> Self {
+    pub(super) fn new(chassis: &Chassis, memory: &GuestMemory, faults: &Arc<MemoryFaults>) -> Self {
         Self {
             ports: Arc::clone(&chassis.ports),
             mmio: Arc::clone(&chassis.mmio),
             ioapic: Arc::clone(&chassis.ioapic),
+            ram: memory.device_ram().clone(),
+            faults: Arc::clone(faults),
+        }
+    }
+
+    /// An access that no device answered. KVM's emulator treats RAM that the host cannot provide in this way.
+    fn missed(&self, address: u64) {
+        if self.ram.memory().address_in_range(GuestAddress(address)) {
+            self.faults.add(MemoryFault::Emulated { address });
         }
     }
 }
@@ -35,11 +50,15 @@ impl VmExitHandler for Exits {
     }
 
     fn mmio_read(&self, address: u64, data: &mut [u8]) {
-        self.mmio.read(address, data);
+        if !self.mmio.read(address, data) {
+            self.missed(address);
+        }
     }
 
     fn mmio_write(&self, address: u64, data: &[u8]) {
-        self.mmio.write(address, data);
+        if !self.mmio.write(address, data) {
+            self.missed(address);
+        }
     }
 
     fn ioapic_eoi(&self, vector: u8) {

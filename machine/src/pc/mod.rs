@@ -10,6 +10,7 @@ mod devices;
 mod error;
 mod exits;
 mod grow;
+mod memory_failure;
 mod pvpanic;
 mod state;
 #[cfg(test)]
@@ -31,7 +32,7 @@ use crate::cpu::{GuestEvent, Vcpus, VcpusContext};
 use crate::events::DeviceEventSink;
 use crate::interrupt::IOAPIC_PIN_COUNT;
 use crate::legacy::DebugConsole;
-use crate::memory::{GuestMemory, RamSlots};
+use crate::memory::{GuestMemory, MemoryFault, MemoryFaults, RamSlots};
 use crate::pci::{Bdf, PciBus, Place};
 use crate::serial::{Endpoint, Output, SERIAL_IRQ, SERIAL_PORTS, Uart};
 use crate::signals::VmSignals;
@@ -93,6 +94,7 @@ pub struct Pc {
     /// Needed for devices that are hot-plugged.
     context: PcContext,
     slots: RamSlots,
+    faults: Arc<MemoryFaults>,
     memory: GuestMemory,
 }
 
@@ -103,10 +105,11 @@ impl Pc {
     /// KVM fails, or the host cannot run such vCPUs.
     pub fn new(
         kvm: &Kvm,
-        memory: GuestMemory,
+        mut memory: GuestMemory,
         params: PcParams,
         context: PcContext,
     ) -> Result<Self, PcError> {
+        let faults = memory.watch(&context.signals);
         let vm = Arc::new(kvm.create_vm().map_err(PcError::Kvm)?);
         vm.enable_split_irqchip(u32::from(IOAPIC_PIN_COUNT))
             .map_err(PcError::Kvm)?;
@@ -121,9 +124,10 @@ impl Pc {
         }
         chassis.pci.reserve(params.wished_slots.iter().copied());
         let vcpus_context = VcpusContext {
-            handler: Arc::new(Exits::new(&chassis)),
-            events: guest_events(&context.signals),
+            handler: Arc::new(Exits::new(&chassis, &memory, &faults)),
+            events: guest_events(&context.signals, &faults),
             thread_start: Arc::clone(&context.thread_start),
+            memory_may_run_out: memory.may_run_out(),
         };
         let vcpus = Vcpus::new(kvm, &vm, &params.cpus, vcpus_context).map_err(PcError::Cpu)?;
         Ok(Self {
@@ -138,6 +142,7 @@ impl Pc {
             params,
             context,
             slots,
+            faults,
             memory,
         })
     }
@@ -341,14 +346,20 @@ impl Pc {
     }
 }
 
-/// The signal for an event that ends the guest.
-fn guest_events(signals: &Arc<VmSignals>) -> Arc<dyn Fn(GuestEvent) + Send + Sync> {
-    let signals = Arc::clone(signals);
+/// The signal for an event that ends the guest, or makes it wait for memory.
+fn guest_events(
+    signals: &Arc<VmSignals>,
+    faults: &Arc<MemoryFaults>,
+) -> Arc<dyn Fn(GuestEvent) + Send + Sync> {
+    let (signals, faults) = (Arc::clone(signals), Arc::clone(faults));
     Arc::new(move |event| {
         let signal = match event {
             GuestEvent::Reset => &signals.reset,
             GuestEvent::Shutdown => &signals.shutdown,
             GuestEvent::Failed => &signals.failed,
+            GuestEvent::MemoryUnavailable { vcpu } => {
+                return faults.add(MemoryFault::Vcpu { vcpu });
+            }
         };
         if let Err(error) = signal.write(1) {
             log::error!("Cannot notify the control thread of {event:?}: {error}");

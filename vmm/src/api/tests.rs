@@ -31,7 +31,7 @@ use crate::view::PublishedView;
 use crate::vm::{
     BalloonStatsError, HotplugError, Machine, MachineObserver, SavedMachine, VmContext, VmError,
 };
-use machine::memory::GuestMemory;
+use machine::memory::{GuestMemory, MemoryFailure};
 use machine::pc::PcError;
 use machine::signals::VmSignals;
 use state::Saved;
@@ -48,6 +48,10 @@ struct FakeMachine {
     memory: MemoryConfig,
     /// Sizes of RAM after each addition.
     grown_to: Vec<u64>,
+    /// RAM that the host cannot provide.
+    failure: Option<MemoryFailure>,
+    /// The host may lack memory: failures are found without a signal.
+    may_run_out: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -113,6 +117,13 @@ impl FakeMachine {
             vcpus_leave: false,
             memory: config.memory.clone(),
             grown_to: Vec::new(),
+            may_run_out: behaviour == "stalls",
+            failure: ["lacks a page", "stalls", "lost a page"]
+                .contains(&behaviour.as_str())
+                .then(|| MemoryFailure {
+                    reason: format!("the guest {behaviour}"),
+                    can_continue: behaviour != "lost a page",
+                }),
             observer: FakeObserver {
                 ram_bytes: config.memory.total_bytes().unwrap(),
                 balloon_bytes: config
@@ -286,6 +297,14 @@ impl Machine for FakeMachine {
     fn set_reporting_policy(&self, policy: ReportingPolicy) {
         let mut steered = self.observer.steered.lock().unwrap();
         steered.push(format!("delay {}", policy.delay_ms_max));
+    }
+
+    fn may_run_out_of_memory(&self) -> bool {
+        self.may_run_out
+    }
+
+    fn memory_failure(&mut self) -> Option<MemoryFailure> {
+        self.failure.clone()
     }
 
     fn observer(&self) -> Arc<dyn MachineObserver> {
@@ -1633,6 +1652,51 @@ fn machine_that_fails_ends_the_vmm_with_a_failure() {
     assert_eq!(vmm.join(), Ending::MachineFailed);
 }
 
+/// A running machine whose RAM the host cannot provide, as `guest` says.
+fn vmm_without_memory(guest: &str, action: &str) -> Vmm {
+    let vmm = vmm();
+    let config = json!({
+        "payload": {"kernel": "/k", "cmdline": guest},
+        "memory": {"size": 512 << 20, "on_unavailable": action},
+    });
+    vmm.ok(Endpoint::VmCreate, Some(&config.to_string()));
+    vmm.ok(Endpoint::VmBoot, None);
+    vmm
+}
+
+#[test]
+fn machine_that_lacks_memory_ends_or_is_paused_as_configured() {
+    const EVENT: &str = "vm memory-unavailable";
+    for (guest, action, ends) in [
+        ("lacks a page", "Shutdown", true),
+        ("lacks a page", "Pause", false),
+        ("stalls", "Shutdown", true),
+        ("stalls", "Pause", false),
+        // The guest cannot go on with what it has missed.
+        ("lost a page", "Pause", true),
+    ] {
+        let vmm = vmm_without_memory(guest, action);
+        if guest != "stalls" {
+            vmm.signals.memory.write(1).unwrap();
+        }
+        vmm.wait_until(EVENT, |vmm| vmm.has_event(EVENT));
+        if ends {
+            assert_eq!(vmm.join(), Ending::MachineFailed, "{guest}, {action}");
+        } else {
+            vmm.wait_until("paused", |vmm| vmm.state() == "Paused");
+            // It lacks the page again, until the operator frees some.
+            let paused = |vmm: &Vmm| {
+                let events = vmm.events.lock().unwrap();
+                events.iter().filter(|it| *it == "vm paused").count()
+            };
+            vmm.ok(Endpoint::VmResume, None);
+            vmm.signals.memory.write(1).unwrap();
+            vmm.wait_until("paused again", |vmm| paused(vmm) == 2);
+            vmm.ok(Endpoint::VmDelete, None);
+        }
+    }
+}
+
 #[test]
 fn signals_without_a_machine_change_nothing() {
     let vmm = vmm();
@@ -1640,6 +1704,7 @@ fn signals_without_a_machine_change_nothing() {
         &vmm.signals.shutdown,
         &vmm.signals.reset,
         &vmm.signals.failed,
+        &vmm.signals.memory,
     ] {
         signal.write(1).unwrap();
     }

@@ -17,7 +17,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use api::config::{HotplugMethod, MemoryConfig};
+use api::config::{HotplugMethod, MemoryConfig, MemoryUnavailableAction};
 use api::{
     Endpoint, PciDeviceInfo, ReclaimThresholdsChange, ReportingAction, RestoreConfig,
     VmBalloonReporting, VmConfig, VmCoredumpData, VmResize, VmResizeDisk, VmSnapshotConfig,
@@ -250,6 +250,7 @@ impl Lifecycle {
             &self.context.signals.shutdown,
             &self.context.signals.reset,
             &self.context.signals.failed,
+            &self.context.signals.memory,
         ] {
             // If there is nothing to read, the event was not signalled.
             let _ = signal.read();
@@ -733,6 +734,30 @@ impl Lifecycle {
             ReportingAction::ReportNow => {}
         }
         Ok(())
+    }
+
+    /// Whether [`Lifecycle::take_memory_failure`] must be called regularly.
+    pub(super) fn needs_memory_checks(&self) -> bool {
+        let machine = self.machine.as_ref();
+        !self.paused && machine.is_some_and(|machine| machine.may_run_out_of_memory())
+    }
+
+    /// Reports RAM that the host has failed to provide, and returns what must happen to the machine.
+    pub(super) fn take_memory_failure(&mut self) -> Option<MemoryUnavailableAction> {
+        let failure = self.machine.as_mut()?.memory_failure()?;
+        let wanted = self.config.as_ref()?.memory.on_unavailable;
+        let (action, name) = match wanted {
+            MemoryUnavailableAction::Pause if failure.can_continue => (wanted, "pause"),
+            _ => (MemoryUnavailableAction::Shutdown, "shutdown"),
+        };
+        let error = failure.reason;
+        log::error!("{error} (action: {name})");
+        self.emit(EventKind::MemoryUnavailable {
+            error,
+            action: name,
+        });
+        // A vCPU that found no memory while it was being paused tries again after the resume.
+        (!(self.paused && action == MemoryUnavailableAction::Pause)).then_some(action)
     }
 
     /// True while a machine exists.

@@ -14,6 +14,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use api::Endpoint;
+use api::config::MemoryUnavailableAction;
 
 use super::error::{LifecycleError, RequestError};
 use super::lifecycle::Lifecycle;
@@ -23,6 +24,7 @@ use crate::threads::{CONTROL_THREAD, THRESHOLDS_THREAD, ThreadKind};
 use crate::thresholds::Thresholds;
 use crate::view::PublishedView;
 use crate::vm::{MachineFactory, VmContext};
+use machine::cpu::STALL_CHECK_INTERVAL;
 use machine::signals::VmSignals;
 use machine::token_bucket::TokenBucket;
 
@@ -43,10 +45,11 @@ const TOKEN_EXIT: u64 = 0;
 /// removed. This signal is handled before the end of the machine, so that the earlier event is reported first.
 const TOKEN_EJECTED: u64 = 1;
 const TOKEN_FAILED: u64 = 2;
-const TOKEN_GUEST_SHUTDOWN: u64 = 3;
-const TOKEN_RESET: u64 = 4;
-const TOKEN_REQUEST: u64 = 5;
-const TOKENS: usize = 6;
+const TOKEN_MEMORY: u64 = 3;
+const TOKEN_GUEST_SHUTDOWN: u64 = 4;
+const TOKEN_RESET: u64 = 5;
+const TOKEN_REQUEST: u64 = 6;
+const TOKENS: usize = 7;
 
 /// A change and the callback for its result. Without a lifecycle, it reports that the change was not made.
 type Job = Box<dyn FnOnce(Option<&mut Lifecycle>) + Send>;
@@ -179,6 +182,7 @@ impl ControlThread {
         let epoll = watch(&[
             (&exit, TOKEN_EXIT),
             (&setup.context.signals.failed, TOKEN_FAILED),
+            (&setup.context.signals.memory, TOKEN_MEMORY),
             (&setup.context.signals.shutdown, TOKEN_GUEST_SHUTDOWN),
             (&setup.context.signals.reset, TOKEN_RESET),
             (&setup.context.signals.ejected, TOKEN_EJECTED),
@@ -269,6 +273,7 @@ fn run(
         let mut tokens: Vec<u64> = events[..count].iter().map(EpollEvent::data).collect();
         tokens.sort_unstable();
         let ending = control.handle_tokens(&tokens, requests, wake);
+        let ending = ending.or_else(|| control.check_memory());
         if let Some(ending) = ending.or_else(|| control.reset_if_due()) {
             break ending;
         }
@@ -297,11 +302,31 @@ impl Control {
         // A machine that the operator paused is reset only after a resume.
         let delayed = self.delayed_reset.as_ref();
         let delayed = delayed.filter(|_| !self.lifecycle.is_paused());
-        delayed.map_or(-1, |delayed| {
+        let reset = delayed.map(|delayed| delayed.due.saturating_duration_since(Instant::now()));
+        let check = self.lifecycle.needs_memory_checks();
+        let check = check.then_some(STALL_CHECK_INTERVAL);
+        reset.into_iter().chain(check).min().map_or(-1, |wait| {
             // Rounded up: waking too early would busy-wait.
-            let wait = delayed.due.saturating_duration_since(Instant::now());
             i32::try_from(wait.as_millis() + 1).unwrap_or(i32::MAX)
         })
+    }
+
+    fn check_memory(&mut self) -> Option<Ending> {
+        match self.lifecycle.needs_memory_checks() {
+            true => self.memory_failed(),
+            false => None,
+        }
+    }
+
+    fn memory_failed(&mut self) -> Option<Ending> {
+        clear(&self.signals.memory);
+        match self.lifecycle.take_memory_failure()? {
+            MemoryUnavailableAction::Pause => {
+                self.log_failure(Endpoint::VmPause, Lifecycle::pause);
+                None
+            }
+            MemoryUnavailableAction::Shutdown => self.machine_failed(),
+        }
     }
 
     fn reset_if_due(&mut self) -> Option<Ending> {
@@ -330,6 +355,7 @@ impl Control {
             let ending = match *token {
                 TOKEN_EXIT => Some(Ending::Regular),
                 TOKEN_FAILED => self.machine_failed(),
+                TOKEN_MEMORY => self.memory_failed(),
                 TOKEN_GUEST_SHUTDOWN => self.guest_shut_down(),
                 TOKEN_RESET => self.guest_reset(),
                 TOKEN_EJECTED => {

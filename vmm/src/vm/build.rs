@@ -96,6 +96,9 @@ impl Parts {
                 (memory.map_err(in_memory)?, None)
             }
         };
+        let mut memory = memory;
+        // Before anything touches it.
+        memory.watch(&context.signals);
         let payload = payload.map(|payload| payload.load(&memory));
         let payload = payload.transpose().map_err(in_payload)?;
         let balloon = config.balloon.as_ref();

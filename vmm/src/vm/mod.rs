@@ -24,8 +24,8 @@ use std::sync::Arc;
 use api::config::{PlatformConfig, RateLimiterConfig};
 use api::{HintingAction, PciDeviceInfo, ReportingPolicy, VmBalloonReporting, VmConfig};
 use machine::boot::Payload;
-use machine::memory::GuestMemory;
 use machine::memory::on_demand::OnDemand;
+use machine::memory::{GuestMemory, MemoryFailure};
 use machine::pc::{Pc, Plugged};
 use machine::threads::DeviceKind;
 use state::Saved;
@@ -157,6 +157,13 @@ pub trait Machine {
     /// Drops the devices that the guest has released, and returns their addresses and names. Ends the vCPUs that it has
     /// released. Waits at most for host I/O.
     fn take_ejected(&mut self) -> Vec<PciDeviceInfo>;
+
+    /// Whether the host may fail to provide RAM while the machine runs. [`Machine::memory_failure`] must be called
+    /// at [`machine::cpu::STALL_CHECK_INTERVAL`] then.
+    fn may_run_out_of_memory(&self) -> bool;
+
+    /// What RAM the host has failed to provide since the last call.
+    fn memory_failure(&mut self) -> Option<MemoryFailure>;
 
     /// Read access for other threads.
     fn observer(&self) -> Arc<dyn MachineObserver>;
@@ -322,6 +329,14 @@ impl Machine for Vm {
         if let Some(balloon) = &self.balloon {
             balloon.set_reporting_policy(policy);
         }
+    }
+
+    fn may_run_out_of_memory(&self) -> bool {
+        self.pc.may_run_out_of_memory()
+    }
+
+    fn memory_failure(&mut self) -> Option<MemoryFailure> {
+        self.pc.memory_failure()
     }
 
     fn observer(&self) -> Arc<dyn MachineObserver> {

@@ -6,16 +6,9 @@ use super::*;
 use crate::interrupt::{GsiRouter, Ioapic, fake::FakeBackend};
 use crate::signals::VmSignals;
 use proptest::prelude::*;
-use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 pub(super) fn signals() -> Arc<VmSignals> {
-    let event = || EventFd::new(EFD_NONBLOCK).unwrap();
-    Arc::new(VmSignals {
-        shutdown: event(),
-        reset: event(),
-        failed: event(),
-        ejected: event(),
-    })
+    Arc::new(VmSignals::new().unwrap())
 }
 
 pub(super) fn is_raised(event: &EventFd) -> bool {
@@ -68,7 +61,7 @@ proptest! {
         }
         for (device, offset, mut data, is_write) in accesses {
             let address = u64::from(device.get(&ports) + offset);
-            if is_write { bus.write(address, &data) } else { bus.read(address, &mut data) }
+            if is_write { bus.write(address, &data); } else { bus.read(address, &mut data); }
         }
     }
 }

@@ -2,11 +2,13 @@
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use integration_tests::linux::{Guest, Machine};
+use integration_tests::linux::{COMMAND_DEADLINE, Guest, Machine};
 use integration_tests::outcome::{Outcome, Test};
 use integration_tests::tests;
 use integration_tests::wait::wait_for;
@@ -23,6 +25,8 @@ pub(crate) fn tests() -> Vec<Test> {
         zones_of_two_kinds_and_nodes_give_memory_back,
         private_file_gives_back_what_the_guest_wrote,
         huge_pages_come_back_to_the_pool,
+        huge_pages_that_are_gone_pause_the_guest_until_they_are_back,
+        full_file_system_ends_only_its_guest,
         gigantic_pages_are_not_reported,
         discard_engine_frees_whole_huge_pages_and_nothing_else,
     ]
@@ -54,6 +58,35 @@ fn wait_resident(
         Ok(enough(&zones).then_some((all, zones)))
     })
     .with_context(|| format!("{:#}", stats(guest).unwrap_or_default()))
+}
+
+/// A file system in memory with a limit, unmounted on drop.
+struct TinyFileSystem(tempfile::TempDir);
+
+impl TinyFileSystem {
+    fn mount(bytes: u64) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let options = format!("size={bytes}");
+        let mut mount = Command::new("mount");
+        mount
+            .args(["-t", "tmpfs", "-o", &options, "tmpfs"])
+            .arg(folder.path());
+        ensure!(mount.status()?.success(), "{mount:?}");
+        Ok(Self(folder))
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for TinyFileSystem {
+    fn drop(&mut self) {
+        let unmounted = Command::new("umount").arg("-l").arg(self.path()).status();
+        if !unmounted.is_ok_and(|status| status.success()) {
+            println!("     {} stays mounted", self.path().display());
+        }
+    }
 }
 
 /// A file in memory with the size of a zone.
@@ -211,6 +244,74 @@ fn huge_pages_come_back_to_the_pool() -> Result<Outcome> {
     guest.command("verify")?;
     guest.end_cleanly()?;
     ensure!(pool.free()? == before, "huge pages are lost");
+    Ok(Outcome::Passed)
+}
+
+/// The guest returns pages, which somebody else takes; then it touches its memory again.
+fn huge_pages_that_are_gone_pause_the_guest_until_they_are_back() -> Result<Outcome> {
+    const PAGES: u64 = 160;
+    let Some(pool) = ReservedHugePages::of(2 * MIB, PAGES)? else {
+        return Ok(no_huge_pages());
+    };
+    let mut guest = Machine {
+        memory: "size=320M,hugepages=on,on_unavailable=pause",
+        arguments: &[
+            "--balloon",
+            "size=0,free_page_reporting=on",
+            "--event-monitor",
+            "path=@/events",
+        ],
+        ..Machine::default()
+    }
+    .serve()?;
+    guest.command("alloc 200M seed=4")?;
+    guest.command("free")?;
+    wait_resident(&guest, "huge pages", |zones| zones[0] <= 160 * MIB)?;
+    let taken = pool.take_free()?;
+    guest.serial.send("alloc 200M seed=5")?;
+    let is_paused =
+        |guest: &Guest| -> Result<bool> { Ok(guest.vmm.get("vm.info")?["state"] == "Paused") };
+    wait_for("the pause", RECLAIM_DEADLINE, || {
+        Ok(is_paused(&guest)?.then_some(()))
+    })?;
+    let (log, events) = (guest.vmm.stderr(), guest.vmm.text("events"));
+    ensure!(log.contains("memory zone mem0 (hugetlb-shared)"), "{log}");
+    ensure!(events.contains("memory-unavailable"), "{events}");
+    // Nothing has changed: it is paused again.
+    guest.vmm.put("vm.resume", None)?;
+    wait_for("the second pause", RECLAIM_DEADLINE, || {
+        Ok(is_paused(&guest)?.then_some(()))
+    })?;
+    drop(taken);
+    guest.vmm.put("vm.resume", None)?;
+    guest.serial.expect_answer("alloc", COMMAND_DEADLINE)?;
+    guest.command("verify")?;
+    guest.end_cleanly()?;
+    Ok(Outcome::Passed)
+}
+
+/// The memory file is larger than the file system. Another guest does not notice.
+fn full_file_system_ends_only_its_guest() -> Result<Outcome> {
+    let place = TinyFileSystem::mount(160 * MIB)?;
+    let path = place.path().join("ram");
+    File::create_new(&path)?.set_len(512 * MIB)?;
+    let zone = format!("id=ram,size=512M,shared=on,file={}", path.display());
+    let mut other = Machine::default().serve()?;
+    let mut guest = Machine {
+        memory: "size=0",
+        arguments: &["--memory-zone", &zone, "--event-monitor", "path=@/events"],
+        ..Machine::default()
+    }
+    .serve()?;
+    guest.serial.send("alloc 300M seed=5")?;
+    let status = guest.vmm.wait_exit(RECLAIM_DEADLINE)?;
+    let (log, events) = (guest.vmm.stderr(), guest.vmm.text("events"));
+    ensure!(status.code() == Some(1), "{status}: {log}");
+    ensure!(log.contains("memory zone ram (file-shared)"), "{log}");
+    ensure!(events.contains("memory-unavailable"), "{events}");
+    other.command("alloc 20M seed=1")?;
+    other.command("verify")?;
+    other.end_cleanly()?;
     Ok(Outcome::Passed)
 }
 
