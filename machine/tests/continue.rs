@@ -11,7 +11,9 @@ use api::config::{CpusConfig, MemoryConfig};
 use hypervisor::{Kvm, Vm};
 use machine::boot::{BootProtocol, EntryPoint};
 use machine::bus::Bus;
-use machine::cpu::{GuestEvent, Vcpus, VcpusContext, VcpusState, VmExitHandler, guest_phys_bits};
+use machine::cpu::{
+    ExceptionPath, GuestEvent, Vcpus, VcpusContext, VcpusState, VmExitHandler, guest_phys_bits,
+};
 use machine::interrupt::{GsiRouter, IOAPIC_PIN_COUNT, Ioapic, IoapicState};
 use machine::legacy::{CMOS_PORTS, Cmos, CmosState, PM_TIMER_PORTS, PmTimer, PmTimerState};
 use machine::memory::layout::{IOAPIC_BYTES, IOAPIC_START};
@@ -84,6 +86,9 @@ impl VmExitHandler for Board {
         self.mmio.write(address, data);
     }
     fn ioapic_eoi(&self, _vector: u8) {}
+    fn lacks_ram(&self, _path: &ExceptionPath) -> bool {
+        false
+    }
 }
 
 /// Drop order: the vCPUs before the memory they use.

@@ -19,6 +19,7 @@ mod run;
 mod stall;
 mod state;
 mod topology;
+mod triple_fault;
 mod vcpus;
 
 use std::io;
@@ -30,6 +31,7 @@ pub use run::VcpusContext;
 pub use stall::STALL_CHECK_INTERVAL;
 pub use state::{IndexedVcpuState, VcpusState};
 pub use topology::Topology;
+pub use triple_fault::ExceptionPath;
 pub use vcpus::Vcpus;
 
 /// The target of the guest's accesses outside of RAM. Implemented by the buses.
@@ -47,6 +49,9 @@ pub trait VmExitHandler: Send + Sync {
     fn mmio_write(&self, address: u64, data: &[u8]);
     /// The guest acknowledged a level-triggered interrupt of the I/O APIC.
     fn ioapic_eoi(&self, vector: u8);
+    /// After a triple fault: whether the host cannot provide RAM, in particular that of `path`. The handler has then
+    /// notified the machine's owner.
+    fn lacks_ram(&self, path: &ExceptionPath) -> bool;
 }
 
 /// Events inside the guest that end or pause a machine. A vCPU reports one and then parks: until the next pause or

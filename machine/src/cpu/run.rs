@@ -9,7 +9,7 @@ use virtio_devices::Unpoisoned;
 use super::core_scheduling::CoreCookies;
 use super::counters::{ExitCounters, count};
 use super::gate::Gate;
-use super::{GuestEvent, VmExitHandler};
+use super::{ExceptionPath, GuestEvent, VmExitHandler};
 use crate::threads::{MachineThread, ThreadStart};
 
 /// Maximum number of exits served after a pause is requested, so that the instruction that caused the last exit
@@ -175,10 +175,9 @@ fn run_guest(vcpu: &mut Vcpu, cell: &VcpuCell, gate: &Gate, context: &VcpusConte
                 return Outcome::GateClosed;
             }
             Step::Interrupted | Step::GoOn => {}
+            Step::TripleFault => return Outcome::Over(after_triple_fault(vcpu, cell, context)),
             Step::Over(event) => {
-                // Logged once per boot or pause: a triple fault leaves no trace on the guest's console.
-                let rip = vcpu.regs().map_or(0, |regs| regs.rip);
-                log::warn!("vCPU {} stops at {rip:#x}: {event:?}", cell.index);
+                log_stop(vcpu, cell, event);
                 return Outcome::Over(event);
             }
             Step::Lost(reason) => {
@@ -191,10 +190,28 @@ fn run_guest(vcpu: &mut Vcpu, cell: &VcpuCell, gate: &Gate, context: &VcpusConte
     }
 }
 
+/// The guest's own fault is a reset; otherwise a reset would only repeat it.
+fn after_triple_fault(vcpu: &Vcpu, cell: &VcpuCell, context: &VcpusContext) -> GuestEvent {
+    let lacks_ram = ExceptionPath::of(vcpu).is_ok_and(|path| context.handler.lacks_ram(&path));
+    let event = match lacks_ram {
+        true => GuestEvent::MemoryUnavailable { vcpu: cell.index },
+        false => GuestEvent::Reset,
+    };
+    log_stop(vcpu, cell, event);
+    event
+}
+
+/// Logged once per boot or pause: a triple fault leaves no trace on the guest's console.
+fn log_stop(vcpu: &Vcpu, cell: &VcpuCell, event: GuestEvent) {
+    let rip = vcpu.regs().map_or(0, |regs| regs.rip);
+    log::warn!("vCPU {} stops at {rip:#x}: {event:?}", cell.index);
+}
+
 /// The action after an exit.
 enum Step {
     GoOn,
     Interrupted,
+    TripleFault,
     Over(GuestEvent),
     /// KVM failed; the text gives the reason.
     Lost(String),
@@ -230,9 +247,8 @@ fn handle(exit: VmExit<'_>, handler: &dyn VmExitHandler, counters: &ExitCounters
             count(&counters.interrupted);
             return Step::Interrupted;
         }
-        VmExit::Shutdown | VmExit::SystemEvent(SystemEvent::Reset) => {
-            return Step::Over(GuestEvent::Reset);
-        }
+        VmExit::Shutdown => return Step::TripleFault,
+        VmExit::SystemEvent(SystemEvent::Reset) => return Step::Over(GuestEvent::Reset),
         VmExit::SystemEvent(SystemEvent::Shutdown) => return Step::Over(GuestEvent::Shutdown),
         other @ (VmExit::SystemEvent(_)
         | VmExit::Hlt

@@ -93,6 +93,11 @@ impl Cover {
         let offset = address.checked_sub(self.region.as_ptr() as usize)?;
         Some(self.guest_address + offset as u64)
     }
+
+    /// Whether [`Cover::take_fault`] would return one.
+    pub(super) fn has_fault(&self) -> bool {
+        SLOTS[self.slot].fault.load(Ordering::Acquire) != 0
+    }
 }
 
 impl Drop for Cover {

@@ -6,6 +6,7 @@
 //! | by a vCPU | `KVM_RUN` fails | yes |
 //! | by a vCPU, and KVM tries again endlessly | page faults without result (`cpu/stall.rs`) | yes |
 //! | by KVM's emulator for a vCPU | an exit with an address in RAM | no |
+//! | by KVM, of page tables or handlers | a triple fault, and then by the vCPU's thread (`cpu/triple_fault.rs`) | no |
 //! | by a thread of ours | SIGBUS ([`super::bus_error`]) | no |
 
 use std::io;
@@ -32,7 +33,7 @@ pub enum MemoryFault {
         address: u64,
     },
     /// A thread of the VMM found zeros.
-    Device {
+    Vmm {
         /// Guest address.
         address: u64,
     },
@@ -52,7 +53,14 @@ pub struct MemoryFailure {
 pub struct MemoryFaults {
     signals: Arc<VmSignals>,
     first: Mutex<Option<MemoryFault>>,
-    covers: Mutex<Vec<Cover>>,
+    covers: Mutex<Covers>,
+}
+
+#[derive(Debug, Default)]
+struct Covers {
+    all: Vec<Cover>,
+    /// A page was replaced by zeros.
+    lost: bool,
 }
 
 impl MemoryFaults {
@@ -69,7 +77,7 @@ impl MemoryFaults {
         let event = Arc::clone(&self.signals.memory);
         let guest_address = region.start_addr().0;
         let cover = Cover::new(region.get_mmap(), guest_address, page_bytes, event)?;
-        self.covers.lock().unpoisoned().push(cover);
+        self.covers.lock().unpoisoned().all.push(cover);
         Ok(())
     }
 
@@ -84,13 +92,18 @@ impl MemoryFaults {
     /// The first fault since the last call. One after which the guest cannot go on comes first.
     pub(crate) fn take(&self) -> Option<MemoryFault> {
         let noted = self.first.lock().unpoisoned().take();
-        let covers = self.covers.lock().unpoisoned();
+        let mut covers = self.covers.lock().unpoisoned();
         // Takes those of all covers.
-        let faults = covers.iter().filter_map(Cover::take_fault);
-        let device = faults.fold(None, |first, address| first.or(Some(address)));
-        device
-            .map(|address| MemoryFault::Device { address })
-            .or(noted)
+        let faults = covers.all.iter().filter_map(Cover::take_fault);
+        let ours = faults.fold(None, |first, address| first.or(Some(address)));
+        covers.lost |= ours.is_some();
+        ours.map(|address| MemoryFault::Vmm { address }).or(noted)
+    }
+
+    /// Whether a thread of the VMM has found zeros in place of a page. The machine cannot go on.
+    pub(crate) fn has_lost(&self) -> bool {
+        let covers = self.covers.lock().unpoisoned();
+        covers.lost || covers.all.iter().any(Cover::has_fault)
     }
 }
 
@@ -127,9 +140,9 @@ impl MemoryFault {
                 ),
                 false,
             ),
-            Self::Device { address } => (
+            Self::Vmm { address } => (
                 format!(
-                    "the host cannot provide RAM that a device accessed at {}",
+                    "the host cannot provide RAM that the VMM accessed at {}",
                     place(address)
                 ),
                 false,
@@ -182,20 +195,23 @@ mod tests {
     }
 
     #[test]
-    fn missing_page_that_a_device_touches_is_named_and_the_process_lives() {
+    fn missing_page_that_the_vmm_touches_is_named_and_the_process_lives() {
         let (memory, faults, signals) = short();
         let ram = memory.ram().memory();
         ram.write_obj(1_u32, GuestAddress(MIB)).unwrap();
         assert!(signals.memory.read().is_err());
+        assert!(!faults.has_lost());
         let address = 7 * MIB + 0x1008;
         ram.write_obj(7_u32, GuestAddress(address)).unwrap();
         assert_eq!(ram.read_obj::<u32>(GuestAddress(address)).unwrap(), 7);
         // Another page, before the owner has looked: one signal suffices, and the first is named.
         let _: u64 = ram.read_obj(GuestAddress(8 * MIB - 8)).unwrap();
         assert_eq!(signals.memory.read().unwrap(), 1);
+        assert!(faults.has_lost());
         let fault = faults.take().unwrap();
-        assert_eq!(fault, MemoryFault::Device { address });
+        assert_eq!(fault, MemoryFault::Vmm { address });
         assert_eq!(faults.take(), None);
+        assert!(faults.has_lost(), "the guest has seen zeros");
         let failure = fault.explain(memory.zones());
         assert!(!failure.can_continue);
         let place = "guest address 0x701008 in memory zone a (file-shared)";
@@ -219,7 +235,7 @@ mod tests {
         for _ in 0..600 {
             let (memory, faults, _signals) = short();
             drop(memory);
-            assert_eq!(faults.covers.lock().unwrap().len(), 1);
+            assert_eq!(faults.covers.lock().unwrap().all.len(), 1);
         }
     }
 }

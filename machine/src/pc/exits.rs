@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use virtio_devices::GuestRam;
-use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
 use super::chassis::Chassis;
 use crate::bus::Bus;
-use crate::cpu::VmExitHandler;
+use crate::cpu::{ExceptionPath, VmExitHandler};
 use crate::interrupt::Ioapic;
 use crate::memory::{GuestMemory, MemoryFault, MemoryFaults};
 
@@ -63,5 +63,11 @@ impl VmExitHandler for Exits {
 
     fn ioapic_eoi(&self, vector: u8) {
         self.ioapic.end_of_interrupt(vector);
+    }
+
+    fn lacks_ram(&self, path: &ExceptionPath) -> bool {
+        let ram = self.ram.memory();
+        path.touch(|address| ram.read_obj(GuestAddress(address)).ok());
+        self.faults.has_lost()
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use api::config::{CpuAffinity, CpuTopology, CpusConfig, MemoryConfig, PayloadConfig};
 use hypervisor::Kvm;
 use machine::boot::PayloadFiles;
-use machine::cpu::{CpuError, GuestEvent, Vcpus, VcpusContext, VmExitHandler};
+use machine::cpu::{CpuError, ExceptionPath, GuestEvent, Vcpus, VcpusContext, VmExitHandler};
 use machine::memory::layout::{MIB, RSDP_START};
 use machine::memory::{GuestMemory, RamSlots};
 use machine::threads::MachineThread;
@@ -60,6 +60,9 @@ impl VmExitHandler for Recorder {
         self.note(Access::Store(address, data.to_vec()));
     }
     fn ioapic_eoi(&self, _vector: u8) {}
+    fn lacks_ram(&self, _path: &ExceptionPath) -> bool {
+        false
+    }
 }
 
 struct Machine {
