@@ -118,8 +118,11 @@ impl ControlLoop {
             };
             let more = std::iter::from_fn(|| events.try_recv().ok()).take(EVENTS_AT_ONCE);
             for event in event.into_iter().chain(more) {
-                // Checked before each event, because many requests may have arrived meanwhile.
-                if self.stop.is_asked() || !self.handle(event) {
+                // Checked before each event, because many requests may have arrived meanwhile. The end of an order
+                // counts even then: the stop waits for it.
+                let ends = self.stop.is_asked();
+                let counts = !ends || matches!(event, Event::Vm(_));
+                if (counts && !self.handle(event)) || ends {
                     return self.stop(events);
                 }
             }

@@ -15,10 +15,12 @@ use std::time::{Duration, Instant};
 use api::ClientError;
 
 use super::clock::Clock;
+use super::control::ControlLoop;
 use super::event::Event;
 use super::fake_vmm::{DEADLINE, FakeVm, Fault, GIB, MIB, World, wait};
 use super::launch::{Surroundings, assemble};
 use super::rounds::with_threads;
+use super::signals::StopFlag;
 use super::*;
 use crate::agent_config::AgentConfig;
 use crate::config::Millis;
@@ -26,7 +28,7 @@ use crate::execute::GroupFiles;
 use crate::http::{Method, Request};
 use crate::model::{Bytes, PriorityClass};
 use crate::reservations::ReservationPhase;
-use crate::worker::VmEvent;
+use crate::worker::{VmEvent, VmEventKind};
 
 fn agent_config(world: &World) -> AgentConfig {
     let mut config = AgentConfig::default();
@@ -496,11 +498,13 @@ fn socket_for_reading_shows_and_takes_no_orders() {
     assert_eq!(vm.interlock, None);
 }
 
-#[test]
-fn agent_that_shall_end_does_so_after_one_request_however_many_wait() {
-    let world = World::new(16 * GIB, 0);
+/// A control loop that the test runs itself.
+fn control_loop(
+    world: &World,
+    config: AgentConfig,
+    report: impl Fn(VmEvent) -> bool + Clone + Send + 'static,
+) -> ControlLoop {
     let clock = Clock::start();
-    let (reports, _reported) = mpsc::sync_channel::<VmEvent>(16);
     let files = world.files();
     let groups = GroupFiles {
         proc: files.proc.clone(),
@@ -509,12 +513,41 @@ fn agent_that_shall_end_does_so_after_one_request_however_many_wait() {
     let surroundings = Surroundings {
         files: &files,
         clock,
-        serve: with_threads(groups, clock, Arc::default(), move |event| {
-            reports.send(event).is_ok()
-        }),
+        serve: with_threads(groups, clock, Arc::default(), report),
         pressed: Box::new(|| {}),
     };
-    let mut control = assemble(agent_config(&world), None, &Arc::default(), surroundings).unwrap();
+    assemble(config, None, &Arc::default(), surroundings).unwrap()
+}
+
+#[test]
+fn order_that_ends_as_the_agent_is_asked_to_end_is_not_waited_for() {
+    let world = World::new(16 * GIB, GIB);
+    set_of(&world, &["a", "b", "c", "d"], 2);
+    let mut config = agent_config(&world);
+    config.agent.on_stop = crate::agent_config::OnStop::Restore;
+    let (events, received) = mpsc::sync_channel(16);
+    let stop = StopFlag::default();
+    let asking = stop.clone();
+    let mut control = control_loop(&world, config, move |event| {
+        if matches!(event.kind, VmEventKind::Done(_)) {
+            asking.ask();
+        }
+        events.send(Event::Vm(event)).is_ok()
+    });
+    control.stop = stop;
+    control.run(&received).unwrap();
+    for name in ["a", "b", "c", "d"] {
+        assert_eq!(world.vm(name).target, 0);
+    }
+}
+
+#[test]
+fn agent_that_shall_end_does_so_after_one_request_however_many_wait() {
+    let world = World::new(16 * GIB, 0);
+    let (reports, _reported) = mpsc::sync_channel::<VmEvent>(16);
+    let mut control = control_loop(&world, agent_config(&world), move |event| {
+        reports.send(event).is_ok()
+    });
     let (events, received) = mpsc::sync_channel(1000);
     let mut answers = Vec::new();
     let stop = control.stop.clone();
