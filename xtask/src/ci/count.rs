@@ -42,12 +42,12 @@ impl fmt::Display for Counts {
 ///
 /// Known are cargo test (`test result: ok. 3 passed; 0 failed; 1 ignored; …`), nextest
 /// (`Summary [ 0.1s] 4 tests run: 3 passed, 1 failed, 2 skipped`) and our VM tests
-/// (`3 passed, 0 failed, 1 skipped`).
+/// (`3 passed, 0 failed, 1 skipped`). nextest indents the output of a failed test, in which such a line does not count.
 pub(crate) fn closing_line(line: &str) -> Option<Counts> {
-    let line = line.trim();
+    let line = line.trim_end();
     let rest = if let Some(rest) = line.strip_prefix("test result: ") {
         rest.split_once(". ")?.1
-    } else if line.starts_with("Summary [") {
+    } else if line.trim_start().starts_with("Summary [") {
         line.split_once(" run: ")?.1
     } else if line.ends_with(" skipped") && line.starts_with(|c: char| c.is_ascii_digit()) {
         line
@@ -110,6 +110,7 @@ mod tests {
     fn other_line_is_not_counted() {
         for line in [
             "",
+            "    test result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured; 228 filtered out; finished in 5.94s",
             "running 3 tests",
             "test a ... ok",
             "3 passed",
