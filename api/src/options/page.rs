@@ -143,7 +143,7 @@ fn page(old: &str) -> String {
     let heading = "reclaim-thresholds --set, alerts";
     let _ = write!(
         page,
-        "\n## {heading}\n\n| Key | Since | Meaning |\n| --- | --- | --- |\n"
+        "\n## {heading}\n\n| Key | Unit | Default | Since | Meaning |\n| --- | --- | --- | --- | --- |\n"
     );
     for (key, schema) in properties::<AlertChange>()
         .as_object()
@@ -152,19 +152,21 @@ fn page(old: &str) -> String {
     {
         let (name, doc) = (format!("`{key}`"), description(schema));
         let since = versions.get(heading, &[&name]);
-        let _ = writeln!(page, "| {name} | {since} | {doc} |");
+        let (unit, default) = (AlertChange::unit(key), AlertChange::default_of(key));
+        let _ = writeln!(page, "| {name} | {unit} | {default} | {since} | {doc} |");
     }
     let heading = "reclaim-thresholds --set, reporting policy";
     let _ = write!(
         page,
-        "\n## {heading}\n\n| Key | Default | Since | Meaning |\n| --- | --- | --- | --- |\n"
+        "\n## {heading}\n\n| Key | Unit | Default | Since | Meaning |\n| --- | --- | --- | --- | --- |\n"
     );
     let schema = properties::<ReportingPolicy>();
     for setting in ReportingPolicy::TABLE {
         let name = format!("`{}`", setting.name);
         let (default, doc) = (setting.default, description(&schema[setting.name]));
+        let unit = setting.unit.name();
         let since = versions.get(heading, &[&name]);
-        let _ = writeln!(page, "| {name} | {default} | {since} | {doc} |");
+        let _ = writeln!(page, "| {name} | {unit} | {default} | {since} | {doc} |");
     }
     page
 }
