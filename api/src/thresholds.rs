@@ -176,26 +176,6 @@ pub struct AlertChange {
     pub duration_ms: Option<u64>,
 }
 
-impl AlertChange {
-    /// Unit of a key in the table of options.
-    pub(crate) fn unit(key: &str) -> &'static str {
-        match key {
-            "enter" | "leave" => "that of `figure`",
-            "duration_ms" => "ms",
-            _ => "",
-        }
-    }
-
-    /// Value of a key that a new alert does not give, in the table of options.
-    pub(crate) fn default_of(key: &str) -> &'static str {
-        match key {
-            "leave" => "as `enter`",
-            "duration_ms" => "0",
-            _ => "required",
-        }
-    }
-}
-
 const ALERT_KEYS: &[&str] = &["figure", "direction", "enter", "leave", "duration_ms"];
 const POLICY_KEYS: &[&str] = ReportingPolicy::NAMES;
 static KEYS: LazyLock<Vec<&str>> = LazyLock::new(|| [&["name"], ALERT_KEYS, POLICY_KEYS].concat());

@@ -152,7 +152,7 @@ fn page(old: &str) -> String {
     {
         let (name, doc) = (format!("`{key}`"), description(schema));
         let since = versions.get(heading, &[&name]);
-        let (unit, default) = (AlertChange::unit(key), AlertChange::default_of(key));
+        let (unit, default) = (alert_unit(key), alert_default(key));
         let _ = writeln!(page, "| {name} | {unit} | {default} | {since} | {doc} |");
     }
     let heading = "reclaim-thresholds --set, reporting policy";
@@ -204,6 +204,23 @@ fn unit(is_size: bool, values: &str) -> &'static str {
         _ if is_size => "bytes",
         _ if values.contains("_bits>") => "bits",
         _ => "",
+    }
+}
+
+fn alert_unit(key: &str) -> &'static str {
+    match key {
+        "enter" | "leave" => "that of `figure`",
+        "duration_ms" => "ms",
+        _ => "",
+    }
+}
+
+/// The value of a key that a new alert does not give.
+fn alert_default(key: &str) -> &'static str {
+    match key {
+        "leave" => "as `enter`",
+        "duration_ms" => "0",
+        _ => "required",
     }
 }
 
