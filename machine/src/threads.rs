@@ -34,6 +34,8 @@ pub enum DeviceKind {
     Vsock,
     /// Persistent memory.
     Pmem,
+    /// The virtual IOMMU.
+    Iommu,
 }
 
 /// The purpose of a thread of the machine.

@@ -91,6 +91,7 @@ impl Rig {
                 segment: 0,
                 slot: 3,
             }],
+            iommu_segments: Vec::new(),
         };
         let mut pc = Pc::new(&self.kvm, memory, params, context).unwrap();
         let mode = EndpointMode::File {
@@ -127,6 +128,7 @@ fn rng(id: &str, segment: u16, slot: Option<u8>) -> Plug {
         kind: DeviceKind::Rng,
         place: Place { segment, slot },
         device: Arc::new(Mutex::new(Rng::new(id, File::open("/dev/zero").unwrap()))),
+        dma: None,
     }
 }
 

@@ -39,6 +39,8 @@ parts! {
     CONSOLE_OUTPUT = "console-output", 1..=1;
     /// Shared folder.
     FS = "fs", 1..=1;
+    /// Virtual IOMMU: domains, endpoints and mappings.
+    IOMMU = "iommu", 1..=1;
     /// Memory device.
     MEM = "mem", 1..=1;
     /// Blocks of a memory device.

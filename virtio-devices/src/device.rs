@@ -22,6 +22,7 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap, MmapRegion};
 
+use crate::iommu::DmaEndpoint;
 pub use crate::worker::{Doorbell, WorkerError};
 use crate::worker::{EventSources, Turn};
 
@@ -56,6 +57,8 @@ pub struct ActiveQueue {
     /// The doorbell, watched by the worker. A handler that stops at its limit with work left writes 1 to it and is
     /// called again after other handlers' events.
     pub doorbell: Arc<Doorbell>,
+    /// The IOMMU in front of the device. Its addresses are those of the rings and of every buffer.
+    pub dma: Option<Arc<DmaEndpoint>>,
 }
 
 impl ActiveQueue {
@@ -132,7 +135,7 @@ pub enum DeviceIdentity {
 /// Called under a lock, by the vCPU thread that accesses a register and by the VMM's control thread. It must not block,
 /// and must not panic on any input.
 pub trait VirtioDevice: Send {
-    /// Virtio device id (virtio 1.2 §5): 1 net, 2 block, 3 console, 4 entropy, 5 balloon, 19 socket,
+    /// Virtio device id (virtio 1.2 §5): 1 net, 2 block, 3 console, 4 entropy, 5 balloon, 19 socket, 23 IOMMU,
     /// 24 memory, 26 file system, 27 persistent memory, 35 watchdog.
     fn device_type(&self) -> u32;
 

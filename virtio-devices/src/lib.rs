@@ -15,6 +15,7 @@ mod counters;
 mod debug_fields;
 pub mod device;
 pub mod fs;
+pub mod iommu;
 mod listening_socket;
 pub mod mem;
 pub mod net;

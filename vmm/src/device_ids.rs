@@ -8,6 +8,8 @@ pub(crate) const BALLOON_ID: &str = "__balloon";
 pub(crate) const RNG_ID: &str = "__rng";
 /// The watchdog.
 pub(crate) const WATCHDOG_ID: &str = "__watchdog";
+/// The virtual IOMMU.
+pub(crate) const IOMMU_ID: &str = "__iommu";
 /// The serial port.
 pub(crate) const SERIAL_ID: &str = "__serial";
 /// The debug console.

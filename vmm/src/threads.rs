@@ -62,7 +62,7 @@ mod tests {
     #[test]
     fn kinds_are_all_listed_once() {
         let kinds: Vec<_> = ThreadKind::all().collect();
-        assert_eq!(kinds.len(), 19);
+        assert_eq!(kinds.len(), 20);
         assert_eq!(kinds.iter().collect::<BTreeSet<_>>().len(), kinds.len());
     }
 }

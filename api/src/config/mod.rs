@@ -103,7 +103,7 @@ pub struct VmConfig {
     pub numa: Option<Vec<NumaConfig>>,
     /// Platform settings.
     pub platform: Option<PlatformConfig>,
-    /// A virtual IOMMU. Unsupported.
+    /// A virtual IOMMU, even if no device is behind it. A device with `iommu` adds one in any case.
     pub iommu: bool,
     /// A watchdog device, which resets a guest that has pinged it and then stops pinging.
     pub watchdog: bool,
@@ -147,7 +147,7 @@ impl VmConfig {
             Some(_) => true,
         });
         let sections = sections.map(|(name, _)| name);
-        sections.chain(self.iommu.then_some("iommu")).collect()
+        sections.collect()
     }
 }
 

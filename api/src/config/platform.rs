@@ -14,10 +14,10 @@ pub struct PlatformConfig {
     /// Number of PCI segments, 1 to 96.
     #[key("<num_pci_segments>", default = DEFAULT_NUM_PCI_SEGMENTS)]
     pub num_pci_segments: u16,
-    /// Segments behind the virtual IOMMU.
+    /// Segments behind the virtual IOMMU. Every device on them needs `iommu=on`, and devices can be added later.
     #[key("<list_of_segments>")]
     pub iommu_segments: Option<Vec<u16>>,
-    /// Address width of the virtual IOMMU, bits.
+    /// Address width of the virtual IOMMU, 32 to 64 bits.
     #[key("<bits>", name = "iommu_address_width", default = DEFAULT_IOMMU_ADDRESS_WIDTH_BITS)]
     pub iommu_address_width_bits: u8,
     /// System serial number in SMBIOS. Also read under its older name `serial_number`.

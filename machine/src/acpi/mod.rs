@@ -4,7 +4,8 @@
 //! RSDP (0xa0000) ─► XSDT ─┬─► FADT ─► DSDT    power, reset, timer; devices
 //!                         ├─► MADT            processors, I/O APIC
 //!                         ├─► MCFG            PCI configuration space
-//!                         └─► SRAT, SLIT      NUMA nodes, if configured
+//!                         ├─► SRAT, SLIT      NUMA nodes, if configured
+//!                         └─► VIOT            devices behind the virtual IOMMU, if there is one
 //! ```
 //!
 //! The platform is hardware-reduced: it has no fixed-feature registers, and events arrive through the generic event
@@ -17,6 +18,7 @@ mod generation_id;
 mod memory_hotplug;
 mod numa;
 mod pci_hotplug;
+mod viot;
 
 use acpi_tables::Aml;
 use acpi_tables::rsdp::Rsdp;
@@ -28,6 +30,7 @@ use crate::pci::WindowRanges;
 
 pub use generation_id::renew_generation_id;
 pub use numa::{LOCAL_DISTANCE, NumaNode, PROXIMITY_DOMAIN_MAX};
+pub use viot::IommuEntry;
 
 /// The platform's name in the tables.
 const OEM_ID: [u8; 6] = *b"CLOUDH";
@@ -74,6 +77,8 @@ pub struct AcpiParams {
     pub has_serial: bool,
     /// NUMA nodes; none if the machine is not divided.
     pub numa: Vec<NumaNode>,
+    /// The virtual IOMMU, if there is one.
+    pub iommu: Option<IommuEntry>,
 }
 
 /// Reasons why the tables cannot be placed.
@@ -117,6 +122,7 @@ pub fn build<M: GuestMemory>(params: &AcpiParams, memory: &M) -> Result<GuestAdd
     if !params.numa.is_empty() {
         tables.extend([numa::srat(&params.numa), numa::slit(&params.numa)]);
     }
+    tables.extend(params.iommu.as_ref().map(viot::viot));
     for table in tables {
         xsdt.add_entry(placer.place(table));
     }

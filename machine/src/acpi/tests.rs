@@ -1,7 +1,7 @@
 //! Tests the tables as a guest finds them, starting from the root pointer.
 
 use super::*;
-use crate::pci::SEGMENT_COUNT_MAX;
+use crate::pci::{Bdf, SEGMENT_COUNT_MAX};
 use vm_memory::GuestMemoryMmap;
 
 type Memory = GuestMemoryMmap<()>;
@@ -41,6 +41,7 @@ fn params(vcpus: u32) -> AcpiParams {
         memory_hotplug_address: None,
         has_serial: true,
         numa: Vec::new(),
+        iommu: None,
     }
 }
 
@@ -383,4 +384,35 @@ fn acpi_dump() {
     for (name, table) in tables(&memory, rsdp) {
         std::fs::write(directory.join(name).with_extension("aml"), table).unwrap();
     }
+}
+
+#[test]
+fn viot_names_the_iommu_and_what_is_behind_it() {
+    let memory = memory(2 << 20);
+    let bdf = |segment, slot| Bdf { segment, slot };
+    let iommu = IommuEntry {
+        bdf: bdf(0, 7),
+        // The second is part of a segment that is behind it as a whole.
+        functions: vec![bdf(0, 3), bdf(2, 1)],
+        segments: vec![2],
+    };
+    let with_iommu = AcpiParams {
+        iommu: Some(iommu),
+        ..params(1)
+    };
+    let found = tables(&memory, build(&with_iommu, &memory).unwrap());
+    let (_, viot) = found.iter().find(|(name, _)| name == "VIOT").unwrap();
+    let expected = [
+        // Three nodes, the first at 48.
+        3, 0, 48, 0, 0, 0, 0, 0, 0, 0, 0, 0, //
+        // The IOMMU: a virtio device at 0000:00:07.0.
+        3, 0, 16, 0, 0, 0, 0x38, 0, 0, 0, 0, 0, 0, 0, 0, 0, //
+        // All 32 slots of segment 2, endpoints from 0x20000 on.
+        1, 0, 24, 0, 0, 0, 2, 0, 2, 0, 2, 0, 0, 0, 0xf8, 0, 48, 0, 0, 0, 0, 0, 0, 0, //
+        // 0000:00:03.0.
+        1, 0, 24, 0, 0x18, 0, 0, 0, 0, 0, 0, 0, 0x18, 0, 0x18, 0, 48, 0, 0, 0, 0, 0, 0, 0,
+    ];
+    assert_eq!(viot[36..], expected);
+    let without = tables(&memory, build(&params(1), &memory).unwrap());
+    assert!(without.iter().all(|(name, _)| name != "VIOT"));
 }

@@ -336,6 +336,7 @@ impl Rig {
             id: id.into(),
             device,
             mem: self.ram.clone(),
+            dma: None,
             vectors: Arc::new(FunctionVectors::new(Arc::clone(&self.router), count)),
             thread_start: Arc::new(|_| ()),
             listener: None,

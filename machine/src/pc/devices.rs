@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, Weak};
 use state::Saved;
 use virtio_devices::Unpoisoned;
 use virtio_devices::VirtioDevice;
+use virtio_devices::iommu::DmaEndpoint;
 use virtio_devices::pci::{Bar, PciFunction};
 use virtio_devices::transport::{VirtioPciFunction, VirtioPciParams, vectors_needed};
 use virtio_devices::worker::ThreadStart as WorkerStart;
@@ -33,9 +34,20 @@ pub struct Plug {
     pub place: Place,
     /// The device.
     pub device: Arc<Mutex<dyn VirtioDevice>>,
+    /// Its connection to the virtual IOMMU, if it is behind it.
+    pub dma: Option<Arc<DmaEndpoint>>,
 }
 
 virtio_devices::debug_fields!(Plug { id, kind, place });
+
+impl Plug {
+    /// Gives the device its number at the virtual IOMMU.
+    pub(super) fn place_endpoint(&self, bdf: Bdf) {
+        if let Some(dma) = &self.dma {
+            dma.place(bdf.endpoint());
+        }
+    }
+}
 
 /// The BARs of a function, for as long as it exists.
 #[derive(Clone)]
@@ -64,6 +76,7 @@ pub struct Plugged {
     pub kind: DeviceKind,
     /// Its address.
     pub bdf: Bdf,
+    pub(super) is_behind_iommu: bool,
     pub(super) function: Arc<VirtioPciFunction>,
     /// Held for the effect of its drop.
     _memory: Option<Arc<MappedMemory>>,
@@ -170,7 +183,11 @@ impl Pc {
         let pci = &self.chassis.pci;
         let bdf = pci.add(function.clone(), plug.place);
         match bdf {
-            Ok(bdf) => Ok(plugged(plug, bdf, function, memory)),
+            Ok(bdf) => {
+                // Until here, every access of the device fails.
+                plug.place_endpoint(bdf);
+                Ok(plugged(plug, bdf, function, memory))
+            }
             Err(source) => Err(PcError::Device {
                 id: plug.id,
                 source: source.into(),
@@ -218,6 +235,7 @@ impl Pc {
             id: plug.id.clone(),
             device: Arc::clone(&plug.device),
             mem: ram.clone(),
+            dma: plug.dma.clone(),
             vectors: Arc::new(vectors),
             thread_start: worker_start(&self.context.thread_start, plug.kind),
             listener: Some(Arc::new(DeviceEvents::new(Arc::clone(
@@ -252,6 +270,7 @@ pub(super) fn plugged(
         id: plug.id,
         kind: plug.kind,
         bdf,
+        is_behind_iommu: plug.dma.is_some(),
         function,
         _memory: memory.map(Arc::new),
     }

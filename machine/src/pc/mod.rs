@@ -25,7 +25,7 @@ use hypervisor::Kvm;
 use virtio_devices::pci::PciFunction;
 use vm_memory::GuestAddressSpace;
 
-use crate::acpi::{self, AcpiParams, NumaNode, PciSegmentEntry, VcpuEntry};
+use crate::acpi::{self, AcpiParams, IommuEntry, NumaNode, PciSegmentEntry, VcpuEntry};
 use crate::boot::Payload;
 use crate::bus::BusDevice;
 use crate::cpu::{GuestEvent, Vcpus, VcpusContext};
@@ -36,7 +36,7 @@ use crate::memory::{GuestMemory, MemoryFault, MemoryFaults, RamSlots};
 use crate::pci::{Bdf, PciBus, Place};
 use crate::serial::{Endpoint, Output, SERIAL_IRQ, SERIAL_PORTS, Uart};
 use crate::signals::VmSignals;
-use crate::threads::ThreadStart;
+use crate::threads::{DeviceKind, ThreadStart};
 use chassis::Chassis;
 use device_events::DeviceEvents;
 use device_memory::DeviceSlots;
@@ -73,6 +73,8 @@ pub struct PcParams {
     pub pci_segments: u16,
     /// PCI slots that devices will request by number.
     pub wished_slots: Vec<Bdf>,
+    /// Segments whose devices are all behind the virtual IOMMU.
+    pub iommu_segments: Vec<u16>,
 }
 
 /// One machine. Dropping it stops everything that it started.
@@ -252,7 +254,21 @@ impl Pc {
             },
             has_serial: self.serial.is_some(),
             numa: self.numa_nodes(),
+            iommu: self.iommu_entry(),
         }
+    }
+
+    fn iommu_entry(&self) -> Option<IommuEntry> {
+        let iommu = self
+            .plugged
+            .iter()
+            .find(|it| it.kind == DeviceKind::Iommu)?;
+        let behind = self.plugged.iter().filter(|it| it.is_behind_iommu);
+        Some(IommuEntry {
+            bdf: iommu.bdf,
+            functions: behind.map(|it| it.bdf).collect(),
+            segments: self.params.iommu_segments.clone(),
+        })
     }
 
     fn pci_segments(&self) -> Vec<PciSegmentEntry> {

@@ -155,6 +155,11 @@ impl Pc {
         });
         let saved = saved.and_then(|saved| Ok((saved, state.slot(&id)?)));
         let (saved, (segment, slot)) = saved.map_err(PcError::State)?;
+        // Before the rings of the device are looked at.
+        plug.place_endpoint(Bdf {
+            segment,
+            slot: slot.slot,
+        });
         let function = self.function_of(&plug, Some(saved))?;
         let memory = self.map_memory_of(&plug, segment)?;
         let pci = &self.chassis.pci;

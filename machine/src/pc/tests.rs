@@ -29,6 +29,7 @@ fn params() -> PcParams {
         numa: Vec::new(),
         pci_segments: 1,
         wished_slots: Vec::new(),
+        iommu_segments: Vec::new(),
     }
 }
 
@@ -47,6 +48,7 @@ fn worker_of_a_device_named_like_a_thread_is_confined_as_a_worker() {
         kind: DeviceKind::Rng,
         place: Default::default(),
         device: Arc::new(Mutex::new(rng)),
+        dma: None,
     };
     pc.plug(plug).unwrap();
     let thread = threads.recv().unwrap();
@@ -115,6 +117,7 @@ fn device_added_into_the_slot_of_an_ejected_one_stays() {
             kind: DeviceKind::Rng,
             place: Default::default(),
             device: Arc::new(Mutex::new(Rng::new(id, File::open("/dev/zero").unwrap()))),
+            dma: None,
         };
         pc.add(plug).unwrap().clone()
     };

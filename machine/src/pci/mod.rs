@@ -55,6 +55,18 @@ pub struct Bdf {
     pub slot: u8,
 }
 
+impl Bdf {
+    /// Bus, device and function number in the form of PCI.
+    pub fn routing_id(self) -> u16 {
+        u16::from(self.slot) << 3
+    }
+
+    /// The number of the function at the virtual IOMMU.
+    pub fn endpoint(self) -> u32 {
+        u32::from(self.segment) << 16 | u32::from(self.routing_id())
+    }
+}
+
 impl fmt::Display for Bdf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:04x}:00:{:02x}.0", self.segment, self.slot)

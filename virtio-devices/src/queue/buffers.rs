@@ -9,9 +9,10 @@
 // `VolatileSlice`s made from those pointers.
 
 use vm_memory::atomic::GuestMemoryLoadGuard;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, Permissions, VolatileSlice};
 
 use super::walk::{Chain, ChainEnd, walk};
+use crate::iommu::{DmaEndpoint, DmaError};
 use crate::worker::Turn;
 
 /// The memory map that a worker holds for one batch of work.
@@ -37,6 +38,9 @@ pub(crate) enum ChainError {
     /// A buffer is not completely in guest RAM.
     #[error("descriptor points outside guest RAM")]
     OutOfRam,
+    /// The IOMMU in front of the device does not allow the access to a buffer.
+    #[error("descriptor points to memory that the virtual IOMMU does not map")]
+    NotMapped,
     /// A device-readable buffer follows a device-writable one (virtio 1.2 §2.7.4.2).
     #[error("device-readable descriptor after a device-writable one")]
     WrongOrder,
@@ -78,6 +82,29 @@ impl GuestBuffers {
     /// The pieces in the kernel's format; at most [`IOVECS_MAX`].
     pub(crate) fn iovecs(&self) -> &[libc::iovec] {
         &self.iovecs
+    }
+
+    /// Appends `len` bytes at `addr` of the device's address space.
+    fn push_translated(
+        &mut self,
+        addr: GuestAddress,
+        len: usize,
+        access: Permissions,
+        dma: Option<&DmaEndpoint>,
+    ) -> Result<(), ChainError> {
+        let Some(endpoint) = dma else {
+            return self.push(addr, len);
+        };
+        let room = IOVECS_MAX - self.iovecs.len();
+        let pieces = endpoint.translate(addr.0, len as u64, access, room);
+        let pieces = pieces.map_err(|error| match error {
+            DmaError::Fault => ChainError::NotMapped,
+            DmaError::TooManyPieces => ChainError::TooManyPieces,
+        })?;
+        // No piece is longer than the descriptor.
+        pieces
+            .into_iter()
+            .try_for_each(|piece| self.push(GuestAddress(piece.address), piece.bytes as usize))
     }
 
     /// Appends `len` bytes of guest RAM at `addr`, merged with the last piece if both are adjacent on the host. A
@@ -242,13 +269,14 @@ pub(crate) struct ChainBuffers {
 }
 
 impl ChainBuffers {
-    /// Resolves every descriptor of `chain`.
+    /// Resolves every descriptor of `chain`, whose addresses are those of `dma` if the device is behind an IOMMU.
     ///
     /// # Errors
     /// The chain is malformed; none of its buffers has been accessed.
     pub(crate) fn collect(
         chain: Chain<'_>,
         ram: &RamGuard,
+        dma: Option<&DmaEndpoint>,
         turn: &mut Turn,
     ) -> Result<Self, ChainError> {
         let mut buffers = Self {
@@ -258,18 +286,17 @@ impl ChainBuffers {
         let mut writing = false;
         let mut refusal = None;
         let end = walk(chain, DESCRIPTORS_MAX, turn, |descriptor| {
-            let target = if descriptor.is_write_only() {
+            let (target, access) = if descriptor.is_write_only() {
                 writing = true;
-                &mut buffers.writable
+                (&mut buffers.writable, Permissions::Write)
             } else if writing {
                 refusal = Some(ChainError::WrongOrder);
                 return false;
             } else {
-                &mut buffers.readable
+                (&mut buffers.readable, Permissions::Read)
             };
-            refusal = target
-                .push(descriptor.addr(), descriptor.len() as usize)
-                .err();
+            let (addr, len) = (descriptor.addr(), descriptor.len() as usize);
+            refusal = target.push_translated(addr, len, access, dma).err();
             refusal.is_none()
         });
         match (refusal, end) {

@@ -4,6 +4,7 @@
 //!   served    a queue as a worker serves it; every loop over chains uses `ServedQueue::next`
 //!   walk      the descriptors of one chain, with a bound on their number
 //!   buffers   a chain resolved to host memory
+//!   dma       guest memory as the device addresses it, translated by a virtual IOMMU if it is behind one
 //!   single    the queue half of a device that serves one queue and completes each request at once
 //! ```
 //!
@@ -11,11 +12,13 @@
 //! signals its own doorbell, and the worker serves it again.
 
 mod buffers;
+mod dma;
 mod served;
 mod single;
 mod walk;
 
 pub(crate) use buffers::{ChainBuffers, ChainError, GuestBuffers, IOVECS_MAX, RamGuard};
+pub(crate) use dma::DmaMemory;
 pub(crate) use served::{Next, Popped, ServedQueue};
 pub(crate) use single::{Driver, Reply, SingleQueue, SingleQueueDevice};
 pub(crate) use walk::{Chain, ChainEnd, walk};

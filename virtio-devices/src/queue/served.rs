@@ -9,10 +9,12 @@ use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::buffers::{ChainBuffers, ChainError, GuestBuffers, RamGuard};
+use super::dma::{DmaMemory, OwnedDmaMemory};
 use super::walk::Chain;
 use crate::device::{
     Activation, ActiveQueue, Doorbell, GuestRam, Interrupt, QueuePosition, WorkerError, position_of,
 };
+use crate::iommu::DmaEndpoint;
 use crate::worker::Turn;
 
 /// One chain taken from the available ring.
@@ -40,6 +42,7 @@ pub(crate) struct ServedQueue {
     index: u16,
     queue: Queue,
     doorbell: Arc<Doorbell>,
+    dma: Option<Arc<DmaEndpoint>>,
     interrupt: Arc<dyn Interrupt>,
     /// Number of used buffers pushed since the last interrupt decision.
     used_pending: u16,
@@ -71,8 +74,17 @@ impl ServedQueue {
             index: active.index,
             queue,
             doorbell: active.doorbell,
+            dma: active.dma,
             interrupt,
             used_pending: 0,
+        }
+    }
+
+    /// Guest memory as this queue addresses it.
+    fn memory<'m>(&self, ram: &'m GuestMemoryMmap<()>) -> DmaMemory<'m> {
+        DmaMemory {
+            ram,
+            endpoint: self.dma.clone(),
         }
     }
 
@@ -103,7 +115,7 @@ impl ServedQueue {
         Ok(match self.next_chain(ram, turn)? {
             Next::Chain(chain) => Next::Chain(Popped {
                 head: chain.head_index(),
-                buffers: ChainBuffers::collect(chain, ram, turn),
+                buffers: ChainBuffers::collect(chain, ram, self.dma.as_deref(), turn),
             }),
             Next::Empty => Next::Empty,
             Next::TurnOver => Next::TurnOver,
@@ -152,9 +164,10 @@ impl ServedQueue {
             return Ok(Next::TurnOver);
         }
         let index = self.index;
+        let memory = OwnedDmaMemory(self.memory(map));
         let chain = self
             .queue
-            .iter(map)
+            .iter(memory)
             .map_err(|error| unusable(index, &error))?
             .next();
         Ok(match chain {
@@ -171,7 +184,7 @@ impl ServedQueue {
     /// # Errors
     /// As for [`ServedQueue::next`].
     pub(crate) fn available(&self, map: &GuestMemoryMmap<()>) -> Result<u16, WorkerError> {
-        let end = self.queue.avail_idx(map, Ordering::Acquire);
+        let end = self.queue.avail_idx(&self.memory(map), Ordering::Acquire);
         let end = end.map_err(|error| unusable(self.index, &error))?;
         let count = end.0.wrapping_sub(self.queue.next_avail());
         if count > self.queue.size() {
@@ -221,6 +234,7 @@ impl ServedQueue {
         map: &GuestMemoryMmap<()>,
         chains: impl IntoIterator<Item = (u16, u32)>,
     ) -> Result<(), WorkerError> {
+        let map = self.memory(map);
         let size = self.queue.size();
         let ring = self.queue.used_ring();
         let mut next_used = self.queue.next_used();
@@ -262,6 +276,7 @@ impl ServedQueue {
         map: &GuestMemoryMmap<()>,
         pushed: u16,
     ) -> Result<bool, WorkerError> {
+        let map = self.memory(map);
         let ring = self.queue.avail_ring();
         let field = |offset: u64| -> Result<u16, WorkerError> {
             map.load(GuestAddress(ring + offset), Ordering::Relaxed)
@@ -284,8 +299,9 @@ impl ServedQueue {
         &mut self,
         map: &GuestMemoryMmap<()>,
     ) -> Result<(), WorkerError> {
+        let memory = self.memory(map);
         self.queue
-            .disable_notification(map)
+            .disable_notification(&memory)
             .map_err(|error| unusable(self.index, &error))
     }
 
@@ -297,8 +313,9 @@ impl ServedQueue {
         &mut self,
         map: &GuestMemoryMmap<()>,
     ) -> Result<bool, WorkerError> {
+        let memory = self.memory(map);
         self.queue
-            .enable_notification(map)
+            .enable_notification(&memory)
             .map_err(|error| unusable(self.index, &error))
     }
 
@@ -356,6 +373,7 @@ mod tests {
                 index: 3,
                 queue: driver.device_queue(),
                 doorbell: Arc::new(Doorbell::new(EFD_NONBLOCK).unwrap()),
+                dma: None,
             };
             let queue = ServedQueue::new(active, features, interrupt.clone());
             Self {

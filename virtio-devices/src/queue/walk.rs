@@ -2,12 +2,12 @@
 
 use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::GuestMemoryMmap;
 
+use super::dma::OwnedDmaMemory;
 use crate::worker::Turn;
 
 /// A chain in the descriptor table, not yet read.
-pub(crate) type Chain<'m> = DescriptorChain<&'m GuestMemoryMmap<()>>;
+pub(crate) type Chain<'m> = DescriptorChain<OwnedDmaMemory<'m>>;
 
 /// How a chain ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -16,6 +16,7 @@ use crate::block::{Block, BlockParams, EngineChoice};
 use crate::console::{Console, ConsoleEndpoint, WindowSize};
 use crate::device::VirtioDevice;
 use crate::fs::{Fs, FsParams};
+use crate::iommu::{DmaEndpoint, Iommu, IommuParams};
 use crate::mem::{Mem, MemParams, MemRegion};
 use crate::net::{Backend, Net, NetLimiters, NetParams};
 use crate::pmem::{ALIGN_BYTES, Pmem, PmemParams};
@@ -28,7 +29,7 @@ use crate::vsock::{Vsock, VsockParams};
 use crate::watchdog::Watchdog;
 
 /// The devices that [`make`] creates, by choice.
-pub(super) const NAMES: [&str; 12] = [
+pub(super) const NAMES: [&str; 13] = [
     "block-sync",
     "block",
     "console",
@@ -41,6 +42,7 @@ pub(super) const NAMES: [&str; 12] = [
     "balloon",
     "pmem",
     "vhost-user",
+    "iommu",
 ];
 
 const BLOCK_BYTES: u64 = 2 << 20;
@@ -55,6 +57,8 @@ pub(super) struct Made {
     pub(super) wire: Option<UnixDatagram>,
     _image: Option<NamedTempFile>,
     _folder: Option<TempDir>,
+    /// Devices behind it, if it is an IOMMU.
+    _endpoints: Vec<Arc<DmaEndpoint>>,
 }
 
 fn name(choice: u8) -> &'static str {
@@ -88,6 +92,7 @@ pub(super) fn make(choice: u8, ram: &TestRam) -> Made {
     let mut image = None;
     let mut folder = None;
     let mut wire = None;
+    let mut endpoints = Vec::new();
     let mut in_folder = |file: &str| {
         let made = folder.insert(tempfile::tempdir().expect("folders can be made"));
         made.path().join(file)
@@ -216,6 +221,17 @@ pub(super) fn make(choice: u8, ram: &TestRam) -> Made {
             restored.expect("a sound state");
             shared(device)
         }
+        "iommu" => {
+            let (device, handle) = Iommu::new(IommuParams {
+                id: "__iommu",
+                address_width_bits: 48,
+            })
+            .expect("descriptors");
+            // Numbers that a driver finds by chance.
+            endpoints = (0..4).map(|_| handle.endpoint()).collect();
+            (0..).zip(&endpoints).for_each(|(at, it)| it.place(at));
+            shared(device)
+        }
         other => unreachable!("{other}"),
     };
     Made {
@@ -223,5 +239,6 @@ pub(super) fn make(choice: u8, ram: &TestRam) -> Made {
         wire,
         _image: image,
         _folder: folder,
+        _endpoints: endpoints,
     }
 }

@@ -14,6 +14,7 @@ use super::ram::TestRam;
 use super::vectors::MockVectors;
 use super::wait_until;
 use crate::device::VirtioDevice;
+use crate::iommu::DmaEndpoint;
 use crate::pci::PciFunction;
 use crate::transport::{TransportError, VirtioPciFunction, VirtioPciParams, vectors_needed};
 
@@ -131,11 +132,12 @@ pub(super) fn restore(
     ram: &TestRam,
     saved: &Saved,
 ) -> Result<(Arc<VirtioPciFunction>, Arc<MockVectors>), TransportError> {
-    let (params, vectors) = params(device, ram);
+    let (params, vectors) = params(None, device, ram);
     Ok((VirtioPciFunction::from_state(params, saved)?, vectors))
 }
 
 fn params(
+    dma: Option<Arc<DmaEndpoint>>,
     device: Arc<Mutex<dyn VirtioDevice>>,
     ram: &TestRam,
 ) -> (VirtioPciParams, Arc<MockVectors>) {
@@ -145,6 +147,7 @@ fn params(
         id: "_mock".into(),
         device,
         mem: ram.mem(),
+        dma,
         vectors: vectors.clone(),
         thread_start: Arc::new(|_: &str| {}),
         listener: None,
@@ -156,7 +159,16 @@ impl MockPciDriver {
     /// Attaches `device` to a transport and probes it: BAR programmed, decoding on, MSI-X enabled with every vector
     /// unmasked.
     pub fn new(device: Arc<Mutex<dyn VirtioDevice>>, ram: &TestRam) -> Self {
-        let (params, vectors) = params(device, ram);
+        Self::behind(None, device, ram)
+    }
+
+    /// The same, with a device behind a virtual IOMMU.
+    pub fn behind(
+        dma: Option<Arc<DmaEndpoint>>,
+        device: Arc<Mutex<dyn VirtioDevice>>,
+        ram: &TestRam,
+    ) -> Self {
+        let (params, vectors) = params(dma, device, ram);
         let function = VirtioPciFunction::new(params).expect("the device fits the transport");
         Self::probe(function, vectors, ram)
     }

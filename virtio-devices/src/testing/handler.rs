@@ -13,6 +13,7 @@ use super::interrupt::MockInterrupt;
 use super::queue::{Chain, DriverQueue, Segment, Used};
 use super::ram::TestRam;
 use crate::device::{Activation, ActiveQueue, Doorbell, HandlerState, QueueHandler, WorkerError};
+use crate::iommu::DmaEndpoint;
 use crate::worker::{EventSources, Turn, Wake};
 
 /// Default number of entries of a queue.
@@ -37,6 +38,8 @@ pub struct HandlerHarness<H> {
     pub interrupt: Arc<MockInterrupt>,
     /// Guest RAM.
     pub ram: TestRam,
+    /// The IOMMU in front of the device, from the next activation on.
+    pub dma: Option<Arc<DmaEndpoint>>,
     /// The handler's turns, restarted for each wake-up.
     pub turn: Turn,
     features: u64,
@@ -70,6 +73,7 @@ impl<H: QueueHandler> HandlerHarness<H> {
             handler,
             interrupt: Arc::new(MockInterrupt::default()),
             ram,
+            dma: None,
             turn: Turn::default(),
             features,
             queues: BTreeMap::new(),
@@ -113,6 +117,7 @@ impl<H: QueueHandler> HandlerHarness<H> {
                 index: *index,
                 queue,
                 doorbell: Arc::clone(&self.doorbells[index]),
+                dma: self.dma.clone(),
             }
         });
         let activation = Activation {

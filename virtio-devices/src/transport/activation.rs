@@ -35,6 +35,7 @@ impl VirtioPciFunction {
                         index,
                         queue,
                         doorbell: Arc::clone(&self.doorbells[usize::from(index)]),
+                        dma: self.dma.clone(),
                     });
                 }
             }
@@ -64,11 +65,12 @@ impl VirtioPciFunction {
     /// The enabled queues; `None` if one of them is unusable.
     fn build_queues(&self, state: &Registers, features: u64) -> Option<Vec<(u16, Queue)>> {
         let mem = self.mem.memory();
+        let mem = self.dma_memory(&mem);
         let event_idx = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
         state
             .common
             .enabled_queues()
-            .map(|(index, config)| match config.build(&*mem, event_idx) {
+            .map(|(index, config)| match config.build(&mem, event_idx) {
                 Ok(queue) => Some((index, queue)),
                 Err(fault) => {
                     self.counters.bad_queue_rings.count();

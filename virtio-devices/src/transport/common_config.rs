@@ -9,7 +9,7 @@ use std::sync::Arc;
 use virtio_bindings::bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
-    VIRTIO_F_VERSION_1,
+    VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1,
 };
 
 use super::counters::TransportCounters;
@@ -32,8 +32,10 @@ pub(super) const S_KNOWN: u8 =
 const FEATURES_NOT_OFFERED: u64 = 1 << 34 | 1 << 35 | 1 << 37 | 1 << 38 | 1 << 39 | 1 << 40;
 
 /// The feature bits of a device as the transport offers them.
-pub(super) fn on_this_transport(features: u64) -> u64 {
-    features & !FEATURES_NOT_OFFERED | 1 << VIRTIO_F_VERSION_1
+pub(super) fn on_this_transport(features: u64, is_behind_iommu: bool) -> u64 {
+    // A device does not know whether it is behind an IOMMU.
+    let own = features & !FEATURES_NOT_OFFERED & !(1 << VIRTIO_F_ACCESS_PLATFORM);
+    own | 1 << VIRTIO_F_VERSION_1 | u64::from(is_behind_iommu) << VIRTIO_F_ACCESS_PLATFORM
 }
 
 /// Defines the fields by name, offset and width. Addresses are two registers each.

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use ::state::{Saved, StateError};
 use virtio_queue::{Queue, QueueT};
+use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::common_config::{CommonConfig, Effects, S_NEEDS_RESET, on_this_transport};
@@ -18,7 +19,9 @@ use super::state::VirtioPciState;
 use super::{LifecycleListener, TransportError, VirtioPciParams, vectors_needed};
 use crate::Unpoisoned;
 use crate::device::{Counters, DeviceIdentity, Doorbell, GuestRam, QueueHandler, VirtioDevice};
+use crate::iommu::DmaEndpoint;
 use crate::pci::{Bar, DoorbellRegister, MsixLines, MsixTable, PciFunction};
+use crate::queue::DmaMemory;
 use crate::worker::{Pausing, Worker, WorkerHandle};
 
 /// A virtio device as a PCI function.
@@ -26,6 +29,7 @@ pub struct VirtioPciFunction {
     pub(super) id: String,
     pub(super) device: Arc<Mutex<dyn VirtioDevice>>,
     pub(super) mem: GuestRam,
+    pub(super) dma: Option<Arc<DmaEndpoint>>,
     pub(super) interrupt: Arc<PciInterrupt>,
     lines: Arc<MsixLines>,
     pub(super) doorbells: Vec<Arc<Doorbell>>,
@@ -84,6 +88,7 @@ impl VirtioPciFunction {
             id,
             device,
             mem,
+            dma,
             vectors,
             thread_start,
             listener,
@@ -96,7 +101,7 @@ impl VirtioPciFunction {
         let lines = msix.lines();
         let interrupt = Arc::new(PciInterrupt::new(Arc::clone(&lines), queue_sizes.len()));
         let counters = Arc::new(TransportCounters::default());
-        let offered = offered(&*locked);
+        let offered = offered(&*locked, dma.is_some());
         let doorbells = queue_sizes
             .iter()
             .map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new))
@@ -118,7 +123,7 @@ impl VirtioPciFunction {
         };
         let mut handlers = locked.take_handlers();
         if let Some(state) = state {
-            state.check(&*locked, &registers.common, handlers.len())?;
+            state.check(&*locked, &registers.common, (handlers.len(), dma.is_some()))?;
             restore_device(&mut *locked, &mut handlers, state)?;
             registers.restore(state, &interrupt)?;
         }
@@ -133,6 +138,7 @@ impl VirtioPciFunction {
             id,
             device,
             mem,
+            dma,
             interrupt,
             lines,
             doorbells,
@@ -144,6 +150,14 @@ impl VirtioPciFunction {
             state: Mutex::new(registers),
             owes_signals: AtomicBool::new(false),
         }))
+    }
+
+    /// Guest memory as the device addresses it.
+    pub(super) fn dma_memory<'m>(&self, ram: &'m GuestMemoryMmap<()>) -> DmaMemory<'m> {
+        DmaMemory {
+            ram,
+            endpoint: self.dma.clone(),
+        }
     }
 
     /// The configuration half behind this function.
@@ -210,7 +224,8 @@ impl VirtioPciFunction {
             state.active = false;
             let device = lock(&self.device);
             if device.identity() != DeviceIdentity::Awaited {
-                state.common.finish_reset(offered(&*device));
+                let offered = offered(&*device, self.dma.is_some());
+                state.common.finish_reset(offered);
             }
         }
     }
@@ -411,9 +426,9 @@ impl PciFunction for VirtioPciFunction {
 }
 
 /// Feature bits that a driver may accept now.
-fn offered(device: &dyn VirtioDevice) -> u64 {
+fn offered(device: &dyn VirtioDevice, is_behind_iommu: bool) -> u64 {
     match device.identity() {
-        DeviceIdentity::Known => on_this_transport(device.features()),
+        DeviceIdentity::Known => on_this_transport(device.features(), is_behind_iommu),
         DeviceIdentity::Awaited | DeviceIdentity::Absent => 0,
     }
 }

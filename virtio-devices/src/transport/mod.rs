@@ -44,6 +44,7 @@ pub use state::{QueueState, RingState, VirtioPciState};
 use ::state::StateError;
 
 use crate::device::{GuestRam, VirtioDevice, WorkerError};
+use crate::iommu::DmaEndpoint;
 use crate::pci::MsiVectors;
 use crate::worker::ThreadStart;
 
@@ -64,6 +65,8 @@ pub struct VirtioPciParams {
     pub device: Arc<Mutex<dyn VirtioDevice>>,
     /// Guest RAM.
     pub mem: GuestRam,
+    /// The IOMMU in front of the device.
+    pub dma: Option<Arc<DmaEndpoint>>,
     /// Interrupt vectors: at least [`vectors_needed`] of the device.
     pub vectors: Arc<dyn MsiVectors>,
     /// Runs first on every worker thread.

@@ -19,7 +19,9 @@ pub(super) enum RingFault {
         address: u64,
         align: u64,
     },
-    #[error("{ring} at {address:#x} with {bytes} bytes is not in guest RAM")]
+    #[error(
+        "{ring} at {address:#x} with {bytes} bytes is not in guest RAM, or not mapped by the virtual IOMMU"
+    )]
     OutsideRam {
         ring: &'static str,
         address: u64,
@@ -78,21 +80,24 @@ impl QueueConfig {
                 self.desc_table,
                 DESC_BYTES * entries,
                 16,
+                Permissions::Read,
             ),
             (
                 "available ring",
                 self.avail_ring,
                 RING_META_BYTES + AVAIL_ELEM_BYTES * entries,
                 2,
+                Permissions::Read,
             ),
             (
                 "used ring",
                 self.used_ring,
                 RING_META_BYTES + USED_ELEM_BYTES * entries,
                 4,
+                Permissions::ReadWrite,
             ),
         ];
-        for (ring, address, bytes, align) in rings {
+        for (ring, address, bytes, align, access) in rings {
             if !address.is_multiple_of(align) {
                 return Err(RingFault::Misaligned {
                     ring,
@@ -102,9 +107,7 @@ impl QueueConfig {
             }
             let length = usize::try_from(bytes).expect("at most 32768 entries");
             // A driver that never set the address leaves it zero, and the queue code treats zero as "not ready".
-            if address == 0
-                || !mem.check_range(GuestAddress(address), length, Permissions::ReadWrite)
-            {
+            if address == 0 || !mem.check_range(GuestAddress(address), length, access) {
                 return Err(RingFault::OutsideRam {
                     ring,
                     address,

@@ -64,6 +64,7 @@ impl VirtioPciFunction {
     /// Passes the queues that were served to their workers, which are paused.
     pub(super) fn continue_from(&self, state: &VirtioPciState) -> Result<(), StateError> {
         let mem = self.mem.memory();
+        let mem = self.dma_memory(&mem);
         let event_idx = state.accepted & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
         let mut queues = Vec::new();
         let mut registers = self.lock_state();
@@ -71,7 +72,7 @@ impl VirtioPciFunction {
             let Some(position) = state.queues[usize::from(index)].position else {
                 continue;
             };
-            let mut queue = config.build(&*mem, event_idx).map_err(|fault| {
+            let mut queue = config.build(&mem, event_idx).map_err(|fault| {
                 StateError::invalid(
                     parts::VIRTIO_PCI,
                     "queues",

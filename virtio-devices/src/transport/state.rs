@@ -94,11 +94,11 @@ impl VirtioPciState {
         &self,
         device: &dyn VirtioDevice,
         common: &CommonConfig,
-        handlers: usize,
+        (handlers, is_behind_iommu): (usize, bool),
     ) -> Result<(), StateError> {
         let version_1 = 1 << VIRTIO_F_VERSION_1;
         let device_type = device.device_type();
-        let possible = on_this_transport(device.features_possible());
+        let possible = on_this_transport(device.features_possible(), is_behind_iommu);
         let is = |holds, field, reason: &dyn Fn() -> String| require(holds, PART, field, reason);
         is(self.device_type == device_type, "device_type", &|| {
             format!("is {}, the device's is {device_type}", self.device_type)

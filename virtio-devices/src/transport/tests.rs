@@ -523,6 +523,7 @@ fn params(sizes: &[u16], ram: &TestRam, log: &Arc<Log>) -> (VirtioPciParams, Arc
         id: "_dev7".into(),
         device: device(sizes).0,
         mem: ram.mem(),
+        dma: None,
         vectors: vectors.clone(),
         thread_start: Arc::new(|_: &str| {}),
         listener: Some(log.clone()),

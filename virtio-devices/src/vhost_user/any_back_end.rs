@@ -99,6 +99,7 @@ fn front_end(stream: UnixStream, profile: &Profile, starts: u8) -> Option<()> {
         index,
         queue: queue.device_queue(),
         doorbell: Arc::new(EventFd::new(EFD_NONBLOCK).expect("descriptors")),
+        dma: None,
     });
     let rings = Rings::new(Activation {
         mem: ram.mem(),

@@ -152,6 +152,7 @@ impl Rig {
                     index: 3,
                     queue: self.driver.device_queue(),
                     doorbell: Arc::clone(&self.doorbell),
+                    dma: None,
                 }],
                 interrupt: self.interrupt.clone(),
             })

@@ -55,6 +55,7 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
                 // The guest may release the device at any moment, so the same request may succeed later.
                 HotplugError::StillLeaving { .. } => Status::TooManyRequests,
                 HotplugError::NotRemovable { .. }
+                | HotplugError::NotIommuSegment { .. }
                 | HotplugError::OfBackEnd { .. }
                 | HotplugError::BalloonInflated { .. }
                 | HotplugError::BalloonPresent { .. } => Status::BadRequest,

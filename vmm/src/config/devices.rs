@@ -104,6 +104,7 @@ fn check_disk(disk: &DiskConfig, vcpus: usize, shared: bool) -> Result<(), Devic
 
 /// Keys of a disk that a back end serves. It has the image, so it decides about everything that the other keys concern.
 const VHOST_USER_DISK_KEYS: [&str; 11] = [
+    // Refused before, by name.
     "iommu",
     "num_queues",
     "queue_size",

@@ -95,6 +95,27 @@ pub enum ValidationError {
         /// Slots.
         max: usize,
     },
+    /// A segment that does not exist, or that of the IOMMU.
+    #[error(
+        "iommu_segments of --platform must be between 1 and num_pci_segments - 1 ({}); got {segment}",
+        count - 1
+    )]
+    IommuSegment {
+        /// The segment.
+        segment: u16,
+        /// The number of segments.
+        count: u16,
+    },
+    /// A width that no driver can use.
+    #[error("iommu_address_width must be between {min} and {max} bits; got {bits}")]
+    IommuAddressWidth {
+        /// The width.
+        bits: u8,
+        /// The minimum.
+        min: u8,
+        /// The maximum.
+        max: u8,
+    },
     /// One PCI slot for two devices.
     #[error("Valid PCI device identifier but already used: {} (on PCI segment {})", place.slot, place.segment)]
     DuplicatePciSlot {
@@ -550,6 +571,14 @@ pub enum DeviceFault {
         segment: u16,
         /// The number of segments.
         count: u16,
+    },
+    /// The guest would take it for a device behind the IOMMU.
+    #[error(
+        "PCI segment {segment} is in iommu_segments, so its devices need iommu=on, which not every device supports"
+    )]
+    OnIommuSegment {
+        /// The segment.
+        segment: u16,
     },
     /// Slots 0 to 31 exist.
     #[error("Given PCI device ID ({slot}) is out of the supported range of 0..{SLOT_COUNT}")]

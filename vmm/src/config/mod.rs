@@ -8,6 +8,7 @@ mod device_list;
 mod devices;
 mod error;
 mod ids;
+mod iommu;
 mod memory;
 mod numa;
 mod pci_devices;
@@ -25,6 +26,7 @@ use machine::legacy::is_fixed_port;
 pub use device_list::{NewDevice, balloon_id, take_id, with_device, without_device};
 pub use error::{CpusFault, DeviceFault, MemoryFault, NumaFault, ValidationError};
 pub use ids::assign_ids;
+pub use iommu::{has_iommu, iommu_address_width_bits, iommu_segments};
 pub use pci_devices::{pci_segments, wished_slots};
 pub use rate_limits::{RateLimiterError, rate_limits, validate_rate_limits, with_rate_limit};
 
@@ -45,6 +47,7 @@ pub fn validate(config: &VmConfig) -> Result<(), ValidationError> {
     devices::check(config)?;
     validate_rate_limits(config)?;
     pci_devices::check(config)?;
+    iommu::check(config)?;
     ids::check(config)?;
     consoles(config)?;
     landlock(config)
@@ -64,6 +67,7 @@ pub fn validate_addition(config: &VmConfig, added: &NewDevice) -> Result<(), Val
     devices::check(config)?;
     validate_rate_limits(config)?;
     pci_devices::check(config)?;
+    iommu::check(config)?;
     ids::check(config)
 }
 

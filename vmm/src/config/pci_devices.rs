@@ -7,6 +7,7 @@ use api::config::{ConsoleOutputMode, DEFAULT_NUM_PCI_SEGMENTS, HotplugMethod};
 use machine::pci::{Bdf, SEGMENT_COUNT_MAX, SLOT_COUNT};
 
 use super::error::{DeviceFault, ValidationError};
+use super::iommu::has_iommu;
 
 /// Name and slot of one device.
 pub(super) struct PciDevice<'a> {
@@ -117,6 +118,7 @@ fn slot_counts(config: &VmConfig) -> Result<(), ValidationError> {
         config.memory.room_bytes(HotplugMethod::VirtioMem) > 0,
         config.watchdog,
         config.pvpanic,
+        has_iommu(config),
     ];
     let singles = singles.iter().filter(|there| **there).count();
     let mut counts = BTreeMap::from([(HOST_BRIDGE.segment, 1 + singles)]);

@@ -809,12 +809,6 @@ fn validate_pmem_has_a_file_and_a_size_in_huge_pages() {
         };
         assert_eq!((device.as_str(), fault), ("pmem number 0", expected));
     }
-    assert_eq!(
-        fault("pmem", json!([{"file": "/m", "iommu": true}])),
-        ValidationError::Unsupported {
-            what: "pmem.iommu".to_owned()
-        }
-    );
     assert!(matches!(
         fault("pmem", json!([{"file": "/m", "pci_segment": 1}])),
         ValidationError::Device {
@@ -1060,7 +1054,6 @@ fn validate_what_is_not_built_is_refused_by_name() {
             "numa.device_id",
         ),
         ("devices", json!([{"path": "/sys/x"}]), "devices"),
-        ("iommu", json!(true), "iommu"),
         (
             "memory",
             json!({"size": 0, "zones": [{"id": "a", "size": 4096, "hotplug_size": 4096}]}),
@@ -1087,7 +1080,21 @@ fn validate_what_is_not_built_is_refused_by_name() {
             json!([{"path": "/d", "backing_files": true}]),
             "disks.backing_files",
         ),
-        ("net", json!([{"iommu": true}]), "net.iommu"),
+        (
+            "balloon",
+            json!({"size": 0, "iommu": true}),
+            "balloon.iommu",
+        ),
+        (
+            "net",
+            json!([{"iommu": true, "vhost_user": true, "vhost_socket": "/s"}]),
+            "net.iommu with vhost_user",
+        ),
+        (
+            "disks",
+            json!([{"iommu": true, "vhost_user": true, "vhost_socket": "/s"}]),
+            "disks.iommu with vhost_user",
+        ),
         (
             "debug_console",
             json!({"mode": "Socket"}),
@@ -1101,6 +1108,49 @@ fn validate_what_is_not_built_is_refused_by_name() {
             }
         );
     }
+}
+
+#[test]
+fn validate_iommu_segments_hold_only_devices_behind_it() {
+    let machine = |platform: serde_json::Value, disk: serde_json::Value| {
+        let config = json!({"payload": {"kernel": "/k"}, "platform": platform, "disks": [disk]});
+        let config = parse(config);
+        validate(&config).map(|()| has_iommu(&config))
+    };
+    let two = json!({"num_pci_segments": 2, "iommu_segments": [1]});
+    let disk = |segment: u16, iommu: bool| json!({"path": "/d", "id": "d", "pci_segment": segment, "iommu": iommu});
+    assert_eq!(machine(json!({}), disk(0, false)), Ok(false));
+    assert_eq!(machine(json!({}), disk(0, true)), Ok(true));
+    assert_eq!(machine(two.clone(), disk(0, false)), Ok(true));
+    assert_eq!(machine(two.clone(), disk(1, true)), Ok(true));
+    assert_eq!(
+        machine(two, disk(1, false)),
+        Err(ValidationError::Device {
+            device: "d".to_owned(),
+            fault: DeviceFault::OnIommuSegment { segment: 1 },
+        })
+    );
+    for segment in [0, 2, u16::MAX] {
+        let platform = json!({"num_pci_segments": 2, "iommu_segments": [segment]});
+        assert_eq!(
+            machine(platform, disk(0, true)),
+            Err(ValidationError::IommuSegment { segment, count: 2 })
+        );
+    }
+    for bits in [0, 31, 65] {
+        let platform = json!({"iommu_address_width_bits": bits});
+        assert_eq!(
+            machine(platform, disk(0, true)),
+            Err(ValidationError::IommuAddressWidth {
+                bits,
+                min: 32,
+                max: 64
+            })
+        );
+    }
+    let forced = parse(json!({"payload": {"kernel": "/k"}, "iommu": true}));
+    validate(&forced).unwrap();
+    assert!(has_iommu(&forced));
 }
 
 #[test]

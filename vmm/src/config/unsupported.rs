@@ -7,7 +7,6 @@ use api::config::{
 };
 
 use super::error::ValidationError;
-use super::pci_devices::{PciDevice, pci_devices};
 
 pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
     let mut wanted: Vec<String> = config
@@ -24,7 +23,7 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
     wanted.extend(config.numa.iter().flatten().filter_map(numa));
     wanted.extend(config.disks.iter().flatten().flat_map(disk));
     wanted.extend(config.platform.iter().flat_map(platform));
-    wanted.extend(pci_devices(config).filter_map(|device| behind_iommu(&device)));
+    wanted.extend(iommu(config));
     if wanted.is_empty() {
         return Ok(());
     }
@@ -87,7 +86,6 @@ fn disk(disk: &DiskConfig) -> Vec<String> {
 
 fn platform(platform: &PlatformConfig) -> Vec<String> {
     [
-        asked("platform.iommu_segments", platform.iommu_segments.is_some()),
         asked("platform.iommufd", platform.iommufd),
         asked("platform.tdx", platform.tdx),
         asked("platform.sev_snp", platform.sev_snp),
@@ -97,7 +95,26 @@ fn platform(platform: &PlatformConfig) -> Vec<String> {
     .collect()
 }
 
-/// The virtual IOMMU.
-fn behind_iommu(device: &PciDevice<'_>) -> Option<String> {
-    asked(&format!("{}.iommu", device.section), device.iommu)
+/// Devices that cannot be behind the virtual IOMMU: the balloon's driver passes guest addresses, and back ends translate
+/// nothing.
+fn iommu(config: &VmConfig) -> Vec<String> {
+    let mut disks = config.disks.iter().flatten();
+    let mut nets = config.net.iter().flatten();
+    [
+        asked(
+            "balloon.iommu",
+            config.balloon.as_ref().is_some_and(|balloon| balloon.iommu),
+        ),
+        asked(
+            "disks.iommu with vhost_user",
+            disks.any(|disk| disk.iommu && disk.vhost_user),
+        ),
+        asked(
+            "net.iommu with vhost_user",
+            nets.any(|net| net.iommu && net.vhost_user),
+        ),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }

@@ -197,6 +197,8 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [Request]] {
         MachineThread::Worker(DeviceKind::Block) => &[DISK],
         MachineThread::Worker(DeviceKind::Net) => &[TAP],
         MachineThread::Worker(DeviceKind::Mem) => &[SLOTS],
-        MachineThread::Worker(DeviceKind::Rng | DeviceKind::Watchdog | DeviceKind::Pmem) => &[],
+        MachineThread::Worker(
+            DeviceKind::Rng | DeviceKind::Watchdog | DeviceKind::Pmem | DeviceKind::Iommu,
+        ) => &[],
     }
 }

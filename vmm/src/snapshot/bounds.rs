@@ -1,6 +1,9 @@
 //! Maximum sizes of a snapshot's files, derived from its configuration before they are read.
 
 use api::VmConfig;
+use virtio_devices::iommu::MAPPINGS_MAX;
+
+use crate::config::has_iommu;
 
 /// The same limit as for a request body.
 pub(super) const CONFIG_BYTES_MAX: u64 = 4 << 20;
@@ -13,6 +16,8 @@ const VCPU_BYTES: u64 = 128 << 10;
 const VCPUS_MAX: u64 = 4096;
 /// Bytes of RAM per byte of state: covers one bit, in base 64, for each 2 MiB block that can be plugged in.
 const RAM_PER_BLOCK_BYTE: u64 = 4 << 20;
+/// The most mappings of a virtual IOMMU, of 25 bytes each, in base 64; and its endpoints.
+const IOMMU_BYTES: u64 = MAPPINGS_MAX as u64 * 34 + (64 << 10);
 /// Content is listed in chunks of this size.
 const CHUNK_BYTES: u64 = 2 << 20;
 /// Maximum length of a chunk's entry.
@@ -41,7 +46,11 @@ impl Bounds {
         // The guest may not have released vCPUs whose removal was requested.
         let vcpus = config.cpus.max_vcpus.max(config.cpus.boot_vcpus);
         let vcpus = u64::from(vcpus).min(VCPUS_MAX);
-        let machine = DEVICES_BYTES + vcpus * VCPU_BYTES + ram / RAM_PER_BLOCK_BYTE;
+        let iommu = match has_iommu(config) {
+            true => IOMMU_BYTES,
+            false => 0,
+        };
+        let machine = DEVICES_BYTES + iommu + vcpus * VCPU_BYTES + ram / RAM_PER_BLOCK_BYTE;
         // Each zone can end with a partial chunk, both before and after the hole in the address map.
         let chunks = ram / CHUNK_BYTES + 2 * zones;
         let table = TABLE_BYTES + chunks * CHUNK_TEXT_BYTES;

@@ -22,6 +22,7 @@ use machine::pc::{Pc, PcError, PcParams, PcState};
 use machine::serial::Endpoint;
 use machine::threads::DeviceKind;
 use virtio_devices::balloon::BalloonHandle;
+use virtio_devices::iommu::IommuHandle;
 use virtio_devices::mem::MemHandle;
 use virtio_devices::reclaim::ResidencyProbe;
 
@@ -31,7 +32,7 @@ use super::devices::{self, Made};
 use super::handles::Handles;
 use super::observer::{CounterSource, Observed, OwnObserver};
 use super::{Vm, VmError, consoles};
-use crate::config::{pci_segments, wished_slots};
+use crate::config::{iommu_segments, pci_segments, wished_slots};
 use crate::device_ids::{DEBUG_CONSOLE_ID, SERIAL_ID};
 use crate::snapshot::Snapshot;
 
@@ -46,6 +47,7 @@ pub(super) struct Parts {
     devices: Vec<Made>,
     balloon: Option<BalloonHandle>,
     mem: Option<MemHandle>,
+    iommu: Option<IommuHandle>,
     handles: Handles,
     /// Fills `memory`.
     on_demand: Option<OnDemand>,
@@ -105,6 +107,7 @@ impl Parts {
         let balloon = balloon.map(|balloon| devices::balloon(balloon, &memory));
         let (balloon, balloon_handle) = balloon.transpose()?.unzip();
         let (mem, mem_handle) = devices::mem(config, &memory)?.unzip();
+        let (iommu, iommu_handle) = devices::iommu(config)?.unzip();
         // Last, because an output file is emptied and an old socket replaced.
         let serial = consoles::open_serial(config, context)?;
         let console = consoles::open_console(config, context)?;
@@ -133,9 +136,12 @@ impl Parts {
                 .chain(balloon)
                 .chain(mem)
                 .chain(watchdog)
+                .map(|made| made.connect(iommu_handle.as_ref()))
+                .chain(iommu)
                 .collect(),
             balloon: balloon_handle,
             mem: mem_handle,
+            iommu: iommu_handle,
             handles,
             on_demand,
         })
@@ -162,6 +168,7 @@ impl Parts {
             numa: config.numa.clone().unwrap_or_default(),
             pci_segments: pci_segments(config),
             wished_slots: wished_slots(config).collect(),
+            iommu_segments: iommu_segments(config).to_vec(),
         };
         let mut pc =
             Pc::new(kvm, self.memory, params, context.of_machine()).map_err(VmError::Pc)?;
@@ -178,9 +185,10 @@ impl Parts {
             pc.plug_debug_console(port, output).map_err(VmError::Pc)?;
         }
         if saved.is_some() {
-            // Rings of other devices may be in hot-plugged memory, which this device opens. Slots are those of the state.
+            // Rings of other devices may be in hot-plugged memory, which one of these opens, and behind the other. Slots
+            // are those of the state.
             self.devices
-                .sort_by_key(|made| made.plug.kind != DeviceKind::Mem);
+                .sort_by_key(|made| !matches!(made.plug.kind, DeviceKind::Mem | DeviceKind::Iommu));
         }
         for made in self.devices {
             let plugged = match saved {
@@ -213,6 +221,7 @@ impl Parts {
             platform: config.platform.clone(),
             balloon: self.balloon,
             mem: self.mem,
+            iommu: self.iommu,
             handles: self.handles,
             observer,
             on_demand,

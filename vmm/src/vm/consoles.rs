@@ -130,7 +130,10 @@ pub(super) fn open_console(
         .map_err(|source| VmError::device(id, source))?;
     let device = Console::new(id, streams, None).map_err(|source| VmError::device(id, source))?;
     let place = place!(console);
-    let made = Made::new(id, DeviceKind::Console, place, device);
+    let made = Made {
+        is_behind_iommu: console.iommu,
+        ..Made::new(id, DeviceKind::Console, place, device)
+    };
     Ok(Some(made.with_output(endpoint.output())))
 }
 

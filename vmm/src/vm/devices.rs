@@ -22,6 +22,7 @@ use virtio_devices::VirtioDevice;
 use virtio_devices::balloon::{Balloon, BalloonHandle, BalloonParams};
 use virtio_devices::block::{Block, BlockParams, DiskHandle, EngineChoice};
 use virtio_devices::fs::{Fs, FsParams};
+use virtio_devices::iommu::{Iommu, IommuHandle, IommuParams};
 use virtio_devices::mem::{Mem, MemHandle, MemParams, MemRegion};
 use virtio_devices::pmem::{Pmem, PmemHandle, PmemParams};
 use virtio_devices::rate_limit::RateLimiter;
@@ -33,7 +34,8 @@ use virtio_devices::watchdog::{self, Watchdog};
 
 use super::VmError;
 use super::observer::CounterSource;
-use crate::device_ids::{BALLOON_ID, RNG_ID, WATCHDOG_ID};
+use crate::config::{has_iommu, iommu_address_width_bits};
+use crate::device_ids::{BALLOON_ID, IOMMU_ID, RNG_ID, WATCHDOG_ID};
 
 /// The place that a device's section asks for.
 macro_rules! place {
@@ -51,6 +53,8 @@ pub(super) struct Made {
     pub(super) plug: Plug,
     /// The source of its counters.
     pub(super) counters: CounterSource,
+    /// It is behind the virtual IOMMU.
+    pub(super) is_behind_iommu: bool,
 }
 
 impl Made {
@@ -69,8 +73,17 @@ impl Made {
                 kind,
                 place,
                 device,
+                dma: None,
             },
+            is_behind_iommu: false,
         }
+    }
+
+    /// Puts the device behind the machine's IOMMU, if it belongs there.
+    pub(super) fn connect(mut self, iommu: Option<&IommuHandle>) -> Self {
+        let iommu = iommu.filter(|_| self.is_behind_iommu);
+        self.plug.dma = iommu.map(IommuHandle::endpoint);
+        self
     }
 
     /// Bytes that `output` drops count as dropped by the device.
@@ -133,7 +146,10 @@ pub(super) fn disk(
     })
     .map_err(|source| VmError::device(id, source))?;
     let handle = block.handle();
-    let made = Made::new(id, DeviceKind::Block, place!(disk), block);
+    let made = Made {
+        is_behind_iommu: disk.iommu,
+        ..Made::new(id, DeviceKind::Block, place!(disk), block)
+    };
     Ok((made, handle))
 }
 
@@ -159,7 +175,10 @@ pub(super) fn rng(config: &VmConfig) -> Result<Made, VmError> {
             VmError::device(id, EntropySourceError { path, source })
         })?;
     let rng = Rng::new(id, source);
-    Ok(Made::new(id, DeviceKind::Rng, place!(config.rng), rng))
+    Ok(Made {
+        is_behind_iommu: config.rng.iommu,
+        ..Made::new(id, DeviceKind::Rng, place!(config.rng), rng)
+    })
 }
 
 /// The balloon and its handle.
@@ -208,6 +227,20 @@ pub(super) fn mem(
     })
     .map_err(|source| VmError::device(id, source))?;
     let made = Made::new(id, DeviceKind::Mem, Place::default(), mem);
+    Ok(Some((made, handle)))
+}
+
+/// The virtual IOMMU, if a device or a segment is behind it.
+pub(super) fn iommu(config: &VmConfig) -> Result<Option<(Made, IommuHandle)>, VmError> {
+    if !has_iommu(config) {
+        return Ok(None);
+    }
+    let params = IommuParams {
+        id: IOMMU_ID,
+        address_width_bits: iommu_address_width_bits(config),
+    };
+    let (iommu, handle) = Iommu::new(params).map_err(|source| VmError::device(IOMMU_ID, source))?;
+    let made = Made::new(IOMMU_ID, DeviceKind::Iommu, Place::default(), iommu);
     Ok(Some((made, handle)))
 }
 
@@ -282,7 +315,10 @@ pub(super) fn pmem(config: &PmemConfig) -> Result<(Made, PmemHandle), VmError> {
     })
     .map_err(|source| VmError::device(id, source))?;
     let handle = pmem.handle();
-    let made = Made::new(id, DeviceKind::Pmem, place!(config), pmem);
+    let made = Made {
+        is_behind_iommu: config.iommu,
+        ..Made::new(id, DeviceKind::Pmem, place!(config), pmem)
+    };
     Ok((made, handle))
 }
 
@@ -310,5 +346,8 @@ pub(super) fn vsock(config: &VsockConfig) -> Result<Made, VmError> {
         let path = config.socket.clone();
         VmError::device(id, VsockSocketError { path, source })
     })?;
-    Ok(Made::new(id, DeviceKind::Vsock, place!(config), vsock))
+    Ok(Made {
+        is_behind_iommu: config.iommu,
+        ..Made::new(id, DeviceKind::Vsock, place!(config), vsock)
+    })
 }

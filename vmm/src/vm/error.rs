@@ -127,6 +127,16 @@ pub enum HotplugError {
         /// The balloon.
         id: String,
     },
+    /// The guest learns at boot which devices are behind the virtual IOMMU.
+    #[error(
+        "Device {id} cannot be added with iommu=on to PCI segment {segment}: only segments in iommu_segments of --platform accept such devices later"
+    )]
+    NotIommuSegment {
+        /// The device.
+        id: String,
+        /// Its segment.
+        segment: u16,
+    },
     /// A second vsock device.
     #[error("The VM already has a vsock device, {id}")]
     VsockPresent {

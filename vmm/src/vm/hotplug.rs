@@ -13,7 +13,7 @@ use crate::config::NewDevice;
 impl Vm {
     /// Plugs in a device that [`Vm::check_addition`] allows, and interrupts the guest.
     pub(super) fn plug(&mut self, device: &mut NewDevice) -> Result<PciDeviceInfo, VmError> {
-        let (Made { plug, counters }, balloon) = match device {
+        let (made, balloon) = match device {
             NewDevice::Disk(disk) => (self.handles.disk(disk)?, None),
             NewDevice::Net(net) => (self.handles.net(net)?, None),
             NewDevice::Fs(fs) => (devices::fs(fs)?, None),
@@ -25,6 +25,11 @@ impl Vm {
                 (made, Some(handle))
             }
         };
+        if let Err(error) = self.check_iommu(&made) {
+            self.handles.remove(&made.plug.id);
+            return Err(VmError::Hotplug(error));
+        }
+        let Made { plug, counters, .. } = made.connect(self.iommu.as_ref());
         let id = plug.id.clone();
         let plugged = self.pc.add(plug).map_err(|error| {
             self.handles.remove(&id);
@@ -34,6 +39,20 @@ impl Vm {
         let info = info(plugged);
         self.balloon = balloon.or(self.balloon.take());
         Ok(info)
+    }
+
+    /// A guest looks only at segments for devices that are behind the IOMMU later.
+    fn check_iommu(&self, made: &Made) -> Result<(), HotplugError> {
+        let segment = made.plug.place.segment;
+        let platform = self.platform.as_ref();
+        let segments = platform.and_then(|it| it.iommu_segments.as_deref());
+        match made.is_behind_iommu && !segments.is_some_and(|it| it.contains(&segment)) {
+            true => Err(HotplugError::NotIommuSegment {
+                id: made.plug.id.clone(),
+                segment,
+            }),
+            false => Ok(()),
+        }
     }
 
     pub(super) fn check_addition(&self, device: &NewDevice) -> Result<(), HotplugError> {
@@ -82,7 +101,14 @@ impl Vm {
                 | DeviceKind::Balloon,
                 _,
             ) => {}
-            (DeviceKind::Mem | DeviceKind::Rng | DeviceKind::Console | DeviceKind::Watchdog, _) => {
+            (
+                DeviceKind::Mem
+                | DeviceKind::Rng
+                | DeviceKind::Console
+                | DeviceKind::Watchdog
+                | DeviceKind::Iommu,
+                _,
+            ) => {
                 return Err(HotplugError::NotRemovable { id: id.to_owned() });
             }
         }

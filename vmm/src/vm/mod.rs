@@ -30,6 +30,7 @@ use machine::pc::{Pc, Plugged};
 use machine::threads::DeviceKind;
 use state::Saved;
 use virtio_devices::balloon::BalloonHandle;
+use virtio_devices::iommu::IommuHandle;
 use virtio_devices::mem::MemHandle;
 
 pub use context::{Consoles, VmContext};
@@ -193,6 +194,8 @@ pub struct Vm {
     balloon: Option<BalloonHandle>,
     /// Hot-plugs memory, if configured.
     mem: Option<MemHandle>,
+    /// Translates the addresses of devices, if configured.
+    iommu: Option<IommuHandle>,
     handles: Handles,
     observer: OwnObserver,
     /// Fills guest RAM, and so outlives everything that accesses it.

@@ -57,7 +57,10 @@ pub(super) fn net(config: &mut NetConfig, limiters: NetLimiters) -> Result<Made,
     if config.fds.is_none() {
         config.tap = Some(net.tap_name().to_owned());
     }
-    Ok(Made::new(&id, DeviceKind::Net, place!(config), net))
+    Ok(Made {
+        is_behind_iommu: config.iommu,
+        ..Made::new(&id, DeviceKind::Net, place!(config), net)
+    })
 }
 
 /// The socket cannot be bound.

@@ -59,6 +59,9 @@ pub(crate) const GUEST_MODULES: [&str; 11] = [
     "ext4",
 ];
 
+/// Modules of guests that not every kernel has: Debian's 6.1 lacks the driver of the virtual IOMMU.
+const GUEST_MODULES_OPTIONAL: [&str; 1] = ["virtio_iommu"];
+
 /// Modules of the emulated host: its root, its ports, its swap, KVM, networks of guests.
 pub(crate) const HOST_MODULES: [&str; 9] = [
     "virtio_pci",
@@ -232,9 +235,9 @@ impl DebianKernel {
         Ok(unpacked)
     }
 
-    /// `names` and what they depend on, as files under `modules/` of an initramfs. Their order by
+    /// `names`, those of `optional` that the kernel has, and what they depend on, as files under `modules/` of an initramfs. Their order by
     /// name is the order in which init loads them.
-    pub(crate) fn modules(&self, names: &[&str]) -> Result<cpio::Archive> {
+    pub(crate) fn modules(&self, names: &[&str], optional: &[&str]) -> Result<cpio::Archive> {
         let tree = ["lib/modules", WITH_MODULES]
             .map(|folder| self.dir.join(folder).join(&self.release))
             .into_iter()
@@ -242,7 +245,10 @@ impl DebianKernel {
             .with_context(|| format!("no modules in {}", self.dir.display()))?;
         let mut archive = cpio::Archive::default();
         archive.directory("modules");
-        for (index, module) in modules::in_order(&tree, names)?.iter().enumerate() {
+        for (index, module) in modules::in_order(&tree, names, optional)?
+            .iter()
+            .enumerate()
+        {
             let name = format!("modules/{index:03}-{}.ko", module.name);
             archive.file(&name, 0o644, &module.bytes);
         }
@@ -448,7 +454,7 @@ fn publish_file(file: &Path, published: &Path) -> Result<()> {
 pub(super) fn publish_packed(kernel: &DebianKernel, common: &Path, dir: &Path) -> Result<()> {
     fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
     publish_file(&kernel.vmlinuz(), &dir.join("vmlinuz"))?;
-    let modules = kernel.modules(&GUEST_MODULES)?;
+    let modules = kernel.modules(&GUEST_MODULES, &GUEST_MODULES_OPTIONAL)?;
     super::initramfs::extend(common, modules, &dir.join("initramfs.cpio.gz"))
 }
 

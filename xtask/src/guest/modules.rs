@@ -18,16 +18,21 @@ pub(super) struct Module {
     pub(super) bytes: Vec<u8>,
 }
 
-/// `names` and all their dependencies, each after its own dependencies. Names that are built into the kernel are left
-/// out.
-pub(super) fn in_order(tree: &Path, names: &[&str]) -> Result<Vec<Module>> {
+/// `names` and all their dependencies, each after its own dependencies; then those of `optional` that the kernel has.
+/// Names that are built into the kernel are left out.
+pub(super) fn in_order(tree: &Path, names: &[&str], optional: &[&str]) -> Result<Vec<Module>> {
     let mut search = Search {
         files: files(tree)?,
         builtin: builtin(tree)?,
         seen: BTreeSet::new(),
         found: Vec::new(),
     };
-    for name in names {
+    let optional: Vec<&str> = optional
+        .iter()
+        .copied()
+        .filter(|name| search.files.contains_key(&plain(name)))
+        .collect();
+    for name in names.iter().chain(&optional) {
         search
             .add(&plain(name))
             .with_context(|| format!("module {name} of {}", tree.display()))?;
@@ -154,10 +159,10 @@ mod tests {
             fs::write(folder.join(file), strings).unwrap();
         }
         fs::write(tree.join("modules.builtin"), "kernel/x/c-in.ko\n").unwrap();
-        let found = in_order(&tree, &["a_top", "d-base", "c_in"]).unwrap();
+        let found = in_order(&tree, &["a_top", "d-base", "c_in"], &["nowhere"]).unwrap();
         let names: Vec<&str> = found.iter().map(|module| module.name.as_str()).collect();
         assert_eq!(names, ["d_base", "b_middle", "a_top"]);
-        let missing = format!("{:#}", in_order(&tree, &["nowhere"]).unwrap_err());
+        let missing = format!("{:#}", in_order(&tree, &["nowhere"], &[]).unwrap_err());
         assert!(missing.contains("nowhere"), "{missing}");
         fs::remove_dir_all(&tree).unwrap();
     }

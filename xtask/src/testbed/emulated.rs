@@ -294,7 +294,7 @@ impl HostKernel {
         let kernel = DebianKernel::fetch(debian::GENERIC, |_, _| ())?;
         Ok(Self {
             kernel: kernel.quickest()?,
-            modules: Some(kernel.modules(&debian::HOST_MODULES)?),
+            modules: Some(kernel.modules(&debian::HOST_MODULES, &[])?),
         })
     }
 }

@@ -12,6 +12,7 @@ mod debian;
 mod devices;
 mod fleet;
 mod hotplug;
+mod iommu;
 mod life;
 mod network;
 mod operator;
@@ -69,6 +70,7 @@ fn main() -> ExitCode {
         operator::tests(),
         vsock::tests(),
         pmem::tests(),
+        iommu::tests(),
         balloon::tests(),
         stress::tests(),
         zones::tests(),

@@ -20,6 +20,21 @@ pub(crate) fn tests() -> Vec<Test> {
 
 const MIB: u64 = 1 << 20;
 
+/// The guest from a snapshot of `first`, paused.
+pub(crate) fn restore(first: &Guest, url: &str) -> Result<Guest> {
+    let vmm = Vmm::start(&["--restore", &format!("source_url={url}")])?;
+    wait_for("the restored VM", BOOT_DEADLINE, || {
+        let info = vmm.request("GET", "vm.info", None)?;
+        Ok(info
+            .body
+            .is_some_and(|body| body.contains(r#""state":"Paused""#))
+            .then_some(()))
+    })?;
+    // The socket of the serial port is in the folder of the first process.
+    let serial = Serial::connect(&first.vmm.folder().join("serial.sock"), BOOT_DEADLINE)?;
+    Ok(Guest { vmm, serial })
+}
+
 /// Memory that the guest returned is neither in the file nor resident afterwards; memory that it kept has the same
 /// contents.
 fn saved_guest_continues_with_its_memory_and_disk() -> Result<Outcome> {
@@ -67,17 +82,7 @@ fn saved_guest_continues_with_its_memory_and_disk() -> Result<Outcome> {
         "{written} bytes in the file of {before}"
     );
 
-    let vmm = Vmm::start(&["--restore", &format!("source_url={url}")])?;
-    wait_for("the restored VM", BOOT_DEADLINE, || {
-        let info = vmm.request("GET", "vm.info", None)?;
-        Ok(info
-            .body
-            .is_some_and(|body| body.contains(r#""state":"Paused""#))
-            .then_some(()))
-    })?;
-    // The socket of the serial port is in the folder of the first process.
-    let serial = Serial::connect(&first.vmm.folder().join("serial.sock"), BOOT_DEADLINE)?;
-    let mut second = Guest { vmm, serial };
+    let mut second = restore(&first, &url)?;
     let after = figure(&second, "/resident_bytes")?;
     ensure!(
         after <= before + before / 20,

@@ -1,0 +1,72 @@
+//! The IOMMU as a device behind it sees it.
+
+use std::sync::{Arc, OnceLock};
+
+use vm_memory::Permissions;
+
+use super::shared::Shared;
+
+/// A part of a translated range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Piece {
+    /// Guest address.
+    pub(crate) address: u64,
+    pub(crate) bytes: u64,
+}
+
+/// Reasons why an access is not translated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum DmaError {
+    /// The guest has not allowed it. The fault is counted, and the guest is notified of it.
+    #[error("the virtual IOMMU does not map it for this access")]
+    Fault,
+    /// The range consists of more mappings than the caller accepts.
+    #[error("the range has too many mappings in the virtual IOMMU")]
+    TooManyPieces,
+}
+
+/// A device's connection to the IOMMU in front of it. Dropping it detaches the device.
+#[derive(Debug)]
+pub struct DmaEndpoint {
+    shared: Arc<Shared>,
+    /// The endpoint's id, and the device's key to it.
+    place: OnceLock<(u32, u64)>,
+}
+
+impl DmaEndpoint {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self {
+            shared,
+            place: OnceLock::new(),
+        }
+    }
+
+    /// Sets the endpoint's id, which depends on the device's place on the bus. Until then every access fails. Called
+    /// once; later calls have no effect.
+    pub fn place(&self, endpoint: u32) {
+        self.place
+            .get_or_init(|| (endpoint, self.shared.change(|tables| tables.plug(endpoint))));
+    }
+
+    /// The guest addresses of `bytes` bytes from `input` on, as at most `pieces_max` pieces.
+    pub(crate) fn translate(
+        &self,
+        input: u64,
+        bytes: u64,
+        access: Permissions,
+        pieces_max: usize,
+    ) -> Result<Vec<Piece>, DmaError> {
+        let place = self.place.get().ok_or(DmaError::Fault)?;
+        self.shared
+            .translate(*place, (input, bytes), access, pieces_max)
+    }
+}
+
+impl Drop for DmaEndpoint {
+    fn drop(&mut self) {
+        if let Some((endpoint, owner)) = self.place.get() {
+            self.shared
+                .change(|tables| tables.unplug(*endpoint, *owner));
+        }
+    }
+}

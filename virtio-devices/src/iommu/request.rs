@@ -1,0 +1,235 @@
+//! The wire format of requests and fault reports (virtio 1.2 §5.13.6).
+
+use std::ops::RangeInclusive;
+
+use vm_memory::Permissions;
+
+use super::shared::Fault;
+use super::tables::{FaultReason, MSI_RANGE, Refusal, Tables};
+
+/// Bytes of the longest request that the device reads.
+pub(super) const REQUEST_BYTES_MAX: usize = 72;
+/// Bytes of a request's result: status, reserved.
+pub(super) const TAIL_BYTES: usize = 4;
+/// Bytes of properties in the result of a probe: one reserved range.
+pub(super) const PROBE_BYTES: usize = 24;
+pub(super) const FAULT_BYTES: usize = 24;
+
+const HEAD_BYTES: usize = 4;
+const PROBE_RESERVED_BYTES: usize = 64;
+
+const T_ATTACH: u8 = 1;
+const T_DETACH: u8 = 2;
+const T_MAP: u8 = 3;
+const T_UNMAP: u8 = 4;
+const T_PROBE: u8 = 5;
+
+const ATTACH_F_BYPASS: u32 = 1 << 0;
+const MAP_F_READ: u32 = 1 << 0;
+const MAP_F_WRITE: u32 = 1 << 1;
+
+const S_OK: u8 = 0;
+const S_INVAL: u8 = 4;
+const S_RANGE: u8 = 5;
+const S_NOENT: u8 = 6;
+const S_NOMEM: u8 = 8;
+
+const PROBE_T_RESV_MEM: u16 = 1;
+const RESV_MEM_T_MSI: u8 = 1;
+
+const FAULT_R_DOMAIN: u8 = 1;
+const FAULT_R_MAPPING: u8 = 2;
+const FAULT_F_READ: u32 = 1 << 0;
+const FAULT_F_WRITE: u32 = 1 << 1;
+const FAULT_F_ADDRESS: u32 = 1 << 8;
+
+/// A request whose length is right.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Request {
+    Attach {
+        domain: u32,
+        endpoint: u32,
+        flags: u32,
+    },
+    Detach {
+        domain: u32,
+        endpoint: u32,
+    },
+    Map {
+        domain: u32,
+        input: RangeInclusive<u64>,
+        to: u64,
+        flags: u32,
+    },
+    Unmap {
+        domain: u32,
+        input: RangeInclusive<u64>,
+    },
+    Probe {
+        endpoint: u32,
+    },
+    /// A reserved field is not zero.
+    Reserved {
+        is_probe: bool,
+    },
+}
+
+impl Request {
+    /// Reads a request. `None`: its type is unknown or its length is wrong. `driver_may_write` is the number of bytes
+    /// for the result.
+    pub(super) fn read(bytes: &[u8], driver_may_write: usize) -> Option<Self> {
+        let (head, body) = bytes.split_at_checked(HEAD_BYTES)?;
+        let is_probe = head[0] == T_PROBE;
+        let mut fields = Fields(body);
+        let request = match head[0] {
+            T_ATTACH => Self::Attach {
+                domain: fields.u32()?,
+                endpoint: fields.u32()?,
+                flags: fields.u32()?,
+            },
+            T_DETACH => Self::Detach {
+                domain: fields.u32()?,
+                endpoint: fields.u32()?,
+            },
+            T_MAP => Self::Map {
+                domain: fields.u32()?,
+                input: fields.u64()?..=fields.u64()?,
+                to: fields.u64()?,
+                flags: fields.u32()?,
+            },
+            T_UNMAP => Self::Unmap {
+                domain: fields.u32()?,
+                input: fields.u64()?..=fields.u64()?,
+            },
+            T_PROBE => Self::Probe {
+                endpoint: fields.u32()?,
+            },
+            _ => return None,
+        };
+        let reserved_bytes = match request {
+            Self::Attach { .. } | Self::Unmap { .. } => 4,
+            Self::Detach { .. } => 8,
+            Self::Map { .. } => 0,
+            Self::Probe { .. } | Self::Reserved { .. } => PROBE_RESERVED_BYTES,
+        };
+        if fields.0.len() != reserved_bytes || driver_may_write != result_bytes(is_probe) {
+            return None;
+        }
+        let mut reserved = head[1..].iter().chain(fields.0);
+        Some(match reserved.all(|byte| *byte == 0) {
+            true => request,
+            false => Self::Reserved { is_probe },
+        })
+    }
+
+    /// Executes the request and returns the bytes for the driver, and whether it succeeded.
+    pub(super) fn execute(self, tables: &mut Tables) -> (Vec<u8>, bool) {
+        let is_probe = matches!(self, Self::Probe { .. } | Self::Reserved { is_probe: true });
+        let result = self.apply(tables);
+        let mut bytes = Vec::with_capacity(result_bytes(is_probe));
+        if is_probe {
+            match result {
+                Ok(()) => bytes.extend(msi_property()),
+                Err(_) => bytes.resize(PROBE_BYTES, 0),
+            }
+        }
+        let status = match result {
+            Ok(()) => S_OK,
+            Err(Refusal::Invalid) => S_INVAL,
+            Err(Refusal::Range) => S_RANGE,
+            Err(Refusal::NoEntry) => S_NOENT,
+            Err(Refusal::NoMemory) => S_NOMEM,
+        };
+        bytes.extend([status, 0, 0, 0]);
+        (bytes, result.is_ok())
+    }
+
+    fn apply(self, tables: &mut Tables) -> Result<(), Refusal> {
+        match self {
+            Self::Attach { flags, .. } if flags & !ATTACH_F_BYPASS != 0 => Err(Refusal::Invalid),
+            Self::Attach {
+                domain,
+                endpoint,
+                flags,
+            } => tables.attach(domain, endpoint, flags & ATTACH_F_BYPASS != 0),
+            Self::Detach { domain, endpoint } => tables.detach(domain, endpoint),
+            Self::Map {
+                domain,
+                input,
+                to,
+                flags,
+            } => {
+                let allows = match flags {
+                    MAP_F_READ => Permissions::Read,
+                    MAP_F_WRITE => Permissions::Write,
+                    flags if flags == MAP_F_READ | MAP_F_WRITE => Permissions::ReadWrite,
+                    0 => Permissions::No,
+                    _ => return Err(Refusal::Invalid),
+                };
+                tables.map(domain, input, to, allows)
+            }
+            Self::Unmap { domain, input } => tables.unmap(domain, input),
+            Self::Probe { endpoint } if tables.has_endpoint(endpoint) => Ok(()),
+            Self::Probe { .. } => Err(Refusal::NoEntry),
+            Self::Reserved { .. } => Err(Refusal::Invalid),
+        }
+    }
+}
+
+fn result_bytes(is_probe: bool) -> usize {
+    match is_probe {
+        true => PROBE_BYTES + TAIL_BYTES,
+        false => TAIL_BYTES,
+    }
+}
+
+/// The property of every endpoint: the range of message-signalled interrupts.
+fn msi_property() -> [u8; PROBE_BYTES] {
+    let mut bytes = [0; PROBE_BYTES];
+    bytes[0..2].copy_from_slice(&PROBE_T_RESV_MEM.to_le_bytes());
+    let length = PROBE_BYTES as u16 - 4;
+    bytes[2..4].copy_from_slice(&length.to_le_bytes());
+    bytes[4] = RESV_MEM_T_MSI;
+    bytes[8..16].copy_from_slice(&MSI_RANGE.start().to_le_bytes());
+    bytes[16..24].copy_from_slice(&MSI_RANGE.end().to_le_bytes());
+    bytes
+}
+
+impl Fault {
+    /// The report for the driver.
+    pub(super) fn bytes(&self) -> [u8; FAULT_BYTES] {
+        let mut flags = FAULT_F_ADDRESS;
+        if self.access.allow(Permissions::Read) {
+            flags |= FAULT_F_READ;
+        }
+        if self.access.has_write() {
+            flags |= FAULT_F_WRITE;
+        }
+        let mut bytes = [0; FAULT_BYTES];
+        bytes[0] = match self.reason {
+            FaultReason::Domain => FAULT_R_DOMAIN,
+            FaultReason::Mapping => FAULT_R_MAPPING,
+        };
+        bytes[4..8].copy_from_slice(&flags.to_le_bytes());
+        bytes[8..12].copy_from_slice(&self.endpoint.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.address.to_le_bytes());
+        bytes
+    }
+}
+
+/// Takes little-endian numbers from the front.
+struct Fields<'a>(&'a [u8]);
+
+impl Fields<'_> {
+    fn u32(&mut self) -> Option<u32> {
+        let (number, rest) = self.0.split_first_chunk()?;
+        self.0 = rest;
+        Some(u32::from_le_bytes(*number))
+    }
+
+    fn u64(&mut self) -> Option<u64> {
+        let (number, rest) = self.0.split_first_chunk()?;
+        self.0 = rest;
+        Some(u64::from_le_bytes(*number))
+    }
+}

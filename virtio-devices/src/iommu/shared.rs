@@ -1,0 +1,138 @@
+//! The tables and pending faults, shared by the IOMMU and the devices behind it.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, RwLock};
+
+use vm_memory::Permissions;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::endpoint::{DmaError, Piece};
+use super::tables::{FaultReason, Tables};
+use crate::Unpoisoned;
+use crate::counters::counters;
+
+/// Maximum number of faults that wait for a buffer of the driver. Later ones are only counted.
+pub(super) const FAULTS_MAX: usize = 64;
+
+counters! {
+    Stats {
+        requests,
+        bad_requests,
+        refused_requests,
+        faults,
+        dropped_faults,
+    }
+}
+
+/// An access that the guest has not allowed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Fault {
+    pub(super) reason: FaultReason,
+    pub(super) endpoint: u32,
+    pub(super) address: u64,
+    pub(super) access: Permissions,
+}
+
+#[derive(Debug)]
+pub(super) struct Shared {
+    /// Applies to endpoints without a domain. Not in the tables, because a vCPU thread changes it.
+    bypass: AtomicBool,
+    /// Held for one request or one translation.
+    tables: RwLock<Tables>,
+    faults: Mutex<VecDeque<Fault>>,
+    /// Readable while there are faults that the worker has not looked at.
+    pub(super) faulted: EventFd,
+    pub(super) stats: Stats,
+}
+
+impl Shared {
+    /// # Errors
+    /// No descriptor is left.
+    pub(super) fn new(input_last: u64) -> io::Result<Self> {
+        Ok(Self {
+            bypass: AtomicBool::new(true),
+            tables: RwLock::new(Tables::new(input_last)),
+            faults: Mutex::default(),
+            faulted: EventFd::new(EFD_NONBLOCK)?,
+            stats: Stats::default(),
+        })
+    }
+
+    pub(super) fn bypass(&self) -> bool {
+        self.bypass.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn set_bypass(&self, bypass: bool) {
+        self.bypass.store(bypass, Ordering::SeqCst);
+    }
+
+    pub(super) fn change<T>(&self, change: impl FnOnce(&mut Tables) -> T) -> T {
+        change(&mut self.tables.write().unpoisoned())
+    }
+
+    pub(super) fn read<T>(&self, read: impl FnOnce(&Tables) -> T) -> T {
+        read(&self.tables.read().unpoisoned())
+    }
+
+    /// As [`super::DmaEndpoint::translate`].
+    pub(super) fn translate(
+        &self,
+        place: (u32, u64),
+        range: (u64, u64),
+        access: Permissions,
+        pieces_max: usize,
+    ) -> Result<Vec<Piece>, DmaError> {
+        let bypass = self.bypass();
+        let translated =
+            self.read(|tables| tables.translate(place, range, access, (bypass, pieces_max)));
+        match translated {
+            Ok(pieces) => pieces.ok_or(DmaError::TooManyPieces),
+            Err((reason, address)) => {
+                self.report(Fault {
+                    reason,
+                    endpoint: place.0,
+                    address,
+                    access,
+                });
+                Err(DmaError::Fault)
+            }
+        }
+    }
+
+    fn report(&self, fault: Fault) {
+        if self.stats.faults.count_loudly() {
+            log::warn!(
+                "Virtual IOMMU: endpoint {:#x} may not access {:#x} ({:?})",
+                fault.endpoint,
+                fault.address,
+                fault.access
+            );
+        }
+        let mut faults = self.faults.lock().unpoisoned();
+        if faults.len() == FAULTS_MAX {
+            self.stats.dropped_faults.count();
+            return;
+        }
+        faults.push_back(fault);
+        // Fails only if the counter is full, and then the worker is woken up anyway.
+        self.faulted.write(1).ok();
+    }
+
+    /// The oldest pending fault.
+    pub(super) fn next_fault(&self) -> Option<Fault> {
+        self.faults.lock().unpoisoned().pop_front()
+    }
+
+    /// Whether a fault is pending.
+    pub(super) fn has_fault(&self) -> bool {
+        !self.faults.lock().unpoisoned().is_empty()
+    }
+
+    pub(super) fn forget_faults(&self) {
+        self.faults.lock().unpoisoned().clear();
+        // EAGAIN: there was none.
+        self.faulted.read().ok();
+    }
+}

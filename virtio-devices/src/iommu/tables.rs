@@ -1,0 +1,319 @@
+//! Endpoints, domains and mappings: what the guest has set up, without queues and threads.
+
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+
+use vm_memory::Permissions;
+
+use super::endpoint::Piece;
+
+/// Smallest unit of a mapping.
+pub(super) const GRANULE: u64 = 4 << 10;
+/// Maximum number of mappings in all domains together, about 16 MiB of tables. Linux maps each DMA buffer once while
+/// it is in flight, so a busy guest has some thousand.
+pub const MAPPINGS_MAX: usize = 1 << 18;
+/// Writes to these addresses are interrupts on x86. They are not translated, so the guest may not map them.
+pub const MSI_RANGE: RangeInclusive<u64> = 0xfee0_0000..=0xfeef_ffff;
+
+/// The status of a request (virtio 1.2 §5.13.6), if it is not OK.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// The request contradicts the specification or the state of the domain.
+    Invalid,
+    /// An address is misaligned or outside of the input range, or an unmapping would split a mapping.
+    Range,
+    /// There is no such endpoint or domain.
+    NoEntry,
+    /// [`MAPPINGS_MAX`] is reached.
+    NoMemory,
+}
+
+/// Why an access was not translated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum FaultReason {
+    /// The endpoint is not attached to a domain, and bypass is off.
+    Domain,
+    /// No mapping allows the access.
+    Mapping,
+}
+
+/// One mapping, without the input address at which it starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Mapping {
+    /// Last input address.
+    pub(super) last: u64,
+    /// Guest address of the first byte.
+    pub(super) to: u64,
+    pub(super) allows: Permissions,
+}
+
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub(super) struct Domain {
+    /// Input addresses are guest addresses.
+    pub(super) bypass: bool,
+    /// By first input address. They do not overlap.
+    pub(super) mappings: BTreeMap<u64, Mapping>,
+    /// Number of endpoints attached.
+    endpoints: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Attachment {
+    /// The device in the endpoint's slot; `None` until it is plugged in after a restore.
+    owner: Option<u64>,
+    domain: Option<u32>,
+}
+
+/// Everything that the guest can change.
+#[derive(Debug)]
+pub(super) struct Tables {
+    /// Last input address; the first is 0.
+    input_last: u64,
+    /// By endpoint id; one for each device behind the IOMMU, so the machine's slots bound them.
+    endpoints: BTreeMap<u32, Attachment>,
+    /// Each has an endpoint, so there are not more of them.
+    domains: BTreeMap<u32, Domain>,
+    /// Number of mappings in all domains.
+    mappings: usize,
+    owners: u64,
+}
+
+impl Tables {
+    pub(super) fn new(input_last: u64) -> Self {
+        Self {
+            input_last,
+            endpoints: BTreeMap::new(),
+            domains: BTreeMap::new(),
+            mappings: 0,
+            owners: 0,
+        }
+    }
+
+    /// Adds the endpoint of a device and returns the device's key to it. A restored attachment stays; one of an earlier
+    /// device in the same slot does not.
+    pub(super) fn plug(&mut self, endpoint: u32) -> u64 {
+        self.owners += 1;
+        let owner = Some(self.owners);
+        let known = self.endpoints.get(&endpoint);
+        if known.is_some_and(|known| known.owner.is_some()) {
+            self.leave(endpoint);
+        }
+        let attachment = self.endpoints.entry(endpoint).or_insert(Attachment {
+            owner,
+            domain: None,
+        });
+        attachment.owner = owner;
+        self.owners
+    }
+
+    /// Removes the endpoint of a device, unless its slot has a new device.
+    pub(super) fn unplug(&mut self, endpoint: u32, owner: u64) {
+        let known = self.endpoints.get(&endpoint);
+        if known.is_some_and(|known| known.owner == Some(owner)) {
+            self.leave(endpoint);
+            self.endpoints.remove(&endpoint);
+        }
+    }
+
+    pub(super) fn has_endpoint(&self, endpoint: u32) -> bool {
+        self.endpoints.contains_key(&endpoint)
+    }
+
+    /// Detaches every endpoint, as a reset of the device does.
+    pub(super) fn clear(&mut self) {
+        self.domains.clear();
+        self.mappings = 0;
+        for attachment in self.endpoints.values_mut() {
+            attachment.domain = None;
+        }
+    }
+
+    /// Attaches an endpoint to a domain, which is created if there is none; detaches it from its former one.
+    pub(super) fn attach(
+        &mut self,
+        domain: u32,
+        endpoint: u32,
+        bypass: bool,
+    ) -> Result<(), Refusal> {
+        let attachment = self.endpoints.get(&endpoint).ok_or(Refusal::NoEntry)?;
+        let present = self.domains.get(&domain);
+        if present.is_some_and(|present| present.bypass != bypass) {
+            return Err(Refusal::Invalid);
+        }
+        if attachment.domain == Some(domain) {
+            return Ok(());
+        }
+        self.leave(endpoint);
+        let joined = self.domains.entry(domain).or_insert(Domain {
+            bypass,
+            ..Domain::default()
+        });
+        joined.endpoints += 1;
+        if let Some(attachment) = self.endpoints.get_mut(&endpoint) {
+            attachment.domain = Some(domain);
+        }
+        Ok(())
+    }
+
+    pub(super) fn detach(&mut self, domain: u32, endpoint: u32) -> Result<(), Refusal> {
+        let attachment = self.endpoints.get(&endpoint).ok_or(Refusal::NoEntry)?;
+        if attachment.domain != Some(domain) {
+            return Err(Refusal::Invalid);
+        }
+        self.leave(endpoint);
+        Ok(())
+    }
+
+    /// Maps `input` to guest addresses from `to` on.
+    pub(super) fn map(
+        &mut self,
+        domain: u32,
+        input: RangeInclusive<u64>,
+        to: u64,
+        allows: Permissions,
+    ) -> Result<(), Refusal> {
+        let (first, last) = (*input.start(), *input.end());
+        let domain = self.domains.get_mut(&domain).ok_or(Refusal::NoEntry)?;
+        if domain.bypass || input.is_empty() {
+            return Err(Refusal::Invalid);
+        }
+        let wraps = to.checked_add(last - first).is_none();
+        if !is_aligned(first, last)
+            || !to.is_multiple_of(GRANULE)
+            || wraps
+            || last > self.input_last
+        {
+            return Err(Refusal::Range);
+        }
+        let before = domain.mappings.range(..=last).next_back();
+        let overlaps = before.is_some_and(|(_, mapping)| mapping.last >= first);
+        if overlaps || first <= *MSI_RANGE.end() && *MSI_RANGE.start() <= last {
+            return Err(Refusal::Invalid);
+        }
+        if self.mappings >= MAPPINGS_MAX {
+            return Err(Refusal::NoMemory);
+        }
+        let mapping = Mapping { last, to, allows };
+        domain.mappings.insert(first, mapping);
+        self.mappings += 1;
+        Ok(())
+    }
+
+    /// Removes the mappings in `input`; none, if one of them is only partly inside.
+    pub(super) fn unmap(&mut self, domain: u32, input: RangeInclusive<u64>) -> Result<(), Refusal> {
+        let (first, last) = (*input.start(), *input.end());
+        let domain = self.domains.get_mut(&domain).ok_or(Refusal::NoEntry)?;
+        if domain.bypass || input.is_empty() {
+            return Err(Refusal::Invalid);
+        }
+        let before = domain.mappings.range(..first).next_back();
+        let cuts_first = before.is_some_and(|(_, mapping)| mapping.last >= first);
+        let end = domain.mappings.range(..=last).next_back();
+        let cuts_last = end.is_some_and(|(_, mapping)| mapping.last > last);
+        if !is_aligned(first, last) || cuts_first || cuts_last {
+            return Err(Refusal::Range);
+        }
+        // Each mapping that goes was one request, so this is not more work than the guest has done.
+        let mut removed = domain.mappings.split_off(&first);
+        if let Some(behind) = last.checked_add(1) {
+            domain.mappings.append(&mut removed.split_off(&behind));
+        }
+        self.mappings -= removed.len();
+        Ok(())
+    }
+
+    /// The guest addresses of `bytes` bytes from `input` on, as at most `pieces_max` pieces; `None` if there are more.
+    /// `bypass` applies to endpoints without a domain.
+    pub(super) fn translate(
+        &self,
+        (endpoint, owner): (u32, u64),
+        (input, bytes): (u64, u64),
+        access: Permissions,
+        (bypass, pieces_max): (bool, usize),
+    ) -> Result<Option<Vec<Piece>>, (FaultReason, u64)> {
+        let whole = Piece {
+            address: input,
+            bytes,
+        };
+        let attachment = self.endpoints.get(&endpoint);
+        let Some(attachment) = attachment.filter(|it| it.owner == Some(owner)) else {
+            return Err((FaultReason::Domain, input));
+        };
+        let domain = match attachment.domain {
+            Some(domain) => &self.domains[&domain],
+            None if bypass => return Ok(Some(vec![whole])),
+            None => return Err((FaultReason::Domain, input)),
+        };
+        if domain.bypass {
+            return Ok(Some(vec![whole]));
+        }
+        let mut pieces = Vec::new();
+        let (mut at, mut left) = (input, bytes);
+        while left > 0 {
+            let found = domain.mappings.range(..=at).next_back();
+            let found = found.filter(|(_, found)| found.last >= at && found.allows.allow(access));
+            let (first, mapping) = found.ok_or((FaultReason::Mapping, at))?;
+            if pieces.len() == pieces_max {
+                return Ok(None);
+            }
+            // The mapping may be all of the address space: its length is computed without the last byte.
+            let bytes = (mapping.last - at).min(left - 1) + 1;
+            pieces.push(Piece {
+                address: mapping.to + (at - first),
+                bytes,
+            });
+            left -= bytes;
+            if left > 0 {
+                let next = at.checked_add(bytes);
+                at = next.ok_or((FaultReason::Mapping, mapping.last))?;
+            }
+        }
+        Ok(Some(pieces))
+    }
+
+    /// Detaches the endpoint. A domain without endpoints ends, and its mappings with it.
+    fn leave(&mut self, endpoint: u32) {
+        let attachment = self.endpoints.get_mut(&endpoint);
+        let Some(left) = attachment.and_then(|it| it.domain.take()) else {
+            return;
+        };
+        let Some(domain) = self.domains.get_mut(&left) else {
+            return;
+        };
+        domain.endpoints -= 1;
+        if domain.endpoints == 0 {
+            self.mappings -= domain.mappings.len();
+            self.domains.remove(&left);
+        }
+    }
+
+    /// The attached endpoints and their domains.
+    pub(super) fn attachments(&self) -> impl Iterator<Item = (u32, u32)> {
+        let endpoints = self.endpoints.iter();
+        endpoints.filter_map(|(endpoint, it)| Some((*endpoint, it.domain?)))
+    }
+
+    pub(super) fn domains(&self) -> &BTreeMap<u32, Domain> {
+        &self.domains
+    }
+
+    /// Number of mappings in all domains.
+    pub(super) fn mappings(&self) -> usize {
+        self.mappings
+    }
+
+    /// Attaches an endpoint whose device is plugged in later.
+    pub(super) fn restore_attachment(&mut self, domain: u32, endpoint: u32, bypass: bool) {
+        let absent = Attachment {
+            owner: None,
+            domain: None,
+        };
+        self.endpoints.entry(endpoint).or_insert(absent);
+        // The caller has checked that the domain is the same for all of its endpoints.
+        self.attach(domain, endpoint, bypass).ok();
+    }
+}
+
+fn is_aligned(first: u64, last: u64) -> bool {
+    first.is_multiple_of(GRANULE) && last.wrapping_add(1).is_multiple_of(GRANULE)
+}

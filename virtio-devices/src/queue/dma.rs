@@ -1,0 +1,112 @@
+//! Guest memory in the address space of a device: guest addresses, or those that a virtual IOMMU translates.
+//!
+//! Every ring access and every buffer of a queue passes through here.
+
+use std::iter::FusedIterator;
+use std::ops::Deref;
+use std::sync::Arc;
+
+use vm_memory::bitmap::BS;
+use vm_memory::guest_memory::GuestMemorySliceIterator;
+use vm_memory::{
+    GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
+    GuestMemoryResult, Permissions, VolatileSlice,
+};
+
+use crate::iommu::{DmaEndpoint, Piece};
+
+/// Maximum number of mappings in one access to a ring. The largest ring has 512 KiB.
+const RING_PIECES_MAX: usize = 256;
+
+/// Guest memory as a queue addresses it.
+#[derive(Debug, Clone)]
+pub(crate) struct DmaMemory<'m> {
+    pub(crate) ram: &'m GuestMemoryMmap<()>,
+    /// The IOMMU in front of the device.
+    pub(crate) endpoint: Option<Arc<DmaEndpoint>>,
+}
+
+/// A [`DmaMemory`] that a descriptor chain owns.
+#[derive(Debug, Clone)]
+pub(crate) struct OwnedDmaMemory<'m>(pub(crate) DmaMemory<'m>);
+
+impl<'m> Deref for OwnedDmaMemory<'m> {
+    type Target = DmaMemory<'m>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl GuestMemory for DmaMemory<'_> {
+    type PhysicalMemory = GuestMemoryMmap<()>;
+    type Bitmap = ();
+
+    fn check_range(&self, addr: GuestAddress, count: usize, access: Permissions) -> bool {
+        let slices = self.get_slices(addr, count, access);
+        slices.is_ok_and(|mut slices| slices.all(|slice| slice.is_ok()))
+    }
+
+    fn get_slices<'a>(
+        &'a self,
+        addr: GuestAddress,
+        count: usize,
+        access: Permissions,
+    ) -> GuestMemoryResult<impl GuestMemorySliceIterator<'a, BS<'a, ()>>> {
+        let (address, bytes) = (addr.0, count as u64);
+        // Without an IOMMU nothing is allocated.
+        let (whole, pieces) = match &self.endpoint {
+            None => (Some(Piece { address, bytes }), Vec::new()),
+            Some(endpoint) => {
+                let pieces = endpoint.translate(address, bytes, access, RING_PIECES_MAX);
+                let outside = |_| GuestMemoryError::InvalidGuestAddress(addr);
+                (None, pieces.map_err(outside)?)
+            }
+        };
+        let ram = self.ram;
+        let slices = whole.into_iter().chain(pieces).flat_map(move |piece| {
+            // As large as `count` at most.
+            GuestMemoryBackend::get_slices(ram, GuestAddress(piece.address), piece.bytes as usize)
+        });
+        Ok(UntilError {
+            slices,
+            ended: false,
+        })
+    }
+
+    fn physical_memory(&self) -> Option<&GuestMemoryMmap<()>> {
+        self.endpoint.is_none().then_some(self.ram)
+    }
+}
+
+/// Ends with the first error.
+struct UntilError<I> {
+    slices: I,
+    ended: bool,
+}
+
+impl<'a, I> Iterator for UntilError<I>
+where
+    I: Iterator<Item = GuestMemoryResult<VolatileSlice<'a>>>,
+{
+    type Item = I::Item;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.ended {
+            return None;
+        }
+        let next = self.slices.next();
+        self.ended = !matches!(next, Some(Ok(_)));
+        next
+    }
+}
+
+impl<'a, I> FusedIterator for UntilError<I> where
+    I: Iterator<Item = GuestMemoryResult<VolatileSlice<'a>>>
+{
+}
+
+impl<'a, I> GuestMemorySliceIterator<'a, ()> for UntilError<I> where
+    I: Iterator<Item = GuestMemoryResult<VolatileSlice<'a>>>
+{
+}
