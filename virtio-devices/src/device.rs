@@ -22,7 +22,7 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap, MmapRegion};
 
-use crate::iommu::DmaEndpoint;
+use crate::dma::DmaEndpoint;
 pub use crate::worker::{Doorbell, WorkerError};
 use crate::worker::{EventSources, Turn};
 

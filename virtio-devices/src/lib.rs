@@ -14,6 +14,7 @@ pub mod console;
 mod counters;
 mod debug_fields;
 pub mod device;
+pub mod dma;
 pub mod fs;
 pub mod iommu;
 mod listening_socket;

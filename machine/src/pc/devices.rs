@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, Weak};
 use state::Saved;
 use virtio_devices::Unpoisoned;
 use virtio_devices::VirtioDevice;
-use virtio_devices::iommu::DmaEndpoint;
+use virtio_devices::dma::DmaEndpoint;
 use virtio_devices::pci::{Bar, PciFunction};
 use virtio_devices::transport::{VirtioPciFunction, VirtioPciParams, vectors_needed};
 use virtio_devices::worker::ThreadStart as WorkerStart;

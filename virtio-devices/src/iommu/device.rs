@@ -8,15 +8,13 @@ use state::{Saved, StateError};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_memory::GuestAddressSpace;
 
-use super::endpoint::DmaEndpoint;
 use super::request::{FAULT_BYTES, PROBE_BYTES, REQUEST_BYTES_MAX, Request};
-use super::shared::Shared;
 use super::state::IommuState;
-use super::tables::GRANULE;
 use crate::device::{
     Activation, Counters, GuestRam, HandlerState, QueueHandler, VirtioDevice, WorkerError, boxed,
     read_config_space,
 };
+use crate::dma::{DmaEndpoint, GRANULE, Shared, Tables};
 use crate::queue::{ChainBuffers, ChainError, Next, Popped, ServedQueue};
 use crate::worker::{EventSources, Turn};
 
@@ -298,7 +296,7 @@ impl QueueHandler for Handler {
         self.requests = None;
         self.events = None;
         self.shared.forget_faults();
-        self.shared.change(super::tables::Tables::clear);
+        self.shared.change(Tables::clear);
     }
 
     fn state(&self) -> HandlerState {

@@ -4,8 +4,7 @@ use std::ops::RangeInclusive;
 
 use vm_memory::Permissions;
 
-use super::shared::Fault;
-use super::tables::{FaultReason, MSI_RANGE, Refusal, Tables};
+use crate::dma::{Fault, FaultReason, MSI_RANGE, Refusal, Tables};
 
 /// Bytes of the longest request that the device reads.
 pub(super) const REQUEST_BYTES_MAX: usize = 72;

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use state::{Bytes, Part, State, StateError, parts, require};
 use vm_memory::Permissions;
 
-use super::tables::{Mapping, Tables};
+use crate::dma::{Mapping, Tables};
 
 const PART: Part = parts::IOMMU;
 /// First and last input address, guest address, and permissions.

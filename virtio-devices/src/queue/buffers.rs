@@ -12,7 +12,7 @@ use vm_memory::atomic::GuestMemoryLoadGuard;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, Permissions, VolatileSlice};
 
 use super::walk::{Chain, ChainEnd, walk};
-use crate::iommu::{DmaEndpoint, DmaError};
+use crate::dma::{DmaEndpoint, DmaError};
 use crate::worker::Turn;
 
 /// The memory map that a worker holds for one batch of work.

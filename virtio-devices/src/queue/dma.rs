@@ -13,7 +13,7 @@ use vm_memory::{
     GuestMemoryResult, Permissions, VolatileSlice,
 };
 
-use crate::iommu::{DmaEndpoint, Piece};
+use crate::dma::{DmaEndpoint, Piece};
 
 /// Maximum number of mappings in one access to a ring. The largest ring has 512 KiB.
 const RING_PIECES_MAX: usize = 256;

@@ -14,7 +14,7 @@ use super::walk::Chain;
 use crate::device::{
     Activation, ActiveQueue, Doorbell, GuestRam, Interrupt, QueuePosition, WorkerError, position_of,
 };
-use crate::iommu::DmaEndpoint;
+use crate::dma::DmaEndpoint;
 use crate::worker::Turn;
 
 /// One chain taken from the available ring.

@@ -14,7 +14,7 @@ use super::ram::TestRam;
 use super::vectors::MockVectors;
 use super::wait_until;
 use crate::device::VirtioDevice;
-use crate::iommu::DmaEndpoint;
+use crate::dma::DmaEndpoint;
 use crate::pci::PciFunction;
 use crate::transport::{TransportError, VirtioPciFunction, VirtioPciParams, vectors_needed};
 

@@ -13,7 +13,7 @@ use super::interrupt::MockInterrupt;
 use super::queue::{Chain, DriverQueue, Segment, Used};
 use super::ram::TestRam;
 use crate::device::{Activation, ActiveQueue, Doorbell, HandlerState, QueueHandler, WorkerError};
-use crate::iommu::DmaEndpoint;
+use crate::dma::DmaEndpoint;
 use crate::worker::{EventSources, Turn, Wake};
 
 /// Default number of entries of a queue.

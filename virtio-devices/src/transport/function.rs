@@ -19,7 +19,7 @@ use super::state::VirtioPciState;
 use super::{LifecycleListener, TransportError, VirtioPciParams, vectors_needed};
 use crate::Unpoisoned;
 use crate::device::{Counters, DeviceIdentity, Doorbell, GuestRam, QueueHandler, VirtioDevice};
-use crate::iommu::DmaEndpoint;
+use crate::dma::DmaEndpoint;
 use crate::pci::{Bar, DoorbellRegister, MsixLines, MsixTable, PciFunction};
 use crate::queue::DmaMemory;
 use crate::worker::{Pausing, Worker, WorkerHandle};

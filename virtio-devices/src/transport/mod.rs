@@ -44,7 +44,7 @@ pub use state::{QueueState, RingState, VirtioPciState};
 use ::state::StateError;
 
 use crate::device::{GuestRam, VirtioDevice, WorkerError};
-use crate::iommu::DmaEndpoint;
+use crate::dma::DmaEndpoint;
 use crate::pci::MsiVectors;
 use crate::worker::ThreadStart;
 

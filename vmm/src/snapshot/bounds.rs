@@ -1,7 +1,7 @@
 //! Maximum sizes of a snapshot's files, derived from its configuration before they are read.
 
 use api::VmConfig;
-use virtio_devices::iommu::MAPPINGS_MAX;
+use virtio_devices::dma::MAPPINGS_MAX;
 
 use crate::config::has_iommu;
 

@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex};
 
 use vm_memory::{GuestAddress, Permissions};
 
-use super::super::shared::Shared;
-use super::super::{DmaEndpoint, IommuHandle};
+use super::super::IommuHandle;
 use super::iommu;
 use crate::device::{QueueHandler, VirtioDevice, WorkerError};
+use crate::dma::{DmaEndpoint, Shared};
 use crate::rng::Rng;
 use crate::testing::{Desc, HandlerHarness, MockPciDriver, NEXT, Segment, TestRam, WRITE};
 

@@ -5,11 +5,10 @@ use std::sync::{Arc, Mutex};
 use state::Saved;
 use vm_memory::Permissions;
 
-use super::super::endpoint::DmaError;
-use super::super::shared::FAULTS_MAX;
-use super::super::{DmaEndpoint, Iommu, IommuHandle, IommuState, Piece};
+use super::super::{Iommu, IommuHandle, IommuState};
 use super::{attach, detach, iommu, map, probe, request, unmap};
 use crate::device::{QueueHandler, VirtioDevice};
+use crate::dma::{DmaEndpoint, DmaError, FAULTS_MAX, Piece};
 use crate::testing::{HandlerHarness, Segment, conformance};
 
 const ENDPOINT: u32 = 0x18;

@@ -5,8 +5,7 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 use vm_memory::Permissions;
 
-use super::super::endpoint::Piece;
-use super::super::tables::{FaultReason, GRANULE, MAPPINGS_MAX, MSI_RANGE, Refusal, Tables};
+use crate::dma::{FaultReason, GRANULE, MAPPINGS_MAX, MSI_RANGE, Piece, Refusal, Tables};
 
 const READ: Permissions = Permissions::Read;
 const WRITE: Permissions = Permissions::Write;

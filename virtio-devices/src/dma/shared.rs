@@ -8,13 +8,23 @@ use std::sync::{Mutex, RwLock};
 use vm_memory::Permissions;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::endpoint::{DmaError, Piece};
-use super::tables::{FaultReason, Tables};
+use super::tables::{FaultReason, Piece, Tables};
 use crate::Unpoisoned;
 use crate::counters::counters;
 
 /// Maximum number of faults that wait for a buffer of the driver. Later ones are only counted.
-pub(super) const FAULTS_MAX: usize = 64;
+pub(crate) const FAULTS_MAX: usize = 64;
+
+/// Reasons why an access is not translated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum DmaError {
+    /// The guest has not allowed it. The fault is counted, and the guest is notified of it.
+    #[error("the virtual IOMMU does not map it for this access")]
+    Fault,
+    /// The range consists of more mappings than the caller accepts.
+    #[error("the range has too many mappings in the virtual IOMMU")]
+    TooManyPieces,
+}
 
 counters! {
     Stats {
@@ -28,29 +38,29 @@ counters! {
 
 /// An access that the guest has not allowed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Fault {
-    pub(super) reason: FaultReason,
-    pub(super) endpoint: u32,
-    pub(super) address: u64,
-    pub(super) access: Permissions,
+pub(crate) struct Fault {
+    pub(crate) reason: FaultReason,
+    pub(crate) endpoint: u32,
+    pub(crate) address: u64,
+    pub(crate) access: Permissions,
 }
 
 #[derive(Debug)]
-pub(super) struct Shared {
+pub(crate) struct Shared {
     /// Applies to endpoints without a domain. Not in the tables, because a vCPU thread changes it.
     bypass: AtomicBool,
     /// Held for one request or one translation.
     tables: RwLock<Tables>,
     faults: Mutex<VecDeque<Fault>>,
     /// Readable while there are faults that the worker has not looked at.
-    pub(super) faulted: EventFd,
-    pub(super) stats: Stats,
+    pub(crate) faulted: EventFd,
+    pub(crate) stats: Stats,
 }
 
 impl Shared {
     /// # Errors
     /// No descriptor is left.
-    pub(super) fn new(input_last: u64) -> io::Result<Self> {
+    pub(crate) fn new(input_last: u64) -> io::Result<Self> {
         Ok(Self {
             bypass: AtomicBool::new(true),
             tables: RwLock::new(Tables::new(input_last)),
@@ -60,24 +70,24 @@ impl Shared {
         })
     }
 
-    pub(super) fn bypass(&self) -> bool {
+    pub(crate) fn bypass(&self) -> bool {
         self.bypass.load(Ordering::SeqCst)
     }
 
-    pub(super) fn set_bypass(&self, bypass: bool) {
+    pub(crate) fn set_bypass(&self, bypass: bool) {
         self.bypass.store(bypass, Ordering::SeqCst);
     }
 
-    pub(super) fn change<T>(&self, change: impl FnOnce(&mut Tables) -> T) -> T {
+    pub(crate) fn change<T>(&self, change: impl FnOnce(&mut Tables) -> T) -> T {
         change(&mut self.tables.write().unpoisoned())
     }
 
-    pub(super) fn read<T>(&self, read: impl FnOnce(&Tables) -> T) -> T {
+    pub(crate) fn read<T>(&self, read: impl FnOnce(&Tables) -> T) -> T {
         read(&self.tables.read().unpoisoned())
     }
 
     /// As [`super::DmaEndpoint::translate`].
-    pub(super) fn translate(
+    pub(crate) fn translate(
         &self,
         place: (u32, u64),
         range: (u64, u64),
@@ -121,16 +131,16 @@ impl Shared {
     }
 
     /// The oldest pending fault.
-    pub(super) fn next_fault(&self) -> Option<Fault> {
+    pub(crate) fn next_fault(&self) -> Option<Fault> {
         self.faults.lock().unpoisoned().pop_front()
     }
 
     /// Whether a fault is pending.
-    pub(super) fn has_fault(&self) -> bool {
+    pub(crate) fn has_fault(&self) -> bool {
         !self.faults.lock().unpoisoned().is_empty()
     }
 
-    pub(super) fn forget_faults(&self) {
+    pub(crate) fn forget_faults(&self) {
         self.faults.lock().unpoisoned().clear();
         // EAGAIN: there was none.
         self.faulted.read().ok();

@@ -4,26 +4,8 @@ use std::sync::{Arc, OnceLock};
 
 use vm_memory::Permissions;
 
-use super::shared::Shared;
-
-/// A part of a translated range.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Piece {
-    /// Guest address.
-    pub(crate) address: u64,
-    pub(crate) bytes: u64,
-}
-
-/// Reasons why an access is not translated.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum DmaError {
-    /// The guest has not allowed it. The fault is counted, and the guest is notified of it.
-    #[error("the virtual IOMMU does not map it for this access")]
-    Fault,
-    /// The range consists of more mappings than the caller accepts.
-    #[error("the range has too many mappings in the virtual IOMMU")]
-    TooManyPieces,
-}
+use super::shared::{DmaError, Shared};
+use super::tables::Piece;
 
 /// A device's connection to the IOMMU in front of it. Dropping it detaches the device.
 #[derive(Debug)]
@@ -34,7 +16,7 @@ pub struct DmaEndpoint {
 }
 
 impl DmaEndpoint {
-    pub(super) fn new(shared: Arc<Shared>) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>) -> Self {
         Self {
             shared,
             place: OnceLock::new(),

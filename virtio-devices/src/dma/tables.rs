@@ -5,10 +5,8 @@ use std::ops::RangeInclusive;
 
 use vm_memory::Permissions;
 
-use super::endpoint::Piece;
-
 /// Smallest unit of a mapping.
-pub(super) const GRANULE: u64 = 4 << 10;
+pub(crate) const GRANULE: u64 = 4 << 10;
 /// Maximum number of mappings in all domains together, about 16 MiB of tables. Linux maps each DMA buffer once while
 /// it is in flight, so a busy guest has some thousand.
 pub const MAPPINGS_MAX: usize = 1 << 18;
@@ -17,7 +15,7 @@ pub const MSI_RANGE: RangeInclusive<u64> = 0xfee0_0000..=0xfeef_ffff;
 
 /// The status of a request (virtio 1.2 §5.13.6), if it is not OK.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Refusal {
+pub(crate) enum Refusal {
     /// The request contradicts the specification or the state of the domain.
     Invalid,
     /// An address is misaligned or outside of the input range, or an unmapping would split a mapping.
@@ -30,29 +28,37 @@ pub(super) enum Refusal {
 
 /// Why an access was not translated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum FaultReason {
+pub(crate) enum FaultReason {
     /// The endpoint is not attached to a domain, and bypass is off.
     Domain,
     /// No mapping allows the access.
     Mapping,
 }
 
+/// A part of a translated range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Piece {
+    /// Guest address.
+    pub(crate) address: u64,
+    pub(crate) bytes: u64,
+}
+
 /// One mapping, without the input address at which it starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Mapping {
+pub(crate) struct Mapping {
     /// Last input address.
-    pub(super) last: u64,
+    pub(crate) last: u64,
     /// Guest address of the first byte.
-    pub(super) to: u64,
-    pub(super) allows: Permissions,
+    pub(crate) to: u64,
+    pub(crate) allows: Permissions,
 }
 
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub(super) struct Domain {
+pub(crate) struct Domain {
     /// Input addresses are guest addresses.
-    pub(super) bypass: bool,
+    pub(crate) bypass: bool,
     /// By first input address. They do not overlap.
-    pub(super) mappings: BTreeMap<u64, Mapping>,
+    pub(crate) mappings: BTreeMap<u64, Mapping>,
     /// Number of endpoints attached.
     endpoints: usize,
 }
@@ -66,7 +72,7 @@ struct Attachment {
 
 /// Everything that the guest can change.
 #[derive(Debug)]
-pub(super) struct Tables {
+pub(crate) struct Tables {
     /// Last input address; the first is 0.
     input_last: u64,
     /// By endpoint id; one for each device behind the IOMMU, so the machine's slots bound them.
@@ -79,7 +85,7 @@ pub(super) struct Tables {
 }
 
 impl Tables {
-    pub(super) fn new(input_last: u64) -> Self {
+    pub(crate) fn new(input_last: u64) -> Self {
         Self {
             input_last,
             endpoints: BTreeMap::new(),
@@ -91,7 +97,7 @@ impl Tables {
 
     /// Adds the endpoint of a device and returns the device's key to it. A restored attachment stays; one of an earlier
     /// device in the same slot does not.
-    pub(super) fn plug(&mut self, endpoint: u32) -> u64 {
+    pub(crate) fn plug(&mut self, endpoint: u32) -> u64 {
         self.owners += 1;
         let owner = Some(self.owners);
         let known = self.endpoints.get(&endpoint);
@@ -107,7 +113,7 @@ impl Tables {
     }
 
     /// Removes the endpoint of a device, unless its slot has a new device.
-    pub(super) fn unplug(&mut self, endpoint: u32, owner: u64) {
+    pub(crate) fn unplug(&mut self, endpoint: u32, owner: u64) {
         let known = self.endpoints.get(&endpoint);
         if known.is_some_and(|known| known.owner == Some(owner)) {
             self.leave(endpoint);
@@ -115,12 +121,12 @@ impl Tables {
         }
     }
 
-    pub(super) fn has_endpoint(&self, endpoint: u32) -> bool {
+    pub(crate) fn has_endpoint(&self, endpoint: u32) -> bool {
         self.endpoints.contains_key(&endpoint)
     }
 
     /// Detaches every endpoint, as a reset of the device does.
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.domains.clear();
         self.mappings = 0;
         for attachment in self.endpoints.values_mut() {
@@ -129,7 +135,7 @@ impl Tables {
     }
 
     /// Attaches an endpoint to a domain, which is created if there is none; detaches it from its former one.
-    pub(super) fn attach(
+    pub(crate) fn attach(
         &mut self,
         domain: u32,
         endpoint: u32,
@@ -155,7 +161,7 @@ impl Tables {
         Ok(())
     }
 
-    pub(super) fn detach(&mut self, domain: u32, endpoint: u32) -> Result<(), Refusal> {
+    pub(crate) fn detach(&mut self, domain: u32, endpoint: u32) -> Result<(), Refusal> {
         let attachment = self.endpoints.get(&endpoint).ok_or(Refusal::NoEntry)?;
         if attachment.domain != Some(domain) {
             return Err(Refusal::Invalid);
@@ -165,7 +171,7 @@ impl Tables {
     }
 
     /// Maps `input` to guest addresses from `to` on.
-    pub(super) fn map(
+    pub(crate) fn map(
         &mut self,
         domain: u32,
         input: RangeInclusive<u64>,
@@ -200,7 +206,7 @@ impl Tables {
     }
 
     /// Removes the mappings in `input`; none, if one of them is only partly inside.
-    pub(super) fn unmap(&mut self, domain: u32, input: RangeInclusive<u64>) -> Result<(), Refusal> {
+    pub(crate) fn unmap(&mut self, domain: u32, input: RangeInclusive<u64>) -> Result<(), Refusal> {
         let (first, last) = (*input.start(), *input.end());
         let domain = self.domains.get_mut(&domain).ok_or(Refusal::NoEntry)?;
         if domain.bypass || input.is_empty() {
@@ -224,7 +230,7 @@ impl Tables {
 
     /// The guest addresses of `bytes` bytes from `input` on, as at most `pieces_max` pieces; `None` if there are more.
     /// `bypass` applies to endpoints without a domain.
-    pub(super) fn translate(
+    pub(crate) fn translate(
         &self,
         (endpoint, owner): (u32, u64),
         (input, bytes): (u64, u64),
@@ -288,22 +294,22 @@ impl Tables {
     }
 
     /// The attached endpoints and their domains.
-    pub(super) fn attachments(&self) -> impl Iterator<Item = (u32, u32)> {
+    pub(crate) fn attachments(&self) -> impl Iterator<Item = (u32, u32)> {
         let endpoints = self.endpoints.iter();
         endpoints.filter_map(|(endpoint, it)| Some((*endpoint, it.domain?)))
     }
 
-    pub(super) fn domains(&self) -> &BTreeMap<u32, Domain> {
+    pub(crate) fn domains(&self) -> &BTreeMap<u32, Domain> {
         &self.domains
     }
 
     /// Number of mappings in all domains.
-    pub(super) fn mappings(&self) -> usize {
+    pub(crate) fn mappings(&self) -> usize {
         self.mappings
     }
 
     /// Attaches an endpoint whose device is plugged in later.
-    pub(super) fn restore_attachment(&mut self, domain: u32, endpoint: u32, bypass: bool) {
+    pub(crate) fn restore_attachment(&mut self, domain: u32, endpoint: u32, bypass: bool) {
         let absent = Attachment {
             owner: None,
             domain: None,
