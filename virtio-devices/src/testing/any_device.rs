@@ -66,6 +66,14 @@ fn name(choice: u8) -> &'static str {
     NAMES[usize::from(choice) % NAMES.len()]
 }
 
+/// Whether that device can be behind a virtual IOMMU. The others use guest addresses.
+pub(super) fn uses_dma(choice: u8) -> bool {
+    !matches!(
+        name(choice),
+        "balloon" | "fs" | "iommu" | "mem" | "vhost-user"
+    )
+}
+
 /// Calls `run` with RAM for that device. Later calls on this thread reuse the RAM, because mapping it dominates the
 /// cost of a run.
 pub(super) fn with_ram<T>(choice: u8, run: impl FnOnce(&GuardedRam) -> T) -> T {

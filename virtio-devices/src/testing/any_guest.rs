@@ -6,17 +6,22 @@
 //! and saved. Afterwards it checks the invariants:
 //!
 //! * memory around the guest's RAM is unchanged;
+//! * a device behind a virtual IOMMU does not change memory that is mapped read-only;
 //! * a saved state can be restored;
 //! * the device works again after a reset.
 
-use vm_memory::GuestAddress;
+use std::ops::Range;
+use std::sync::Arc;
+
+use vm_memory::{GuestAddress, Permissions};
 
 use super::any_device::{self, Made};
-use super::fuzz_input::{FORM_START, Input, SOLID_PAGES, driver_ram};
+use super::fuzz_input::{FORM_START, Input, SOLID_PAGES, SPARE_PFN, driver_ram};
 use super::handler::HandlerHarness;
 use super::queue::{Desc, NEXT, WRITE};
 use super::ram::TestRam;
 use crate::device::QueueHandler;
+use crate::dma::{DmaEndpoint, Shared};
 use crate::reclaim::guarded_ram::{GuardedRam, PAGE};
 use crate::unpoisoned::Unpoisoned as _;
 
@@ -25,6 +30,10 @@ const STEPS_MAX: usize = 64;
 const QUEUE_SIZE_MAX: u16 = 32;
 const VERSION_1: u64 = 1 << 32;
 const HEADER_BYTES_MAX: u8 = 56;
+/// Number of the device at the virtual IOMMU, and its domain.
+const ENDPOINT: u32 = 1;
+/// A device behind it can write the pages before these, and read these.
+const READ_ONLY_PAGES: Range<u64> = SPARE_PFN + 8..SOLID_PAGES as u64;
 
 /// Runs the steps that the bytes describe, the first of which chooses the device; returns the number of chains that the
 /// device has completed.
@@ -49,6 +58,7 @@ fn run_with(choice: u8, mut input: Input<'_>) -> u64 {
             guest.step(&mut input);
         }
         guest.check_service();
+        guest.check_read_only_pages();
         guarded.check_guards();
         guest.answered
     })
@@ -65,7 +75,30 @@ struct Guest {
     served_by: Vec<Option<usize>>,
     ram: TestRam,
     features: u64,
+    /// The read-only pages, if the device is behind an IOMMU.
+    read_only: Option<Vec<u8>>,
     answered: u64,
+}
+
+/// The connection of a device behind an IOMMU, with its mappings.
+fn endpoint() -> Arc<DmaEndpoint> {
+    let shared = Arc::new(Shared::new(u64::MAX).expect("descriptors"));
+    let endpoint = DmaEndpoint::new(Arc::clone(&shared));
+    endpoint.place(ENDPOINT);
+    let mapped = shared.change(|tables| {
+        tables.attach(ENDPOINT, ENDPOINT, false)?;
+        let pages = [
+            (0..READ_ONLY_PAGES.start, Permissions::ReadWrite),
+            (READ_ONLY_PAGES, Permissions::Read),
+        ];
+        pages.into_iter().try_for_each(|(pages, allows)| {
+            let first = pages.start * PAGE as u64;
+            let last = pages.end * PAGE as u64 - 1;
+            tables.map(ENDPOINT, first..=last, first, allows)
+        })
+    });
+    mapped.expect("sound mappings");
+    Arc::new(endpoint)
 }
 
 impl Guest {
@@ -91,6 +124,13 @@ impl Guest {
             served_by.push(handler);
         }
         drop(device);
+        let is_behind_iommu = input.byte().is_multiple_of(2) && any_device::uses_dma(choice);
+        if is_behind_iommu {
+            let dma = endpoint();
+            for harness in &mut harnesses {
+                harness.dma = Some(Arc::clone(&dma));
+            }
+        }
         let mut guest = Self {
             choice,
             made,
@@ -98,8 +138,10 @@ impl Guest {
             served_by,
             ram,
             features,
+            read_only: None,
             answered: 0,
         };
+        guest.read_only = is_behind_iommu.then(|| guest.read_only_pages());
         guest.activate();
         guest
     }
@@ -109,6 +151,21 @@ impl Guest {
         device.lock().unpoisoned().ack_features(self.features);
         for harness in &mut self.harnesses {
             harness.activate().expect("the host has what it takes");
+        }
+    }
+
+    fn read_only_pages(&self) -> Vec<u8> {
+        let Range { start, end } = READ_ONLY_PAGES;
+        let bytes = (end - start) as usize * PAGE;
+        self.ram.read(GuestAddress(start * PAGE as u64), bytes)
+    }
+
+    fn check_read_only_pages(&self) {
+        if let Some(before) = &self.read_only {
+            assert!(
+                *before == self.read_only_pages(),
+                "a page was only readable"
+            );
         }
     }
 
@@ -147,7 +204,11 @@ impl Guest {
             8 => self.kick(index),
             9 => harness.queue(index).set_avail_idx(input.word()),
             10 => harness.queue(index).offer(input.word()),
-            11 => input.write_ram(&self.ram),
+            11 => {
+                self.check_read_only_pages();
+                input.write_ram(&self.ram);
+                self.read_only = self.read_only.take().map(|_| self.read_only_pages());
+            }
             12 => self.touch_config(input),
             13 => self.reset(),
             14 => self.save(),
