@@ -1,11 +1,11 @@
 //! A source tree for kernel builds, in which any patches are applied and removed.
 //!
 //! ```text
-//! cache/source-SOURCE/              unpacked, never written to
-//! cache/workshop-SOURCE/source/     hard links to it, except the files in `exchanged`
-//! cache/workshop-SOURCE/exchanged   names of files that may differ
-//! cache/workshop-SOURCE/NAME/       objects of one configuration
-//! cache/check-SOURCE/               another one, for `guest check`
+//! cache/source-SOURCE/                unpacked, never written to
+//! cache/build-tree-SOURCE/source/     hard links to it, except the files in `exchanged`
+//! cache/build-tree-SOURCE/exchanged   names of files that may differ
+//! cache/build-tree-SOURCE/NAME/       objects of one configuration
+//! cache/check-SOURCE/                 another one, for `guest check`
 //! ```
 //!
 //! Checks have their own tree and lock: they go through all prefixes of the series, after which the next build of a
@@ -47,7 +47,7 @@ impl BuildTree {
         let cache = paths::cache()?;
         let lock = Lock::take(&cache)?;
         let pristine = source.unpack(&lock)?;
-        let dir = cache.join(format!("workshop-{}", source.key));
+        let dir = cache.join(format!("build-tree-{}", source.key));
         Self::open_in(dir, pristine, lock)
     }
 

@@ -2,7 +2,7 @@
 //! and the same with the rival of the series. Tests need only the second one; benchmarks compare them.
 //!
 //! ```text
-//! cache/workshop-SOURCE/main/   objects of both, kept: the second kernel builds from the first
+//! cache/build-tree-SOURCE/main/   objects of both, kept: the second kernel builds from the first
 //! cache/kernel-KEY/             vmlinux and bzImage; appears complete, by a rename
 //! ```
 //!

@@ -1,8 +1,8 @@
 //! `cargo xtask guest package`: the patched kernel as Debian packages, made by the kernel's own `bindeb-pkg`.
 //!
 //! ```text
-//! cache/workshop-SOURCE/package-CONFIG/objects/   objects, kept for the next build
-//! cache/workshop-SOURCE/package-CONFIG/*.deb      where dpkg-buildpackage leaves its packages
+//! cache/build-tree-SOURCE/package-CONFIG/objects/   objects, kept for the next build
+//! cache/build-tree-SOURCE/package-CONFIG/*.deb      where dpkg-buildpackage leaves its packages
 //! target/guest/package/                           those that an operator installs
 //! ```
 
