@@ -10,6 +10,7 @@
 
 pub mod balloon;
 pub mod block;
+mod config_interrupt;
 pub mod console;
 mod counters;
 mod debug_fields;

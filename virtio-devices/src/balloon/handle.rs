@@ -133,7 +133,7 @@ impl BalloonHandle {
     /// own pace.
     pub fn set_target_bytes(&self, bytes: u64) {
         self.shared.config.set_target_bytes(bytes);
-        self.shared.signal_config();
+        self.shared.interrupt.signal();
     }
 
     /// The host's target.
@@ -189,7 +189,7 @@ impl BalloonHandle {
     pub fn start_hinting(&self) -> Result<u32, HintingError> {
         self.check_hinting()?;
         let id = self.shared.hinting.start(&self.shared.config)?;
-        self.shared.signal_config();
+        self.shared.interrupt.signal();
         Ok(id)
     }
 
@@ -203,7 +203,7 @@ impl BalloonHandle {
             return Err(HintingError::NotOffered);
         }
         if self.shared.hinting.stop(&self.shared.config) {
-            self.shared.signal_config();
+            self.shared.interrupt.signal();
         }
         Ok(())
     }
@@ -229,7 +229,7 @@ impl BalloonHandle {
     /// drivers.
     pub fn set_reporting_policy(&self, policy: ReportingPolicy) {
         self.shared.control.set_policy(policy);
-        self.shared.signal_config();
+        self.shared.interrupt.signal();
     }
 
     /// The status of the policy in this guest.
@@ -246,7 +246,7 @@ impl BalloonHandle {
     pub fn pause_reporting(&self) -> Result<(), ReportingError> {
         self.check_reporting()?;
         self.shared.control.pause();
-        self.shared.signal_config();
+        self.shared.interrupt.signal();
         Ok(())
     }
 
@@ -265,7 +265,7 @@ impl BalloonHandle {
     pub fn resume_reporting(&self) -> Result<(), ReportingError> {
         self.check_reporting()?;
         self.shared.control.resume();
-        self.shared.signal_config();
+        self.shared.interrupt.signal();
         Ok(())
     }
 
@@ -277,7 +277,7 @@ impl BalloonHandle {
     pub fn report_now(&self, again: bool) -> Result<u32, ReportingError> {
         self.check_reporting()?;
         let id = self.shared.control.report_now(again)?;
-        self.shared.signal_config();
+        self.shared.interrupt.signal();
         Ok(id)
     }
 

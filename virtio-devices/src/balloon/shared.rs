@@ -14,7 +14,8 @@ use super::policy::Control;
 use super::spec::{VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING};
 use super::stats::StatsCell;
 use crate::Unpoisoned;
-use crate::device::{GuestRam, Interrupt};
+use crate::config_interrupt::ConfigInterrupt;
+use crate::device::GuestRam;
 use crate::reclaim::{DiscardSwitch, Expected, smallest_reclaimable_page_bytes};
 
 /// Maximum size of blocks that a guest reports or hints (4 MiB, the largest block of the x86-64 buddy allocator). On
@@ -48,7 +49,7 @@ pub(super) struct Shared {
     /// Wakes the worker to request statistics or to change the interval.
     pub(super) refill: EventFd,
     driver: Mutex<Option<ActiveDriver>>,
-    interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
+    pub(super) interrupt: ConfigInterrupt,
 }
 
 /// The current driver.
@@ -86,7 +87,7 @@ impl Shared {
             switch: Arc::default(),
             refill,
             driver: Mutex::new(None),
-            interrupt: Mutex::new(None),
+            interrupt: ConfigInterrupt::default(),
         }
     }
 
@@ -105,18 +106,6 @@ impl Shared {
 
     pub(super) fn set_driver(&self, driver: Option<ActiveDriver>) {
         *lock(&self.driver) = driver;
-    }
-
-    pub(super) fn set_interrupt(&self, interrupt: Arc<dyn Interrupt>) {
-        *lock(&self.interrupt) = Some(interrupt);
-    }
-
-    /// Sends the configuration change interrupt to the driver.
-    pub(super) fn signal_config(&self) {
-        let interrupt = lock(&self.interrupt).clone();
-        if let Some(interrupt) = interrupt {
-            interrupt.signal_config();
-        }
     }
 
     /// The value with which the guest fills free pages, if it differs from a discarded page (all zeros).

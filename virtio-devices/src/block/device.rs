@@ -1,7 +1,7 @@
 //! The configuration half of a disk.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 use state::{Fields, Part, Saved, State, StateError, parts, require};
@@ -16,7 +16,7 @@ use super::image::Image;
 use super::queue::BlockQueue;
 use super::resize::DiskHandle;
 use super::{BlockError, BlockParams, QUEUE_SIZE_MAX, QUEUES_MAX};
-use crate::Unpoisoned;
+use crate::config_interrupt::ConfigInterrupt;
 use crate::device::{Counters, Interrupt, QueueHandler, VirtioDevice, read_config_space};
 use crate::rate_limit::RateLimiterState;
 use crate::thread_name::thread_name;
@@ -72,7 +72,7 @@ impl Block {
             capacity_sectors: AtomicU64::new(image.sectors()),
             writeback: AtomicBool::new(true),
             counters: BlockCounters::new(),
-            interrupt: Mutex::new(None),
+            interrupt: ConfigInterrupt::default(),
             image,
             params,
         });
@@ -199,7 +199,7 @@ impl VirtioDevice for Block {
     }
 
     fn set_interrupt(&mut self, interrupt: Arc<dyn Interrupt>) {
-        *self.disk.interrupt.lock().unpoisoned() = Some(interrupt);
+        self.disk.interrupt.attach(interrupt);
     }
 
     fn reset(&mut self) {

@@ -1,8 +1,8 @@
 //! The data of a disk that its configuration half, its queues and the VMM's handle share.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
 
@@ -10,8 +10,7 @@ use super::BlockParams;
 use super::counters::BlockCounters;
 use super::image::Image;
 use super::request::Rules;
-use crate::Unpoisoned;
-use crate::device::Interrupt;
+use crate::config_interrupt::ConfigInterrupt;
 
 pub(super) const SERIAL_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
 
@@ -24,8 +23,7 @@ pub(super) struct DiskState {
     pub(super) capacity_sectors: AtomicU64,
     pub(super) writeback: AtomicBool,
     pub(super) counters: BlockCounters,
-    /// `None` until the disk is attached to its transport.
-    pub(super) interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
+    pub(super) interrupt: ConfigInterrupt,
 }
 
 crate::debug_fields!(DiskState { params, image });
@@ -58,10 +56,7 @@ impl DiskState {
     /// Changes the size that the guest sees, and notifies the guest.
     pub(super) fn set_capacity(&self, sectors: u64) {
         self.capacity_sectors.store(sectors, Ordering::Release);
-        let interrupt = self.interrupt.lock().unpoisoned().clone();
-        if let Some(interrupt) = interrupt {
-            interrupt.signal_config();
-        }
+        self.interrupt.signal();
     }
 
     pub(super) fn is_block_device(&self) -> bool {

@@ -1,7 +1,7 @@
 //! The configuration half of the console and the VMM's handle.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use state::{Part, Saved, State, StateError, parts};
@@ -10,6 +10,7 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use super::endpoint::ConsoleEndpoint;
 use super::handler::ConsoleHandler;
 use super::shared::Shared;
+use crate::config_interrupt::ConfigInterrupt;
 use crate::device::{
     Counters, Interrupt, QueueHandler, VirtioDevice, WorkerError, boxed, read_config_space,
 };
@@ -46,7 +47,7 @@ impl State for ConsoleState {
 #[derive(Debug)]
 pub struct Console {
     shared: Arc<Shared>,
-    interrupt: Arc<OnceInterrupt>,
+    interrupt: Arc<ConfigInterrupt>,
     handler: Option<ConsoleHandler>,
     sized: bool,
 }
@@ -87,28 +88,16 @@ impl Console {
 #[derive(Debug, Clone)]
 pub struct ConsoleHandle {
     shared: Arc<Shared>,
-    interrupt: Arc<OnceInterrupt>,
+    interrupt: Arc<ConfigInterrupt>,
 }
 
 impl ConsoleHandle {
     /// The terminal has been resized.
     pub fn resize(&self, window: WindowSize) {
         let packed = pack(window);
-        if self.shared.window.swap(packed, Ordering::SeqCst) != packed
-            && let Some(interrupt) = self.interrupt.0.get()
-        {
-            interrupt.signal_config();
+        if self.shared.window.swap(packed, Ordering::SeqCst) != packed {
+            self.interrupt.signal();
         }
-    }
-}
-
-/// The interrupt, available once there is a transport.
-#[derive(Default)]
-struct OnceInterrupt(OnceLock<Arc<dyn Interrupt>>);
-
-impl std::fmt::Debug for OnceInterrupt {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("OnceInterrupt")
     }
 }
 
@@ -137,8 +126,7 @@ impl VirtioDevice for Console {
     }
 
     fn set_interrupt(&mut self, interrupt: Arc<dyn Interrupt>) {
-        // Set once: there is only one transport.
-        self.interrupt.0.set(interrupt).ok();
+        self.interrupt.attach(interrupt);
     }
 
     fn state(&self) -> Saved {

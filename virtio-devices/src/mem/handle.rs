@@ -58,7 +58,7 @@ impl MemHandle {
             });
         }
         self.shared.set_requested_bytes(bytes);
-        self.shared.signal_config();
+        self.shared.interrupt.signal();
         Ok(())
     }
 

@@ -1,13 +1,13 @@
 //! Data shared by the configuration half, the worker and the handle.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 
 use super::access::BlockAccess;
 use super::region::MemRegion;
-use crate::Unpoisoned;
+use crate::config_interrupt::ConfigInterrupt;
 use crate::counters::counters;
-use crate::device::{Counters, Interrupt};
+use crate::device::Counters;
 
 counters! {
     /// Counters since the creation of the device; resets do not clear them.
@@ -42,7 +42,7 @@ pub(super) struct Shared {
     pub(super) tally: Tally,
     requested_bytes: AtomicU64,
     plugged_bytes: AtomicU64,
-    interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
+    pub(super) interrupt: ConfigInterrupt,
 }
 
 impl Shared {
@@ -53,7 +53,7 @@ impl Shared {
             tally: Tally::default(),
             requested_bytes: AtomicU64::new(0),
             plugged_bytes: AtomicU64::new(0),
-            interrupt: Mutex::new(None),
+            interrupt: ConfigInterrupt::default(),
         }
     }
 
@@ -72,21 +72,6 @@ impl Shared {
     /// Only for the worker.
     pub(super) fn set_plugged_bytes(&self, bytes: u64) {
         self.plugged_bytes.store(bytes, Ordering::Release);
-    }
-
-    pub(super) fn set_interrupt(&self, interrupt: Arc<dyn Interrupt>) {
-        let mut place = self.interrupt.lock().unpoisoned();
-        *place = Some(interrupt);
-    }
-
-    /// Sends the configuration change interrupt to the driver.
-    pub(super) fn signal_config(&self) {
-        let place = self.interrupt.lock().unpoisoned();
-        let interrupt = place.clone();
-        drop(place);
-        if let Some(interrupt) = interrupt {
-            interrupt.signal_config();
-        }
     }
 
     pub(super) fn counters(&self) -> Counters {

@@ -1,10 +1,11 @@
 //! Properties of the device that the back end has reported: shared by the configuration half and the link.
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crate::Unpoisoned;
-use crate::device::{DeviceIdentity, Interrupt};
+use crate::config_interrupt::ConfigInterrupt;
+use crate::device::DeviceIdentity;
 
 /// Features and configuration space of the device.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,12 +20,12 @@ struct State {
     known: Option<Identity>,
     /// When the driver began to wait.
     reset_at: Instant,
-    interrupt: Option<Arc<dyn Interrupt>>,
 }
 
 /// The identity, which changes when another back end connects.
 pub(super) struct Learned {
     state: Mutex<State>,
+    pub(super) interrupt: ConfigInterrupt,
     /// How long a driver waits.
     patience: Duration,
 }
@@ -37,8 +38,8 @@ impl Learned {
             state: Mutex::new(State {
                 known: None,
                 reset_at: Instant::now(),
-                interrupt: None,
             }),
+            interrupt: ConfigInterrupt::default(),
             patience,
         }
     }
@@ -75,10 +76,6 @@ impl Learned {
         self.lock().reset_at = Instant::now();
     }
 
-    pub(super) fn set_interrupt(&self, interrupt: Arc<dyn Interrupt>) {
-        self.lock().interrupt = Some(interrupt);
-    }
-
     /// The identity of a saved device.
     pub(super) fn restore(&self, known: Option<Identity>) {
         self.lock().known = known;
@@ -90,10 +87,9 @@ impl Learned {
         let known = state.known.as_ref();
         let changed = known.is_some_and(|known| known.config != identity.config);
         state.known = Some(identity);
-        let interrupt = state.interrupt.clone().filter(|_| changed);
         drop(state);
-        if let Some(interrupt) = interrupt {
-            interrupt.signal_config();
+        if changed {
+            self.interrupt.signal();
         }
     }
 }
