@@ -4,10 +4,8 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
-use state::{Part, Saved, State, StateError, parts};
-
 use crate::device::{Counters, QueueHandler, VirtioDevice, read_config_space};
+use crate::empty_state::{empty_state, saves_empty_state};
 use crate::vhost_user::{self, Endpoint, Link, RING_FEATURES, Shared};
 
 /// Virtio device id.
@@ -34,13 +32,9 @@ pub struct FsParams {
     pub queue_size: u16,
 }
 
-/// The configuration half has no state that a driver could change.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct FsState {}
-
-impl State for FsState {
-    const PART: Part = parts::FS;
+empty_state! {
+    /// The configuration half has no state that a driver could change.
+    FsState = FS
 }
 
 /// The configuration half.
@@ -109,13 +103,7 @@ impl VirtioDevice for Fs {
         true
     }
 
-    fn state(&self) -> Saved {
-        Saved::of(&FsState {})
-    }
-
-    fn restore(&mut self, state: &Saved) -> Result<(), StateError> {
-        state.read().map(|FsState {}| ())
-    }
+    saves_empty_state!(FsState);
 
     fn counters(&self) -> Counters {
         self.shared.read()

@@ -16,6 +16,7 @@ mod counters;
 mod debug_fields;
 pub mod device;
 pub mod dma;
+mod empty_state;
 pub mod fs;
 pub mod iommu;
 mod listening_socket;

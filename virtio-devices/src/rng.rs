@@ -5,11 +5,9 @@ use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
-use state::{Part, Saved, State, StateError, parts};
-
 use crate::counters::counters;
 use crate::device::{Counters, QueueHandler, VirtioDevice, boxed};
+use crate::empty_state::{empty_state, saves_empty_state};
 use crate::queue::{
     ChainBuffers, ChainError, Driver, GuestBuffers, Reply, SingleQueue, SingleQueueDevice,
 };
@@ -34,13 +32,9 @@ counters! {
     }
 }
 
-/// An entropy device has no state besides its queue.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RngState {}
-
-impl State for RngState {
-    const PART: Part = parts::RNG;
+empty_state! {
+    /// An entropy device has no state besides its queue.
+    RngState = RNG
 }
 
 /// The configuration half. There is no device configuration.
@@ -81,13 +75,7 @@ impl VirtioDevice for Rng {
         boxed(self.handler.take().map(SingleQueue::new))
     }
 
-    fn state(&self) -> Saved {
-        Saved::of(&RngState {})
-    }
-
-    fn restore(&mut self, state: &Saved) -> Result<(), StateError> {
-        state.read().map(|RngState {}| ())
-    }
+    saves_empty_state!(RngState);
 
     fn counters(&self) -> Counters {
         self.stats.read()

@@ -20,6 +20,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::counters::counters;
 use crate::device::{Counters, QueueHandler, VirtioDevice, boxed};
+use crate::empty_state::{empty_state, saves_empty_state};
 use crate::queue::{ChainBuffers, ChainError, Driver, Reply, SingleQueue, SingleQueueDevice};
 use crate::worker::Turn;
 
@@ -42,13 +43,9 @@ counters! {
     }
 }
 
-/// The configuration half has no state that a driver could change.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct WatchdogState {}
-
-impl State for WatchdogState {
-    const PART: Part = parts::WATCHDOG;
+empty_state! {
+    /// The configuration half has no state that a driver could change.
+    WatchdogState = WATCHDOG
 }
 
 /// The state of the queue half. It does not include the time of the last ping: the timeout restarts on the host that
@@ -110,13 +107,7 @@ impl VirtioDevice for Watchdog {
         boxed(self.handler.take().map(SingleQueue::new))
     }
 
-    fn state(&self) -> Saved {
-        Saved::of(&WatchdogState {})
-    }
-
-    fn restore(&mut self, state: &Saved) -> Result<(), StateError> {
-        state.read().map(|WatchdogState {}| ())
-    }
+    saves_empty_state!(WatchdogState);
 
     fn counters(&self) -> Counters {
         self.stats.read()

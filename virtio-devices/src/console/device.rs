@@ -1,10 +1,8 @@
 //! The configuration half of the console and the VMM's handle.
 
-use std::sync::atomic::Ordering;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use serde::{Deserialize, Serialize};
-use state::{Part, Saved, State, StateError, parts};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 
 use super::endpoint::ConsoleEndpoint;
@@ -14,6 +12,7 @@ use crate::config_interrupt::ConfigInterrupt;
 use crate::device::{
     Counters, Interrupt, QueueHandler, VirtioDevice, WorkerError, boxed, read_config_space,
 };
+use crate::empty_state::{empty_state, saves_empty_state};
 
 /// Virtio device id.
 const DEVICE_TYPE: u32 = 3;
@@ -33,14 +32,10 @@ pub struct WindowSize {
     pub rows: u16,
 }
 
-/// A console has no state of its own: its size is that of the current terminal, which the driver receives when it is
-/// resumed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ConsoleState {}
-
-impl State for ConsoleState {
-    const PART: Part = parts::CONSOLE;
+empty_state! {
+    /// A console has no state of its own: its size is that of the current terminal, which the driver receives when it is
+    /// resumed.
+    ConsoleState = CONSOLE
 }
 
 /// The configuration half.
@@ -129,13 +124,7 @@ impl VirtioDevice for Console {
         self.interrupt.attach(interrupt);
     }
 
-    fn state(&self) -> Saved {
-        Saved::of(&ConsoleState {})
-    }
-
-    fn restore(&mut self, state: &Saved) -> Result<(), StateError> {
-        state.read().map(|ConsoleState {}| ())
-    }
+    saves_empty_state!(ConsoleState);
 
     fn counters(&self) -> Counters {
         self.shared.counters.read()

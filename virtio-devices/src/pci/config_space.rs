@@ -220,12 +220,6 @@ impl ConfigSpace {
         self.write_masked(start, &data[..count]);
     }
 
-    /// Sets bytes regardless of the write mask.
-    pub fn overwrite(&mut self, offset: u8, data: &[u8]) {
-        let start = usize::from(offset);
-        self.bytes[start..start + data.len()].copy_from_slice(data);
-    }
-
     fn write_masked(&mut self, start: usize, data: &[u8]) {
         for (at, value) in (start..).zip(data) {
             let mask = self.writable[at];

@@ -4,8 +4,6 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
-use state::{Part, Saved, State, StateError, parts};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
@@ -13,6 +11,7 @@ use super::counters::Shared;
 use super::handler::VsockHandler;
 use super::muxer::Muxer;
 use crate::device::{Counters, QueueHandler, VirtioDevice, boxed, read_config_space};
+use crate::empty_state::{empty_state, saves_empty_state};
 use crate::listening_socket::ListeningSocket;
 
 /// Virtio device id.
@@ -31,13 +30,9 @@ pub struct VsockParams {
     pub socket: PathBuf,
 }
 
-/// The configuration half has no state that a driver could change.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct VsockState {}
-
-impl State for VsockState {
-    const PART: Part = parts::VSOCK;
+empty_state! {
+    /// The configuration half has no state that a driver could change.
+    VsockState = VSOCK
 }
 
 /// The configuration half.
@@ -87,13 +82,7 @@ impl VirtioDevice for Vsock {
         boxed(self.handler.take())
     }
 
-    fn state(&self) -> Saved {
-        Saved::of(&VsockState {})
-    }
-
-    fn restore(&mut self, state: &Saved) -> Result<(), StateError> {
-        state.read().map(|VsockState {}| ())
-    }
+    saves_empty_state!(VsockState);
 
     fn counters(&self) -> Counters {
         self.shared.read()

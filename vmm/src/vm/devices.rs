@@ -95,12 +95,15 @@ impl Made {
     }
 }
 
+/// The name of a device that can be added repeatedly.
+pub(super) fn assigned(id: &Option<String>) -> &str {
+    id.as_deref()
+        .expect("ids are assigned before a machine is built")
+}
+
 /// A disk whose back end need not run yet.
 pub(super) fn vhost_user_disk(disk: &DiskConfig, socket: &Path) -> Result<Made, VmError> {
-    let id = disk
-        .id
-        .as_deref()
-        .expect("ids are assigned before a machine is built");
+    let id = assigned(&disk.id);
     let device = VhostUser::new(VhostUserParams {
         id: id.to_owned(),
         profile: Profile::block(),
@@ -116,10 +119,7 @@ pub(super) fn disk(
     disk: &DiskConfig,
     limiter: Arc<RateLimiter>,
 ) -> Result<(Made, DiskHandle), VmError> {
-    let id = disk
-        .id
-        .as_deref()
-        .expect("ids are assigned before a machine is built");
+    let id = assigned(&disk.id);
     let path = disk.path.clone().expect("validation wants a path");
     let block = Block::new(BlockParams {
         id: id.to_owned(),
@@ -269,10 +269,7 @@ pub(super) fn watchdog(
 
 /// A shared folder. Its back end need not be running yet.
 pub(super) fn fs(config: &FsConfig) -> Result<Made, VmError> {
-    let id = config
-        .id
-        .as_deref()
-        .expect("ids are assigned before a machine is built");
+    let id = assigned(&config.id);
     let fs = Fs::new(FsParams {
         id: id.to_owned(),
         tag: config.tag.clone(),
@@ -286,10 +283,7 @@ pub(super) fn fs(config: &FsConfig) -> Result<Made, VmError> {
 
 /// A device of any type, whose back end need not run yet.
 pub(super) fn generic_vhost_user(config: &GenericVhostUserConfig) -> Result<Made, VmError> {
-    let id = config
-        .id
-        .as_deref()
-        .expect("ids are assigned before a machine is built");
+    let id = assigned(&config.id);
     let device = VhostUser::new(VhostUserParams {
         id: id.to_owned(),
         profile: Profile::of_type(config.device_type.0),
@@ -303,10 +297,7 @@ pub(super) fn generic_vhost_user(config: &GenericVhostUserConfig) -> Result<Made
 /// Persistent memory. The file is mapped here, and becomes visible to the guest when the device is plugged into the
 /// bus.
 pub(super) fn pmem(config: &PmemConfig) -> Result<(Made, PmemHandle), VmError> {
-    let id = config
-        .id
-        .as_deref()
-        .expect("ids are assigned before a machine is built");
+    let id = assigned(&config.id);
     let pmem = Pmem::new(&PmemParams {
         id: id.to_owned(),
         file: config.file.clone(),
@@ -333,10 +324,7 @@ struct VsockSocketError {
 
 /// The vsock device, which listens on its socket from now on.
 pub(super) fn vsock(config: &VsockConfig) -> Result<Made, VmError> {
-    let id = config
-        .id
-        .as_deref()
-        .expect("ids are assigned before a machine is built");
+    let id = assigned(&config.id);
     let vsock = Vsock::new(VsockParams {
         id: id.to_owned(),
         cid: config.cid,

@@ -12,7 +12,7 @@ use virtio_devices::net::{Backend, Net, NetLimiters, NetParams};
 use virtio_devices::vhost_user::{Endpoint, NetProfile, Profile, VhostUser, VhostUserParams};
 
 use super::VmError;
-use super::devices::{Made, place};
+use super::devices::{Made, assigned, place};
 use crate::inherited_fd;
 
 /// The default network mask, the same as upstream's.
@@ -36,10 +36,7 @@ struct DescriptorError {
 
 /// Creates one interface and stores the tap's name in the configuration.
 pub(super) fn net(config: &mut NetConfig, limiters: NetLimiters) -> Result<Made, VmError> {
-    let id = config
-        .id
-        .clone()
-        .expect("ids are assigned before a machine is built");
+    let id = assigned(&config.id).to_owned();
     let net = Net::new(NetParams {
         id: id.clone(),
         backend: backend(config).map_err(|source| VmError::device(&id, source))?,
@@ -74,10 +71,7 @@ struct SocketError {
 
 /// Creates an interface whose back end need not run yet.
 pub(super) fn vhost_user_net(config: &NetConfig, socket: &Path) -> Result<Made, VmError> {
-    let id = config
-        .id
-        .as_deref()
-        .expect("ids are assigned before a machine is built");
+    let id = assigned(&config.id);
     let endpoint = match config.vhost_mode {
         VhostMode::Client => Endpoint::Connect(socket.to_owned()),
         VhostMode::Server => {
