@@ -20,11 +20,8 @@ use state::{Part, StateError, parts, require};
 use virtio_devices::Unpoisoned;
 use virtio_devices::pci::MsiMessage;
 
-use super::GsiRouter;
+use super::{GsiRouter, IOAPIC_PIN_COUNT};
 use crate::bus::BusDevice;
-
-/// Pins of the I/O APIC, GSI 0–23.
-pub const IOAPIC_PIN_COUNT: u8 = 24;
 
 // Registers in the window.
 const IOREGSEL: u64 = 0x00;

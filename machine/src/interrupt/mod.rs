@@ -21,9 +21,12 @@ use std::io;
 use virtio_devices::pci::MsiMessage;
 use vmm_sys_util::eventfd::EventFd;
 
-pub use ioapic::{IOAPIC_PIN_COUNT, Ioapic, IoapicState, IrqLine};
+pub use ioapic::{Ioapic, IoapicState, IrqLine};
 pub use router::{GSI_COUNT_MAX, GsiRouter};
 pub use vectors::FunctionVectors;
+
+/// Pins of the I/O APIC, GSI 0–23.
+pub const IOAPIC_PIN_COUNT: u8 = 24;
 
 /// One entry of the routing table: an interrupt on `gsi` is delivered as `message`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

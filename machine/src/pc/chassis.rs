@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use hypervisor::Vm as KvmVm;
 
-use super::{PcError, PcParams};
+use super::PcError;
+use super::params::PcParams;
 use crate::bus::{Bus, BusDevice, BusError};
 use crate::cpu::{CPU_HOTPLUG_BYTES, CpuHotplug};
 use crate::interrupt::{GsiRouter, InterruptBackend, Ioapic};

@@ -8,25 +8,13 @@
 //! and `QEMU` with its segments and control registers.
 
 use std::fs::File;
-use std::io;
 use std::os::unix::fs::FileExt;
 
 use hypervisor::{RegsState, SegmentState, VcpuState};
 
-use super::{Pc, PcError};
+use super::{CoreError, Pc, PcError};
+use crate::memory::Zone;
 use crate::memory::layout::PAGE_BYTES;
-use crate::memory::{ContentError, Zone};
-
-/// Reasons why a core file cannot be written.
-#[derive(Debug, thiserror::Error)]
-pub enum CoreError {
-    /// The file.
-    #[error("Cannot write the core file")]
-    File(#[source] io::Error),
-    /// RAM.
-    #[error(transparent)]
-    Content(ContentError),
-}
 
 const HEADER_BYTES: usize = 64;
 const PROGRAM_HEADER_BYTES: usize = 56;

@@ -10,7 +10,7 @@ use crate::acpi::AcpiError;
 use crate::boot::BootError;
 use crate::bus::BusError;
 use crate::cpu::CpuError;
-use crate::memory::{DimmError, MemoryError};
+use crate::memory::{ContentError, DimmError, MemoryError};
 use crate::pci::PciError;
 
 /// Each variant names the part of the machine; the cause has the details.
@@ -86,7 +86,7 @@ pub enum PcError {
     AnnounceMemory(#[source] io::Error),
     /// A core file cannot be written.
     #[error(transparent)]
-    Core(super::CoreError),
+    Core(CoreError),
     /// Kernel, firmware, initramfs or command line.
     #[error("Cannot load the payload")]
     Payload(#[source] BootError),
@@ -110,4 +110,15 @@ impl PcError {
             _ => false,
         }
     }
+}
+
+/// Reasons why a core file cannot be written.
+#[derive(Debug, thiserror::Error)]
+pub enum CoreError {
+    /// The file.
+    #[error("Cannot write the core file")]
+    File(#[source] io::Error),
+    /// RAM.
+    #[error(transparent)]
+    Content(ContentError),
 }

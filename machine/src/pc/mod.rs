@@ -11,6 +11,7 @@ mod error;
 mod exits;
 mod grow;
 mod memory_failure;
+mod params;
 mod pvpanic;
 mod state;
 #[cfg(test)]
@@ -20,7 +21,7 @@ mod vcpus;
 use std::ops::Range;
 use std::sync::{Arc, Weak};
 
-use api::config::{CpusConfig, NumaConfig, PlatformConfig};
+use api::config::{NumaConfig, PlatformConfig};
 use hypervisor::Kvm;
 use virtio_devices::pci::PciFunction;
 use vm_memory::GuestAddressSpace;
@@ -43,9 +44,9 @@ use device_memory::DeviceSlots;
 use exits::Exits;
 use pvpanic::Pvpanic;
 
-pub use coredump::CoreError;
 pub use devices::{BarView, Plug, Plugged};
-pub use error::PcError;
+pub use error::{CoreError, PcError};
+pub use params::PcParams;
 pub use pvpanic::PVPANIC_ID;
 pub use state::PcState;
 
@@ -61,21 +62,6 @@ pub struct PcContext {
 }
 
 virtio_devices::debug_fields!(PcContext { signals });
-
-/// The properties of a machine besides its memory and its devices.
-#[derive(Debug)]
-pub struct PcParams {
-    /// vCPUs.
-    pub cpus: CpusConfig,
-    /// NUMA nodes; none if the machine is not divided.
-    pub numa: Vec<NumaConfig>,
-    /// The number of PCI segments.
-    pub pci_segments: u16,
-    /// PCI slots that devices will request by number.
-    pub wished_slots: Vec<Bdf>,
-    /// Segments whose devices are all behind the virtual IOMMU.
-    pub iommu_segments: Vec<u16>,
-}
 
 /// One machine. Dropping it stops everything that it started.
 ///

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::sync::Mutex;
 
+use api::config::CpusConfig;
 use virtio_devices::rng::Rng;
 
 use crate::bus::BusDevice;
