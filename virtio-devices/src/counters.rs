@@ -1,6 +1,10 @@
 //! Counters of a device, shared by its halves.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Named `u64` counters of one device, as `vm.counters` shows them.
+pub type Counters = BTreeMap<&'static str, u64>;
 
 /// A counter or a gauge. Relaxed: it imposes no order, and several values read together are not from one instant.
 #[derive(Debug, Default)]

@@ -12,7 +12,6 @@
 //! queues are set up, then DRIVER_OK activates. A device that fails while active sets DEVICE_NEEDS_RESET and stops
 //! until the driver resets it.
 
-use std::collections::BTreeMap;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
@@ -22,6 +21,7 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap, MmapRegion};
 
+pub use crate::counters::Counters;
 use crate::dma::DmaEndpoint;
 pub use crate::worker::{Doorbell, WorkerError};
 use crate::worker::{EventSources, Turn};
@@ -29,9 +29,6 @@ use crate::worker::{EventSources, Turn};
 /// Guest RAM as every device sees it: an immutable map behind an atomic pointer, so that memory hot-plug swaps the map
 /// without stopping a device.
 pub type GuestRam = GuestMemoryAtomic<GuestMemoryMmap<()>>;
-
-/// Named `u64` counters of one device, as `vm.counters` shows them.
-pub type Counters = BTreeMap<&'static str, u64>;
 
 /// Notifies the driver (virtio 1.2 §2.3).
 ///

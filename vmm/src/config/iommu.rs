@@ -5,20 +5,7 @@ use api::config::DEFAULT_IOMMU_ADDRESS_WIDTH_BITS;
 use virtio_devices::iommu::{ADDRESS_WIDTH_BITS_MAX, ADDRESS_WIDTH_BITS_MIN};
 
 use super::error::{DeviceFault, ValidationError};
-use super::pci_devices::{pci_devices, pci_segments};
-
-/// Whether the machine has an IOMMU: a device or a segment is behind it, or it is requested by itself.
-pub fn has_iommu(config: &VmConfig) -> bool {
-    let mut devices = pci_devices(config);
-    config.iommu || !iommu_segments(config).is_empty() || devices.any(|device| device.iommu)
-}
-
-/// Segments whose devices are all behind the IOMMU, including those that are added later.
-pub fn iommu_segments(config: &VmConfig) -> &[u16] {
-    let platform = config.platform.as_ref();
-    let segments = platform.and_then(|it| it.iommu_segments.as_deref());
-    segments.unwrap_or_default()
-}
+use super::pci_devices::{iommu_segments, pci_devices, pci_segments};
 
 /// Bits of an address that the IOMMU translates.
 pub fn iommu_address_width_bits(config: &VmConfig) -> u8 {

@@ -7,7 +7,6 @@ use api::config::{ConsoleOutputMode, DEFAULT_NUM_PCI_SEGMENTS, HotplugMethod};
 use machine::pci::{Bdf, SEGMENT_COUNT_MAX, SLOT_COUNT};
 
 use super::error::{DeviceFault, ValidationError};
-use super::iommu::has_iommu;
 
 /// Name and slot of one device.
 pub(super) struct PciDevice<'a> {
@@ -62,6 +61,19 @@ pub(super) fn pci_devices(config: &VmConfig) -> impl Iterator<Item = PciDevice<'
 pub fn pci_segments(config: &VmConfig) -> u16 {
     let platform = config.platform.as_ref();
     platform.map_or(DEFAULT_NUM_PCI_SEGMENTS, |it| it.num_pci_segments)
+}
+
+/// Whether the machine has an IOMMU: a device or a segment is behind it, or it is requested by itself.
+pub fn has_iommu(config: &VmConfig) -> bool {
+    let mut devices = pci_devices(config);
+    config.iommu || !iommu_segments(config).is_empty() || devices.any(|device| device.iommu)
+}
+
+/// Segments whose devices are all behind the IOMMU, including those that are added later.
+pub fn iommu_segments(config: &VmConfig) -> &[u16] {
+    let platform = config.platform.as_ref();
+    let segments = platform.and_then(|it| it.iommu_segments.as_deref());
+    segments.unwrap_or_default()
 }
 
 /// The slots that the configuration requests, in no particular order.
