@@ -4,4 +4,6 @@
 use libfuzzer_sys::fuzz_target;
 use virtio_devices::testing::any_registers::run;
 
-fuzz_target!(|bytes: &[u8]| run(bytes));
+fuzz_target!(|bytes: &[u8]| {
+    let _gave_up = run(bytes);
+});

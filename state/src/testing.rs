@@ -1,4 +1,4 @@
-//! Damages a saved state systematically; the reader must reject it or keep working.
+//! Damages a saved state systematically, or any JSON at random; the reader must reject it or keep working.
 
 use serde_json::{Value, json};
 
@@ -45,15 +45,62 @@ pub fn damage(saved: &Saved, mut visit: impl FnMut(&Saved)) -> usize {
             *damaged.pointer_mut(&place).expect("collected there") = new;
             count += show(damaged, &mut visit);
         }
-        let (parent, key) = place.rsplit_once('/').expect("pointers start with a slash");
         let mut damaged = whole.clone();
-        if let Some(Value::Object(fields)) = damaged.pointer_mut(parent) {
-            fields.remove(&key.replace("~1", "/").replace("~0", "~"));
+        let (parent, key) = parent_of(&mut damaged, &place);
+        if let Value::Object(fields) = parent {
+            fields.remove(&key);
             fields.insert("surplus".into(), json!(0));
             count += show(damaged, &mut visit);
         }
     }
     count
+}
+
+/// Changes `whole` in one place, as the numbers of `next` decide: removes a field or an item, or replaces a value by any
+/// number, by the value of another place, or as [`damage`] does.
+///
+/// # Panics
+/// Never: places are collected first.
+pub fn change(whole: &mut Value, mut next: impl FnMut() -> u8) {
+    let mut places = Vec::new();
+    collect(whole, String::new(), &mut places);
+    let mut number = |bytes: u8| (0..bytes).fold(0, |sum, _| sum << 8 | u64::from(next()));
+    let count = places.len() as u64;
+    if count == 0 {
+        return;
+    }
+    let place = &places[(number(2) % count) as usize];
+    let choice = number(1) as u8;
+    let new = match choice % 8 {
+        0 => {
+            match parent_of(whole, place) {
+                (Value::Object(fields), key) => drop(fields.remove(&key)),
+                (Value::Array(items), key) => {
+                    items.remove(key.parse().expect("an index"));
+                }
+                _ => unreachable!("a place has a parent"),
+            }
+            return;
+        }
+        1 | 2 => json!(number((choice >> 3) % 8 + 1)),
+        3 => {
+            let other = &places[(number(2) % count) as usize];
+            whole.pointer(other).expect("collected there").clone()
+        }
+        _ => {
+            let mut new = replacements(whole.pointer(place).expect("collected there"));
+            let at = number(1) as usize % new.len();
+            new.swap_remove(at)
+        }
+    };
+    *whole.pointer_mut(place).expect("collected there") = new;
+}
+
+/// The object or list that has this place, and the field's name or the index there.
+fn parent_of<'a>(whole: &'a mut Value, place: &str) -> (&'a mut Value, String) {
+    let (parent, key) = place.rsplit_once('/').expect("pointers start with a slash");
+    let parent = whole.pointer_mut(parent).expect("collected there");
+    (parent, key.replace("~1", "/").replace("~0", "~"))
 }
 
 fn show(damaged: Value, visit: &mut impl FnMut(&Saved)) -> usize {
@@ -111,4 +158,31 @@ fn replacements(old: &Value) -> Vec<Value> {
     }
     new.retain(|new| new != old);
     new
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_decide_about_the_change() {
+        let whole = json!({"a": [1, 2], "b~/": {"c": "x"}});
+        // Places: the items of `a`, `a`, `c`, `b~/`.
+        for (numbers, changed) in [
+            (&[0, 3, 0][..], json!({"a": [1, 2], "b~/": {}})),
+            (&[0, 4, 0], json!({"a": [1, 2]})),
+            (&[0, 0, 0], json!({"a": [2], "b~/": {"c": "x"}})),
+            (&[0, 1, 9, 1, 2], json!({"a": [1, 258], "b~/": {"c": "x"}})),
+            (&[0, 3, 3, 0, 2], json!({"a": [1, 2], "b~/": {"c": [1, 2]}})),
+            (&[0, 0, 4, 0], json!({"a": [null, 2], "b~/": {"c": "x"}})),
+        ] {
+            let mut value = whole.clone();
+            let mut numbers = numbers.iter().copied();
+            change(&mut value, || numbers.next().unwrap_or(0));
+            assert_eq!(value, changed);
+        }
+        let mut empty = json!({});
+        change(&mut empty, || 0);
+        assert_eq!(empty, json!({}));
+    }
 }
