@@ -9,6 +9,7 @@ use state::Saved;
 use tempfile::{NamedTempFile, TempDir};
 
 use super::TestBlocks;
+use super::any_vsock::{self, Programs};
 use super::fuzz_input::AREAS;
 use super::ram::TestRam;
 use crate::balloon::{Balloon, BalloonParams};
@@ -56,6 +57,8 @@ pub(super) struct Made {
     pub(super) device: Arc<Mutex<dyn VirtioDevice>>,
     /// The other end of a network device's frames.
     pub(super) wire: Option<UnixDatagram>,
+    /// The programs of a vsock device.
+    pub(super) programs: Option<Programs>,
     _image: Option<NamedTempFile>,
     _folder: Option<TempDir>,
     /// Devices behind it, if it is an IOMMU.
@@ -101,6 +104,7 @@ pub(super) fn make(choice: u8, ram: &TestRam) -> Made {
     let mut image = None;
     let mut folder = None;
     let mut wire = None;
+    let mut programs = None;
     let mut endpoints = Vec::new();
     let mut in_folder = |file: &str| {
         let made = folder.insert(tempfile::tempdir().expect("folders can be made"));
@@ -182,14 +186,16 @@ pub(super) fn make(choice: u8, ram: &TestRam) -> Made {
             let source = File::open("/dev/urandom").expect("always there");
             shared(Rng::new("__rng", source))
         }
-        "vsock" => shared(
-            Vsock::new(VsockParams {
+        "vsock" => {
+            let socket = in_folder("vsock");
+            programs = Some(Programs::new(&socket));
+            let params = VsockParams {
                 id: "_vsock0".into(),
-                cid: 3,
-                socket: in_folder("vsock"),
-            })
-            .expect("a socket can be bound"),
-        ),
+                cid: any_vsock::CID,
+                socket,
+            };
+            shared(Vsock::new(params).expect("a socket can be bound"))
+        }
         "watchdog" => {
             let expiry = Duration::from_secs(3600);
             shared(Watchdog::new("__watchdog", expiry, || ()).expect("a timer"))
@@ -246,6 +252,7 @@ pub(super) fn make(choice: u8, ram: &TestRam) -> Made {
     Made {
         device,
         wire,
+        programs,
         _image: image,
         _folder: folder,
         _endpoints: endpoints,

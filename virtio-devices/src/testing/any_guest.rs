@@ -16,6 +16,7 @@ use std::sync::Arc;
 use vm_memory::{GuestAddress, Permissions};
 
 use super::any_device::{self, Made};
+use super::any_vsock;
 use super::fuzz_input::{FORM_START, Input, SOLID_PAGES, SPARE_PFN, driver_ram};
 use super::handler::HandlerHarness;
 use super::queue::{Desc, NEXT, WRITE};
@@ -214,6 +215,9 @@ impl Guest {
             14 => self.save(),
             _ => {
                 self.send_frame(input);
+                if let Some(programs) = &mut self.made.programs {
+                    programs.act(input);
+                }
                 self.serve_sources();
             }
         }
@@ -236,9 +240,15 @@ impl Guest {
 
     /// Offers a request with the structure that most devices use: a readable header, data, and space for the response.
     fn offer_request(&mut self, index: u16, input: &mut Input<'_>) {
-        let header: Vec<u8> = (0..input.byte() % HEADER_BYTES_MAX + 1)
-            .map(|_| input.byte())
-            .collect();
+        let bytes = input.byte();
+        let is_packet = self.made.programs.is_some() && bytes < 0xe0;
+        let header: Vec<u8> = if is_packet {
+            any_vsock::header(input)
+        } else {
+            (0..=bytes % HEADER_BYTES_MAX)
+                .map(|_| input.byte())
+                .collect()
+        };
         self.ram.write(GuestAddress(FORM_START), &header);
         let shape = input.byte();
         let mut parts = vec![(FORM_START, header.len() as u32, 0)];
@@ -251,6 +261,12 @@ impl Guest {
         if shape & 0x80 == 0 {
             let answer = FORM_START + u64::from(HEADER_BYTES_MAX) * 2;
             parts.push((answer, u32::from(shape >> 3 & 0xf), WRITE));
+        }
+        if is_packet {
+            let readable = parts.iter().skip(1).filter(|(_, _, flags)| *flags == 0);
+            let len: u32 = readable.map(|(_, len, _)| len).sum();
+            let field = GuestAddress(FORM_START + any_vsock::LEN_OFFSET);
+            self.ram.write(field, &len.to_le_bytes());
         }
         let harness = self.served_by[usize::from(index)].expect("a queue that is served");
         let queue = self.harnesses[harness].queue(index);
