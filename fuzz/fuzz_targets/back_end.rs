@@ -4,4 +4,6 @@
 use libfuzzer_sys::fuzz_target;
 use virtio_devices::vhost_user::any_back_end::run;
 
-fuzz_target!(|bytes: &[u8]| run(bytes));
+fuzz_target!(|bytes: &[u8]| {
+    let _stopped = run(bytes);
+});

@@ -66,11 +66,11 @@ fn ram() -> TestRam {
     TestRam::around(GuestRam::new(map), 0, RAM_BYTES as u64)
 }
 
-/// Plays the bytes.
+/// Plays the bytes; returns how often the back end was started and stopped.
 ///
 /// # Panics
 /// The front end has accepted what it must not.
-pub fn run(bytes: &[u8]) {
+pub fn run(bytes: &[u8]) -> u8 {
     let mut input = Input(bytes);
     let profile = match input.byte() % 3 {
         0 => Profile::block(),
@@ -83,11 +83,13 @@ pub fn run(bytes: &[u8]) {
         let own = input.0;
         scope.spawn(move || back_end(far, Input(own)));
         // An error ends the connection, and with it the other thread.
-        front_end(near, &profile, starts);
-    });
+        let mut stopped = 0;
+        front_end(near, &profile, starts, &mut stopped);
+        stopped
+    })
 }
 
-fn front_end(stream: UnixStream, profile: &Profile, starts: u8) -> Option<()> {
+fn front_end(stream: UnixStream, profile: &Profile, starts: u8, stopped: &mut u8) -> Option<()> {
     let mut session = Session::open(stream, QUEUES.into()).ok()?;
     let sizes = [QUEUE_SIZE; QUEUES as usize];
     let config = session.config(profile.config_size()).ok()?;
@@ -122,6 +124,7 @@ fn front_end(stream: UnixStream, profile: &Profile, starts: u8) -> Option<()> {
             assert!(position.next_avail <= available.expect("in RAM").0);
         }
         outcome.ok()?;
+        *stopped += 1;
     }
     Some(())
 }
@@ -208,13 +211,13 @@ mod tests {
         let mut runner = TestRunner::deterministic();
         for _ in 0..500 {
             let bytes = prop::collection::vec(any::<u8>(), 0..300);
-            super::run(&bytes.new_tree(&mut runner).expect("bytes").current());
+            let _stopped = super::run(&bytes.new_tree(&mut runner).expect("bytes").current());
         }
     }
 
     /// Zeros are the proper answers, so a whole dialogue is reached.
     #[test]
     fn back_end_of_zeros_is_served_to_the_end() {
-        super::run(&[1, 4, 3]);
+        assert_eq!(super::run(&[1, 4, 3]), 4);
     }
 }

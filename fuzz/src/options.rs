@@ -1,0 +1,66 @@
+//! Option strings. An accepted option must serialize to JSON that parses to the same value.
+
+use std::fmt::Debug;
+
+use api::ReclaimThresholdsChange;
+use api::config::{
+    BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, FsConfig,
+    GenericVhostUserConfig, LandlockConfig, MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig,
+    PlatformConfig, PmemConfig, RateLimitGroupConfig, RestoreConfig, RngConfig, SerialConfig,
+    VsockConfig,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+fn check<T: Serialize + DeserializeOwned + PartialEq + Debug, E>(parsed: Result<T, E>) -> bool {
+    if let Ok(config) = &parsed {
+        let json = serde_json::to_vec(config).expect("configurations are JSON");
+        let again: T = serde_json::from_slice(&json).expect("just written");
+        assert_eq!(config, &again);
+    }
+    parsed.is_ok()
+}
+
+/// Parses the text as the option that the first byte selects; returns whether it was accepted.
+#[must_use]
+pub fn run(bytes: &[u8]) -> bool {
+    let Some((choice, text)) = bytes.split_first() else {
+        return false;
+    };
+    let text = String::from_utf8_lossy(text);
+    match choice % 20 {
+        0 => check(BalloonConfig::parse(&text)),
+        1 => check(ConsoleConfig::parse(&text)),
+        2 => check(CpusConfig::parse(&text)),
+        3 => check(DiskConfig::parse(&text)),
+        4 => check(FsConfig::parse(&text)),
+        5 => {
+            let zones: Vec<&str> = text.split('\n').collect();
+            check(MemoryConfig::parse(zones[0], &zones[1..]))
+        }
+        6 => check(MemoryZoneConfig::parse(&text)),
+        7 => check(NetConfig::parse(&text).map(|net| NetConfig {
+            // A descriptor means nothing to another process, so none is passed on.
+            fds: None,
+            ..net
+        })),
+        8 => check(NumaConfig::parse(&text)),
+        9 => check(PlatformConfig::parse(&text)),
+        10 => check(RestoreConfig::parse(&text).map(|mut restore| {
+            // As above.
+            for net in restore.net_fds.iter_mut().flatten() {
+                net.fds.clear();
+            }
+            restore
+        })),
+        11 => check(RngConfig::parse(&text)),
+        12 => check(VsockConfig::parse(&text)),
+        13 => check(PmemConfig::parse(&text)),
+        14 => check(GenericVhostUserConfig::parse(&text)),
+        15 => check(LandlockConfig::parse(&text)),
+        16 => check(RateLimitGroupConfig::parse(&text)),
+        17 => check(SerialConfig::parse(&text)),
+        18 => check(DebugConsoleConfig::parse(&text)),
+        _ => check(ReclaimThresholdsChange::parse(&text)),
+    }
+}
