@@ -79,6 +79,18 @@ impl Vm {
             .map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))
     }
 
+    /// The pages of a slot of `bytes` bytes that the guest or KVM has written since the last call, one bit each, the
+    /// first in bit 0 of the first word. The slot must have `KVM_MEM_LOG_DIRTY_PAGES`.
+    ///
+    /// # Errors
+    /// `KVM_GET_DIRTY_LOG` failed: there is no such slot, or it has no log.
+    pub fn dirty_pages(&self, slot: u32, bytes: u64) -> Result<Vec<u64>> {
+        let bytes = usize::try_from(bytes).expect("a slot is mapped in this process");
+        self.fd
+            .get_dirty_log(slot, bytes)
+            .map_err(ioctl("KVM_GET_DIRTY_LOG"))
+    }
+
     /// The number of memory slots that the machine can have (`KVM_CAP_NR_MEMSLOTS`); slots are numbered from 0.
     #[must_use]
     pub fn memory_slots_max(&self) -> u32 {

@@ -12,6 +12,7 @@
 //! queues are set up, then DRIVER_OK activates. A device that fails while active sets DEVICE_NEEDS_RESET and stops
 //! until the driver resets it.
 
+use std::ops::Deref;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
@@ -25,10 +26,49 @@ pub use crate::counters::Counters;
 use crate::dma::DmaEndpoint;
 pub use crate::worker::{Doorbell, WorkerError};
 use crate::worker::{EventSources, Turn};
+use crate::write_log::WriteLog;
 
 /// Guest RAM as every device sees it: an immutable map behind an atomic pointer, so that memory hot-plug swaps the map
 /// without stopping a device.
-pub type GuestRam = GuestMemoryAtomic<GuestMemoryMmap<()>>;
+#[derive(Clone, Debug)]
+pub struct GuestRam {
+    map: GuestMemoryAtomic<GuestMemoryMmap<()>>,
+    writes: Arc<WriteLog>,
+}
+
+impl GuestRam {
+    /// RAM with a log of its own.
+    #[must_use]
+    pub fn new(map: GuestMemoryMmap<()>) -> Self {
+        Self {
+            map: GuestMemoryAtomic::new(map),
+            writes: Arc::default(),
+        }
+    }
+
+    /// Another map of the same RAM: writes through both are in one log.
+    #[must_use]
+    pub fn other_map(&self, map: GuestMemoryMmap<()>) -> Self {
+        Self {
+            map: GuestMemoryAtomic::new(map),
+            writes: Arc::clone(&self.writes),
+        }
+    }
+
+    /// The log of what this process writes and discards.
+    #[must_use]
+    pub fn writes(&self) -> &Arc<WriteLog> {
+        &self.writes
+    }
+}
+
+impl Deref for GuestRam {
+    type Target = GuestMemoryAtomic<GuestMemoryMmap<()>>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.map
+    }
+}
 
 /// Notifies the driver (virtio 1.2 §2.3).
 ///

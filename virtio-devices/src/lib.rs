@@ -39,6 +39,7 @@ pub mod vhost_user;
 pub mod vsock;
 pub mod watchdog;
 pub mod worker;
+pub mod write_log;
 
 pub use device::{
     Activation, ActiveQueue, Counters, DeviceIdentity, GuestRam, HandlerState, Interrupt,

@@ -15,7 +15,7 @@ use state::{Part, Saved, State, StateError, parts, require};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, MmapRegion};
 
-use crate::block::lock_image;
+use crate::block::{lock_image, unlock_image};
 use crate::counters::counters;
 use crate::device::{Counters, DeviceMemory, QueueHandler, VirtioDevice, boxed, read_config_space};
 use crate::queue::{ChainBuffers, ChainError, Driver, Reply, SingleQueue, SingleQueueDevice};
@@ -147,6 +147,19 @@ impl PmemHandle {
         match &self.file {
             Some(file) => file.sync_data(),
             None => Ok(()),
+        }
+    }
+
+    /// Releases the lock of the file, or takes it again. A file to which nothing is written keeps its lock, which allows
+    /// other readers.
+    ///
+    /// # Errors
+    /// Another process has a conflicting lock.
+    pub fn hold(&self, hold: bool) -> io::Result<()> {
+        match (&self.file, hold) {
+            (Some(file), true) => lock_image(file, true, 0),
+            (Some(file), false) => unlock_image(file),
+            (None, _) => Ok(()),
         }
     }
 }

@@ -88,6 +88,16 @@ pub enum ContentError {
         /// Offset of the chunk.
         offset: u64,
     },
+    /// Content for another place, or of another size than it says.
+    #[error("Content for memory zone {zone} at offset {offset:#x} is invalid: {reason}")]
+    Invalid {
+        /// Number of the zone.
+        zone: u32,
+        /// The offset in it.
+        offset: u64,
+        /// The fault.
+        reason: &'static str,
+    },
     /// The table does not fit this zone.
     #[error(transparent)]
     Table(StateError),
@@ -102,7 +112,7 @@ pub(super) struct Chunk {
     pub(super) bytes: usize,
 }
 
-fn chunks(zone: &Zone) -> impl Iterator<Item = Chunk> {
+pub(super) fn chunks(zone: &Zone) -> impl Iterator<Item = Chunk> {
     let mut before = 0;
     zone.ranges.iter().flat_map(move |range| {
         let (start, offset) = (range.start, before);
@@ -156,7 +166,7 @@ impl GuestMemory {
         let mut saved = Vec::new();
         for chunk in chunks(zone) {
             let buffer = &mut buffer[..chunk.bytes];
-            let pages = self.read_chunk(zone, &pagemap, chunk, buffer)?;
+            let pages = self.read_chunk(zone, &pagemap, chunk, None, buffer)?;
             let mut crc = crc32fast::Hasher::new();
             let mut empty = true;
             each_run(&pages, chunk.bytes / PAGE, |start, bytes| {
@@ -191,7 +201,7 @@ impl GuestMemory {
         let mut buffer = vec![0; CHUNK_BYTES];
         for chunk in chunks(zone) {
             let buffer = &mut buffer[..chunk.bytes];
-            let pages = self.read_chunk(zone, &pagemap, chunk, buffer)?;
+            let pages = self.read_chunk(zone, &pagemap, chunk, None, buffer)?;
             each_run(&pages, chunk.bytes / PAGE, |at, bytes| {
                 let data = &buffer[at..at + bytes];
                 file.write_all_at(data, start + chunk.offset + at as u64)
@@ -201,16 +211,22 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Fills `buffer` and returns a bitmap of its non-zero pages.
-    fn read_chunk(
+    /// Fills `buffer` and returns a bitmap of its non-zero pages, of all or of those in `wanted`.
+    pub(super) fn read_chunk(
         &self,
         zone: &Zone,
         pagemap: &Pagemap,
         chunk: Chunk,
+        wanted: Option<&[u8]>,
         buffer: &mut [u8],
     ) -> Result<Vec<u8>, ContentError> {
         let count = chunk.bytes / PAGE;
         let mut is_held = vec![true; count];
+        let keep_wanted = |is_held: &mut [bool]| {
+            for (page, held) in is_held.iter_mut().enumerate() {
+                *held &= wanted.is_none_or(|bits| bits[page / 8] & 1 << (page % 8) != 0);
+            }
+        };
         let mut pages = vec![0; count.div_ceil(8)];
         let ram = self.ram().memory();
         let in_ram = |source| ContentError::Ram {
@@ -223,10 +239,12 @@ impl GuestMemory {
         let at = chunk.guest.0 - region.start_addr().0;
         let is_shared = region.flags() & libc::MAP_SHARED != 0;
         match region.file_offset() {
-            Some(file) if is_shared => file
-                .file()
-                .read_exact_at(buffer, file.start() + at)
-                .map_err(in_ram)?,
+            Some(file) if is_shared => {
+                keep_wanted(&mut is_held);
+                file.file()
+                    .read_exact_at(buffer, file.start() + at)
+                    .map_err(in_ram)?;
+            }
             file => {
                 // Pages that the guest has not written still map the file.
                 if file.is_none() {
@@ -238,6 +256,7 @@ impl GuestMemory {
                         overlay.mark_shown(start as usize, &mut is_held);
                     }
                 }
+                keep_wanted(&mut is_held);
                 let data = buffer.chunks_exact_mut(PAGE).zip(&is_held);
                 for (page, (data, _)) in data.enumerate().filter(|(_, (_, held))| **held) {
                     let address = GuestAddress(chunk.guest.0 + (page * PAGE) as u64);
@@ -312,7 +331,7 @@ impl GuestMemory {
         })
     }
 
-    fn advise_huge_pages(&self, zone: &Zone, wanted: bool) {
+    pub(super) fn advise_huge_pages(&self, zone: &Zone, wanted: bool) {
         let ram = self.ram().memory();
         let regions = ram.iter().filter(|it| zone.holds(it.start_addr().0));
         for region in regions {

@@ -20,6 +20,7 @@ use super::faults::MemoryFaults;
 use super::layout::AddressMap;
 use super::plugged::{HotplugRam, hotplug_block_bytes};
 use super::source::Source;
+use super::write_tracker::WriteTracker;
 use super::zones::{Zone, ZoneKind, hotplug_zone_of, place, zones_of};
 use super::{E820Entry, MemoryError, ZoneError, e820_map};
 use crate::signals::VmSignals;
@@ -89,15 +90,16 @@ impl GuestMemory {
         }
         let mmap = GuestMemoryMmap::from_arc_regions(regions.clone())
             .expect("the address map has at least one range, in order and without overlap");
+        let ram = GuestRam::new(mmap);
         let last = made.last();
         let last = last.filter(|zone| zone.kind == ZoneKind::VirtioMem);
         let hotplug = last.and_then(|zone| {
             let whole = regions.pop()?;
             let block_bytes = hotplug_block_bytes(zone.bytes(), zone.page_bytes);
-            Some(Arc::new(HotplugRam::new(regions, whole, block_bytes)))
+            Some(Arc::new(HotplugRam::new(&ram, regions, whole, block_bytes)))
         });
         Ok(Self {
-            ram: GuestRam::new(mmap),
+            ram,
             hotplug,
             map,
             zones: made,
@@ -270,7 +272,7 @@ impl GuestMemory {
         let mut slots = RamSlots {
             vm: Arc::clone(vm),
             ram: self.ram.memory().into_inner(),
-            count: 0,
+            set: Vec::new(),
             hotplug: None,
             end: 0,
         };
@@ -282,9 +284,9 @@ impl GuestMemory {
         for region in regions.iter().filter(|region| !in_blocks(region)) {
             slots.set(region)?;
         }
-        slots.end = slots.count + DIMMS_MAX as u32;
+        slots.end = slots.next() + DIMMS_MAX as u32;
         if let Some(hotplug) = &self.hotplug {
-            slots.end = hotplug.attach(vm, slots.count)?;
+            slots.end = hotplug.attach(vm, slots.next())?;
             slots.hotplug = Some(Arc::clone(hotplug));
         }
         Ok(slots)
@@ -345,14 +347,32 @@ fn open(zones: &[ZonePlan]) -> Result<Vec<Source>, MemoryError> {
 pub struct RamSlots {
     vm: Arc<Vm>,
     ram: Arc<GuestMemoryMmap<()>>,
-    /// Slots 0 to `count` exist, for RAM that the guest has from the start.
-    count: u32,
+    /// Slots 0 to their number, for RAM that the guest has as a whole.
+    set: Vec<MemorySlot>,
     /// Has the slots behind them, up to `end`.
     hotplug: Option<Arc<HotplugRam>>,
     end: u32,
 }
 
 impl RamSlots {
+    /// The number of the next slot.
+    fn next(&self) -> u32 {
+        self.set.len() as u32
+    }
+
+    /// Starts to record the pages that the guest and this process write. Until the result is dropped, no block of
+    /// memory hot-plug is opened or closed. `memory` is the RAM of these slots.
+    ///
+    /// # Errors
+    /// KVM cannot record writes.
+    pub fn track_writes(&self, memory: &GuestMemory) -> Result<WriteTracker, MemoryError> {
+        let mut slots = self.set.clone();
+        if let Some(hotplug) = &self.hotplug {
+            slots.extend(hotplug.freeze());
+        }
+        WriteTracker::start(&self.vm, slots, memory)
+    }
+
     /// The number of the first slot behind them and behind those of all memory devices that can be added.
     pub fn end(&self) -> u32 {
         self.end
@@ -374,7 +394,7 @@ impl RamSlots {
     fn set(&mut self, region: &GuestRegionMmap<()>) -> Result<(), MemoryError> {
         let guest_address = region.start_addr().0;
         let slot = MemorySlot {
-            slot: self.count,
+            slot: self.next(),
             guest_address,
             bytes: region.len(),
             host_address: region.as_ptr() as u64,
@@ -386,7 +406,7 @@ impl RamSlots {
             guest_address,
             source,
         })?;
-        self.count += 1;
+        self.set.push(slot);
         Ok(())
     }
 }
@@ -396,7 +416,7 @@ impl Drop for RamSlots {
         if let Some(hotplug) = &self.hotplug {
             hotplug.detach();
         }
-        for slot in 0..self.count {
+        for MemorySlot { slot, .. } in self.set.drain(..) {
             if let Err(error) = self.vm.remove_memory_slot(slot) {
                 // KVM would continue to use the range. Keep it mapped forever, so that the guest still accesses nothing
                 // but its own RAM.

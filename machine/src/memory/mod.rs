@@ -27,6 +27,8 @@ mod source;
 mod state;
 #[cfg(test)]
 mod test_memory;
+mod transfer;
+mod write_tracker;
 mod zones;
 
 pub use content::{ChunkState, ContentError, ZoneContentState};
@@ -40,4 +42,6 @@ pub use hotplug::{MEMORY_HOTPLUG_BYTES, MemoryHotplug, MemoryHotplugState};
 pub use numa_policy::HOST_NUMA_NODE_MAX;
 pub use plugged::{HotplugRam, hotplug_block_bytes};
 pub use state::{MemoryRangeState, MemoryState, ZoneState};
+pub use transfer::{ContentWriter, PageRun, Pages};
+pub use write_tracker::{WriteTracker, WrittenPages};
 pub use zones::{DEFAULT_ZONE_ID, HOTPLUG_ZONE_ID, Zone, ZoneKind, all_shared};

@@ -70,6 +70,8 @@ struct Blocks {
     regions: BTreeMap<u64, Arc<GuestRegionMmap>>,
     /// Mappings of these and former regions, for as long as a device holds them.
     handed: Vec<Weak<MmapRegion<()>>>,
+    /// No block is opened or closed: the guest's writes are recorded per slot.
+    frozen: bool,
 }
 
 #[derive(Debug)]
@@ -80,8 +82,9 @@ struct Slots {
 }
 
 impl HotplugRam {
-    /// All blocks of `whole` are closed.
+    /// All blocks of `whole` are closed. `ram` is all RAM.
     pub(super) fn new(
+        ram: &GuestRam,
         boot: Vec<Arc<GuestRegionMmap>>,
         whole: Arc<GuestRegionMmap>,
         block_bytes: u64,
@@ -92,7 +95,7 @@ impl HotplugRam {
             block_bytes,
             whole,
             boot,
-            view: GuestRam::new(view),
+            view: ram.other_map(view),
             blocks: Mutex::default(),
             refused: AtomicU64::default(),
             bypassed: AtomicBool::default(),
@@ -151,6 +154,23 @@ impl HotplugRam {
         Ok(end)
     }
 
+    /// Keeps all blocks as they are until [`HotplugRam::thaw`], and returns the slots of the open ones. The guest is
+    /// told to try again later.
+    pub(super) fn freeze(&self) -> Vec<MemorySlot> {
+        let mut blocks = self.blocks.lock().unpoisoned();
+        blocks.frozen = true;
+        let open = blocks.open.iter();
+        let slots = blocks.slots.as_ref();
+        slots.map_or_else(Vec::new, |slots| {
+            open.map(|block| self.slot_of(slots, *block)).collect()
+        })
+    }
+
+    /// Undoes [`HotplugRam::freeze`].
+    pub(super) fn thaw(&self) {
+        self.blocks.lock().unpoisoned().frozen = false;
+    }
+
     /// Closes all blocks for the guest and forgets the machine.
     pub(super) fn detach(&self) {
         let mut blocks = self.blocks.lock().unpoisoned();
@@ -177,15 +197,19 @@ impl HotplugRam {
             .ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }
 
-    fn open_for_guest(&self, slots: &Slots, block: u64) -> io::Result<()> {
+    fn slot_of(&self, slots: &Slots, block: u64) -> MemorySlot {
         let offset = block * self.block_bytes;
-        let slot = MemorySlot {
+        MemorySlot {
             slot: slots.number(block),
             guest_address: self.range().start + offset,
             bytes: self.block_bytes,
             host_address: self.whole.as_ptr() as u64 + offset,
             flags: 0,
-        };
+        }
+    }
+
+    fn open_for_guest(&self, slots: &Slots, block: u64) -> io::Result<()> {
+        let slot = self.slot_of(slots, block);
         // SAFETY: the range is a part of `whole`, which is readable and writable and for the guest alone. `whole` stays
         // mapped until `detach` has removed the slot again.
         unsafe { slots.vm.set_memory_slot(slot) }.map_err(|error| refused(&error))
@@ -243,6 +267,10 @@ impl BlockAccess for HotplugRam {
         let change: Vec<u64> = numbers
             .filter(|block| blocks.open.contains(block) != open)
             .collect();
+        if blocks.frozen && !change.is_empty() {
+            let reason = "the VM is being migrated";
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, reason));
+        }
         let Blocks {
             open: opened,
             slots,

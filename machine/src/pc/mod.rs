@@ -33,7 +33,7 @@ use crate::cpu::{GuestEvent, Vcpus, VcpusContext};
 use crate::events::DeviceEventSink;
 use crate::interrupt::IOAPIC_PIN_COUNT;
 use crate::legacy::DebugConsole;
-use crate::memory::{GuestMemory, MemoryFault, MemoryFaults, RamSlots};
+use crate::memory::{GuestMemory, MemoryFault, MemoryFaults, RamSlots, WriteTracker};
 use crate::pci::{Bdf, PciBus, Place};
 use crate::serial::{Endpoint, Output, SERIAL_IRQ, SERIAL_PORTS, Uart};
 use crate::signals::VmSignals;
@@ -312,6 +312,15 @@ impl Pc {
         }
         self.paused = true;
         Ok(())
+    }
+
+    /// Starts to record the pages of RAM that are written; see [`WriteTracker`].
+    ///
+    /// # Errors
+    /// KVM cannot record writes.
+    pub fn track_writes(&self) -> Result<WriteTracker, PcError> {
+        let tracker = self.slots.track_writes(&self.memory);
+        tracker.map_err(PcError::Memory)
     }
 
     /// Undoes [`Pc::pause`].

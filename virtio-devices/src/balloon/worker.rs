@@ -434,7 +434,8 @@ impl QueueHandler for BalloonWorker {
             match numbering.role(active.index) {
                 Some(role) => {
                     let interrupt = Arc::clone(&activation.interrupt);
-                    let queue = ServedQueue::new(active, activation.features, interrupt);
+                    let queue =
+                        ServedQueue::new(active, activation.features, interrupt, &activation.mem);
                     queues.push(RoleQueue { role, queue });
                 }
                 None => self.shared.ledger.faults().queues_unexplained += 1,

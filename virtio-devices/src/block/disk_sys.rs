@@ -119,6 +119,18 @@ pub(crate) fn lock(file: &File, exclusive: bool, bytes: u64) -> io::Result<()> {
     } else {
         libc::F_RDLCK
     };
+    set_lock(file, kind, bytes)
+}
+
+/// Releases all locks of the open file description.
+///
+/// # Errors
+/// The error of fcntl.
+pub(crate) fn unlock(file: &File) -> io::Result<()> {
+    set_lock(file, libc::F_UNLCK, 0)
+}
+
+fn set_lock(file: &File, kind: libc::c_int, bytes: u64) -> io::Result<()> {
     // SAFETY: `flock` is plain data, for which all zeroes are a valid value.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
     lock.l_type = kind as libc::c_short;

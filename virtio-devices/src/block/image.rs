@@ -136,6 +136,18 @@ impl Image {
         }
     }
 
+    /// Takes the lock of an image that was opened, or releases it.
+    pub(super) fn hold(&self, hold: bool) -> io::Result<()> {
+        if !hold {
+            return disk_sys::unlock(&self.file);
+        }
+        let bytes = match self.lock_granularity {
+            LockGranularity::Full => 0,
+            LockGranularity::ByteRange => self.file_bytes()?,
+        };
+        disk_sys::lock(&self.file, self.exclusive, bytes)
+    }
+
     pub(super) fn file(&self) -> &File {
         &self.file
     }

@@ -40,7 +40,7 @@ use std::sync::Arc;
 
 pub use device::{Block, BlockState};
 pub use device_facts::LockGranularity;
-pub(crate) use disk_sys::lock as lock_image;
+pub(crate) use disk_sys::{lock as lock_image, unlock as unlock_image};
 pub use engine::EngineChoice;
 pub use format::ImageFormat;
 pub use resize::{DiskHandle, DiskResizeError};

@@ -375,9 +375,14 @@ impl QueueHandler for BlockQueue {
         }
         sources.add(self.throttle.as_raw_fd(), TOKENS)?;
         self.active = Some(Active {
+            queue: ServedQueue::new(
+                queue,
+                activation.features,
+                activation.interrupt,
+                &activation.mem,
+            ),
             ram: activation.mem,
             features: activation.features,
-            queue: ServedQueue::new(queue, activation.features, activation.interrupt),
         });
         Ok(())
     }

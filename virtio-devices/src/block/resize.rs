@@ -87,6 +87,14 @@ impl DiskHandle {
         self.disk.image().file().sync_data()
     }
 
+    /// Releases the lock of the image, or takes it again. The caller must have paused the disk.
+    ///
+    /// # Errors
+    /// Another process has a conflicting lock.
+    pub fn hold(&self, hold: bool) -> io::Result<()> {
+        self.disk.image().hold(hold)
+    }
+
     /// Resizes the image file, or adopts the new size of a block device, and notifies the guest. The caller must have
     /// paused the disk, so that no request in flight writes beyond the new end.
     ///

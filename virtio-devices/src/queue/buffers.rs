@@ -24,7 +24,7 @@ pub(crate) const IOVECS_MAX: usize = 1024;
 /// Maximum number of descriptors read in one chain: the size of our largest queue. A chain may not have more
 /// descriptors than its queue has entries, whether they are in the queue's own table or in an indirect one (virtio 1.2
 /// §2.7.5.3.1).
-const DESCRIPTORS_MAX: usize = 1024;
+pub(super) const DESCRIPTORS_MAX: usize = 1024;
 
 /// Reasons why a descriptor chain cannot be served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

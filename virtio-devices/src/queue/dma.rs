@@ -13,6 +13,7 @@ use vm_memory::{
     GuestMemoryResult, Permissions, VolatileSlice,
 };
 
+use super::buffers::IOVECS_MAX;
 use crate::dma::{DmaEndpoint, Piece};
 
 /// Maximum number of mappings in one access to a ring. The largest ring has 512 KiB.
@@ -35,6 +36,25 @@ impl<'m> Deref for OwnedDmaMemory<'m> {
 
     fn deref(&self) -> &Self::Target {
         &self.0
+    }
+}
+
+impl DmaMemory<'_> {
+    /// Passes the guest addresses of a ring or buffer that the device has written to `visit`, as far as they are still
+    /// mapped.
+    pub(crate) fn each_written_piece(
+        &self,
+        address: u64,
+        bytes: u64,
+        mut visit: impl FnMut(u64, u64),
+    ) {
+        let Some(endpoint) = &self.endpoint else {
+            return visit(address, bytes);
+        };
+        let pieces = endpoint.translate(address, bytes, Permissions::Write, IOVECS_MAX);
+        for piece in pieces.into_iter().flatten() {
+            visit(piece.address, piece.bytes);
+        }
     }
 }
 

@@ -10,12 +10,13 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::buffers::{ChainBuffers, ChainError, GuestBuffers, RamGuard};
 use super::dma::{DmaMemory, OwnedDmaMemory};
-use super::walk::Chain;
+use super::walk::{Chain, each_writable};
 use crate::device::{
     Activation, ActiveQueue, Doorbell, GuestRam, Interrupt, QueuePosition, WorkerError, position_of,
 };
 use crate::dma::DmaEndpoint;
 use crate::worker::Turn;
+use crate::write_log::WriteLog;
 
 /// One chain taken from the available ring.
 #[derive(Debug)]
@@ -46,6 +47,7 @@ pub(crate) struct ServedQueue {
     interrupt: Arc<dyn Interrupt>,
     /// Number of used buffers pushed since the last interrupt decision.
     used_pending: u16,
+    writes: Arc<WriteLog>,
 }
 
 crate::debug_fields!(ServedQueue { index, queue });
@@ -59,15 +61,22 @@ impl Activation {
             queues,
             interrupt,
         } = self;
-        let queues = queues
-            .into_iter()
-            .map(move |queue| ServedQueue::new(queue, features, Arc::clone(&interrupt)));
+        let queues = queues.into_iter().map({
+            let mem = mem.clone();
+            move |queue| ServedQueue::new(queue, features, Arc::clone(&interrupt), &mem)
+        });
         (mem, queues)
     }
 }
 
 impl ServedQueue {
-    pub(crate) fn new(active: ActiveQueue, features: u64, interrupt: Arc<dyn Interrupt>) -> Self {
+    /// The queue's rings and buffers are in `ram`.
+    pub(crate) fn new(
+        active: ActiveQueue,
+        features: u64,
+        interrupt: Arc<dyn Interrupt>,
+        ram: &GuestRam,
+    ) -> Self {
         let mut queue = active.queue;
         queue.set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
         Self {
@@ -77,6 +86,7 @@ impl ServedQueue {
             dma: active.dma,
             interrupt,
             used_pending: 0,
+            writes: Arc::clone(ram.writes()),
         }
     }
 
@@ -239,6 +249,7 @@ impl ServedQueue {
         let ring = self.queue.used_ring();
         let mut next_used = self.queue.next_used();
         for (head, bytes) in chains.into_iter().filter(|(head, _)| *head < size) {
+            self.log_chain(&map, head);
             let at = ring + 4 + 8 * u64::from(next_used % size);
             let element = u64::from(bytes) << 32 | u64::from(head);
             map.write_obj(element.to_le(), GuestAddress(at))
@@ -249,7 +260,34 @@ impl ServedQueue {
         self.queue.set_next_used(next_used);
         // Release: the elements are visible before the index is.
         map.store(next_used.to_le(), GuestAddress(ring + 2), Ordering::Release)
-            .map_err(|error| unusable(self.index, &error))
+            .map_err(|error| unusable(self.index, &error))?;
+        self.log_used_ring(&map);
+        Ok(())
+    }
+
+    /// Records the buffers of a chain that the device could write. A driver that changes the chain before it is
+    /// returned harms only its own guest.
+    fn log_chain(&self, memory: &DmaMemory<'_>, head: u16) {
+        if self.writes.is_on() {
+            let table = GuestAddress(self.queue.desc_table());
+            each_writable(memory, table, self.queue.size(), head, |start, bytes| {
+                self.log(memory, start, bytes);
+            });
+        }
+    }
+
+    /// Records the used ring, which ends with the index for the driver's notifications.
+    fn log_used_ring(&self, memory: &DmaMemory<'_>) {
+        if self.writes.is_on() {
+            let bytes = 6 + 8 * u64::from(self.queue.size());
+            self.log(memory, self.queue.used_ring(), bytes);
+        }
+    }
+
+    fn log(&self, memory: &DmaMemory<'_>, start: u64, bytes: u64) {
+        memory.each_written_piece(start, bytes, |start, bytes| {
+            self.writes.record(start, bytes);
+        });
     }
 
     /// Interrupts the driver if used buffers were pushed since the last call and it requested an interrupt.
@@ -302,7 +340,9 @@ impl ServedQueue {
         let memory = self.memory(map);
         self.queue
             .disable_notification(&memory)
-            .map_err(|error| unusable(self.index, &error))
+            .map_err(|error| unusable(self.index, &error))?;
+        self.log_used_ring(&memory);
+        Ok(())
     }
 
     /// Re-enables the driver's notifications. True: chains arrived in the meantime without a notification.
@@ -314,9 +354,12 @@ impl ServedQueue {
         map: &GuestMemoryMmap<()>,
     ) -> Result<bool, WorkerError> {
         let memory = self.memory(map);
-        self.queue
+        let arrived = self
+            .queue
             .enable_notification(&memory)
-            .map_err(|error| unusable(self.index, &error))
+            .map_err(|error| unusable(self.index, &error))?;
+        self.log_used_ring(&memory);
+        Ok(arrived)
     }
 
     /// Signals the doorbell on the driver's behalf: the handler stops with work left and must be called again after
@@ -344,7 +387,10 @@ mod tests {
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     use super::*;
-    use crate::testing::{DriverQueue, MockInterrupt, Segment, TestRam};
+    use crate::testing::{Desc, DriverQueue, MockInterrupt, Segment, TestRam};
+    use virtio_bindings::bindings::virtio_ring::{
+        VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+    };
     use vm_memory::GuestAddressSpace;
 
     const SIZE: u16 = 8;
@@ -375,7 +421,7 @@ mod tests {
                 doorbell: Arc::new(Doorbell::new(EFD_NONBLOCK).unwrap()),
                 dma: None,
             };
-            let queue = ServedQueue::new(active, features, interrupt.clone());
+            let queue = ServedQueue::new(active, features, interrupt.clone(), &ram.mem());
             Self {
                 ram,
                 driver,
@@ -443,6 +489,95 @@ mod tests {
         let ram = rig.ram.mem().memory();
         rig.queue.signal(&ram).unwrap();
         assert_eq!(rig.interrupt.queue_signals(3), 2);
+    }
+
+    /// The recorded pages of the RAM of `rig`.
+    fn written_pages(rig: &Rig) -> Vec<u64> {
+        let mut pages = Vec::new();
+        rig.ram.mem().writes().take(|_, words| {
+            for (at, word) in (0_u64..).zip(words) {
+                pages.extend(
+                    (0..64)
+                        .filter(|bit| word & 1 << bit != 0)
+                        .map(|bit| at * 64 + bit),
+                );
+            }
+        });
+        pages
+    }
+
+    #[test]
+    fn what_the_device_may_have_written_is_recorded_when_the_chain_is_returned() {
+        let mut rig = Rig::new(0);
+        let mem = rig.ram.mem();
+        mem.writes().start(std::iter::once(0..1 << 20));
+        let chain = [
+            Segment::Readable(b"request"),
+            Segment::WritableAt(GuestAddress(0x8_0fff), 2),
+            Segment::WritableAt(GuestAddress(0x9_0000), 0x3000),
+        ];
+        let used_ring = rig.driver.used_ring().0 / 4096;
+        for is_indirect in [false, true] {
+            match is_indirect {
+                true => drop(rig.driver.push_indirect(&chain)),
+                false => drop(rig.driver.push(&chain)),
+            }
+            let ram = mem.memory();
+            let head = take(&mut rig.queue, &ram).unwrap();
+            assert!(written_pages(&rig).is_empty(), "it may still write");
+            rig.queue.push_used(&ram, head, 3).unwrap();
+            let pages: Vec<_> = written_pages(&rig)
+                .into_iter()
+                .filter(|page| *page != used_ring)
+                .collect();
+            assert_eq!(pages, [0x80, 0x81, 0x90, 0x91, 0x92], "{is_indirect}");
+            rig.driver.pop_used().unwrap();
+        }
+        let ram = mem.memory();
+        rig.queue.enable_doorbell(&ram).unwrap();
+        assert_eq!(written_pages(&rig), [used_ring]);
+    }
+
+    #[test]
+    fn chain_that_the_driver_has_broken_meanwhile_is_recorded_up_to_its_fault() {
+        let rig = Rig::new(0);
+        let table = rig.driver.desc_table();
+        let ram = rig.ram.mem().memory();
+        let memory = rig.queue.memory(&ram);
+        let entry = |slot, addr: u64, flags: u32, next| {
+            let flags = flags as u16;
+            rig.driver.write_desc(
+                slot,
+                Desc {
+                    addr,
+                    len: 16,
+                    flags,
+                    next,
+                },
+            );
+        };
+        let visited = |head, size| {
+            let mut seen = Vec::new();
+            each_writable(&memory, table, size, head, |start, bytes| {
+                seen.push((start, bytes))
+            });
+            seen
+        };
+        let loops = VRING_DESC_F_NEXT | VRING_DESC_F_WRITE;
+        entry(0, 0x8_0000, loops, 1);
+        entry(1, 0x9_0000, loops, 0);
+        assert_eq!(
+            visited(0, SIZE).len(),
+            crate::queue::buffers::DESCRIPTORS_MAX
+        );
+        entry(1, 0x9_0000, loops, SIZE);
+        assert_eq!(visited(0, SIZE), [(0x8_0000, 16), (0x9_0000, 16)]);
+        // An indirect table whose entry is another one, and a table outside RAM.
+        entry(2, table.0 + 32, VRING_DESC_F_INDIRECT, 0);
+        assert_eq!(visited(2, SIZE), []);
+        entry(2, u64::MAX - 8, VRING_DESC_F_INDIRECT, 0);
+        assert_eq!(visited(2, SIZE), []);
+        assert_eq!(visited(SIZE, SIZE), []);
     }
 
     #[test]

@@ -1,9 +1,14 @@
 //! Walks the descriptors of one chain.
 
+use virtio_bindings::bindings::virtio_ring::{
+    VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+};
 use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
+use vm_memory::{Address as _, Bytes as _, GuestAddress};
 
-use super::dma::OwnedDmaMemory;
+use super::buffers::DESCRIPTORS_MAX;
+use super::dma::{DmaMemory, OwnedDmaMemory};
 use crate::worker::Turn;
 
 /// A chain in the descriptor table, not yet read.
@@ -51,4 +56,44 @@ pub(crate) fn walk(
     }
     turn.charge_descriptors(seen as u64);
     end
+}
+
+/// Passes address and length of the device-writable buffers of a chain that was taken earlier to `visit`. Stops where
+/// the chain is broken, and after [`DESCRIPTORS_MAX`] descriptors.
+pub(crate) fn each_writable(
+    memory: &DmaMemory<'_>,
+    mut table: GuestAddress,
+    mut size: u16,
+    mut index: u16,
+    mut visit: impl FnMut(u64, u64),
+) {
+    const ENTRY_BYTES: u64 = size_of::<Descriptor>() as u64;
+    let mut is_indirect = false;
+    for _ in 0..DESCRIPTORS_MAX {
+        let at = table.checked_add(u64::from(index) * ENTRY_BYTES);
+        let Some(at) = at.filter(|_| index < size) else {
+            return;
+        };
+        let Ok(descriptor) = memory.read_obj::<Descriptor>(at) else {
+            return;
+        };
+        let has = |flag: u32| u32::from(descriptor.flags()) & flag != 0;
+        if has(VRING_DESC_F_INDIRECT) {
+            let entries = u64::from(descriptor.len()) / ENTRY_BYTES;
+            if std::mem::replace(&mut is_indirect, true) {
+                return;
+            }
+            table = descriptor.addr();
+            size = u16::try_from(entries).unwrap_or(u16::MAX);
+            index = 0;
+            continue;
+        }
+        if has(VRING_DESC_F_WRITE) {
+            visit(descriptor.addr().0, u64::from(descriptor.len()));
+        }
+        if !has(VRING_DESC_F_NEXT) {
+            return;
+        }
+        index = descriptor.next();
+    }
 }

@@ -171,7 +171,9 @@ impl DiscardEngine {
         self.refresh(&mem);
         outcome.skipped = plan(&self.regions, claims, expected, &mut self.pieces);
         self.hide_files(&mut outcome, turn);
-        if !self.carry_out(&mut outcome, turn) {
+        let is_whole = self.carry_out(&mut outcome, turn);
+        self.log(ram);
+        if !is_whole {
             self.pieces.clear();
             return None;
         }
@@ -233,6 +235,17 @@ impl DiscardEngine {
                 }
             }
         });
+    }
+
+    /// Records the batch: its memory has other content now.
+    fn log(&self, ram: &GuestRam) {
+        if !ram.writes().is_on() {
+            return;
+        }
+        for piece in &self.pieces {
+            let start = self.regions[piece.region].guest_start + piece.offset;
+            ram.writes().record(start, piece.bytes);
+        }
     }
 
     fn refresh(&mut self, mem: &Arc<GuestMemoryMmap<()>>) {

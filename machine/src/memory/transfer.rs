@@ -1,0 +1,442 @@
+//! The content of guest RAM in pieces that another process writes to the same places of its own RAM.
+//!
+//! ```text
+//!   source                                          target
+//!   send_content(None)      pages with data ──────► ContentWriter::write   into RAM that reads as zeros
+//!   send_content(written)   pages with data ──────► ContentWriter::write
+//!                           pages without  ───────► ContentWriter::clear   discarded: not resident, read as zeros
+//! ```
+//! Pages that the guest never touched or has returned are thus neither sent nor resident afterwards.
+
+use virtio_devices::reclaim::{DiscardEngine, Expected, GuestRange, Pagemap};
+use vm_memory::{Bytes as _, GuestAddress, GuestAddressSpace};
+
+use super::content::{CHUNK_BYTES, Chunk, PAGE, chunks, each_run};
+use super::layout::PAGE_BYTES;
+use super::{ContentError, GuestMemory, WrittenPages, Zone};
+
+/// Pages of up to 2 MiB of one zone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pages<'a> {
+    /// Number of the zone.
+    pub zone: u32,
+    /// Offset in the zone, where a chunk begins.
+    pub offset: u64,
+    /// One bit for each page of the chunk, the first in bit 0 of the first byte: the pages in `data`.
+    pub bits: &'a [u8],
+    /// These pages, one after the other.
+    pub data: &'a [u8],
+}
+
+/// Whole pages of one zone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageRun {
+    /// Number of the zone.
+    pub zone: u32,
+    /// Offset in the zone.
+    pub offset: u64,
+    /// Length.
+    pub bytes: u64,
+}
+
+fn bit(bits: &[u8], page: usize) -> bool {
+    bits[page / 8] & 1 << (page % 8) != 0
+}
+
+impl GuestMemory {
+    /// Passes the pages that hold data to `send`: all of them, or those in `written`. Those in `written` that hold none
+    /// are passed to `clear`. The machine may run: pages that it changes meanwhile are in the next record. Needs 2 MiB
+    /// of buffer.
+    ///
+    /// # Errors
+    /// The page tables or RAM cannot be read, or `send` or `clear` failed.
+    pub fn send_content<E: From<ContentError>>(
+        &self,
+        written: Option<&WrittenPages>,
+        mut send: impl FnMut(Pages<'_>) -> Result<(), E>,
+        mut clear: impl FnMut(PageRun) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let pagemap = Pagemap::open().map_err(ContentError::Pages)?;
+        let mut buffer = vec![0; CHUNK_BYTES];
+        for (number, zone) in (0_u32..).zip(self.zones()) {
+            for chunk in chunks(zone) {
+                let count = chunk.bytes / PAGE;
+                let wanted = match written {
+                    Some(written) => match written.bits(chunk.guest.0, count) {
+                        Some(bits) => Some(bits),
+                        None => continue,
+                    },
+                    None => None,
+                };
+                let buffer = &mut buffer[..chunk.bytes];
+                let bits = self.read_chunk(zone, &pagemap, chunk, wanted.as_deref(), buffer)?;
+                let mut used = 0;
+                for page in (0..count).filter(|page| bit(&bits, *page)) {
+                    buffer.copy_within(page * PAGE..(page + 1) * PAGE, used);
+                    used += PAGE;
+                }
+                if used > 0 {
+                    send(Pages {
+                        zone: number,
+                        offset: chunk.offset,
+                        bits: &bits,
+                        data: &buffer[..used],
+                    })?;
+                }
+                let Some(mut empty) = wanted else {
+                    continue;
+                };
+                for (empty, data) in empty.iter_mut().zip(&bits) {
+                    *empty &= !data;
+                }
+                each_run(&empty, count, |start, bytes| {
+                    clear(PageRun {
+                        zone: number,
+                        offset: chunk.offset + start as u64,
+                        bytes: bytes as u64,
+                    })
+                })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Writes the content of another process's RAM into RAM that has none yet.
+#[derive(Debug)]
+pub struct ContentWriter {
+    memory: GuestMemory,
+    engine: DiscardEngine,
+}
+
+impl ContentWriter {
+    /// Until [`ContentWriter::finish`], RAM has no transparent huge pages: those that the content does not fill must not
+    /// become resident.
+    pub fn new(memory: GuestMemory) -> Self {
+        for zone in memory.zones() {
+            memory.advise_huge_pages(zone, false);
+        }
+        Self {
+            memory,
+            engine: DiscardEngine::without_vectors(Default::default()),
+        }
+    }
+
+    /// Writes pages.
+    ///
+    /// # Errors
+    /// They do not fit RAM, or it cannot be written.
+    pub fn write(&self, pages: Pages<'_>) -> Result<(), ContentError> {
+        let Pages {
+            zone,
+            offset,
+            bits,
+            data,
+        } = pages;
+        let invalid = |reason| ContentError::Invalid {
+            zone,
+            offset,
+            reason,
+        };
+        let own = self
+            .zone(zone)
+            .ok_or_else(|| invalid("there is no such zone"))?;
+        let chunk = chunk_at(own, offset).ok_or_else(|| invalid("no chunk begins there"))?;
+        let count = chunk.bytes / PAGE;
+        let fits =
+            bits.len() == count.div_ceil(8) && (count..bits.len() * 8).all(|page| !bit(bits, page));
+        if !fits {
+            return Err(invalid("its bitmap has another length than the chunk"));
+        }
+        let pages = (0..count).filter(|page| bit(bits, *page));
+        if pages.clone().count() * PAGE != data.len() {
+            return Err(invalid(
+                "its bitmap has another number of pages than the data",
+            ));
+        }
+        let ram = self.memory.ram().memory();
+        for (page, data) in pages.zip(data.chunks_exact(PAGE)) {
+            let address = GuestAddress(chunk.guest.0 + (page * PAGE) as u64);
+            ram.write_slice(data, address)
+                .map_err(|error| in_ram(own, offset, error))?;
+        }
+        Ok(())
+    }
+
+    /// Makes pages read as zeros, without being resident if the host's page size allows.
+    ///
+    /// # Errors
+    /// They are not in RAM, or it cannot be written.
+    pub fn clear(&mut self, run: PageRun) -> Result<(), ContentError> {
+        let PageRun {
+            zone,
+            offset,
+            bytes,
+        } = run;
+        let invalid = |reason| ContentError::Invalid {
+            zone,
+            offset,
+            reason,
+        };
+        let own = self
+            .zone(zone)
+            .ok_or_else(|| invalid("there is no such zone"))?;
+        if !offset.is_multiple_of(PAGE_BYTES) || !bytes.is_multiple_of(PAGE_BYTES) {
+            return Err(invalid("it is not made of pages"));
+        }
+        let guest = guest_range(own, offset, bytes).ok_or_else(|| invalid("it is outside RAM"))?;
+        let own = own.clone();
+        let outcome = self
+            .engine
+            .discard(self.memory.ram(), &mut [guest], Expected::Zeros);
+        if outcome.discarded.bytes == bytes {
+            return Ok(());
+        }
+        let ram = self.memory.ram().memory();
+        for at in (0..bytes).step_by(PAGE) {
+            ram.write_slice(&[0; PAGE], GuestAddress(guest.start + at))
+                .map_err(|error| in_ram(&own, offset + at, error))?;
+        }
+        Ok(())
+    }
+
+    /// The RAM with its content. `thp`: whether it uses transparent huge pages from now on.
+    pub fn finish(self, thp: bool) -> GuestMemory {
+        for zone in self.memory.zones().iter().filter(|_| thp) {
+            self.memory.advise_huge_pages(zone, true);
+        }
+        self.memory
+    }
+
+    fn zone(&self, number: u32) -> Option<&Zone> {
+        self.memory.zones().get(usize::try_from(number).ok()?)
+    }
+}
+
+fn in_ram(zone: &Zone, offset: u64, error: vm_memory::GuestMemoryError) -> ContentError {
+    ContentError::Ram {
+        zone: zone.id.clone(),
+        offset,
+        source: std::io::Error::other(error),
+    }
+}
+
+/// The chunk that begins at `offset`.
+fn chunk_at(zone: &Zone, offset: u64) -> Option<Chunk> {
+    let mut before = 0;
+    for range in &zone.ranges {
+        let bytes = range.end - range.start;
+        if let Some(at) = offset.checked_sub(before).filter(|at| *at < bytes) {
+            return at.is_multiple_of(CHUNK_BYTES as u64).then(|| Chunk {
+                offset,
+                guest: GuestAddress(range.start + at),
+                bytes: (bytes - at).min(CHUNK_BYTES as u64) as usize,
+            });
+        }
+        before += bytes;
+    }
+    None
+}
+
+/// The addresses of these bytes, if one range has them all.
+fn guest_range(zone: &Zone, offset: u64, bytes: u64) -> Option<GuestRange> {
+    let end = offset.checked_add(bytes)?;
+    let mut before = 0;
+    for range in &zone.ranges {
+        let after = before + (range.end - range.start);
+        if before <= offset && offset < after {
+            return (bytes > 0 && end <= after).then(|| GuestRange {
+                start: range.start + (offset - before),
+                bytes,
+            });
+        }
+        before = after;
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use virtio_devices::reclaim::ResidencyProbe;
+
+    use super::*;
+    use crate::memory::layout::MIB;
+    use crate::memory::test_memory::{address, mark, zones};
+
+    /// Two zones of 7 MiB, the second shared.
+    fn memory() -> GuestMemory {
+        zones(&[("a", false), ("b", true)])
+    }
+
+    fn put(memory: &GuestMemory, page: u64, value: u64) {
+        memory
+            .ram()
+            .memory()
+            .write_obj(value, address(page))
+            .unwrap();
+    }
+
+    fn get(memory: &GuestMemory, page: u64) -> u64 {
+        memory.ram().memory().read_obj(address(page)).unwrap()
+    }
+
+    fn resident_bytes(memory: &GuestMemory) -> u64 {
+        let probe = ResidencyProbe::new(memory.ram().clone()).unwrap();
+        probe.measure().unwrap().resident_bytes
+    }
+
+    /// Sends to `writer`; returns the bytes of data and those that were cleared.
+    fn send(
+        from: &GuestMemory,
+        written: Option<&WrittenPages>,
+        writer: &mut ContentWriter,
+    ) -> (usize, u64) {
+        let (mut sent, mut cleared) = (0, Vec::new());
+        from.send_content::<ContentError>(
+            written,
+            |pages| {
+                sent += pages.data.len();
+                writer.write(pages)
+            },
+            |run| {
+                cleared.push(run);
+                Ok(())
+            },
+        )
+        .unwrap();
+        for run in &cleared {
+            writer.clear(*run).unwrap();
+        }
+        (sent, cleared.iter().map(|run| run.bytes).sum())
+    }
+
+    #[test]
+    fn target_has_the_data_of_each_pass_and_no_page_that_was_given_back() {
+        let source = memory();
+        for page in [0, 511, 512, 1791, 1792, 3583] {
+            put(&source, page, mark(page));
+        }
+        put(&source, 100, 0);
+        let mut writer = ContentWriter::new(memory());
+        assert_eq!(send(&source, None, &mut writer), (6 * PAGE, 0));
+        assert_eq!(resident_bytes(&writer.memory), 6 * PAGE_BYTES);
+
+        let log = source.ram().writes();
+        log.start(source.zones().iter().flat_map(|zone| zone.ranges.clone()));
+        let mut given_back = [512, 1792].map(|page| GuestRange {
+            start: page * PAGE_BYTES,
+            bytes: PAGE_BYTES,
+        });
+        let mut engine = DiscardEngine::without_vectors(Default::default());
+        let outcome = engine.discard(source.ram(), &mut given_back, Expected::Anything);
+        assert_eq!(outcome.discarded.bytes, 2 * PAGE_BYTES);
+        put(&source, 0, mark(7));
+        log.record(0, 8);
+        put(&source, 3583, 0);
+        log.record(3583 * PAGE_BYTES, 8);
+        let written = WrittenPages::of_log(log);
+        assert_eq!(written.bytes(), 4 * PAGE_BYTES);
+        let second = send(&source, Some(&written), &mut writer);
+        assert_eq!(second, (PAGE, 3 * PAGE_BYTES));
+        let target = writer.finish(false);
+        for page in 0..3584 {
+            assert_eq!(get(&target, page), get(&source, page), "page {page}");
+        }
+        assert_eq!(get(&target, 0), mark(7));
+    }
+
+    #[test]
+    fn content_for_another_place_or_of_another_size_is_refused_and_writes_nothing() {
+        let mut writer = ContentWriter::new(memory());
+        let data = vec![1; 2 * PAGE];
+        let mut bits = vec![0; 64];
+        bits[0] = 0b101;
+        let good = Pages {
+            zone: 1,
+            offset: 0,
+            bits: &bits,
+            data: &data,
+        };
+        let mut long = bits.clone();
+        long.push(0);
+        // The last chunk of a zone has 1 MiB.
+        let mut beyond = vec![0; 32];
+        beyond[0] = 3;
+        for bad in [
+            Pages { zone: 2, ..good },
+            Pages {
+                zone: u32::MAX,
+                ..good
+            },
+            Pages {
+                offset: PAGE_BYTES,
+                ..good
+            },
+            Pages {
+                offset: 8 * MIB,
+                ..good
+            },
+            Pages {
+                offset: u64::MAX,
+                ..good
+            },
+            Pages {
+                offset: 6 * MIB,
+                ..good
+            },
+            Pages {
+                bits: &bits[..63],
+                ..good
+            },
+            Pages {
+                bits: &long,
+                ..good
+            },
+            Pages {
+                bits: &beyond,
+                ..good
+            },
+            Pages {
+                data: &data[..PAGE],
+                ..good
+            },
+            Pages {
+                data: &data[..PAGE + 1],
+                ..good
+            },
+        ] {
+            let error = writer.write(bad).unwrap_err();
+            assert!(matches!(error, ContentError::Invalid { .. }), "{error}");
+        }
+        let run = PageRun {
+            zone: 0,
+            offset: 0,
+            bytes: PAGE_BYTES,
+        };
+        for bad in [
+            PageRun { zone: 2, ..run },
+            PageRun { offset: 1, ..run },
+            PageRun { bytes: 0, ..run },
+            PageRun {
+                bytes: 8 * MIB,
+                ..run
+            },
+            PageRun {
+                offset: 7 * MIB,
+                ..run
+            },
+            PageRun {
+                offset: u64::MAX - 4095,
+                ..run
+            },
+        ] {
+            let error = writer.clear(bad).unwrap_err();
+            assert!(matches!(error, ContentError::Invalid { .. }), "{error}");
+        }
+        assert_eq!(resident_bytes(&writer.memory), 0);
+        writer.write(good).unwrap();
+        assert_eq!(resident_bytes(&writer.memory), 2 * PAGE_BYTES);
+    }
+}
