@@ -225,6 +225,18 @@ endpoints! {
     VmNmi = Upstream Put "vm.nmi",
         request None, response None, command "nmi",
         failure "The NMI could not be sent";
+    /// Move the VM to another process; it keeps running.
+    VmSendMigration = Upstream Put "vm.send-migration",
+        request Some("VmSendMigrationData"), response None, command "send-migration",
+        failure "The VM migration could not be sent";
+    /// Wait for a VM from another process and continue it.
+    VmReceiveMigration = Upstream Put "vm.receive-migration",
+        request Some("VmReceiveMigrationData"), response None, command "receive-migration",
+        failure "The VM migration could not be received";
+    /// Cancel the migration that is being sent or received.
+    VmCancelMigration = Ours Put "vm.cancel-migration",
+        request None, response None, command "cancel-migration",
+        failure "The VM migration could not be cancelled";
     /// Press the VM's power button.
     VmPowerButton = Upstream Put "vm.power-button",
         request None, response None, command "power-button",

@@ -75,6 +75,21 @@ pub struct VmInfo {
     /// Progress of the snapshot that is being written; absent if there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot_progress: Option<SnapshotProgress>,
+    /// Progress of the migration that is being sent; absent if there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration_progress: Option<MigrationProgress>,
+}
+
+/// Progress of a migration, on its source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[schemars(extend("example" = json!({"passes": 2, "wire_bytes": 268435456, "left_bytes": 1048576})))]
+pub struct MigrationProgress {
+    /// Completed passes over RAM.
+    pub passes: u32,
+    /// Bytes sent.
+    pub wire_bytes: u64,
+    /// RAM to be examined in the current pass, bytes. Only pages that hold data are sent.
+    pub left_bytes: u64,
 }
 
 /// Progress of a snapshot.

@@ -36,7 +36,7 @@ mod thresholds;
 pub use ascii_json::to_ascii_json;
 pub use balloon_stats::BalloonStatsResponse;
 pub use client::{Client, ClientError, Peer, SocketFile};
-pub use config::{RestoreConfig, VmConfig};
+pub use config::{RestoreConfig, VmConfig, VmReceiveMigrationData, VmSendMigrationData};
 pub use coredump::*;
 pub use device_facts::{
     BalloonStats, GuestReporting, PolicyError, ReportingPolicy, ReportingPolicyChange,
@@ -47,7 +47,8 @@ pub use event::{Event, EventTimestamp};
 pub use hinting::*;
 pub use hotplug::*;
 pub use info::{
-    DeviceNode, PciDeviceInfo, SnapshotProgress, VmCounters, VmInfo, VmState, VmmPingResponse,
+    DeviceNode, MigrationProgress, PciDeviceInfo, SnapshotProgress, VmCounters, VmInfo, VmState,
+    VmmPingResponse,
 };
 pub use rate_limit::VmUpdateRateLimiter;
 pub use reclaim::{

@@ -184,7 +184,7 @@ fn guest_saved_at_work_finishes_in_another_pc() {
         .unwrap();
     second.plug_restored(rng("_rng", 0, None), &state).unwrap();
     second.restore_pvpanic(&state).unwrap();
-    second.restore(&state).unwrap();
+    second.restore(&state, false).unwrap();
     let again = second.state().unwrap();
     let without_time = |state: &PcState| PcState {
         // The time stamp counter and the timer count on, and the guest has a new generation.
@@ -236,7 +236,7 @@ fn guest_restored_twice_has_two_new_generations_and_is_notified() {
         pc.plug_restored(rng("_rng", 0, None), state).unwrap();
         pc.plug_restored(rng("_other", 0, None), state).unwrap();
         pc.restore_pvpanic(state).unwrap();
-        pc.restore(state).unwrap();
+        pc.restore(state, false).unwrap();
         let id = generation_id(&pc);
         let state = pc.state().unwrap();
         let events: GedState = state.ged.read().unwrap();
@@ -365,7 +365,7 @@ fn nmi_requested_in_a_pause_is_saved_with_the_guest() {
         .plug_restored(rng("_other", 0, None), &state)
         .unwrap();
     second.restore_pvpanic(&state).unwrap();
-    second.restore(&state).unwrap();
+    second.restore(&state, false).unwrap();
     assert_eq!(pending(&second.state().unwrap()), 1);
 }
 
@@ -425,7 +425,7 @@ fn state_of_a_machine_with_other_devices_is_refused_by_name() {
         .unwrap_err();
     assert!(told(twice).contains("slot 3"));
     other.restore_pvpanic(&state).unwrap();
-    let missing = other.restore(&state).unwrap_err();
+    let missing = other.restore(&state, false).unwrap_err();
     assert!(told(missing).contains("_other"));
 
     let leaving = pc.devices()[0].clone();

@@ -77,6 +77,7 @@ const VMM_MODULES: &[&str] = &[
     "thresholds",
     "snapshot",
     "vm",
+    "migration",
     "view",
     "balloon_events",
     "figures_thread",

@@ -11,6 +11,7 @@ mod host_view;
 mod hotplug;
 mod jail;
 mod landlock;
+mod migration;
 mod reporting_policy;
 mod shared_folder;
 mod snapshot;

@@ -149,6 +149,24 @@ events! {
         MemoryUnavailable "memory-unavailable" { error: String, action: &'static str }
         /// The machine could not be created; nothing was left behind.
         RestoreFailed "restore-failed" { error: String }
+        /// The machine is being sent to another process.
+        MigrationStarted "migration-started"
+        /// A pass over RAM begins; 0 is the first.
+        MigrationMemoryIteration "migration-memory-iteration" { id: u32 }
+        /// The machine runs in the other process. This process ends.
+        MigrationFinished "migration-finished" { passes: u32, wire_bytes: u64, data_bytes: u64, downtime_ms: u64 }
+        /// The machine stays here; it runs if it ran before, unless the error says otherwise.
+        MigrationFailed "migration-failed" { error: String }
+        /// It is unknown where the machine is; it stays paused here.
+        MigrationUnconfirmed "migration-unconfirmed" { error: String }
+        /// A source can connect.
+        MigrationReceiveReady "migration-receive-ready"
+        /// A source has connected.
+        MigrationReceiveStarted "migration-receive-started"
+        /// The machine is here.
+        MigrationReceiveFinished "migration-receive-finished"
+        /// No machine was received; nothing was left behind.
+        MigrationReceiveFailed "migration-receive-failed" { error: String }
         /// Memory or balloon are being resized.
         Resizing "resizing"
         /// The new sizes are set; the guest may still be working on them.

@@ -12,6 +12,7 @@ mod figures_thread;
 mod inherited_fd;
 pub mod jail;
 pub mod landlock;
+pub mod migration;
 pub mod own_memory;
 pub mod reporting_policy;
 pub mod seccomp;

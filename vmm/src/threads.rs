@@ -15,6 +15,9 @@ pub const EVENT_THREAD: &str = "event-monitor";
 /// Name of the thread that evaluates alerts.
 pub const THRESHOLDS_THREAD: &str = "thresholds";
 
+/// Name of the thread that sends or receives a VM.
+pub const MIGRATION_THREAD: &str = "migration";
+
 /// Threads with the same permissions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ThreadKind {
@@ -30,6 +33,8 @@ pub enum ThreadKind {
     EventMonitor,
     /// Evaluates alerts.
     Thresholds,
+    /// Sends or receives a VM.
+    Migration,
     /// Belongs to the machine.
     Machine(MachineThread),
 }
@@ -44,6 +49,7 @@ impl ThreadKind {
             Self::ApiQuery,
             Self::EventMonitor,
             Self::Thresholds,
+            Self::Migration,
         ];
         own.into_iter()
             .chain(MachineThread::all().map(Self::Machine))
@@ -62,7 +68,7 @@ mod tests {
     #[test]
     fn kinds_are_all_listed_once() {
         let kinds: Vec<_> = ThreadKind::all().collect();
-        assert_eq!(kinds.len(), 20);
+        assert_eq!(kinds.len(), 21);
         assert_eq!(kinds.iter().collect::<BTreeSet<_>>().len(), kinds.len());
     }
 }

@@ -7,6 +7,7 @@ use std::sync::{Arc, RwLock};
 use api::{VmConfig, VmInfo, VmState};
 use virtio_devices::Unpoisoned;
 
+use crate::migration::SendProgress;
 use crate::snapshot::Progress;
 use crate::thresholds::Thresholds;
 use crate::vm::MachineObserver;
@@ -20,6 +21,8 @@ pub struct View {
     pub machine: Option<MachineView>,
     /// The snapshot that is being written.
     pub snapshot: Option<Arc<Progress>>,
+    /// The migration that is being sent.
+    pub migration: Option<Arc<SendProgress>>,
     /// The thresholds, if there is a VM.
     pub thresholds: Option<Arc<Thresholds>>,
 }
@@ -62,6 +65,7 @@ impl View {
                 .as_ref()
                 .map(|machine| machine.observer.device_tree()),
             snapshot_progress: self.snapshot.as_ref().map(|progress| progress.now()),
+            migration_progress: self.migration.as_ref().map(|progress| progress.now()),
         })
     }
 }

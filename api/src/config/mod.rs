@@ -13,6 +13,7 @@ mod generic_vhost_user;
 mod landlock;
 mod mac;
 mod memory;
+mod migration;
 mod net;
 mod numa;
 mod path_or_fd;
@@ -43,6 +44,9 @@ pub use landlock::LandlockConfig;
 pub use mac::{MacAddr, MacAddrError};
 pub use memory::{
     DEFAULT_MEMORY_BYTES, HotplugMethod, MemoryConfig, MemoryUnavailableAction, MemoryZoneConfig,
+};
+pub use migration::{
+    MigrationMemoryMode, MigrationTimeoutStrategy, VmReceiveMigrationData, VmSendMigrationData,
 };
 pub use net::{DEFAULT_NET_NUM_QUEUES, DEFAULT_NET_QUEUE_SIZE, INVALID_FD, NetConfig, VhostMode};
 pub use numa::{NumaConfig, NumaDistance};

@@ -16,7 +16,9 @@ use crate::config::{
     NumaConfig, PlatformConfig, PmemConfig, RateLimitGroupConfig, ResourceLimitsConfig, RngConfig,
     SerialConfig, VsockConfig,
 };
-use crate::{AlertChange, ReportingPolicy, RestoreConfig};
+use crate::{
+    AlertChange, ReportingPolicy, RestoreConfig, VmReceiveMigrationData, VmSendMigrationData,
+};
 
 /// The version of a key that is not on the page yet.
 const THIS_VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -77,6 +79,14 @@ fn sections() -> Vec<OptionReference> {
     ]
 }
 
+/// The commands of `ch-remote` whose value is of the same form.
+fn commands() -> Vec<OptionReference> {
+    vec![
+        VmSendMigrationData::reference(),
+        VmReceiveMigrationData::reference(),
+    ]
+}
+
 /// The first version of each key, by the heading of its option.
 #[derive(Default)]
 struct FirstVersions(BTreeMap<(String, String), String>);
@@ -131,8 +141,12 @@ fn page(old: &str) -> String {
          compares the two. \"–\" in the column Default means that the key has no default. The column Since has the version that\n\
          introduced the key.\n",
     );
-    for section in sections() {
-        let heading = format!("--{}", section.option);
+    let options = sections().into_iter().map(|section| ("--", section));
+    let commands = commands()
+        .into_iter()
+        .map(|section| ("ch-remote ", section));
+    for (kind, section) in options.chain(commands) {
+        let heading = format!("{kind}{}", section.option);
         let _ = write!(page, "\n## {heading}\n\n{HEADER}");
         for key in &section.keys {
             for syntax in &key.syntax {
@@ -297,7 +311,8 @@ mod tests {
                 declared.extend(options.map(|rest| rest.split('"').next().unwrap().to_owned()));
             }
         }
-        let page: BTreeSet<_> = sections().iter().map(|it| it.option.to_owned()).collect();
+        let page = sections().into_iter().chain(commands());
+        let page: BTreeSet<_> = page.map(|it| it.option.to_owned()).collect();
         assert_eq!(page, declared);
     }
 

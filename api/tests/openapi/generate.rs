@@ -30,6 +30,8 @@ pub(crate) fn schemas() -> BTreeMap<String, Value> {
     generator.subschema_for::<VmSnapshotConfig>();
     generator.subschema_for::<VmCoredumpData>();
     generator.subschema_for::<RestoreConfig>();
+    generator.subschema_for::<VmSendMigrationData>();
+    generator.subschema_for::<VmReceiveMigrationData>();
     generator.subschema_for::<PciDeviceInfo>();
     generator.subschema_for::<VmBalloonHinting>();
     generator.subschema_for::<VmBalloonReporting>();

@@ -13,8 +13,9 @@ use api::config::{
 use api::options::{OptionError, parse_bytes};
 use api::{
     Endpoint, HintingAction, ReclaimThresholdsChange, ReportingAction, RestoreConfig,
-    VmBalloonHinting, VmBalloonReporting, VmCoredumpData, VmRemoveDevice, VmResize, VmResizeDisk,
-    VmSnapshotConfig, VmUpdateRateLimiter, to_ascii_json,
+    VmBalloonHinting, VmBalloonReporting, VmCoredumpData, VmReceiveMigrationData, VmRemoveDevice,
+    VmResize, VmResizeDisk, VmSendMigrationData, VmSnapshotConfig, VmUpdateRateLimiter,
+    to_ascii_json,
 };
 use clap::error::ErrorKind;
 use clap::{Arg, ArgGroup, ArgMatches, Args, FromArgMatches, Subcommand, ValueEnum};
@@ -118,6 +119,15 @@ impl Arguments {
                 let nets = it.net_fds.iter().flatten();
                 nets.flat_map(|net| net.fds.iter().copied()).collect()
             }),
+            Endpoint::VmSendMigration => section!(VmSendMigrationData, "migration", "MIGRATION"),
+            Endpoint::VmReceiveMigration => Self::one(
+                endpoint,
+                Arg::new("migration")
+                    .value_name("MIGRATION")
+                    .help(VmReceiveMigrationData::syntax()),
+                receive_migration,
+                |_| Vec::new(),
+            ),
             Endpoint::VmSnapshot => Self::text(
                 endpoint,
                 Arg::new("url").value_name("URL").help(
@@ -241,6 +251,14 @@ impl FromArgMatches for Command {
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
         *self = Self::from_arg_matches(matches)?;
         Ok(())
+    }
+}
+
+/// Upstream also accepts a URL alone.
+fn receive_migration(text: &str) -> Result<VmReceiveMigrationData, OptionError> {
+    match text.starts_with("tcp:") || text.starts_with("unix:") {
+        true => VmReceiveMigrationData::parse(&format!("receiver_url={text}")),
+        false => VmReceiveMigrationData::parse(text),
     }
 }
 

@@ -141,6 +141,8 @@ fn every_command_calls_its_endpoint() {
             Endpoint::VmSnapshot => " file:///d",
             Endpoint::VmCoredump => " file:///core",
             Endpoint::VmRestore => " source_url=file:///d",
+            Endpoint::VmSendMigration => " destination_url=unix:/s",
+            Endpoint::VmReceiveMigration => " unix:/s",
             Endpoint::VmBalloonReporting => " pause",
             _ => "",
         };

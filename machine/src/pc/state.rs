@@ -188,18 +188,18 @@ impl Pc {
         restored.map_err(PcError::State)
     }
 
-    /// Replaces [`Pc::boot`]: restores everything that is not a device in a slot, and gives the guest a new generation
-    /// identifier. The machine is paused afterwards.
+    /// Replaces [`Pc::boot`]: restores everything that is not a device in a slot. A copy of the saved machine gets a new
+    /// generation identifier; a machine that has `moved` keeps its own. The machine is paused afterwards.
     ///
     /// # Errors
     /// The state belongs to another machine, KVM rejects it, or the host has no random numbers.
-    pub fn restore(&mut self, state: &PcState) -> Result<(), PcError> {
+    pub fn restore(&mut self, state: &PcState, moved: bool) -> Result<(), PcError> {
         self.paused = true;
         self.restore_chips(state)
             .and_then(|()| self.vcpus.restore(&state.vcpus.read::<VcpusState>()?))
             .map_err(PcError::State)?;
         self.has_generation_id = state.has_generation_id;
-        if !state.has_generation_id {
+        if moved || !state.has_generation_id {
             return Ok(());
         }
         acpi::renew_generation_id(&*self.memory.ram().memory()).map_err(PcError::Acpi)?;

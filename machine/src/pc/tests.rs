@@ -95,7 +95,7 @@ fn memory_added_is_the_guests_and_is_saved_with_the_machine() {
     let map = state.memory.read().unwrap();
     let memory = GuestMemory::with_dimms(&config(3 * BYTES), bits, &map).unwrap();
     let mut second = pc(memory);
-    second.restore(&state).unwrap();
+    second.restore(&state, false).unwrap();
     let controller = second.chassis.memory_hotplug.as_ref().unwrap();
     assert_eq!(controller.state().inserting, [0, 1]);
     assert_eq!(second.state().unwrap().memory_hotplug, state.memory_hotplug);

@@ -5,6 +5,7 @@
 //! | HTTP thread | `vmm.ping`, `vm.info`, `GET vm.reclaim-thresholds` | read the published view: O(1) |
 //! | an `api-query` thread | `vm.counters`, `vm.balloon-stats`, `vm.reclaim-stats` | may take time or wait for the guest |
 //! | control thread | everything that changes something | it owns the VM |
+//! | control thread, then the thread of the migration | `vm.receive-migration` | waits for the source |
 //! | control thread, then an `api-query` thread | `vm.balloon-reporting` | requested in order, then awaited |
 
 use std::os::fd::OwnedFd;
@@ -153,6 +154,11 @@ impl Dispatcher {
                     self.change(call, move |vm| vm.restore(&request, fds));
                 }
             }
+            Endpoint::VmSendMigration => {
+                self.change_to(call, |vm, request| vm.send_migration(&request));
+            }
+            Endpoint::VmReceiveMigration => self.receive_migration(call),
+            Endpoint::VmCancelMigration => self.change(call, Lifecycle::cancel_migration),
             Endpoint::VmBalloonHinting => {
                 self.change_to(call, |vm, VmBalloonHinting { action }| {
                     vm.on_machine(|machine| machine.balloon_hinting(action))
@@ -222,6 +228,21 @@ impl Dispatcher {
     ) {
         if let Some((body, call)) = call.read_body() {
             self.change(call, move |vm| change(vm, body));
+        }
+    }
+
+    /// Responds when the migration has ended.
+    fn receive_migration(&self, call: Call) {
+        if let Some((request, Call { reply, .. })) = call.read_body() {
+            self.control.receive_migration(request, move |outcome| {
+                reply.send(match outcome {
+                    Ok(()) => Answer::no_content(),
+                    Err(error) => {
+                        log::warn!("{}", api::error_chain(&error).join(": "));
+                        request_failed(error)
+                    }
+                });
+            });
         }
     }
 

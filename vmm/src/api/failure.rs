@@ -64,6 +64,7 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
             }
         }
         LifecycleError::CoreUrl { .. } => Status::BadRequest,
+        LifecycleError::Migration(error) if error.is_of_request() => Status::BadRequest,
         LifecycleError::CoreFile { source, .. } => match source.kind() {
             ErrorKind::AlreadyExists | ErrorKind::NotFound => Status::BadRequest,
             _ => Status::InternalServerError,
@@ -94,6 +95,10 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
         | LifecycleError::VmNotRunning
         | LifecycleError::InvalidStateTransition { .. }
         | LifecycleError::NotPaused
+        | LifecycleError::Migrating
+        | LifecycleError::NotMigrating
+        | LifecycleError::Committed
+        | LifecycleError::Migration(_)
         | LifecycleError::Snapshot(_)
         | LifecycleError::VcpusOutOfRange { .. }
         | LifecycleError::MemoryHotplug { .. }

@@ -31,7 +31,7 @@ use crate::view::PublishedView;
 use crate::vm::{
     BalloonStatsError, HotplugError, Machine, MachineObserver, SavedMachine, VmContext, VmError,
 };
-use machine::memory::{GuestMemory, MemoryFailure};
+use machine::memory::{GuestMemory, MemoryFailure, WriteTracker};
 use machine::pc::PcError;
 use machine::signals::VmSignals;
 use state::Saved;
@@ -175,6 +175,18 @@ impl Machine for FakeMachine {
         });
         let pc = serde_json::from_value(pc).unwrap();
         Ok(SavedMachine { pc, memory })
+    }
+
+    fn state(&self) -> Result<SavedMachine, VmError> {
+        self.save()
+    }
+
+    fn track_writes(&self) -> Result<WriteTracker, VmError> {
+        Err(VmError::MissingMem)
+    }
+
+    fn hold_disks(&self, _hold: bool) -> Result<(), VmError> {
+        Ok(())
     }
 
     fn write_core(&self, _file: &std::fs::File) -> Result<(), VmError> {
@@ -572,6 +584,8 @@ fn body_of(endpoint: Endpoint) -> Option<&'static str> {
         Endpoint::VmSnapshot => Some(r#"{"destination_url": "file:///nonexistent"}"#),
         Endpoint::VmCoredump => Some(r#"{"destination_url": "file:///nonexistent/core"}"#),
         Endpoint::VmRestore => Some(r#"{"source_url": "file:///nonexistent"}"#),
+        Endpoint::VmSendMigration => Some(r#"{"destination_url": "tcp:host:1"}"#),
+        Endpoint::VmReceiveMigration => Some(r#"{"receiver_url": "unix:relative"}"#),
         _ => None,
     }
 }
@@ -612,6 +626,9 @@ fn expected(endpoint: Endpoint) -> [u16; 4] {
         Endpoint::VmSnapshot => [500, 500, 500, 400],
         Endpoint::VmCoredump => [500, 500, 400, 400],
         Endpoint::VmRestore => [400, 500, 500, 500],
+        Endpoint::VmSendMigration => [500, 500, 400, 400],
+        Endpoint::VmReceiveMigration => [400, 500, 500, 500],
+        Endpoint::VmCancelMigration => [500; 4],
     }
 }
 

@@ -7,6 +7,7 @@ use api::{Endpoint, VmState};
 
 use crate::config::{RateLimiterError, ValidationError};
 use crate::landlock::LandlockError;
+use crate::migration::MigrationError;
 use crate::snapshot::SnapshotError;
 use crate::thresholds::ThresholdError;
 use crate::vm::{HotplugError, VmError};
@@ -97,6 +98,18 @@ pub enum LifecycleError {
     /// Saving failed, or the request or the files to restore are invalid.
     #[error(transparent)]
     Snapshot(SnapshotError),
+    /// A migration is under way.
+    #[error("The VM is being migrated")]
+    Migrating,
+    /// There is no migration to cancel.
+    #[error("No migration is under way")]
+    NotMigrating,
+    /// The target may have the machine.
+    #[error("The migration can no longer be cancelled")]
+    Committed,
+    /// A migration cannot start or failed.
+    #[error(transparent)]
+    Migration(MigrationError),
     /// Not a file's URL.
     #[error("destination_url must be file:// and the absolute path of a file; got {url:?}")]
     CoreUrl {

@@ -7,6 +7,8 @@
 //!     │     delete      │ └──────────────┴──── shutdown ──────────┤
 //!     └─────────────────┴──────────────── delete ─────────────────┘
 //! ```
+//! Changes from outside wait for no migration: while one is under way, they are rejected.
+//!
 //! A snapshot requires Paused and keeps that state; a restore leads from nothing to Paused. If a boot or reboot fails,
 //! the state is Created, and all resources have been released.
 
@@ -16,6 +18,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use api::config::{HotplugMethod, MemoryConfig, MemoryUnavailableAction};
 use api::{
@@ -24,7 +27,12 @@ use api::{
     VmState, VmUpdateRateLimiter,
 };
 
+use machine::memory::GuestMemory;
+use state::Saved;
+
 use super::error::{LifecycleError, RequestError};
+use super::migration::Migration;
+use super::thread::ControlHandle;
 use crate::config::{self, NewDevice, with_device, without_device};
 use crate::events::{Event, EventKind};
 use crate::landlock::{self, Confinement};
@@ -37,9 +45,9 @@ use crate::vm::{HotplugError, Machine, MachineFactory, SavedMachine, VmContext, 
 ///
 /// Endpoints call the public methods on the control thread.
 pub struct Lifecycle {
-    config: Option<VmConfig>,
+    pub(super) config: Option<VmConfig>,
     make_machine: MachineFactory,
-    machine: Option<Box<dyn Machine>>,
+    pub(super) machine: Option<Box<dyn Machine>>,
     /// Counts machines and hot-plugged balloons: figures start from zero with each.
     generation: u64,
     /// The number of machines created so far; the number of the current one.
@@ -48,17 +56,22 @@ pub struct Lifecycle {
     taps: BTreeMap<i32, OwnedFd>,
     paused: bool,
     /// The guest has requested a reset that is still pending.
-    reset_requested: bool,
+    pub(super) reset_requested: bool,
     view: Arc<PublishedView>,
     /// Kept across reboots; discarded with the configuration.
     thresholds: Arc<Thresholds>,
     /// The operator has paused reporting. Kept and discarded with the thresholds.
     reporting_paused: bool,
     events_are_read: bool,
-    context: VmContext,
+    pub(super) context: VmContext,
     /// The confinement of the control thread, which calls every public method.
-    confinement: Confinement,
+    pub(super) confinement: Confinement,
     ended: bool,
+    /// For the threads of migrations.
+    pub(super) control: ControlHandle,
+    pub(super) migration: Option<Migration>,
+    /// The paused machine does not hold the locks of its disks.
+    pub(super) disks_released: bool,
 }
 
 virtio_devices::debug_fields!(Lifecycle {});
@@ -70,6 +83,7 @@ impl Lifecycle {
         thresholds: Arc<Thresholds>,
         events_are_read: bool,
         context: VmContext,
+        control: ControlHandle,
     ) -> Self {
         Self {
             config: None,
@@ -87,7 +101,30 @@ impl Lifecycle {
             context,
             confinement: Confinement::default(),
             ended: false,
+            control,
+            migration: None,
+            disks_released: false,
         }
+    }
+
+    /// As [`Lifecycle::run`], for a request from outside.
+    pub(super) fn run_request<T>(
+        &mut self,
+        endpoint: Endpoint,
+        change: impl FnOnce(&mut Self) -> Result<T, LifecycleError>,
+    ) -> Result<T, RequestError> {
+        let is_allowed = matches!(
+            endpoint,
+            Endpoint::VmmShutdown
+                | Endpoint::VmSendMigration
+                | Endpoint::VmReceiveMigration
+                | Endpoint::VmCancelMigration
+        );
+        if self.migration.is_some() && !is_allowed {
+            let cause = LifecycleError::Migrating;
+            return Err(RequestError { endpoint, cause });
+        }
+        self.run(endpoint, change)
     }
 
     /// Executes a change and publishes the result, so that a client that receives the response also sees the effect.
@@ -119,7 +156,7 @@ impl Lifecycle {
         self.ended
     }
 
-    fn publish(&self) {
+    pub(super) fn publish(&self) {
         self.publish_with(None);
     }
 
@@ -127,6 +164,7 @@ impl Lifecycle {
     fn publish_with(&self, snapshot: Option<Arc<Progress>>) {
         self.view.publish(View {
             snapshot,
+            migration: self.migration.as_ref().and_then(Migration::progress),
             config: self.config.clone().map(Arc::new),
             machine: self.machine.as_ref().map(|machine| MachineView {
                 generation: self.generation,
@@ -145,7 +183,7 @@ impl Lifecycle {
         });
     }
 
-    fn machine_state(&self) -> VmState {
+    pub(super) fn machine_state(&self) -> VmState {
         if self.paused {
             VmState::Paused
         } else {
@@ -153,7 +191,7 @@ impl Lifecycle {
         }
     }
 
-    fn emit(&self, kind: EventKind) {
+    pub(super) fn emit(&self, kind: EventKind) {
         (self.context.events)(&kind.into());
     }
 
@@ -240,8 +278,12 @@ impl Lifecycle {
         self.machine_number += 1;
     }
 
-    fn stop_machine(&mut self) -> Result<(), LifecycleError> {
+    pub(super) fn stop_machine(&mut self) -> Result<(), LifecycleError> {
         let machine = self.machine.take().ok_or(LifecycleError::VmNotRunning)?;
+        if let Some(migration) = &self.migration {
+            migration.cancel();
+        }
+        self.disks_released = false;
         self.paused = false;
         self.reset_requested = false;
         let stopped = machine.shutdown().map_err(LifecycleError::Machine);
@@ -277,14 +319,19 @@ impl Lifecycle {
             Some(_) => self.shutdown(),
             None => Ok(()),
         };
-        self.context.consoles.close();
-        self.confinement.forget_vm();
-        self.thresholds.clear();
-        self.reporting_paused = false;
+        self.forget_vm();
         if self.config.take().is_some() {
             self.emit(EventKind::Deleted);
         }
         stopped
+    }
+
+    /// Drops everything that belongs to the configuration.
+    pub(super) fn forget_vm(&mut self) {
+        self.context.consoles.close();
+        self.confinement.forget_vm();
+        self.thresholds.clear();
+        self.reporting_paused = false;
     }
 
     /// `vm.reboot`: stops the machine and starts another one.
@@ -319,9 +366,10 @@ impl Lifecycle {
     /// `vm.resume`
     ///
     /// # Errors
-    /// The machine is not paused, or a vCPU could not be resumed.
+    /// The machine is not paused, another process uses its disks, or a vCPU could not be resumed.
     pub fn resume(&mut self) -> Result<(), LifecycleError> {
         self.machine_in(VmState::Paused, VmState::Running)?;
+        self.hold_disks_again(Duration::ZERO)?;
         self.emit(EventKind::Resuming);
         self.on_machine(|machine| machine.resume())?;
         self.paused = false;
@@ -366,6 +414,21 @@ impl Lifecycle {
             .check(&[landlock::of_snapshot(&folder)])
             .map_err(LifecycleError::Landlock)?;
         let SavedMachine { pc, memory } = machine.save().map_err(LifecycleError::Machine)?;
+        let (config, state) = self.description(config, pc, &memory);
+        let events = Arc::clone(&self.context.events);
+        let progress = Arc::new(Progress::of_snapshot(&memory, events));
+        self.publish_with(Some(Arc::clone(&progress)));
+        snapshot::write(&folder, &config, &state, &memory, &progress)
+            .map_err(LifecycleError::Snapshot)
+    }
+
+    /// The configuration and the state from which another process can continue the machine.
+    pub(super) fn description(
+        &self,
+        config: &VmConfig,
+        pc: Saved,
+        memory: &GuestMemory,
+    ) -> (VmConfig, SnapshotState) {
         let mut config = config.clone();
         // RAM that a reboot takes away is still there.
         let next = (config.memory.size > 0)
@@ -376,11 +439,7 @@ impl Lifecycle {
             reporting_paused: self.reporting_paused,
             memory_size_after_reboot: next.filter(|next| *next != config.memory.size),
         };
-        let events = Arc::clone(&self.context.events);
-        let progress = Arc::new(Progress::of_snapshot(&memory, events));
-        self.publish_with(Some(Arc::clone(&progress)));
-        snapshot::write(&folder, &config, &state, &memory, &progress)
-            .map_err(LifecycleError::Snapshot)
+        (config, state)
     }
 
     /// `vm.coredump`: writes a core file of the guest. A running machine is paused meanwhile.
@@ -478,13 +537,24 @@ impl Lifecycle {
         let numbers: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         snapshot::adapt(&mut config, request, &numbers).map_err(LifecycleError::Snapshot)?;
         config::validate(&config).map_err(LifecycleError::ConfigValidation)?;
-        self.thresholds
-            .change(&snapshot.state.thresholds)
-            .map_err(LifecycleError::Thresholds)?;
         self.confinement
             .admit(&config)
             .map_err(LifecycleError::Landlock)?;
-        let machine = (self.make_machine)(&mut config, &self.context, Some(&snapshot));
+        self.create_restored(&snapshot, config)?;
+        self.keep_taps(fds);
+        Ok(())
+    }
+
+    /// Creates the machine of `snapshot` with the checked `config`. It is paused.
+    pub(super) fn create_restored(
+        &mut self,
+        snapshot: &Snapshot,
+        mut config: VmConfig,
+    ) -> Result<(), LifecycleError> {
+        self.thresholds
+            .change(&snapshot.state.thresholds)
+            .map_err(LifecycleError::Thresholds)?;
+        let machine = (self.make_machine)(&mut config, &self.context, Some(snapshot));
         let machine = machine.map_err(LifecycleError::Machine)?;
         if let Some(bytes) = snapshot.state.memory_size_after_reboot {
             config.memory.size = bytes;
@@ -493,7 +563,6 @@ impl Lifecycle {
         self.paused = true;
         // The balloon's saved state already includes the pause.
         self.reporting_paused = snapshot.state.reporting_paused;
-        self.keep_taps(fds);
         self.emit(EventKind::Restored);
         Ok(())
     }
@@ -775,9 +844,17 @@ impl Lifecycle {
         self.paused
     }
 
-    /// The guest has requested a reset.
+    /// A migration is under way.
+    pub(super) fn is_migrating(&self) -> bool {
+        self.migration.is_some()
+    }
+
+    /// The guest has requested a reset. A migration of its machine would be in vain.
     pub(super) fn note_reset_request(&mut self) {
         self.reset_requested = true;
+        if let Some(migration) = &self.migration {
+            migration.cancel();
+        }
     }
 
     /// Delays a reset that the guest requested. Its vCPUs do not run until then.

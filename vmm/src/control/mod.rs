@@ -2,6 +2,7 @@
 
 mod error;
 mod lifecycle;
+mod migration;
 mod thread;
 
 pub use error::{LifecycleError, RequestError};

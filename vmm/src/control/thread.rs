@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use api::Endpoint;
 use api::config::MemoryUnavailableAction;
+use api::{Endpoint, VmReceiveMigrationData};
 
 use super::error::{LifecycleError, RequestError};
 use super::lifecycle::Lifecycle;
@@ -103,10 +103,31 @@ impl ControlHandle {
     ) {
         let job: Job = Box::new(move |lifecycle| {
             done(match lifecycle {
-                Some(lifecycle) => lifecycle.run(endpoint, change),
+                Some(lifecycle) => lifecycle.run_request(endpoint, change),
                 None => Err(queue_full(endpoint)),
             });
         });
+        self.queue_job(endpoint, job);
+    }
+
+    /// `vm.receive-migration`: `done` is called when the migration has ended, on the control thread.
+    pub fn receive_migration(
+        &self,
+        request: VmReceiveMigrationData,
+        done: impl FnOnce(Result<(), RequestError>) + Send + 'static,
+    ) {
+        let endpoint = Endpoint::VmReceiveMigration;
+        let job: Job = Box::new(move |lifecycle| match lifecycle {
+            Some(lifecycle) => {
+                lifecycle.receive_migration(&request, Box::new(done));
+                lifecycle.publish();
+            }
+            None => done(Err(queue_full(endpoint))),
+        });
+        self.queue_job(endpoint, job);
+    }
+
+    fn queue_job(&self, endpoint: Endpoint, job: Job) {
         match self.queue.try_send(Request { endpoint, job }) {
             // If the counter is full, a wake-up is already pending.
             Ok(()) => drop(self.wake.write(1)),
@@ -128,6 +149,32 @@ impl ControlHandle {
         let (sender, receiver) = sync_channel(1);
         // The receiver exists as long as the caller waits below.
         self.submit(endpoint, change, move |outcome| drop(sender.send(outcome)));
+        receiver
+            .recv()
+            .unwrap_or_else(|_| Err(queue_full(endpoint)))
+    }
+
+    /// Makes a step of a migration and waits for its result, also if the queue is full. Not for the control thread.
+    ///
+    /// # Errors
+    /// The step failed, or the control thread has ended.
+    pub(super) fn step<T: Send + 'static>(
+        &self,
+        endpoint: Endpoint,
+        step: impl FnOnce(&mut Lifecycle) -> Result<T, LifecycleError> + Send + 'static,
+    ) -> Result<T, RequestError> {
+        let (sender, receiver) = sync_channel(1);
+        let job: Job = Box::new(move |lifecycle| {
+            if let Some(lifecycle) = lifecycle {
+                // The receiver exists as long as the caller waits below.
+                drop(sender.send(lifecycle.run(endpoint, step)));
+            }
+        });
+        if self.queue.send(Request { endpoint, job }).is_err() {
+            return Err(queue_full(endpoint));
+        }
+        // If the counter is full, a wake-up is already pending.
+        drop(self.wake.write(1));
         receiver
             .recv()
             .unwrap_or_else(|_| Err(queue_full(endpoint)))
@@ -204,7 +251,7 @@ impl ControlThread {
             .name(CONTROL_THREAD.to_owned())
             .stack_size(STACK_BYTES)
             .spawn(move || {
-                let ending = run(setup, thresholds, &epoll, &requests, &own.wake);
+                let ending = run(setup, thresholds, &epoll, &requests, own);
                 // No further events follow after the final one.
                 drop(monitor);
                 ending
@@ -241,7 +288,7 @@ fn run(
     thresholds: Arc<Thresholds>,
     epoll: &Epoll,
     requests: &Receiver<Request>,
-    wake: &EventFd,
+    own: ControlHandle,
 ) -> Ending {
     (setup.on_start)();
     (setup.context.events)(&EventKind::VmmStarting.into());
@@ -252,6 +299,7 @@ fn run(
         thresholds,
         setup.events_are_read,
         setup.context,
+        own.clone(),
     );
     let mut control = Control {
         lifecycle,
@@ -272,7 +320,7 @@ fn run(
         };
         let mut tokens: Vec<u64> = events[..count].iter().map(EpollEvent::data).collect();
         tokens.sort_unstable();
-        let ending = control.handle_tokens(&tokens, requests, wake);
+        let ending = control.handle_tokens(&tokens, requests, &own.wake);
         let ending = ending.or_else(|| control.check_memory());
         if let Some(ending) = ending.or_else(|| control.reset_if_due()) {
             break ending;
@@ -301,7 +349,7 @@ impl Control {
     fn timeout_ms(&self) -> i32 {
         // A machine that the operator paused is reset only after a resume.
         let delayed = self.delayed_reset.as_ref();
-        let delayed = delayed.filter(|_| !self.lifecycle.is_paused());
+        let delayed = delayed.filter(|_| !self.must_wait());
         let reset = delayed.map(|delayed| delayed.due.saturating_duration_since(Instant::now()));
         let check = self.lifecycle.needs_memory_checks();
         let check = check.then_some(STALL_CHECK_INTERVAL);
@@ -329,13 +377,18 @@ impl Control {
         }
     }
 
+    /// A reset waits until the operator resumes the machine, and until a migration has ended.
+    fn must_wait(&self) -> bool {
+        self.lifecycle.is_paused() || self.lifecycle.is_migrating()
+    }
+
     fn reset_if_due(&mut self) -> Option<Ending> {
         let delayed = self.delayed_reset.take()?;
         // The operator may have replaced or stopped the machine meanwhile.
         if self.lifecycle.machine_number() != Some(delayed.machine) {
             return None;
         }
-        if self.lifecycle.is_paused() || Instant::now() < delayed.due {
+        if self.must_wait() || Instant::now() < delayed.due {
             self.delayed_reset = Some(delayed);
             return None;
         }
@@ -411,8 +464,8 @@ impl Control {
             return None;
         }
         let now = Instant::now();
-        if self.lifecycle.is_paused() {
-            // The guest requested the reset while it was being paused.
+        if self.must_wait() {
+            // The guest requested the reset while it was being paused or migrated.
             self.delayed_reset = Some(DelayedReset { due: now, machine });
             return None;
         }

@@ -53,6 +53,7 @@ mod values {
 
     pub(super) const PUNCH_HOLE: c_int = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
     pub(super) const DATAGRAM: c_int = SOCK_DGRAM | SOCK_CLOEXEC;
+    pub(super) const STREAM: c_int = SOCK_STREAM | SOCK_CLOEXEC;
     pub(super) const NO_FLAGS: c_int = 0;
     pub(super) const THIS_PROCESS: pid_t = 0;
     /// As in linux/fcntl.h.
@@ -171,6 +172,12 @@ const SOCKET_IO: &[Call] = calls![
     SYS_shutdown,
 ];
 
+/// Creates sockets for migrations between hosts.
+const TCP: &[Call] = calls![
+    SYS_socket [0 is AF_INET] [1 is STREAM],
+    SYS_socket [0 is AF_INET6] [1 is STREAM],
+];
+
 /// Returns guest memory to the host and measures residency.
 const DISCARD: &[Call] = calls![
     SYS_fallocate [1 is PUNCH_HOLE],
@@ -277,7 +284,10 @@ const CLEANUP: &[Call] = calls![SYS_munlock, SYS_unlink, SYS_unlinkat];
 pub(super) fn children(kind: ThreadKind) -> Vec<ThreadKind> {
     match kind {
         ThreadKind::HttpServer => vec![ThreadKind::ApiQuery],
-        ThreadKind::Control => MachineThread::all().map(ThreadKind::Machine).collect(),
+        ThreadKind::Control => MachineThread::all()
+            .map(ThreadKind::Machine)
+            .chain([ThreadKind::Migration])
+            .collect(),
         _ => Vec::new(),
     }
 }
@@ -296,11 +306,22 @@ pub(super) fn own(kind: ThreadKind) -> Vec<&'static [Call]> {
             DISK_IO,
             TIMERS,
             RESIDENCY,
+            TCP,
         ],
         ThreadKind::HttpServer => &[SOCKET_IO, STARTS_THREADS],
         ThreadKind::ApiQuery => &[RESIDENCY, READ_FILES, calls![SYS_eventfd2]],
         ThreadKind::EventMonitor => &[],
         ThreadKind::Thresholds => &[RESIDENCY, READ_FILES],
+        // Connects to the peer, reads RAM and discards parts of it.
+        ThreadKind::Migration => &[
+            SOCKET_IO,
+            CLEANUP,
+            RESIDENCY,
+            READ_FILES,
+            DISCARD,
+            TCP,
+            calls![SYS_connect, SYS_setsockopt, SYS_socket [0 is AF_UNIX]],
+        ],
         ThreadKind::Machine(thread) => of_machine(thread),
     });
     lists

@@ -149,8 +149,10 @@ const FAULTS: &[Request] = requests![
     UFFDIO_COPY = 0xc028_aa03,
     UFFDIO_ZEROPAGE = 0xc020_aa04,
 ];
-/// Opens and closes blocks of hot-plugged memory.
+/// Opens and closes blocks of hot-plugged memory; ends the record of the guest's writes.
 const SLOTS: &[Request] = requests![KVM_SET_USER_MEMORY_REGION = 0x4020_ae46];
+/// Reads which pages the guest has written.
+const WRITES: &[Request] = requests![KVM_GET_DIRTY_LOG = 0x4010_ae42];
 const MESSAGE: &[Request] = requests![KVM_SIGNAL_MSI = 0x4020_aea5];
 
 /// The requests of a kind, without those of its children.
@@ -174,6 +176,7 @@ pub(super) fn own(kind: ThreadKind) -> Vec<Request> {
         ThreadKind::HttpServer => &[NONBLOCKING],
         ThreadKind::ApiQuery | ThreadKind::Thresholds => &[PAGEMAP],
         ThreadKind::EventMonitor => &[],
+        ThreadKind::Migration => &[NONBLOCKING, PAGEMAP, SLOTS, WRITES],
         ThreadKind::Machine(thread) => of_machine(thread),
     };
     lists

@@ -314,7 +314,13 @@ fn forbidden() -> Vec<Forbidden> {
             "memory slot",
             |kind| {
                 let opens_blocks = MachineThread::Worker(DeviceKind::Mem);
-                kind != ThreadKind::Control && kind != ThreadKind::Machine(opens_blocks)
+                let records_writes = ThreadKind::Migration;
+                let may = [
+                    ThreadKind::Control,
+                    records_writes,
+                    ThreadKind::Machine(opens_blocks),
+                ];
+                !may.contains(&kind)
             },
             libc::SYS_ioctl,
             [-1, 0x4020_ae46, 0, 0, 0, 0],

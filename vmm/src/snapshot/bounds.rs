@@ -36,6 +36,11 @@ pub(super) struct Bounds {
     pub(super) file: u64,
 }
 
+/// Maximum length of the state of a machine, without its memory.
+pub fn state_bytes_max(config: &VmConfig) -> u64 {
+    Bounds::of(config).machine
+}
+
 impl Bounds {
     pub(super) fn of(config: &VmConfig) -> Self {
         let memory = &config.memory;

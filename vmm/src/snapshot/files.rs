@@ -143,7 +143,10 @@ pub fn write(
 
 /// Rejects a VM with state outside the snapshot. At a restore, this also rejects a configuration that was edited so
 /// that restoring RAM would overwrite a file of the host.
-fn require_content_is_ours(config: &VmConfig) -> Result<(), SnapshotError> {
+///
+/// # Errors
+/// The device or zone whose state is elsewhere.
+pub fn require_content_is_ours(config: &VmConfig) -> Result<(), SnapshotError> {
     let mut zones = config.memory.zones.iter().flatten();
     if let Some(zone) = zones.find(|zone| zone.file.is_some()) {
         let zone = zone.id.clone();
@@ -225,6 +228,29 @@ impl Snapshot {
         })
     }
 
+    /// A machine whose RAM, with its content, is `memory`.
+    ///
+    /// # Errors
+    /// The state is of an unsupported version.
+    pub fn received(
+        config: VmConfig,
+        state: SnapshotState,
+        memory: GuestMemory,
+    ) -> Result<Self, SnapshotError> {
+        Ok(Self {
+            config,
+            pc: state.pc.read().map_err(SnapshotError::State)?,
+            state,
+            filling: Filling::Done(memory),
+            memory: Vec::new(),
+        })
+    }
+
+    /// True if the machine has moved here; false if it is a copy.
+    pub fn is_moved(&self) -> bool {
+        matches!(self.filling, Filling::Done(_))
+    }
+
     /// Creates the RAM of `config` with the saved content, and reports the progress. If RAM is filled on demand, the
     /// caller must keep the second value as long as RAM is in use.
     ///
@@ -235,14 +261,13 @@ impl Snapshot {
         config: &VmConfig,
         context: &RestoreContext,
     ) -> Result<(GuestMemory, Option<OnDemand>), SnapshotError> {
-        let mut unpopulated = config.memory.clone();
-        set_prefault(&mut unpopulated, false);
-        let map = self.pc.memory.read().map_err(SnapshotError::State)?;
-        let memory = GuestMemory::with_dimms(&unpopulated, config.cpus.max_phys_bits, &map);
-        let mut memory = memory.map_err(|error| match error {
-            RestoreError::Memory(error) => SnapshotError::Memory(error),
-            RestoreError::State(error) => SnapshotError::State(error),
-        })?;
+        if let Filling::Done(memory) = &self.filling {
+            let map = self.pc.memory.read();
+            map.and_then(|map| memory.check_state(&map))
+                .map_err(SnapshotError::State)?;
+            return Ok((memory.clone(), None));
+        }
+        let mut memory = empty_memory(config, &self.pc)?;
         let progress = Progress::of_restore(&memory, Arc::clone(&context.events));
         if let Filling::CopyOnWrite = self.filling {
             require_plain_zones(config)?;
@@ -298,6 +323,21 @@ impl Snapshot {
         )
         .map_err(SnapshotError::OnDemand)
     }
+}
+
+/// Creates the RAM of `config` and `pc` without content.
+///
+/// # Errors
+/// RAM cannot be created, or its zones differ from those of the state.
+pub fn empty_memory(config: &VmConfig, pc: &PcState) -> Result<GuestMemory, SnapshotError> {
+    let mut unpopulated = config.memory.clone();
+    set_prefault(&mut unpopulated, false);
+    let map = pc.memory.read().map_err(SnapshotError::State)?;
+    let memory = GuestMemory::with_dimms(&unpopulated, config.cpus.max_phys_bits, &map);
+    memory.map_err(|error| match error {
+        RestoreError::Memory(error) => SnapshotError::Memory(error),
+        RestoreError::State(error) => SnapshotError::State(error),
+    })
 }
 
 /// Rejects settings of a mapping that its parts would lose when they are replaced.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use api::RestoreConfig;
 use api::config::MemoryRestoreMode;
+use machine::memory::GuestMemory;
 use machine::memory::on_demand::{Faults, FillError, FillOwner, FillReport};
 use machine::signals::VmSignals;
 use machine::threads::ThreadStart;
@@ -26,6 +27,8 @@ pub enum Filling {
     },
     /// Never: RAM maps the files until it is written.
     CopyOnWrite,
+    /// It is: a migration has brought the content.
+    Done(GuestMemory),
 }
 
 impl Filling {

@@ -85,11 +85,7 @@ impl Parts {
 
         let (memory, on_demand) = match snapshot {
             Some(snapshot) => {
-                // Without KVM, no machine is created either, and the errors about paths come first.
-                if let Ok(kvm) = open_kvm() {
-                    let fits = snapshot.pc.check_host(&kvm, &config.cpus);
-                    fits.map_err(|error| VmError::Pc(PcError::State(error)))?;
-                }
+                check_host(&snapshot.pc, config)?;
                 let memory = snapshot.memory(config, &context.of_restore());
                 memory.map_err(VmError::Snapshot)?
             }
@@ -153,8 +149,9 @@ impl Parts {
         kvm: &Kvm,
         config: &VmConfig,
         context: &VmContext,
-        saved: Option<&PcState>,
+        snapshot: Option<&Snapshot>,
     ) -> Result<Vm, VmError> {
+        let saved = snapshot.map(|it| &it.pc);
         // Here, so that it is dropped after the machine if that cannot be assembled.
         let on_demand = self.on_demand.take();
         let phys_bits = guest_phys_bits(kvm, config.cpus.max_phys_bits).map_err(in_cpus)?;
@@ -204,7 +201,8 @@ impl Parts {
         });
         let pvpanic = pvpanic.transpose().map_err(VmError::Pc)?;
         if let Some(saved) = saved {
-            pc.restore(saved).map_err(VmError::Pc)?;
+            let moved = snapshot.is_some_and(Snapshot::is_moved);
+            pc.restore(saved, moved).map_err(VmError::Pc)?;
         }
         let observed = Observed {
             zones,
@@ -246,8 +244,21 @@ impl Vm {
         snapshot: Option<&Snapshot>,
     ) -> Result<Self, VmError> {
         let parts = Parts::open(config, context, snapshot)?;
-        parts.assemble(&open_kvm()?, config, context, snapshot.map(|it| &it.pc))
+        parts.assemble(&open_kvm()?, config, context, snapshot)
     }
+}
+
+/// Checks whether the processor of this host can continue the machine. Without KVM, no machine is created either, and the
+/// errors about paths come first.
+///
+/// # Errors
+/// The list of what this host lacks.
+pub fn check_host(pc: &PcState, config: &VmConfig) -> Result<(), VmError> {
+    let Ok(kvm) = open_kvm() else {
+        return Ok(());
+    };
+    let fits = pc.check_host(&kvm, &config.cpus);
+    fits.map_err(|error| VmError::Pc(PcError::State(error)))
 }
 
 fn open_kvm() -> Result<Kvm, VmError> {

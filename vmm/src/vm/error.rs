@@ -37,6 +37,15 @@ pub enum VmError {
         #[source]
         source: std::io::Error,
     },
+    /// The image of a disk or of persistent memory is in use elsewhere.
+    #[error("Cannot lock or release the image of {id}")]
+    ImageLock {
+        /// Name of the device.
+        id: String,
+        /// The error from fcntl.
+        #[source]
+        source: std::io::Error,
+    },
     /// A disk cannot have this size.
     #[error("Cannot change the size of the disk")]
     DiskResize(#[source] virtio_devices::block::DiskResizeError),

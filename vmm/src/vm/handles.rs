@@ -77,6 +77,24 @@ impl Handles {
         self.limiters.set(id, limits)
     }
 
+    /// Releases the locks of all images, or takes them again. The devices are paused.
+    ///
+    /// # Errors
+    /// Another process has a conflicting lock.
+    pub(super) fn hold(&self, hold: bool) -> Result<(), VmError> {
+        for (id, disk) in &self.disks {
+            let id = id.clone();
+            disk.hold(hold)
+                .map_err(|source| VmError::ImageLock { id, source })?;
+        }
+        for (id, pmem) in &self.pmems {
+            let id = id.clone();
+            pmem.hold(hold)
+                .map_err(|source| VmError::ImageLock { id, source })?;
+        }
+        Ok(())
+    }
+
     /// Writes the guest's data to stable storage. The devices are paused.
     ///
     /// # Errors

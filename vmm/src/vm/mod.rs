@@ -25,7 +25,7 @@ use api::config::{PlatformConfig, RateLimiterConfig};
 use api::{HintingAction, PciDeviceInfo, ReportingPolicy, VmBalloonReporting, VmConfig};
 use machine::boot::Payload;
 use machine::memory::on_demand::OnDemand;
-use machine::memory::{GuestMemory, MemoryFailure};
+use machine::memory::{GuestMemory, MemoryFailure, WriteTracker};
 use machine::pc::{Pc, Plugged};
 use machine::threads::DeviceKind;
 use state::Saved;
@@ -33,6 +33,7 @@ use virtio_devices::balloon::BalloonHandle;
 use virtio_devices::iommu::IommuHandle;
 use virtio_devices::mem::MemHandle;
 
+pub use build::check_host;
 pub use context::{Consoles, VmContext};
 pub use error::{HotplugError, VmError};
 use handles::Handles;
@@ -74,6 +75,24 @@ pub trait Machine {
     /// # Errors
     /// The guest has not released a device yet, or KVM cannot return a part of the state.
     fn save(&self) -> Result<SavedMachine, VmError>;
+
+    /// As [`Machine::save`], but data of disks may still be only in the host's page cache.
+    ///
+    /// # Errors
+    /// As for [`Machine::save`].
+    fn state(&self) -> Result<SavedMachine, VmError>;
+
+    /// Starts to record the pages of RAM that are written.
+    ///
+    /// # Errors
+    /// KVM cannot record writes.
+    fn track_writes(&self) -> Result<WriteTracker, VmError>;
+
+    /// Releases the locks of all disks of the paused machine, or takes them again.
+    ///
+    /// # Errors
+    /// Another process has a conflicting lock.
+    fn hold_disks(&self, hold: bool) -> Result<(), VmError>;
 
     /// Writes a core file of the paused machine.
     ///
@@ -225,6 +244,18 @@ impl Machine for Vm {
     fn save(&self) -> Result<SavedMachine, VmError> {
         // The saved guest relies on completed writes, flushed or not.
         self.handles.sync()?;
+        self.state()
+    }
+
+    fn track_writes(&self) -> Result<WriteTracker, VmError> {
+        self.pc.track_writes().map_err(VmError::Pc)
+    }
+
+    fn hold_disks(&self, hold: bool) -> Result<(), VmError> {
+        self.handles.hold(hold)
+    }
+
+    fn state(&self) -> Result<SavedMachine, VmError> {
         self.complete_memory()?;
         let state = self.pc.state().map_err(VmError::Pc)?;
         Ok(SavedMachine {

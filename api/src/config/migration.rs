@@ -1,0 +1,112 @@
+//! Bodies of `PUT /vm.send-migration` and `PUT /vm.receive-migration`.
+
+use std::path::PathBuf;
+
+use api_macros::{Words, section};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+/// The migration to send.
+#[section(option = "send-migration", about = "Migration to send")]
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[schemars(extend("example" = json!({"destination_url": "tcp:192.0.2.7:4444", "downtime_ms": 100})))]
+pub struct VmSendMigrationData {
+    /// Where the target listens: `tcp:ADDRESS:PORT` with a numeric IP address, or `unix:PATH`.
+    #[key("<url>", required)]
+    pub destination_url: String,
+    /// Pause the VM as soon as the rest of its memory can be sent in this time.
+    #[key("<ms>", default = 300)]
+    pub downtime_ms: u64,
+    /// How long the VM may keep running meanwhile, seconds.
+    #[key(default = 3600)]
+    pub timeout_s: u64,
+    /// What happens after that time.
+    #[key]
+    pub timeout_strategy: MigrationTimeoutStrategy,
+    /// Number of connections. Only 1 is supported.
+    #[key(default = 1)]
+    pub connections: u32,
+    /// Hand over shared memory by descriptor. Not supported.
+    #[key]
+    pub local: bool,
+    /// Keep the paused VM afterwards. Not supported.
+    #[key]
+    pub preserve_source: bool,
+    /// When memory is sent. Only `Precopy` is supported.
+    #[key]
+    pub memory_mode: MigrationMemoryMode,
+    /// Folder of TLS keys. Not supported.
+    #[key("<path>")]
+    pub tls_dir: Option<PathBuf>,
+}
+
+/// The migration to receive.
+#[section(option = "receive-migration", about = "Migration to receive")]
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[schemars(extend("example" = json!({"receiver_url": "tcp:0.0.0.0:4444"})))]
+pub struct VmReceiveMigrationData {
+    /// Where to listen: `tcp:ADDRESS:PORT` with a numeric IP address, or `unix:PATH`.
+    #[key("<url>", required)]
+    pub receiver_url: String,
+    /// When memory comes. Only `Precopy` is supported.
+    #[key]
+    pub memory_mode: MigrationMemoryMode,
+    /// Folder of TLS keys. Not supported.
+    #[key("<path>")]
+    pub tls_dir: Option<PathBuf>,
+}
+
+/// What happens if a VM writes its memory faster than it can be sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema, Words)]
+pub enum MigrationTimeoutStrategy {
+    /// The migration fails and the VM keeps running.
+    #[default]
+    #[word("cancel")]
+    Cancel,
+    /// The VM is paused for as long as the rest takes.
+    #[word("ignore")]
+    Ignore,
+}
+
+/// When memory is sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema, Words)]
+pub enum MigrationMemoryMode {
+    /// Before the VM runs on the target.
+    #[default]
+    #[word("precopy")]
+    Precopy,
+    /// Afterwards.
+    #[word("postcopy")]
+    Postcopy,
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn options_are_read_with_the_names_and_defaults_of_upstream() {
+        let text = "destination_url=tcp:[::1]:4444,downtime_ms=50,timeout_strategy=ignore";
+        let send = VmSendMigrationData::parse(text).unwrap();
+        let wire = serde_json::to_value(&send).unwrap();
+        assert_eq!(wire["destination_url"], "tcp:[::1]:4444");
+        assert_eq!(wire["downtime_ms"], 50);
+        assert_eq!(wire["timeout_s"], 3600);
+        assert_eq!(wire["timeout_strategy"], "Ignore");
+        assert_eq!(wire["memory_mode"], "Precopy");
+        let body = json!({"destination_url": "unix:/s"});
+        let least: VmSendMigrationData = serde_json::from_value(body).unwrap();
+        assert_eq!((least.downtime_ms, least.connections), (300, 1));
+        let receive = VmReceiveMigrationData::parse("receiver_url=unix:/s").unwrap();
+        assert_eq!(receive.receiver_url, "unix:/s");
+        for text in [
+            "downtime_ms=5",
+            "destination_url=unix:/s,timeout_strategy=x",
+        ] {
+            assert!(VmSendMigrationData::parse(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,364 @@
+//! Tests moving a running VM between two processes. The guest verifies its memory and its disk all the time.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use integration_tests::bare_metal::{SCENARIO_DEADLINE, expect_all_passed, kvm_opens, start};
+use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
+use integration_tests::wait::wait_for;
+use serde_json::{Value, json};
+use tempfile::NamedTempFile;
+
+const EVENTS: &[&str] = &["--event-monitor", "path=@/events"];
+const BALLOON: &[&str] = &["--balloon", "size=0,free_page_reporting=on"];
+/// The balloon's target that ends the guest's scenario.
+const END_BYTES: u64 = 1000 * 4096;
+
+fn target() -> Result<Vmm> {
+    Vmm::start(EVENTS)
+}
+
+/// A guest that writes and verifies memory and a disk, and the image of the disk.
+fn guest_at_work(memory: &str) -> Result<(Vmm, NamedTempFile)> {
+    let image = NamedTempFile::new()?;
+    image.as_file().set_len(1 << 20)?;
+    let disk = format!("path={},image_type=raw", image.path().display());
+    let arguments = ["--memory", memory, "--disk", &disk];
+    let mut vmm = start("chaos", &[&arguments, BALLOON, EVENTS].concat())?;
+    vmm.wait_api()?;
+    wait_rounds(&vmm, 0)?;
+    Ok((vmm, image))
+}
+
+/// Waits for a round later than `after`. `first` has the file of the serial port.
+fn wait_rounds(first: &Vmm, after: u32) -> Result<u32> {
+    wait_for("another round of the guest", SCENARIO_DEADLINE, || {
+        let text = first.text("serial");
+        ensure!(!text.contains("FAIL"), "{text}");
+        let rounds = text.split("ROUND ").skip(1);
+        let numbers = rounds.filter_map(|it| it.split_once(' ')?.0.parse().ok());
+        Ok(numbers.max().filter(|newest: &u32| *newest > after))
+    })
+}
+
+/// Waits for an event and returns its properties.
+fn wait_event(vmm: &Vmm, name: &str) -> Result<Value> {
+    let quoted = format!(r#""event": "{name}""#);
+    wait_for(name, SCENARIO_DEADLINE, || {
+        let text = vmm.text("events");
+        let event = text.split("\n\n").find(|event| {
+            let event = event.replace(r#""event":""#, r#""event": ""#);
+            event.contains(&quoted)
+        });
+        Ok(event.map(|event| serde_json::from_str::<Value>(event)))
+    })?
+    .map(|event| event["properties"].clone())
+    .context("an event that is JSON")
+}
+
+/// Calls `act` while `target` waits for a VM at `url`; returns the status of the response to that.
+fn while_receiving(
+    target: &Vmm,
+    url: &str,
+    act: impl FnOnce() -> Result<()>,
+) -> Result<(u16, String)> {
+    let body = json!({"receiver_url": url}).to_string();
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| target.request("PUT", "vm.receive-migration", Some(&body)));
+        let acted = wait_event(target, "migration-receive-ready").and_then(|_| act());
+        if acted.is_err() {
+            // Ends the wait.
+            target.put("vm.cancel-migration", None).ok();
+        }
+        let answer = waiting.join().expect("no panic")?;
+        acted?;
+        Ok((answer.status, answer.body.unwrap_or_default()))
+    })
+}
+
+fn send(source: &Vmm, url: &str) -> Result<()> {
+    let body = json!({"destination_url": url}).to_string();
+    source.put("vm.send-migration", Some(&body)).map(drop)
+}
+
+fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+#[test]
+fn guest_at_work_moves_again_and_again_and_loses_nothing() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let (first, _image) = guest_at_work("size=256M")?;
+    let mut hosts = vec![first];
+    for hop in 0..6 {
+        let url = match hop % 2 {
+            0 => format!(
+                "unix:{}",
+                hosts[0].folder().join(format!("move{hop}")).display()
+            ),
+            _ => format!("tcp:127.0.0.1:{}", free_port()?),
+        };
+        let target = target()?;
+        let source = hosts.last_mut().context("a source")?;
+        let (status, body) = while_receiving(&target, &url, || send(source, &url))?;
+        ensure!(
+            status == 204,
+            "hop {hop}: {status} {body}\n{}",
+            source.stderr()
+        );
+        let report = wait_event(source, "migration-finished")?;
+        println!("     hop {hop} over {url}: {report}");
+        source.expect_clean_exit(PROCESS_DEADLINE)?;
+        ensure!(target.get("vm.info")?["state"] == "Running");
+        hosts.push(target);
+        // The file was emptied when the target opened it.
+        wait_rounds(&hosts[0], 0)?;
+    }
+    let last = hosts.last().context("a target")?;
+    let body = json!({"desired_balloon": END_BYTES}).to_string();
+    last.put("vm.resize", Some(&body))?;
+    let text = wait_for("the guest's closing line", SCENARIO_DEADLINE, || {
+        let text = hosts[0].text("serial");
+        Ok(text.contains("DONE ").then_some(text))
+    })?;
+    ensure!(
+        text.contains("PASS chaos_loses_nothing") && text.contains(" 0 failed"),
+        "{text}"
+    );
+    Ok(())
+}
+
+#[test]
+fn memory_that_was_given_back_is_neither_sent_nor_resident_and_settings_follow() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    for memory in ["size=256M", "size=256M,shared=on"] {
+        let cmdline = ["--cmdline", "scenario=balloon stay", "--memory", memory];
+        let mut source = start("balloon", &[BALLOON, EVENTS, &cmdline].concat())?;
+        expect_all_passed(&mut source)?;
+        let alert = json!({"add": [{"name": "much", "figure": "resident_bytes", "enter": 1 << 40, "leave": 1 << 39}]});
+        let set = source.request("PUT", "vm.reclaim-thresholds", Some(&alert.to_string()))?;
+        ensure!(set.status == 200, "{set:?}");
+        let alerts = source.get("vm.reclaim-thresholds")?["alerts"].clone();
+        source.get("vm.balloon-stats")?;
+        let resident = |vmm: &Vmm| -> Result<u64> {
+            vmm.get("vm.reclaim-stats")?["resident_bytes"]
+                .as_u64()
+                .context("resident_bytes")
+        };
+        let before = resident(&source)?;
+        let counters = source.get("vm.counters")?;
+        let target = target()?;
+        let url = format!("unix:{}", target.folder().join("move").display());
+        let (status, body) = while_receiving(&target, &url, || send(&source, &url))?;
+        ensure!(status == 204, "{status} {body}");
+        let report = wait_event(&source, "migration-finished")?;
+        let wire: u64 = report["wire_bytes"]
+            .as_str()
+            .context("wire_bytes")?
+            .parse()?;
+        println!("     {memory}: {before} bytes resident, {wire} sent: {report}");
+        ensure!(wire * 10 <= before * 11, "{wire} bytes for {before}");
+        source.expect_clean_exit(PROCESS_DEADLINE)?;
+        let after = resident(&target)?;
+        ensure!(after <= before + before / 20, "{after} of {before}");
+        // The driver, its queues and interrupts continue to work.
+        target.get("vm.balloon-stats")?;
+        ensure!(target.get("vm.reclaim-thresholds")?["alerts"] == alerts);
+        let now = target.get("vm.counters")?;
+        for name in ["report_discarded_bytes", "inflate_discarded_bytes"] {
+            let count = |of: &Value| of["__balloon"][name].as_u64();
+            ensure!(
+                count(&now) >= count(&counters) && count(&now).is_some(),
+                "{name}: {now:#}"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Forwards a connection to `port` until `bytes` bytes have gone to the target; then calls `cut` and closes it.
+fn forward_until(
+    port: u16,
+    bytes: usize,
+    cut: impl FnOnce() + Send,
+) -> impl FnOnce(TcpStream) -> Result<()> + Send {
+    move |source| {
+        let target = TcpStream::connect(("127.0.0.1", port))?;
+        let (mut from, mut to) = (&source, &target);
+        std::thread::scope(|scope| {
+            scope.spawn(|| std::io::copy(&mut &target, &mut &source).ok());
+            let mut buffer = vec![0; 64 << 10];
+            let mut left = bytes;
+            while left > 0 {
+                let wanted = buffer.len().min(left);
+                match from.read(&mut buffer[..wanted]) {
+                    Ok(count) if count > 0 && to.write_all(&buffer[..count]).is_ok() => {
+                        left -= count;
+                    }
+                    _ => break,
+                }
+            }
+            cut();
+            source.shutdown(Shutdown::Both).ok();
+            target.shutdown(Shutdown::Both).ok();
+        });
+        Ok(())
+    }
+}
+
+/// The VM runs here, and its disk is locked.
+fn expect_still_here(source: &Vmm, image: &NamedTempFile) -> Result<()> {
+    ensure!(source.get("vm.info")?["state"] == "Running");
+    let locks = std::fs::read_to_string("/proc/locks")?;
+    let inode = std::os::unix::fs::MetadataExt::ino(&image.as_file().metadata()?);
+    ensure!(
+        locks
+            .lines()
+            .any(|lock| lock.contains("WRITE") && lock.contains(&format!(":{inode} "))),
+        "no lock on inode {inode}: {locks}"
+    );
+    let now = wait_rounds(source, 0)?;
+    wait_rounds(source, now).map(drop)
+}
+
+#[test]
+fn source_keeps_its_guest_whenever_the_target_dies_or_the_connection_breaks() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let (source, image) = guest_at_work("size=256M")?;
+    for kills in [true, false] {
+        for bytes in [100, 100_000, 1_000_000] {
+            let target = target()?;
+            let kill = target.killer();
+            let port = free_port()?;
+            let proxy = TcpListener::bind("127.0.0.1:0")?;
+            let url = format!("tcp:{}", proxy.local_addr()?);
+            let already = source.text("events").matches("migration-failed").count();
+            let received = while_receiving(&target, &format!("tcp:127.0.0.1:{port}"), || {
+                send(&source, &url)?;
+                let (connection, _) = proxy.accept()?;
+                let cut = move || {
+                    if kills {
+                        kill()
+                    }
+                };
+                forward_until(port, bytes, cut)(connection)
+            });
+            match received {
+                Ok((status, body)) => ensure!(status == 500, "{status} {body}"),
+                Err(error) => ensure!(kills, "{error:#}"),
+            }
+            wait_for("the end on the source", PROCESS_DEADLINE, || {
+                let failures = source.text("events").matches("migration-failed").count();
+                Ok((failures > already).then_some(()))
+            })?;
+            expect_still_here(&source, &image).with_context(|| format!("{kills} {bytes}"))?;
+            if !kills {
+                let info = target.request("GET", "vm.info", None)?;
+                ensure!(info.status == 404, "{info:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn target_drops_a_guest_whose_source_dies_and_can_receive_another() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let target = target()?;
+    for bytes in [100, 1_000_000] {
+        let (mut source, _image) = guest_at_work("size=256M")?;
+        let kill = source.killer();
+        let port = free_port()?;
+        let proxy = TcpListener::bind("127.0.0.1:0")?;
+        let url = format!("tcp:{}", proxy.local_addr()?);
+        let (status, body) = while_receiving(&target, &format!("tcp:127.0.0.1:{port}"), || {
+            send(&source, &url)?;
+            let (connection, _) = proxy.accept()?;
+            forward_until(port, bytes, kill)(connection)
+        })?;
+        ensure!(status == 500 && body.contains("closed"), "{status} {body}");
+        source.wait_exit(PROCESS_DEADLINE)?;
+        let info = target.request("GET", "vm.info", None)?;
+        ensure!(info.status == 404, "{info:?}");
+    }
+    let (source, _image) = guest_at_work("size=256M")?;
+    let url = format!("unix:{}", target.folder().join("move").display());
+    let (status, body) = while_receiving(&target, &url, || send(&source, &url))?;
+    ensure!(status == 204, "{status} {body}");
+    wait_rounds(&source, 0).map(drop)
+}
+
+#[test]
+fn target_without_memory_refuses_and_the_source_says_why() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let (source, image) = guest_at_work("size=2G")?;
+    let target = target()?;
+    let pid = target.pid().to_string();
+    let limited = Command::new("prlimit")
+        .args(["--pid", &pid, "--as=1073741824"])
+        .status()?;
+    ensure!(limited.success());
+    let url = format!("unix:{}", target.folder().join("move").display());
+    let (status, body) = while_receiving(&target, &url, || send(&source, &url))?;
+    ensure!(
+        status == 500 && body.contains("Cannot allocate memory"),
+        "{status} {body}"
+    );
+    let failed = wait_event(&source, "migration-failed")?;
+    let error = failed["error"].as_str().context("error")?;
+    ensure!(
+        error.contains("The peer ended the migration") && error.contains("memory"),
+        "{error}"
+    );
+    expect_still_here(&source, &image)
+}
+
+#[test]
+fn migration_that_waits_can_be_cancelled_and_blocks_only_changes() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let (source, image) = guest_at_work("size=256M")?;
+    // Accepts a connection and never answers.
+    let silent = TcpListener::bind("127.0.0.1:0")?;
+    send(&source, &format!("tcp:{}", silent.local_addr()?))?;
+    let _connection = silent.accept()?;
+    let info = source.get("vm.info")?;
+    ensure!(
+        info["state"] == "Running" && info["migration_progress"]["passes"] == 0,
+        "{info:#}"
+    );
+    for endpoint in ["vm.pause", "vm.reboot", "vm.delete"] {
+        let refused = source.request("PUT", endpoint, None)?;
+        let body = refused.body.unwrap_or_default();
+        ensure!(
+            refused.status == 500 && body.contains("being migrated"),
+            "{endpoint}: {body}"
+        );
+    }
+    source.put("vm.cancel-migration", None)?;
+    let failed = wait_event(&source, "migration-failed")?;
+    ensure!(failed["error"] == "The migration was cancelled", "{failed}");
+    expect_still_here(&source, &image)?;
+    ensure!(source.get("vm.info")?.get("migration_progress").is_none());
+    // Nobody listens there.
+    send(&source, &format!("tcp:127.0.0.1:{}", free_port()?))?;
+    wait_for("the second failure", PROCESS_DEADLINE, || {
+        let failures = source.text("events").matches("migration-failed").count();
+        Ok((failures == 2).then_some(()))
+    })?;
+    ensure!(source.text("events").contains("Cannot connect to tcp:"));
+    source.put("vm.pause", None).map(drop)
+}

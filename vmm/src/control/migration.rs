@@ -1,0 +1,585 @@
+//! Migrations as the control thread sees them: start, the steps that only it can make, and the end.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use api::config::{MigrationMemoryMode, MigrationTimeoutStrategy};
+use api::{Endpoint, VmConfig, VmReceiveMigrationData, VmSendMigrationData, VmState};
+use machine::memory::GuestMemory;
+use state::Saved;
+
+use super::error::{LifecycleError, RequestError};
+use super::lifecycle::Lifecycle;
+use super::thread::ControlHandle;
+use crate::config;
+use crate::events::{EventKind, EventSink};
+use crate::landlock::Need;
+use crate::migration::{
+    Address, Cancel, Convergence, Incoming, Listener, MigrationError, Outgoing, SendProgress,
+    SourceEnd, SourceOwner, TargetOwner, movable,
+};
+use crate::snapshot::{self, Snapshot, SnapshotError, SnapshotState};
+use crate::threads::{MIGRATION_THREAD, ThreadKind};
+use crate::vm;
+
+const STACK_BYTES: usize = 1 << 20;
+/// How long a source without an answer tries to learn where its machine runs; shorter than the target answers.
+const ASK_WAIT: Duration = Duration::from_secs(30);
+/// How long a source waits for the locks of its disks: a target that was killed closes its connection before its files.
+const LOCK_WAIT: Duration = Duration::from_secs(5);
+const LOCK_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Called with the outcome of a migration that was received.
+pub(super) type Received = Box<dyn FnOnce(Result<(), RequestError>) + Send>;
+
+/// The migration under way.
+pub(super) struct Migration {
+    cancel: Cancel,
+    /// The machine may belong to the other side, or belongs to this one for good.
+    is_committed: bool,
+    role: Role,
+}
+
+enum Role {
+    Source {
+        /// Number of the machine that is sent.
+        machine: u64,
+        was_running: bool,
+        progress: Arc<SendProgress>,
+    },
+    Target {
+        /// Known once the source has sent it.
+        config: Option<VmConfig>,
+        done: Option<Received>,
+    },
+}
+
+impl Migration {
+    /// Ends it unless it is too late. Returns whether it was not.
+    pub(super) fn cancel(&self) -> bool {
+        if !self.is_committed {
+            self.cancel.set();
+        }
+        !self.is_committed
+    }
+
+    /// The figures of a migration that is being sent.
+    pub(super) fn progress(&self) -> Option<Arc<SendProgress>> {
+        match &self.role {
+            Role::Source { progress, .. } => Some(Arc::clone(progress)),
+            Role::Target { .. } => None,
+        }
+    }
+}
+
+fn request(text: &'static str) -> LifecycleError {
+    LifecycleError::Migration(MigrationError::Request(text))
+}
+
+fn owner(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> MigrationError {
+    MigrationError::Owner(error.into())
+}
+
+impl Lifecycle {
+    /// `vm.send-migration`: starts to move the machine and returns.
+    ///
+    /// # Errors
+    /// There is no machine, it cannot be moved, or another migration is under way. The machine is unchanged.
+    pub fn send_migration(&mut self, request: &VmSendMigrationData) -> Result<(), LifecycleError> {
+        if self.migration.is_some() {
+            return Err(LifecycleError::Migrating);
+        }
+        let Some(machine) = self.machine_number() else {
+            return Err(LifecycleError::VmNotRunning);
+        };
+        check_send(request)?;
+        let address =
+            Address::parse(&request.destination_url).map_err(LifecycleError::Migration)?;
+        let config = self.config.as_ref().ok_or(LifecycleError::VmNotRunning)?;
+        movable(config).map_err(LifecycleError::Migration)?;
+        let was_running = self.machine_state() == VmState::Running;
+        let (config, state) = self.state_to_check(was_running)?;
+        let owned = self.machine.as_ref().ok_or(LifecycleError::VmNotRunning)?;
+        let cancel = Cancel::default();
+        let progress = Arc::new(SendProgress::default());
+        let outgoing = Outgoing {
+            address,
+            config,
+            state,
+            tracker: owned.track_writes().map_err(LifecycleError::Machine)?,
+            convergence: Convergence {
+                downtime: Duration::from_millis(request.downtime_ms),
+                timeout: Duration::from_secs(request.timeout_s),
+                pauses_at_timeout: request.timeout_strategy == MigrationTimeoutStrategy::Ignore,
+            },
+            ask_wait: ASK_WAIT,
+            cancel: cancel.clone(),
+            progress: Arc::clone(&progress),
+        };
+        let mut steps = SourceSteps {
+            control: self.control.clone(),
+            events: Arc::clone(&self.context.events),
+        };
+        self.start_thread(move || outgoing.run(&mut steps))?;
+        self.migration = Some(Migration {
+            cancel,
+            is_committed: false,
+            role: Role::Source {
+                machine,
+                was_running,
+                progress,
+            },
+        });
+        self.emit(EventKind::MigrationStarted);
+        Ok(())
+    }
+
+    /// Configuration and state of the machine, as JSON. A running machine is paused for a moment.
+    fn state_to_check(&mut self, runs: bool) -> Result<(String, String), LifecycleError> {
+        if runs {
+            self.on_machine(|machine| machine.pause())?;
+        }
+        let described = self.described();
+        if runs {
+            self.on_machine(|machine| machine.resume())?;
+        }
+        described
+    }
+
+    fn described(&self) -> Result<(String, String), LifecycleError> {
+        let (Some(machine), Some(config)) = (&self.machine, &self.config) else {
+            return Err(LifecycleError::VmNotRunning);
+        };
+        if self.reset_requested {
+            return Err(LifecycleError::ResetPending);
+        }
+        let saved = machine.state().map_err(LifecycleError::Machine)?;
+        let (config, state) = self.description(config, saved.pc, &saved.memory);
+        Ok((json(&config), json(&Saved::of(&state))))
+    }
+
+    fn start_thread(&self, run: impl FnOnce() + Send + 'static) -> Result<(), LifecycleError> {
+        let thread_start = Arc::clone(&self.context.thread_start);
+        let started = std::thread::Builder::new()
+            .name(MIGRATION_THREAD.to_owned())
+            .stack_size(STACK_BYTES)
+            .spawn(move || {
+                thread_start(ThreadKind::Migration);
+                run();
+            });
+        started
+            .map(drop)
+            .map_err(|error| LifecycleError::Migration(MigrationError::Thread(error)))
+    }
+
+    /// `vm.cancel-migration`: ends the migration that is under way, without waiting for the end.
+    ///
+    /// # Errors
+    /// There is none, or the machine may already belong to the other side.
+    pub fn cancel_migration(&mut self) -> Result<(), LifecycleError> {
+        let migration = self
+            .migration
+            .as_ref()
+            .ok_or(LifecycleError::NotMigrating)?;
+        match migration.cancel() {
+            true => Ok(()),
+            false => Err(LifecycleError::Committed),
+        }
+    }
+
+    /// The machine that is being sent, if it is still the same.
+    fn check_sent(&self) -> Result<(), LifecycleError> {
+        match &self.migration {
+            Some(Migration {
+                role: Role::Source { machine, .. },
+                ..
+            }) if self.machine_number() == Some(*machine) => Ok(()),
+            _ => Err(LifecycleError::VmNotRunning),
+        }
+    }
+
+    fn pause_to_send(&mut self) -> Result<(), LifecycleError> {
+        self.check_sent()?;
+        match self.machine_state() {
+            VmState::Paused => Ok(()),
+            _ => self.pause(),
+        }
+    }
+
+    fn save_to_send(&mut self) -> Result<String, LifecycleError> {
+        self.check_sent()?;
+        if self.reset_requested {
+            return Err(LifecycleError::ResetPending);
+        }
+        let (Some(machine), Some(config)) = (&self.machine, &self.config) else {
+            return Err(LifecycleError::VmNotRunning);
+        };
+        let saved = machine.save().map_err(LifecycleError::Machine)?;
+        let (_, state) = self.description(config, saved.pc, &saved.memory);
+        let released = machine.hold_disks(false).map_err(LifecycleError::Machine);
+        self.disks_released = true;
+        released.map(|()| json(&Saved::of(&state)))
+    }
+
+    /// Returns whether the machine was running.
+    fn commit_sent(&mut self) -> Result<bool, LifecycleError> {
+        self.check_sent()?;
+        match &mut self.migration {
+            Some(migration) if !migration.cancel.is_set() => {
+                migration.is_committed = true;
+                Ok(matches!(
+                    migration.role,
+                    Role::Source {
+                        was_running: true,
+                        ..
+                    }
+                ))
+            }
+            _ => Err(LifecycleError::Migration(MigrationError::Cancelled)),
+        }
+    }
+
+    fn end_sent(&mut self, end: SourceEnd) -> Result<(), LifecycleError> {
+        let same = self.check_sent().is_ok();
+        let Some(Migration {
+            role: Role::Source { was_running, .. },
+            ..
+        }) = self.migration.take()
+        else {
+            return Ok(());
+        };
+        match end {
+            SourceEnd::Finished(report) => {
+                log::info!("The VM has moved: {report:?}");
+                self.emit(EventKind::MigrationFinished {
+                    passes: report.passes,
+                    wire_bytes: report.wire_bytes,
+                    data_bytes: report.data_bytes,
+                    downtime_ms: report.downtime_ms,
+                });
+                let forgotten = self.forget_machine();
+                forgotten.and(self.end())
+            }
+            SourceEnd::Failed(error) => {
+                let mut error = api::error_chain(&error).join(": ");
+                log::warn!("The VM has not moved: {error}");
+                let paused = self.machine_state() == VmState::Paused;
+                if same && self.disks_released {
+                    // Also if it was paused before: it owns its disks.
+                    if let Err(cause) = self.hold_disks_again(LOCK_WAIT) {
+                        let cause = api::error_chain(&cause).join(": ");
+                        error = format!("{error}; the VM stays paused: {cause}");
+                    }
+                }
+                if same && was_running && paused && !self.disks_released {
+                    if let Err(cause) = self.resume() {
+                        let cause = api::error_chain(&cause).join(": ");
+                        error = format!("{error}; the VM stays paused: {cause}");
+                    }
+                }
+                self.emit(EventKind::MigrationFailed { error });
+                Ok(())
+            }
+            SourceEnd::Unconfirmed(error) => {
+                let error = api::error_chain(&error).join(": ");
+                log::error!("{error}");
+                self.emit(EventKind::MigrationUnconfirmed { error });
+                Ok(())
+            }
+        }
+    }
+
+    /// Takes the locks of all disks again, if they were released. Waits up to `patience` for another process that holds one.
+    pub(super) fn hold_disks_again(&mut self, patience: Duration) -> Result<(), LifecycleError> {
+        if !self.disks_released {
+            return Ok(());
+        }
+        let until = Instant::now() + patience;
+        loop {
+            let held = self.on_machine(|machine| machine.hold_disks(true));
+            match held {
+                Err(_) if Instant::now() < until => std::thread::sleep(LOCK_INTERVAL),
+                Err(error) => return Err(error),
+                Ok(()) => {
+                    self.disks_released = false;
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// `vm.receive-migration`: listens, and returns. `done` receives the outcome when the migration has ended.
+    pub(super) fn receive_migration(&mut self, request: &VmReceiveMigrationData, done: Received) {
+        if let Err(cause) = self.start_receiving(request) {
+            return done(Err(received_error(cause)));
+        }
+        if let Some(Migration {
+            role: Role::Target { done: kept, .. },
+            ..
+        }) = &mut self.migration
+        {
+            *kept = Some(done);
+        }
+    }
+
+    fn start_receiving(&mut self, request: &VmReceiveMigrationData) -> Result<(), LifecycleError> {
+        if self.migration.is_some() {
+            return Err(LifecycleError::Migrating);
+        }
+        if self.config.is_some() {
+            return Err(LifecycleError::VmAlreadyCreated);
+        }
+        check_mode(request.memory_mode, request.tls_dir.is_some())?;
+        let address = Address::parse(&request.receiver_url).map_err(LifecycleError::Migration)?;
+        let socket: Vec<Need> = address.path().map(Need::socket).into_iter().collect();
+        self.confinement
+            .check(&socket)
+            .map_err(LifecycleError::Landlock)?;
+        let cancel = Cancel::default();
+        let incoming = Incoming {
+            listener: Listener::bind(&address).map_err(LifecycleError::Migration)?,
+            cancel: cancel.clone(),
+        };
+        let mut steps = TargetSteps {
+            control: self.control.clone(),
+            events: Arc::clone(&self.context.events),
+        };
+        self.start_thread(move || incoming.run(&mut steps))?;
+        self.migration = Some(Migration {
+            cancel,
+            is_committed: false,
+            role: Role::Target {
+                config: None,
+                done: None,
+            },
+        });
+        self.emit(EventKind::MigrationReceiveReady);
+        Ok(())
+    }
+
+    /// The migration that is being received, with the place for its configuration.
+    fn received(&mut self) -> Result<&mut Option<VmConfig>, LifecycleError> {
+        match &mut self.migration {
+            Some(Migration {
+                role: Role::Target { config, .. },
+                cancel,
+                ..
+            }) if !cancel.is_set() => Ok(config),
+            _ => Err(LifecycleError::Migration(MigrationError::Cancelled)),
+        }
+    }
+
+    fn prepare_received(
+        &mut self,
+        config: VmConfig,
+        state: &SnapshotState,
+    ) -> Result<GuestMemory, LifecycleError> {
+        self.received()?;
+        self.emit(EventKind::Restoring);
+        config::validate(&config).map_err(LifecycleError::ConfigValidation)?;
+        movable(&config).map_err(LifecycleError::Migration)?;
+        let pc = state.pc.read();
+        let pc = pc.map_err(|error| LifecycleError::Snapshot(SnapshotError::State(error)))?;
+        vm::check_host(&pc, &config).map_err(LifecycleError::Machine)?;
+        self.confinement
+            .admit(&config)
+            .map_err(LifecycleError::Landlock)?;
+        let memory = snapshot::empty_memory(&config, &pc).map_err(LifecycleError::Snapshot)?;
+        *self.received()? = Some(config);
+        Ok(memory)
+    }
+
+    fn build_received(
+        &mut self,
+        state: SnapshotState,
+        memory: GuestMemory,
+    ) -> Result<(), LifecycleError> {
+        let config = self.received()?.take();
+        let config = config.ok_or(LifecycleError::VmMissingConfig)?;
+        let snapshot = Snapshot::received(config, state, memory);
+        let snapshot = snapshot.map_err(LifecycleError::Snapshot)?;
+        let config = snapshot.config.clone();
+        self.create_restored(&snapshot, config)
+    }
+
+    fn commit_received(&mut self, runs: bool) -> Result<(), LifecycleError> {
+        self.received()?;
+        if runs {
+            self.resume()?;
+        }
+        if let Some(migration) = &mut self.migration {
+            migration.is_committed = true;
+        }
+        Ok(())
+    }
+
+    fn end_received(&mut self, end: Result<(), MigrationError>) {
+        let Some(Migration {
+            role: Role::Target { done, .. },
+            ..
+        }) = self.migration.take()
+        else {
+            return;
+        };
+        let outcome = match end {
+            Ok(()) => {
+                self.emit(EventKind::MigrationReceiveFinished);
+                Ok(())
+            }
+            Err(error) => {
+                if let Err(error) = self.forget_machine() {
+                    log::error!("{}", api::error_chain(&error).join(": "));
+                }
+                let text = api::error_chain(&error).join(": ");
+                log::warn!("No VM was received: {text}");
+                self.emit(EventKind::MigrationReceiveFailed { error: text });
+                Err(received_error(LifecycleError::Migration(error)))
+            }
+        };
+        // The response shows the state after the migration.
+        self.publish();
+        if let Some(done) = done {
+            done(outcome);
+        }
+    }
+
+    /// Drops a machine that runs elsewhere, or that has never run here, and its configuration, without their events.
+    fn forget_machine(&mut self) -> Result<(), LifecycleError> {
+        let stopped = match self.machine {
+            Some(_) => self.stop_machine(),
+            None => Ok(()),
+        };
+        self.config = None;
+        self.forget_vm();
+        stopped
+    }
+}
+
+fn received_error(cause: LifecycleError) -> RequestError {
+    RequestError {
+        endpoint: Endpoint::VmReceiveMigration,
+        cause,
+    }
+}
+
+fn json<T: serde::Serialize>(value: &T) -> String {
+    serde_json::to_string(value).expect("plain data is always JSON")
+}
+
+fn check_mode(mode: MigrationMemoryMode, tls: bool) -> Result<(), LifecycleError> {
+    if mode == MigrationMemoryMode::Postcopy {
+        return Err(request("memory_mode must be Precopy"));
+    }
+    if tls {
+        return Err(request("tls_dir is not supported: use an encrypted tunnel"));
+    }
+    Ok(())
+}
+
+fn check_send(data: &VmSendMigrationData) -> Result<(), LifecycleError> {
+    check_mode(data.memory_mode, data.tls_dir.is_some())?;
+    if data.local {
+        return Err(request("local is not supported"));
+    }
+    if data.preserve_source {
+        return Err(request("preserve_source is not supported"));
+    }
+    if data.connections != 1 {
+        return Err(request("connections must be 1"));
+    }
+    if data.downtime_ms == 0 {
+        return Err(request("downtime_ms must be at least 1"));
+    }
+    if data.timeout_s == 0 {
+        return Err(request("timeout_s must be at least 1"));
+    }
+    Ok(())
+}
+
+/// Asks the control thread for each step of a source.
+struct SourceSteps {
+    control: ControlHandle,
+    events: EventSink,
+}
+
+impl SourceSteps {
+    fn step<T: Send + 'static>(
+        &self,
+        step: impl FnOnce(&mut Lifecycle) -> Result<T, LifecycleError> + Send + 'static,
+    ) -> Result<T, MigrationError> {
+        let made = self.control.step(Endpoint::VmSendMigration, step);
+        made.map_err(|error| owner(error.cause))
+    }
+}
+
+impl SourceOwner for SourceSteps {
+    fn begin_pass(&mut self, pass: u32) {
+        (self.events)(&EventKind::MigrationMemoryIteration { id: pass }.into());
+    }
+
+    fn pause(&mut self) -> Result<(), MigrationError> {
+        self.step(Lifecycle::pause_to_send)
+    }
+
+    fn save(&mut self) -> Result<String, MigrationError> {
+        self.step(Lifecycle::save_to_send)
+    }
+
+    fn commit(&mut self) -> Result<bool, MigrationError> {
+        self.step(Lifecycle::commit_sent)
+    }
+
+    fn end(&mut self, end: SourceEnd) {
+        if let Err(error) = self.step(move |vm| vm.end_sent(end)) {
+            log::error!("{}", api::error_chain(&error).join(": "));
+        }
+    }
+}
+
+/// Asks the control thread for each step of a target.
+struct TargetSteps {
+    control: ControlHandle,
+    events: EventSink,
+}
+
+impl TargetSteps {
+    fn step<T: Send + 'static>(
+        &self,
+        step: impl FnOnce(&mut Lifecycle) -> Result<T, LifecycleError> + Send + 'static,
+    ) -> Result<T, MigrationError> {
+        let made = self.control.step(Endpoint::VmReceiveMigration, step);
+        made.map_err(|error| owner(error.cause))
+    }
+}
+
+impl TargetOwner for TargetSteps {
+    fn begin(&mut self) {
+        (self.events)(&EventKind::MigrationReceiveStarted.into());
+    }
+
+    fn prepare(
+        &mut self,
+        config: VmConfig,
+        state: SnapshotState,
+    ) -> Result<GuestMemory, MigrationError> {
+        self.step(move |vm| vm.prepare_received(config, &state))
+    }
+
+    fn build(&mut self, state: SnapshotState, memory: GuestMemory) -> Result<(), MigrationError> {
+        self.step(move |vm| vm.build_received(state, memory))
+    }
+
+    fn commit(&mut self, runs: bool) -> Result<(), MigrationError> {
+        self.step(move |vm| vm.commit_received(runs))
+    }
+
+    fn end(&mut self, end: Result<(), MigrationError>) {
+        let ended = self.step(move |vm| {
+            vm.end_received(end);
+            Ok(())
+        });
+        if let Err(error) = ended {
+            log::error!("{}", api::error_chain(&error).join(": "));
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! Live migration: moves a running VM to another process, over a UNIX socket or TCP.
+//!
+//! ```text
+//!  source                                              target
+//!  Hello, Config, State ───────────────────────────►   checks processor, devices, RAM; creates RAM
+//!                       ◄─────────────── Accepted
+//!  Pages, Clear, PassEnd (the VM runs) ────────────►   writes RAM
+//!  pauses, releases the locks of disks
+//!  Pages, Clear, PassEnd, State ───────────────────►   creates the machine, takes the locks of disks
+//!                       ◄─────────────── Prepared
+//!  Commit ─────────────────────────────────────────►   resumes
+//!                       ◄────────────── Committed
+//!  Released ───────────────────────────────────────►   the source ends
+//! ```
+//! Until it sends Commit, the source owns the VM: after any failure it resumes, and the target, which has received no
+//! Commit, drops its copy. After that, only the target may run the VM. A source without an answer asks on a new
+//! connection; a target answers such questions for a while if it does not know that the source has its answer. A source
+//! that cannot learn the outcome stays paused and says so: never do two machines run.
+//!
+//! Each side runs in a thread of its own. It asks the owner of the machine for each step ([`SourceOwner`],
+//! [`TargetOwner`]).
+
+mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
+mod movable;
+mod peer;
+mod progress;
+mod receive;
+mod send;
+#[cfg(test)]
+mod tests;
+pub mod wire;
+
+pub use error::MigrationError;
+pub use movable::movable;
+pub use peer::{Address, Cancel, Listener};
+pub use progress::{SendProgress, SendReport};
+pub use receive::{Incoming, TargetOwner};
+pub use send::{Convergence, Outgoing, SourceEnd, SourceOwner};

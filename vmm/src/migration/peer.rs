@@ -1,0 +1,297 @@
+//! The connection between source and target.
+
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use virtio_devices::ListeningSocket;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::MigrationError;
+
+/// How long a peer may neither send nor accept a byte. The target creates the machine in this time.
+pub(super) const SILENCE: Duration = Duration::from_secs(60);
+/// How often a waiting thread checks whether the migration was cancelled.
+const TICK: Duration = Duration::from_millis(100);
+const CONNECT_WAIT: Duration = Duration::from_secs(10);
+
+/// Where the target listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Address {
+    /// `tcp:ADDRESS:PORT`
+    Tcp(SocketAddr),
+    /// `unix:PATH`
+    Unix(PathBuf),
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => write!(to, "tcp:{address}"),
+            Self::Unix(path) => write!(to, "unix:{}", path.display()),
+        }
+    }
+}
+
+impl Address {
+    /// Parses a URL. Names of hosts are not resolved: a confined process cannot read the files for that.
+    ///
+    /// # Errors
+    /// It is no such URL.
+    pub fn parse(url: &str) -> Result<Self, MigrationError> {
+        let tcp = url.strip_prefix("tcp:").and_then(|it| it.parse().ok());
+        let unix = url.strip_prefix("unix:").map(PathBuf::from);
+        let unix = unix.filter(|path| path.is_absolute());
+        tcp.map(Self::Tcp)
+            .or(unix.map(Self::Unix))
+            .ok_or_else(|| MigrationError::Url {
+                url: url.to_owned(),
+            })
+    }
+
+    /// The path of a UNIX socket.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Unix(path) => Some(path),
+            Self::Tcp(_) => None,
+        }
+    }
+
+    pub(super) fn connect(&self, cancel: &Cancel) -> Result<Peer, MigrationError> {
+        let connected = match self {
+            Self::Tcp(address) => {
+                TcpStream::connect_timeout(address, CONNECT_WAIT).map(Stream::Tcp)
+            }
+            Self::Unix(path) => UnixStream::connect(path).map(Stream::Unix),
+        };
+        connected
+            .and_then(|stream| Peer::new(stream, cancel.clone()))
+            .map_err(|source| MigrationError::Connect {
+                address: self.to_string(),
+                source,
+            })
+    }
+}
+
+/// Ends the waits of a migration's thread.
+#[derive(Debug, Clone, Default)]
+pub struct Cancel(Arc<AtomicBool>);
+
+impl Cancel {
+    /// Cancels.
+    pub fn set(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it was cancelled.
+    pub fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn check(&self) -> io::Result<()> {
+        match self.is_set() {
+            true => Err(io::Error::other("the migration was cancelled")),
+            false => Ok(()),
+        }
+    }
+}
+
+/// The socket of a target.
+#[derive(Debug)]
+pub struct Listener {
+    socket: ListenerSocket,
+    readable: Epoll,
+}
+
+#[derive(Debug)]
+enum ListenerSocket {
+    Tcp(TcpListener),
+    /// Its path is removed on drop.
+    Unix(ListeningSocket),
+}
+
+impl Listener {
+    /// Listens on `address`. A stale UNIX socket is replaced.
+    ///
+    /// # Errors
+    /// The address is in use or not one of this host.
+    pub fn bind(address: &Address) -> Result<Self, MigrationError> {
+        Self::try_bind(address).map_err(|source| MigrationError::Listen {
+            address: address.to_string(),
+            source,
+        })
+    }
+
+    fn try_bind(address: &Address) -> io::Result<Self> {
+        let socket = match address {
+            Address::Tcp(address) => {
+                let listener = TcpListener::bind(address)?;
+                listener.set_nonblocking(true)?;
+                ListenerSocket::Tcp(listener)
+            }
+            Address::Unix(path) => ListenerSocket::Unix(ListeningSocket::bind(path)?),
+        };
+        let readable = Epoll::new()?;
+        let interest = EpollEvent::new(EventSet::IN, 0);
+        readable.ctl(ControlOperation::Add, socket.as_raw_fd(), interest)?;
+        Ok(Self { socket, readable })
+    }
+
+    /// The address, with the port that the host has chosen.
+    #[cfg(test)]
+    pub(super) fn address(&self) -> Address {
+        match &self.socket {
+            ListenerSocket::Tcp(listener) => Address::Tcp(listener.local_addr().expect("bound")),
+            ListenerSocket::Unix(socket) => Address::Unix(socket.path().to_owned()),
+        }
+    }
+
+    /// Waits for a connection, until `until` if given.
+    pub(super) fn accept(&self, cancel: &Cancel, until: Option<Instant>) -> io::Result<Peer> {
+        loop {
+            let accepted = match &self.socket {
+                ListenerSocket::Tcp(listener) => {
+                    listener.accept().map(|(stream, _)| Stream::Tcp(stream))
+                }
+                ListenerSocket::Unix(socket) => socket.accept().map(Stream::Unix),
+            };
+            match accepted {
+                Ok(stream) => return Peer::new(stream, cancel.clone()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                // The client was gone before it was accepted.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
+                Err(error) => return Err(error),
+            }
+            cancel.check()?;
+            if until.is_some_and(|until| Instant::now() >= until) {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            let mut events = [EpollEvent::default()];
+            match self.readable.wait(TICK.as_millis() as i32, &mut events) {
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
+                _ => {}
+            }
+        }
+    }
+}
+
+impl AsRawFd for ListenerSocket {
+    fn as_raw_fd(&self) -> RawFd {
+        match self {
+            Self::Tcp(listener) => listener.as_raw_fd(),
+            Self::Unix(socket) => socket.as_raw_fd(),
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+/// One end of a connection; clones share it.
+#[derive(Debug, Clone)]
+pub(super) struct Peer {
+    stream: Arc<Stream>,
+    cancel: Cancel,
+    silence: Duration,
+    written: Arc<AtomicU64>,
+}
+
+impl Peer {
+    fn new(stream: Stream, cancel: Cancel) -> io::Result<Self> {
+        match &stream {
+            Stream::Tcp(stream) => {
+                stream.set_nonblocking(false)?;
+                stream.set_nodelay(true)?;
+                stream.set_read_timeout(Some(TICK))?;
+                stream.set_write_timeout(Some(TICK))?;
+            }
+            Stream::Unix(stream) => {
+                stream.set_nonblocking(false)?;
+                stream.set_read_timeout(Some(TICK))?;
+                stream.set_write_timeout(Some(TICK))?;
+            }
+        }
+        Ok(Self {
+            stream: Arc::new(stream),
+            cancel,
+            silence: SILENCE,
+            written: Arc::default(),
+        })
+    }
+
+    /// Bytes sent so far.
+    pub(super) fn written(&self) -> u64 {
+        self.written.load(Ordering::Relaxed)
+    }
+
+    /// Changes how long the peer may be silent.
+    pub(super) fn set_silence(&mut self, silence: Duration) {
+        self.silence = silence;
+    }
+
+    /// Waits regardless of a cancellation from now on: the outcome no longer depends on this side.
+    pub(super) fn ignore_cancel(&mut self) {
+        self.cancel = Cancel::default();
+    }
+
+    /// Repeats `transfer` until it moves bytes, the peer was silent for too long, or the migration is cancelled.
+    fn patiently(
+        &self,
+        mut transfer: impl FnMut(&Stream) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        let until = Instant::now() + self.silence;
+        loop {
+            self.cancel.check()?;
+            match transfer(&self.stream) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+                    ) =>
+                {
+                    if Instant::now() >= until {
+                        let seconds = self.silence.as_secs();
+                        let reason = format!("the peer has been silent for {seconds} s");
+                        return Err(io::Error::new(io::ErrorKind::TimedOut, reason));
+                    }
+                }
+                moved => return moved,
+            }
+        }
+    }
+}
+
+impl Read for Peer {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.patiently(|stream| match stream {
+            Stream::Tcp(stream) => (&*stream).read(buffer),
+            Stream::Unix(stream) => (&*stream).read(buffer),
+        })
+    }
+}
+
+impl Write for Peer {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        let written = self.patiently(|stream| match stream {
+            Stream::Tcp(stream) => (&*stream).write(data),
+            Stream::Unix(stream) => (&*stream).write(data),
+        })?;
+        self.written.fetch_add(written as u64, Ordering::Relaxed);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,228 @@
+//! The target of a migration.
+
+use std::io::{self, Read, Write};
+use std::time::{Duration, Instant};
+
+use api::VmConfig;
+use machine::memory::{ContentWriter, GuestMemory};
+
+use super::peer::{Cancel, Peer, SILENCE};
+use super::wire::{Kind, MigrationId, Reader, Writer};
+use super::{Listener, MigrationError};
+use crate::snapshot::{SnapshotState, state_bytes_max};
+use state::Saved;
+
+/// How long a client may take to introduce itself.
+const HELLO_WAIT: Duration = Duration::from_secs(10);
+/// How long a target answers a source that has not confirmed the outcome; longer than that source asks.
+const ANSWER_FOR: Duration = Duration::from_secs(60);
+
+/// The owner of the machine on the target: what only its thread can do.
+pub trait TargetOwner: Send {
+    /// A source has connected.
+    fn begin(&mut self);
+
+    /// Checks whether this host can continue the machine, and creates its RAM without content.
+    ///
+    /// # Errors
+    /// It cannot.
+    fn prepare(
+        &mut self,
+        config: VmConfig,
+        state: SnapshotState,
+    ) -> Result<GuestMemory, MigrationError>;
+
+    /// Creates the machine from its final state, paused. `memory` is what [`TargetOwner::prepare`] has returned, with its
+    /// content.
+    ///
+    /// # Errors
+    /// It cannot be created.
+    fn build(&mut self, state: SnapshotState, memory: GuestMemory) -> Result<(), MigrationError>;
+
+    /// The machine belongs to this process. Resumes it if it `runs`.
+    ///
+    /// # Errors
+    /// It cannot be resumed; it belongs to the source then.
+    fn commit(&mut self, runs: bool) -> Result<(), MigrationError>;
+
+    /// The migration has ended; after a failure, the machine and its configuration are dropped.
+    fn end(&mut self, end: Result<(), MigrationError>);
+}
+
+/// A migration to be received.
+#[derive(Debug)]
+pub struct Incoming {
+    /// Where the source connects.
+    pub listener: Listener,
+    /// Ends it.
+    pub cancel: Cancel,
+}
+
+/// How far a target came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reached {
+    /// The source cannot have sent the commit.
+    NotPrepared,
+    /// The source may have sent it, or not.
+    Prepared(MigrationId),
+    /// The source may not know that the machine is here.
+    Committed(MigrationId),
+    /// The source knows it.
+    Released,
+}
+
+impl Incoming {
+    /// Receives a machine. Calls [`TargetOwner::end`], and then may answer a source that does not know the outcome.
+    pub fn run(self, owner: &mut dyn TargetOwner) {
+        let mut reached = Reached::NotPrepared;
+        let mut connection = None;
+        let received = self.receive(owner, &mut reached, &mut connection);
+        let received = received.map_err(|error| match self.cancel.is_set() {
+            true => MigrationError::Cancelled,
+            false => error,
+        });
+        let reason = received
+            .as_ref()
+            .err()
+            .map(|error| api::error_chain(error).join(": "));
+        owner.end(received);
+        // Only now: a source that learns of the failure, also by the end of the connection, locks its disks again.
+        if let (Some(peer), Some(reason)) = (connection, reason) {
+            Writer::new(peer).refuse(&reason).ok();
+        }
+        match reached {
+            Reached::NotPrepared | Reached::Released => {}
+            Reached::Prepared(id) => self.answer(&id, Kind::Abandoned),
+            Reached::Committed(id) => self.answer(&id, Kind::Committed),
+        }
+    }
+
+    fn receive(
+        &self,
+        owner: &mut dyn TargetOwner,
+        reached: &mut Reached,
+        connection: &mut Option<Peer>,
+    ) -> Result<(), MigrationError> {
+        let (mut peer, id) = self.accept()?;
+        owner.begin();
+        peer.set_silence(SILENCE);
+        let mut last_word = peer.clone();
+        last_word.ignore_cancel();
+        *connection = Some(last_word);
+        let mut writer = Writer::new(peer.clone());
+        receive_from(Reader::new(peer), &mut writer, id, owner, reached)
+    }
+
+    /// The first client that speaks this protocol.
+    fn accept(&self) -> Result<(Peer, MigrationId), MigrationError> {
+        loop {
+            let accepted = self.listener.accept(&self.cancel, None);
+            let mut peer = accepted.map_err(|error| MigrationError::Wire(error.into()))?;
+            peer.set_silence(HELLO_WAIT);
+            let mut reader = Reader::new(peer.clone());
+            let hello = reader.next(&[Kind::Hello], "the start of a migration");
+            match hello.and_then(|hello| hello.id()) {
+                Ok(id) => return Ok((peer, id)),
+                Err(error) => {
+                    log::warn!("A client does not start a migration: {error}");
+                    let mut writer = Writer::new(peer);
+                    writer.refuse(&error.to_string()).ok();
+                }
+            }
+        }
+    }
+
+    /// Answers questions after migration `id` until a source confirms the answer, or for a while.
+    fn answer(&self, id: &MigrationId, outcome: Kind) {
+        let until = Instant::now() + ANSWER_FOR;
+        loop {
+            let mut peer = match self.listener.accept(&Cancel::default(), Some(until)) {
+                Ok(peer) => peer,
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => return,
+                Err(error) => {
+                    log::warn!(
+                        "The source of a migration can no longer ask for its outcome: {error}"
+                    );
+                    return;
+                }
+            };
+            peer.set_silence(HELLO_WAIT);
+            let mut reader = Reader::new(peer.clone());
+            let mut writer = Writer::new(peer);
+            let asked = reader.next(&[Kind::Ask], "a question");
+            match asked.and_then(|asked| asked.id()) {
+                Ok(asked) if asked == *id => {
+                    let told = writer.send(outcome, &[]).and_then(|()| {
+                        let expected = "the confirmation of the answer";
+                        reader.next(&[Kind::Released], expected).map(drop)
+                    });
+                    if told.is_ok() {
+                        return;
+                    }
+                }
+                Ok(_) => drop(writer.refuse("this is about another migration")),
+                Err(error) => drop(writer.refuse(&error.to_string())),
+            }
+        }
+    }
+}
+
+/// Everything after the introduction of the source.
+pub(super) fn receive_from(
+    mut reader: Reader<impl Read>,
+    writer: &mut Writer<impl Write>,
+    id: MigrationId,
+    owner: &mut dyn TargetOwner,
+    reached: &mut Reached,
+) -> Result<(), MigrationError> {
+    let config = reader.next(&[Kind::Config], "the configuration")?.text()?;
+    let config: VmConfig = json("configuration", config)?;
+    let thp = config.memory.thp;
+    reader.set_state_bytes_max(state_bytes_max(&config));
+    let state = read_state(reader.next(&[Kind::State], "the state")?.text()?)?;
+    let memory = owner.prepare(config, state)?;
+    writer.send(Kind::Accepted, &[])?;
+    let mut content = ContentWriter::new(memory);
+    let state = loop {
+        let expected = &[Kind::Pages, Kind::Clear, Kind::PassEnd, Kind::State];
+        let message = reader.next(expected, "memory or the final state")?;
+        match message.kind {
+            Kind::Pages => content.write(message.pages()?)?,
+            Kind::Clear => {
+                for run in message.runs()? {
+                    content.clear(run)?;
+                }
+            }
+            Kind::PassEnd => log::debug!("Pass {} over guest RAM has come", message.pass()?),
+            _ => break read_state(message.text()?)?,
+        }
+    };
+    owner.build(state, content.finish(thp))?;
+    *reached = Reached::Prepared(id);
+    writer.send(Kind::Prepared, &[])?;
+    let runs = reader.next(&[Kind::Commit], "the commit")?.runs_on()?;
+    owner.commit(runs)?;
+    *reached = Reached::Committed(id);
+    let confirmed = writer.send(Kind::Committed, &[]).and_then(|()| {
+        let expected = "the confirmation of the answer";
+        reader.next(&[Kind::Released], expected).map(drop)
+    });
+    match confirmed {
+        Ok(()) => *reached = Reached::Released,
+        Err(error) => log::warn!("The source has not confirmed that the VM is here: {error}"),
+    }
+    Ok(())
+}
+
+fn json<T: serde::de::DeserializeOwned>(
+    what: &'static str,
+    text: &str,
+) -> Result<T, MigrationError> {
+    serde_json::from_str(text).map_err(|source| MigrationError::Json { what, source })
+}
+
+fn read_state(text: &str) -> Result<SnapshotState, MigrationError> {
+    let saved: Saved = json("state", text)?;
+    let read = saved.read();
+    read.map_err(|error| MigrationError::Owner(Box::new(error)))
+}

@@ -1,0 +1,380 @@
+//! The source of a migration.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use machine::memory::{PageRun, Pages, WriteTracker, WrittenPages};
+
+use super::peer::{Cancel, Peer};
+use super::wire::{Kind, MigrationId, RUNS_MAX, Reader, WireError, Writer};
+use super::{Address, MigrationError, SendProgress, SendReport};
+
+/// How long the target may be silent when it is asked.
+const ANSWER_WAIT: Duration = Duration::from_secs(5);
+const ASK_INTERVAL: Duration = Duration::from_millis(200);
+
+/// The owner of the machine on the source: what only its thread can do.
+pub trait SourceOwner: Send {
+    /// A pass over RAM begins.
+    fn begin_pass(&mut self, pass: u32);
+
+    /// Pauses the machine, unless it is paused.
+    ///
+    /// # Errors
+    /// The machine has ended, was replaced, or does not pause.
+    fn pause(&mut self) -> Result<(), MigrationError>;
+
+    /// The final state of the paused machine, as JSON. The locks of its disks are released afterwards.
+    ///
+    /// # Errors
+    /// It cannot be saved.
+    fn save(&mut self) -> Result<String, MigrationError>;
+
+    /// The machine belongs to the target from now on, and the migration can no longer be cancelled. Returns whether the
+    /// machine continues to run there.
+    ///
+    /// # Errors
+    /// The migration was cancelled.
+    fn commit(&mut self) -> Result<bool, MigrationError>;
+
+    /// The migration has ended.
+    fn end(&mut self, end: SourceEnd);
+}
+
+/// How a migration ended on the source.
+#[derive(Debug)]
+pub enum SourceEnd {
+    /// The target has the machine.
+    Finished(SendReport),
+    /// The source has the machine.
+    Failed(MigrationError),
+    /// Nobody knows; the source must not resume by itself.
+    Unconfirmed(MigrationError),
+}
+
+/// When the machine is paused for the last pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Convergence {
+    /// As soon as the rest can be sent in this time.
+    pub downtime: Duration,
+    /// After this time …
+    pub timeout: Duration,
+    /// … the machine is paused; otherwise the migration fails.
+    pub pauses_at_timeout: bool,
+}
+
+/// A migration to be sent.
+#[derive(Debug)]
+pub struct Outgoing {
+    /// The target.
+    pub address: Address,
+    /// The configuration, as JSON.
+    pub config: String,
+    /// A state of the machine by which the target can check whether it can continue it.
+    pub state: String,
+    /// The guest's RAM, whose writes are recorded.
+    pub tracker: WriteTracker,
+    /// When to pause.
+    pub convergence: Convergence,
+    /// How long a source without an answer tries to ask the target.
+    pub ask_wait: Duration,
+    /// Ends it.
+    pub cancel: Cancel,
+    /// The figures while it runs.
+    pub progress: Arc<SendProgress>,
+}
+
+/// What [`Outgoing::send`] keeps while it sends.
+struct Connection {
+    peer: Peer,
+    reader: Reader<Peer>,
+    writer: Writer<Peer>,
+    data_bytes: u64,
+}
+
+impl Outgoing {
+    /// Sends the machine; returns when [`SourceOwner::end`] has returned.
+    pub fn run(self, owner: &mut dyn SourceOwner) {
+        let id = new_id();
+        let end = self.send(&id, owner).unwrap_or_else(|error| {
+            SourceEnd::Failed(match self.cancel.is_set() {
+                true => MigrationError::Cancelled,
+                false => error,
+            })
+        });
+        // The guest's writes are no longer recorded when it runs again.
+        drop(self);
+        owner.end(end);
+    }
+
+    fn send(
+        &self,
+        id: &MigrationId,
+        owner: &mut dyn SourceOwner,
+    ) -> Result<SourceEnd, MigrationError> {
+        let peer = self.address.connect(&self.cancel)?;
+        let mut connection = Connection {
+            reader: Reader::new(peer.clone()),
+            writer: Writer::new(peer.clone()),
+            peer,
+            data_bytes: 0,
+        };
+        match self.send_to(&mut connection, id, owner) {
+            Ok(sent) => self.hand_over(connection, id, sent, owner),
+            Err(error) => {
+                let error = connection.reason_of_peer(error);
+                // The target learns the reason instead of the end of the stream; it may be gone.
+                let reason = api::error_chain(&error).join(": ");
+                connection.writer.refuse(&reason).ok();
+                Err(error)
+            }
+        }
+    }
+
+    /// Everything up to the target's word that it is prepared. Returns when the machine was paused.
+    fn send_to(
+        &self,
+        connection: &mut Connection,
+        id: &MigrationId,
+        owner: &mut dyn SourceOwner,
+    ) -> Result<Sent, MigrationError> {
+        connection.writer.introduce(Kind::Hello, id)?;
+        connection
+            .writer
+            .send(Kind::Config, self.config.as_bytes())?;
+        connection.writer.send(Kind::State, self.state.as_bytes())?;
+        connection
+            .reader
+            .next(&[Kind::Accepted], "the answer to the configuration")?;
+        let started = Instant::now();
+        let memory = self.tracker.memory();
+        let mut passes = 0;
+        owner.begin_pass(passes);
+        self.progress
+            .begin_pass(memory.zones().iter().map(|zone| zone.bytes()).sum());
+        self.send_pass(connection, passes, None)?;
+        let mut speed = Speed::new(connection.peer.written(), started);
+        passes += 1;
+        let mut written = self.take()?;
+        while written.bytes() > 0 && !self.fits(&written, speed) {
+            if started.elapsed() >= self.convergence.timeout {
+                if self.convergence.pauses_at_timeout {
+                    break;
+                }
+                return Err(MigrationError::Timeout {
+                    seconds: self.convergence.timeout.as_secs(),
+                    passes,
+                    left_bytes: written.bytes(),
+                });
+            }
+            owner.begin_pass(passes);
+            self.progress.begin_pass(written.bytes());
+            let (before, begun) = (connection.peer.written(), Instant::now());
+            self.send_pass(connection, passes, Some(&written))?;
+            speed = Speed::new(connection.peer.written() - before, begun);
+            passes += 1;
+            written = self.take()?;
+        }
+        let paused = Instant::now();
+        owner.pause()?;
+        let state = owner.save()?;
+        // Saving the state may have written to RAM.
+        written.add_all(&self.take()?);
+        owner.begin_pass(passes);
+        self.progress.begin_pass(written.bytes());
+        self.send_pass(connection, passes, Some(&written))?;
+        connection.writer.send(Kind::State, state.as_bytes())?;
+        connection
+            .reader
+            .next(&[Kind::Prepared], "the answer to the state")?;
+        Ok(Sent {
+            passes: passes + 1,
+            paused,
+        })
+    }
+
+    fn take(&self) -> Result<WrittenPages, MigrationError> {
+        self.tracker.take().map_err(MigrationError::Track)
+    }
+
+    fn fits(&self, written: &WrittenPages, speed: Speed) -> bool {
+        speed.time_for(written.bytes()) <= self.convergence.downtime
+    }
+
+    fn send_pass(
+        &self,
+        connection: &mut Connection,
+        pass: u32,
+        written: Option<&WrittenPages>,
+    ) -> Result<(), MigrationError> {
+        let Connection {
+            peer,
+            writer,
+            data_bytes,
+            ..
+        } = connection;
+        let mut runs: Vec<PageRun> = Vec::new();
+        let writer = std::cell::RefCell::new(writer);
+        let send = |pages: Pages<'_>| {
+            writer.borrow_mut().pages(pages)?;
+            *data_bytes += pages.data.len() as u64;
+            self.progress.set_wire_bytes(peer.written());
+            Ok::<_, MigrationError>(())
+        };
+        let clear = |run| {
+            runs.push(run);
+            if runs.len() == RUNS_MAX {
+                writer.borrow_mut().clear(&runs)?;
+                runs.clear();
+            }
+            Ok(())
+        };
+        self.tracker.memory().send_content(written, send, clear)?;
+        let writer = writer.into_inner();
+        if !runs.is_empty() {
+            writer.clear(&runs)?;
+        }
+        writer.send(Kind::PassEnd, &pass.to_le_bytes())?;
+        self.progress.end_pass();
+        self.progress.set_wire_bytes(peer.written());
+        Ok(())
+    }
+
+    /// From here on, the target may run the machine.
+    fn hand_over(
+        &self,
+        mut connection: Connection,
+        id: &MigrationId,
+        sent: Sent,
+        owner: &mut dyn SourceOwner,
+    ) -> Result<SourceEnd, MigrationError> {
+        let runs_on = owner.commit()?;
+        connection.reader.get_mut().ignore_cancel();
+        connection.writer.get_mut().ignore_cancel();
+        let answer = connection
+            .writer
+            .send(Kind::Commit, &[u8::from(runs_on)])
+            .and_then(|()| {
+                let expected = "the answer to the commit";
+                connection
+                    .reader
+                    .next(&[Kind::Committed], expected)
+                    .map(drop)
+            });
+        let finished = || {
+            SourceEnd::Finished(SendReport {
+                passes: sent.passes,
+                wire_bytes: connection.peer.written(),
+                data_bytes: connection.data_bytes,
+                downtime_ms: sent.paused.elapsed().as_millis() as u64,
+            })
+        };
+        let error = match answer {
+            Ok(()) => {
+                let end = finished();
+                // A target that does not receive it only waits longer for questions.
+                connection.writer.send(Kind::Released, &[]).ok();
+                return Ok(end);
+            }
+            Err(error @ WireError::Refused { .. }) => return Ok(SourceEnd::Failed(error.into())),
+            Err(error) => error,
+        };
+        log::warn!("The target's answer to the commit is lost: {error}");
+        Ok(match self.ask(id) {
+            Some(true) => finished(),
+            Some(false) => SourceEnd::Failed(error.into()),
+            None => {
+                let cause = Box::new(error.into());
+                SourceEnd::Unconfirmed(MigrationError::Unconfirmed(cause))
+            }
+        })
+    }
+
+    /// Asks the target on new connections whether it has received the commit.
+    fn ask(&self, id: &MigrationId) -> Option<bool> {
+        let until = Instant::now() + self.ask_wait;
+        while Instant::now() < until {
+            match self.ask_once(id) {
+                Ok(answer) => return Some(answer),
+                Err(error) => {
+                    let error = api::error_chain(&error).join(": ");
+                    log::info!("The target does not tell the outcome: {error}");
+                }
+            }
+            std::thread::sleep(ASK_INTERVAL);
+        }
+        None
+    }
+
+    fn ask_once(&self, id: &MigrationId) -> Result<bool, MigrationError> {
+        let mut peer = self.address.connect(&Cancel::default())?;
+        peer.set_silence(ANSWER_WAIT);
+        let mut writer = Writer::new(peer.clone());
+        writer.introduce(Kind::Ask, id)?;
+        let mut reader = Reader::new(peer);
+        let expected = &[Kind::Committed, Kind::Abandoned];
+        let answer = reader.next(expected, "the outcome of the migration")?;
+        let committed = answer.kind == Kind::Committed;
+        writer.send(Kind::Released, &[]).ok();
+        Ok(committed)
+    }
+}
+
+impl Connection {
+    /// The reason that the target sent before it closed the connection, if that is why `error` occurred.
+    fn reason_of_peer(&mut self, error: MigrationError) -> MigrationError {
+        let is_closed = matches!(
+            &error,
+            MigrationError::Wire(WireError::Io(error)) if matches!(
+                error.kind(),
+                io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+            )
+        );
+        if !is_closed {
+            return error;
+        }
+        match self.reader.next(&[], "no further message") {
+            Err(reason @ WireError::Refused { .. }) => reason.into(),
+            _ => error,
+        }
+    }
+}
+
+struct Sent {
+    passes: u32,
+    paused: Instant,
+}
+
+/// Bytes per second of a pass.
+#[derive(Debug, Clone, Copy)]
+struct Speed {
+    bytes: u64,
+    time: Duration,
+}
+
+impl Speed {
+    fn new(bytes: u64, since: Instant) -> Self {
+        Self {
+            bytes,
+            time: since.elapsed(),
+        }
+    }
+
+    /// How long it takes to send `bytes` at this speed.
+    fn time_for(self, bytes: u64) -> Duration {
+        let factor = bytes as f64 / self.bytes.max(1) as f64;
+        Duration::try_from_secs_f64(self.time.as_secs_f64() * factor).unwrap_or(Duration::MAX)
+    }
+}
+
+/// An identifier that no other migration has.
+fn new_id() -> MigrationId {
+    let mut id = MigrationId::default();
+    for half in id.chunks_exact_mut(8) {
+        // The keys of its hash are random.
+        half.copy_from_slice(&RandomState::new().build_hasher().finish().to_le_bytes());
+    }
+    id
+}

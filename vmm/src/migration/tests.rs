@@ -1,0 +1,493 @@
+//! Both sides in one process, with owners that only record what they are asked for, and a connection that can be cut at
+//! any byte.
+#![allow(clippy::unwrap_used)]
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use api::config::MemoryConfig;
+use api::{ReclaimThresholdsChange, VmConfig};
+use hypervisor::Kvm;
+use machine::memory::{GuestMemory, RamSlots};
+use serde_json::json;
+use state::Saved;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+
+use super::*;
+use crate::snapshot::SnapshotState;
+
+const RAM_BYTES: u64 = 64 << 20;
+/// For every wait of a test that must end.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+fn config() -> VmConfig {
+    VmConfig {
+        memory: MemoryConfig {
+            size: RAM_BYTES,
+            ..MemoryConfig::default()
+        },
+        ..VmConfig::default()
+    }
+}
+
+fn memory() -> GuestMemory {
+    GuestMemory::new(&config().memory, 46).unwrap()
+}
+
+fn state_text() -> String {
+    let state = SnapshotState {
+        pc: serde_json::from_value(json!({"version": 1})).unwrap(),
+        thresholds: ReclaimThresholdsChange::default(),
+        reporting_paused: true,
+        memory_size_after_reboot: None,
+    };
+    serde_json::to_string(&Saved::of(&state)).unwrap()
+}
+
+/// Writes a page while the source is paused, so that only the last pass has it.
+struct FakeSource {
+    memory: GuestMemory,
+    ends: Sender<SourceEnd>,
+    steps: Arc<Mutex<Vec<String>>>,
+}
+
+const LAST_PAGE: u64 = RAM_BYTES - 4096;
+
+impl SourceOwner for FakeSource {
+    fn begin_pass(&mut self, pass: u32) {
+        self.steps.lock().unwrap().push(format!("pass {pass}"));
+    }
+
+    fn pause(&mut self) -> Result<(), MigrationError> {
+        self.steps.lock().unwrap().push("pause".to_owned());
+        let ram = self.memory.ram();
+        ram.memory()
+            .write_obj(7_u64, GuestAddress(LAST_PAGE))
+            .unwrap();
+        ram.writes().record(LAST_PAGE, 8);
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<String, MigrationError> {
+        self.steps.lock().unwrap().push("save".to_owned());
+        Ok(state_text())
+    }
+
+    fn commit(&mut self) -> Result<bool, MigrationError> {
+        self.steps.lock().unwrap().push("commit".to_owned());
+        Ok(true)
+    }
+
+    fn end(&mut self, end: SourceEnd) {
+        self.ends.send(end).unwrap();
+    }
+}
+
+/// What a target did.
+#[derive(Debug, Default)]
+struct Received {
+    memory: Option<GuestMemory>,
+    runs: bool,
+    error: Option<String>,
+}
+
+struct FakeTarget {
+    received: Received,
+    refuses_to: &'static str,
+    ends: Sender<Received>,
+}
+
+impl FakeTarget {
+    fn step(&self, name: &'static str) -> Result<(), MigrationError> {
+        match self.refuses_to == name {
+            true => Err(MigrationError::Request(name)),
+            false => Ok(()),
+        }
+    }
+}
+
+impl TargetOwner for FakeTarget {
+    fn begin(&mut self) {}
+
+    fn prepare(
+        &mut self,
+        config: VmConfig,
+        state: SnapshotState,
+    ) -> Result<GuestMemory, MigrationError> {
+        assert_eq!((config, state.reporting_paused), (self::config(), true));
+        self.step("prepare").map(|()| memory())
+    }
+
+    fn build(&mut self, _state: SnapshotState, memory: GuestMemory) -> Result<(), MigrationError> {
+        self.step("build")?;
+        self.received.memory = Some(memory);
+        Ok(())
+    }
+
+    fn commit(&mut self, runs: bool) -> Result<(), MigrationError> {
+        self.step("commit")?;
+        self.received.runs = runs;
+        Ok(())
+    }
+
+    fn end(&mut self, end: Result<(), MigrationError>) {
+        self.received.error = end.err().map(|error| api::error_chain(&error).join(": "));
+        self.ends.send(std::mem::take(&mut self.received)).unwrap();
+    }
+}
+
+/// A source with some data, whose writes are tracked.
+struct Source {
+    memory: GuestMemory,
+    slots: RamSlots,
+}
+
+impl Source {
+    fn new(kvm: &Kvm) -> Self {
+        let memory = memory();
+        let vm = Arc::new(kvm.create_vm().unwrap());
+        let slots = memory.attach(&vm).unwrap();
+        let ram = memory.ram().memory();
+        for page in [0, 3, 511, 512, 5000] {
+            ram.write_obj(page | 1 << 40, GuestAddress(page * 4096))
+                .unwrap();
+        }
+        Self { memory, slots }
+    }
+
+    /// Sends it to `address` from a thread.
+    fn send(&self, address: Address) -> (Receiver<SourceEnd>, Arc<Mutex<Vec<String>>>, Cancel) {
+        let (ends, end) = channel();
+        let steps = Arc::new(Mutex::new(Vec::new()));
+        let mut owner = FakeSource {
+            memory: self.memory.clone(),
+            ends,
+            steps: Arc::clone(&steps),
+        };
+        let cancel = Cancel::default();
+        let outgoing = Outgoing {
+            address,
+            config: serde_json::to_string(&config()).unwrap(),
+            state: state_text(),
+            tracker: self.slots.track_writes(&self.memory).unwrap(),
+            convergence: Convergence {
+                downtime: Duration::from_millis(300),
+                timeout: Duration::from_secs(30),
+                pauses_at_timeout: false,
+            },
+            ask_wait: Duration::from_millis(300),
+            cancel: cancel.clone(),
+            progress: Arc::default(),
+        };
+        std::thread::spawn(move || outgoing.run(&mut owner));
+        (end, steps, cancel)
+    }
+}
+
+/// Receives in a thread.
+fn receive(address: &Address, refuses_to: &'static str) -> (Receiver<Received>, Address, Cancel) {
+    let (ends, end) = channel();
+    let cancel = Cancel::default();
+    let incoming = Incoming {
+        listener: Listener::bind(address).unwrap(),
+        cancel: cancel.clone(),
+    };
+    let address = incoming.listener.address();
+    let mut owner = FakeTarget {
+        received: Received::default(),
+        refuses_to,
+        ends,
+    };
+    std::thread::spawn(move || incoming.run(&mut owner));
+    (end, address, cancel)
+}
+
+fn local() -> Address {
+    Address::parse("tcp:127.0.0.1:0").unwrap()
+}
+
+fn expect_content(source: &Source, received: &Received) {
+    let target = received.memory.as_ref().unwrap();
+    for page in 0..RAM_BYTES / 4096 {
+        let read = |memory: &GuestMemory| -> u64 {
+            memory
+                .ram()
+                .memory()
+                .read_obj(GuestAddress(page * 4096))
+                .unwrap()
+        };
+        assert_eq!(read(target), read(&source.memory), "page {page}");
+    }
+}
+
+fn open_kvm() -> Option<Kvm> {
+    Kvm::open().map_err(test_skip::skip).ok()
+}
+
+#[test]
+fn machine_moves_over_unix_and_tcp_with_what_was_written_last() {
+    let Some(kvm) = open_kvm() else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    for address in [local(), Address::Unix(path.clone())] {
+        let source = Source::new(&kvm);
+        let (received, address, _) = receive(&address, "");
+        let (sent, steps, _) = source.send(address);
+        let SourceEnd::Finished(report) = sent.recv_timeout(DEADLINE).unwrap() else {
+            panic!("the source did not finish");
+        };
+        let received = received.recv_timeout(DEADLINE).unwrap();
+        assert_eq!(received.error, None);
+        assert!(received.runs);
+        expect_content(&source, &received);
+        assert_eq!(report.data_bytes, 6 * 4096);
+        assert!(report.wire_bytes < report.data_bytes + 8192, "{report:?}");
+        let steps = steps.lock().unwrap();
+        assert_eq!(*steps, ["pass 0", "pause", "save", "pass 1", "commit"]);
+    }
+    assert!(!path.exists(), "the socket is left behind");
+}
+
+#[test]
+fn target_that_refuses_names_the_reason_and_the_source_keeps_the_machine() {
+    let Some(kvm) = open_kvm() else {
+        return;
+    };
+    for step in ["prepare", "build", "commit"] {
+        let source = Source::new(&kvm);
+        let (received, address, _) = receive(&local(), step);
+        let (sent, ..) = source.send(address);
+        let end = sent.recv_timeout(DEADLINE).unwrap();
+        let SourceEnd::Failed(error) = end else {
+            panic!("{step}: {end:?}");
+        };
+        let error = api::error_chain(&error).join(": ");
+        assert!(
+            error.contains("ended the migration") && error.contains(step),
+            "{error}"
+        );
+        let received = received.recv_timeout(DEADLINE).unwrap();
+        assert_eq!(received.error.as_deref(), Some(step));
+        assert!(!received.runs);
+    }
+}
+
+#[test]
+fn client_that_sends_something_else_does_not_end_the_wait_for_a_source() {
+    let Some(kvm) = open_kvm() else {
+        return;
+    };
+    let source = Source::new(&kvm);
+    let (received, address, _) = receive(&local(), "");
+    let Address::Tcp(port) = address else {
+        panic!("{address}");
+    };
+    let mut client = TcpStream::connect(port).unwrap();
+    client.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+    let mut answer = Vec::new();
+    // It may be reset, because the target has not read all of it.
+    client.read_to_end(&mut answer).ok();
+    let (sent, ..) = source.send(address);
+    let end = sent.recv_timeout(DEADLINE).unwrap();
+    assert!(matches!(end, SourceEnd::Finished(_)), "{end:?}");
+    assert_eq!(received.recv_timeout(DEADLINE).unwrap().error, None);
+}
+
+#[test]
+fn both_sides_can_be_cancelled_while_they_wait() {
+    let Some(kvm) = open_kvm() else {
+        return;
+    };
+    let (received, _, cancel) = receive(&local(), "");
+    cancel.set();
+    let error = received.recv_timeout(DEADLINE).unwrap().error.unwrap();
+    assert!(error.contains("cancelled"), "{error}");
+    // Accepts and never answers.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let source = Source::new(&kvm);
+    let (sent, _, cancel) = source.send(Address::Tcp(silent.local_addr().unwrap()));
+    let _connection = silent.accept().unwrap();
+    cancel.set();
+    let end = sent.recv_timeout(DEADLINE).unwrap();
+    assert!(
+        matches!(end, SourceEnd::Failed(MigrationError::Cancelled)),
+        "{end:?}"
+    );
+}
+
+/// Which way the bytes are counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    ToTarget,
+    ToSource,
+}
+
+/// Forwards the first connection until `bytes` bytes went one way, then closes it. Later connections are forwarded as a
+/// whole, or refused. Returns its address and the number of bytes that went each way if it is never cut.
+fn cut(
+    target: SocketAddr,
+    way: Way,
+    bytes: usize,
+    reconnects: bool,
+) -> (Address, Receiver<[usize; 2]>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = Address::Tcp(listener.local_addr().unwrap());
+    let (counts, counted) = channel();
+    std::thread::spawn(move || {
+        let (source, _) = listener.accept().unwrap();
+        let listener = reconnects.then_some(listener);
+        let onward = TcpStream::connect(target).unwrap();
+        let limit = |it| if it == way { bytes } else { usize::MAX };
+        counts
+            .send(forward(
+                &source,
+                &onward,
+                limit(Way::ToTarget),
+                limit(Way::ToSource),
+            ))
+            .ok();
+        while let Some(listener) = &listener {
+            let Ok((source, _)) = listener.accept() else {
+                return;
+            };
+            let Ok(onward) = TcpStream::connect(target) else {
+                continue;
+            };
+            forward(&source, &onward, usize::MAX, usize::MAX);
+        }
+    });
+    (address, counted)
+}
+
+fn forward(
+    source: &TcpStream,
+    target: &TcpStream,
+    to_target: usize,
+    to_source: usize,
+) -> [usize; 2] {
+    let copy = |from: &TcpStream, to: &TcpStream, limit: usize| {
+        let (mut from, mut to) = (from, to);
+        let mut buffer = [0; 16 << 10];
+        let mut done = 0;
+        while done < limit {
+            let wanted = buffer.len().min(limit - done);
+            match from.read(&mut buffer[..wanted]) {
+                Ok(count) if count > 0 && to.write_all(&buffer[..count]).is_ok() => done += count,
+                _ => break,
+            }
+        }
+        for stream in [from, to] {
+            stream.shutdown(Shutdown::Both).ok();
+        }
+        done
+    };
+    std::thread::scope(|scope| {
+        let there = scope.spawn(|| copy(source, target, to_target));
+        let back = copy(target, source, to_source);
+        [there.join().unwrap(), back]
+    })
+}
+
+const HEADER: usize = 16;
+const HELLO_BYTES: usize = HEADER + 20;
+
+/// Migrates over a connection that is cut. Returns how it ended on both sides.
+fn migrate(
+    kvm: &Kvm,
+    way: Way,
+    bytes: usize,
+    reconnects: bool,
+) -> (SourceEnd, Received, [usize; 2]) {
+    let source = Source::new(kvm);
+    let (received, address, cancel) = receive(&local(), "");
+    let Address::Tcp(target) = address else {
+        panic!("{address}");
+    };
+    let (proxy, counted) = cut(target, way, bytes, reconnects);
+    let (sent, ..) = source.send(proxy);
+    let sent = sent.recv_timeout(DEADLINE).unwrap();
+    if bytes == 0 || (way == Way::ToTarget && bytes < HELLO_BYTES) {
+        // A client that has not introduced itself; the target waits for the next one.
+        cancel.set();
+    }
+    let received = received.recv_timeout(DEADLINE).unwrap();
+    (sent, received, counted.recv_timeout(DEADLINE).unwrap())
+}
+
+#[test]
+fn connection_cut_anywhere_leaves_exactly_one_owner() {
+    let Some(kvm) = open_kvm() else {
+        return;
+    };
+    let (end, _, [to_target, to_source]) = migrate(&kvm, Way::ToTarget, usize::MAX, true);
+    assert!(matches!(end, SourceEnd::Finished(_)), "{end:?}");
+    assert_eq!(to_source, 3 * HEADER, "three answers");
+    // The last two messages are the commit, with one byte, and the confirmation.
+    let commit = to_target - 2 * HEADER - 1;
+    let before_commit = [
+        0,
+        1,
+        20,
+        100,
+        10_000,
+        commit - 5_000,
+        commit - 1,
+        commit,
+        commit + 1,
+        commit + HEADER,
+    ];
+    for bytes in before_commit {
+        for reconnects in [false, true] {
+            let (end, received, _) = migrate(&kvm, Way::ToTarget, bytes, reconnects);
+            assert!(
+                !received.runs && received.error.is_some(),
+                "{bytes}: {received:?}"
+            );
+            // A source that has tried to send the commit must ask.
+            let may_be_unsure = bytes >= commit && !reconnects;
+            match end {
+                SourceEnd::Failed(_) => {}
+                SourceEnd::Unconfirmed(_) if may_be_unsure => {}
+                end => panic!("{bytes}: {end:?}"),
+            }
+        }
+    }
+    for bytes in [commit + HEADER + 1, to_target - 1] {
+        for reconnects in [false, true] {
+            let (end, received, _) = migrate(&kvm, Way::ToTarget, bytes, reconnects);
+            assert!(
+                received.runs && received.error.is_none(),
+                "{bytes}: {received:?}"
+            );
+            match end {
+                SourceEnd::Finished(_) => {}
+                SourceEnd::Unconfirmed(_) if !reconnects => {}
+                end => panic!("{bytes}: {end:?}"),
+            }
+        }
+    }
+    for answers in 0..3 {
+        for bytes in [
+            answers * HEADER,
+            answers * HEADER + 1,
+            answers * HEADER + 15,
+        ] {
+            for reconnects in [false, true] {
+                let (end, received, _) = migrate(&kvm, Way::ToSource, bytes, reconnects);
+                match (end, answers) {
+                    // The commit has come, and its answer is lost.
+                    (SourceEnd::Finished(_), 2) => assert!(reconnects && received.runs),
+                    (SourceEnd::Unconfirmed(_), 2) => assert!(!reconnects),
+                    // The connection may end before the commit has come.
+                    (SourceEnd::Failed(_), _) => assert!(!received.runs, "{bytes}: {received:?}"),
+                    (end, _) => panic!("{bytes}: {end:?}"),
+                }
+            }
+        }
+    }
+}
