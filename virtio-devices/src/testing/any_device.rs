@@ -65,6 +65,11 @@ pub(super) struct Made {
     _endpoints: Vec<Arc<DmaEndpoint>>,
 }
 
+/// The address of a block of virtio-mem's region, or behind it.
+pub(super) fn mem_block(number: u8) -> u64 {
+    MEM_PAGE * PAGE as u64 + u64::from(number) * BLOCK_BYTES
+}
+
 fn name(choice: u8) -> &'static str {
     NAMES[usize::from(choice) % NAMES.len()]
 }
@@ -151,10 +156,10 @@ pub(super) fn make(choice: u8, ram: &TestRam) -> Made {
             .expect("sound parameters"),
         ),
         "mem" => {
-            let start = MEM_PAGE * PAGE as u64;
             let (device, _) = Mem::new(MemParams {
                 id: "mem0".into(),
-                region: MemRegion::new(start, BLOCKS * BLOCK_BYTES, BLOCK_BYTES).expect("aligned"),
+                region: MemRegion::new(mem_block(0), BLOCKS * BLOCK_BYTES, BLOCK_BYTES)
+                    .expect("aligned"),
                 ram: ram.mem(),
                 access: Arc::new(TestBlocks::new(BLOCK_BYTES)),
                 requested_bytes: BLOCK_BYTES,

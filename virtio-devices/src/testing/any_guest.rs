@@ -65,6 +65,30 @@ fn run_with(choice: u8, mut input: Input<'_>) -> u64 {
     })
 }
 
+/// A header with a request type and its subject, in the places that most devices use: a sector, an address or a domain.
+fn sound_header(input: &mut Input<'_>) -> Vec<u8> {
+    let kind = u32::from(input.byte() % 16);
+    let domain = u32::from(input.byte() % 3);
+    let place = match input.byte() {
+        sector @ 0..=127 => u64::from(sector),
+        block @ 128..=191 => any_device::mem_block(block % 4),
+        page => u64::from(page % SOLID_PAGES) * PAGE as u64,
+    };
+    let mut header = kind.to_le_bytes().to_vec();
+    header.extend(domain.to_le_bytes());
+    header.extend(place.to_le_bytes());
+    // What follows the place: the number of blocks, the end of a mapping.
+    let more = input.byte();
+    if more & 1 != 0 {
+        header.extend((place + u64::from(more) * PAGE as u64 - 1).to_le_bytes());
+        header.extend(place.to_le_bytes());
+        header.extend(u32::from(more >> 1).to_le_bytes());
+    } else if more & 2 != 0 {
+        header.extend(u64::from(more >> 6).to_le_bytes());
+    }
+    header
+}
+
 type Harness = HandlerHarness<Box<dyn QueueHandler>>;
 
 struct Guest {
@@ -244,6 +268,8 @@ impl Guest {
         let is_packet = self.made.programs.is_some() && bytes < 0xe0;
         let header: Vec<u8> = if is_packet {
             any_vsock::header(input)
+        } else if bytes < 0xa0 {
+            sound_header(input)
         } else {
             (0..=bytes % HEADER_BYTES_MAX)
                 .map(|_| input.byte())
@@ -251,16 +277,24 @@ impl Guest {
         };
         self.ram.write(GuestAddress(FORM_START), &header);
         let shape = input.byte();
+        let is_sound = shape & 0x40 == 0;
         let mut parts = vec![(FORM_START, header.len() as u32, 0)];
         for bit in 0..shape & 3 {
             let writable = shape >> (bit + 2) & 1 != 0;
             let page = u64::from(input.byte() % SOLID_PAGES);
             let length = u32::from(input.word() % (4 * PAGE as u16));
+            let length = if is_sound { length & !511 } else { length };
             parts.push((page * PAGE as u64, length, if writable { WRITE } else { 0 }));
         }
         if shape & 0x80 == 0 {
             let answer = FORM_START + u64::from(HEADER_BYTES_MAX) * 2;
-            parts.push((answer, u32::from(shape >> 3 & 0xf), WRITE));
+            let length = match shape >> 3 & 7 {
+                length if !is_sound => u32::from(length),
+                // The status of a disk, or another response.
+                0..=4 => 1,
+                _ => 16,
+            };
+            parts.push((answer, length, WRITE));
         }
         if is_packet {
             let readable = parts.iter().skip(1).filter(|(_, _, flags)| *flags == 0);
