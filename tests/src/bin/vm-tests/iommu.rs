@@ -15,7 +15,7 @@ use crate::hotplug::{expect, wait_disk, wait_gone};
 use crate::snapshot::restore;
 
 pub(crate) fn tests() -> Vec<Test> {
-    tests![disks_behind_the_iommu_keep_data_come_and_go_and_are_saved]
+    tests![debian_6_12_disks_behind_the_iommu_keep_data_come_and_go_and_are_saved]
 }
 
 const MIB: u64 = 1 << 20;
@@ -52,7 +52,7 @@ fn ensure_translated(guest: &mut Guest, disk: &str) -> Result<()> {
     Ok(())
 }
 
-fn disks_behind_the_iommu_keep_data_come_and_go_and_are_saved() -> Result<Outcome> {
+fn debian_6_12_disks_behind_the_iommu_keep_data_come_and_go_and_are_saved() -> Result<Outcome> {
     if paths::guest(KERNEL).is_err() {
         return Ok(Outcome::Skipped(format!("there is no guest {KERNEL}")));
     }
