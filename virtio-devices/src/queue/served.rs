@@ -559,7 +559,7 @@ mod tests {
         let visited = |head, size| {
             let mut seen = Vec::new();
             each_writable(&memory, table, size, head, |start, bytes| {
-                seen.push((start, bytes))
+                seen.push((start, bytes));
             });
             seen
         };
