@@ -9,7 +9,7 @@
 //! * the balloon never reports more memory as given up than the guest has;
 //! * the device works again after a reset.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use device_facts::policy_space as abi;
 use device_facts::{PausePhase, ReportingPolicy};
@@ -200,6 +200,7 @@ impl Guest {
                 let patience = Instant::now();
                 let phase = self.handle.wait_for_pause(patience);
                 assert_ne!(phase, PausePhase::Pausing, "no batch is under way");
+                self.look(patience);
             }
             5 | 6 => self.copy_word(input),
             _ => {
@@ -217,6 +218,28 @@ impl Guest {
         }
         if self.handle.snapshot().pause.is_paused() {
             assert!(!self.handle.reporting().is_active(), "paused is not active");
+        }
+    }
+
+    /// Reads every figure as the host, and requests statistics, for which it does not wait.
+    fn look(&mut self, deadline: Instant) {
+        let snapshot = self.handle.snapshot();
+        for path in [&snapshot.report, &snapshot.inflate, &snapshot.hint] {
+            let buckets = path.latency.buckets();
+            let counted: u64 = buckets.iter().map(|bucket| bucket.count).sum();
+            assert_eq!(counted, path.latency.count());
+            assert!(path.latency.percentile_us(99) <= path.latency.max_us());
+        }
+        // The results depend on the guest.
+        let _policy = self.handle.reporting_policy();
+        let _orders = self.handle.report_now_status();
+        let _counters = self.handle.counters();
+        self.handle.set_stats_poll(Duration::from_millis(100));
+        self.handle.request_stats(deadline).err();
+        let _cached = self.handle.cached_stats();
+        if self.harness.serve_sources(0).is_err() {
+            self.check_books();
+            self.reset();
         }
     }
 

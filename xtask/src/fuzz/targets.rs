@@ -35,8 +35,11 @@ pub(super) const TARGETS: &[Target] = &[
     ),
     target(
         "balloon",
-        &["virtio-devices/src/balloon/", "virtio-devices/src/queue/"],
-        &["virtio-devices/src/balloon/fuzz.rs"],
+        &["virtio-devices/src/balloon/"],
+        &[
+            "virtio-devices/src/balloon/fuzz.rs",
+            "virtio-devices/src/balloon/state.rs",
+        ],
     ),
     target(
         "boot",
@@ -114,12 +117,16 @@ pub(super) const TARGETS: &[Target] = &[
     target(
         "registers",
         &["virtio-devices/src/pci/", "virtio-devices/src/transport/"],
-        &["virtio-devices/src/transport/state.rs"],
+        &[
+            "virtio-devices/src/transport/saving.rs",
+            "virtio-devices/src/transport/state.rs",
+        ],
     ),
     target(
         "saved_state",
         &[
             "state/src/",
+            "virtio-devices/src/balloon/state.rs",
             "virtio-devices/src/transport/saving.rs",
             "virtio-devices/src/transport/state.rs",
         ],
