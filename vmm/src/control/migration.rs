@@ -49,7 +49,7 @@ enum Role {
     },
     Target {
         /// Known once the source has sent it.
-        config: Option<VmConfig>,
+        config: Option<Box<VmConfig>>,
         done: Option<Received>,
     },
 }
@@ -271,11 +271,10 @@ impl Lifecycle {
                         error = format!("{error}; the VM stays paused: {cause}");
                     }
                 }
-                if same && was_running && paused && !self.disks_released {
-                    if let Err(cause) = self.resume() {
-                        let cause = api::error_chain(&cause).join(": ");
-                        error = format!("{error}; the VM stays paused: {cause}");
-                    }
+                let resumes = same && was_running && paused && !self.disks_released;
+                if resumes && let Err(cause) = self.resume() {
+                    let cause = api::error_chain(&cause).join(": ");
+                    error = format!("{error}; the VM stays paused: {cause}");
                 }
                 self.emit(EventKind::MigrationFailed { error });
                 Ok(())
@@ -358,7 +357,7 @@ impl Lifecycle {
     }
 
     /// The migration that is being received, with the place for its configuration.
-    fn received(&mut self) -> Result<&mut Option<VmConfig>, LifecycleError> {
+    fn received(&mut self) -> Result<&mut Option<Box<VmConfig>>, LifecycleError> {
         match &mut self.migration {
             Some(Migration {
                 role: Role::Target { config, .. },
@@ -385,7 +384,7 @@ impl Lifecycle {
             .admit(&config)
             .map_err(LifecycleError::Landlock)?;
         let memory = snapshot::empty_memory(&config, &pc).map_err(LifecycleError::Snapshot)?;
-        *self.received()? = Some(config);
+        *self.received()? = Some(Box::new(config));
         Ok(memory)
     }
 
@@ -396,7 +395,7 @@ impl Lifecycle {
     ) -> Result<(), LifecycleError> {
         let config = self.received()?.take();
         let config = config.ok_or(LifecycleError::VmMissingConfig)?;
-        let snapshot = Snapshot::received(config, state, memory);
+        let snapshot = Snapshot::received(*config, state, memory);
         let snapshot = snapshot.map_err(LifecycleError::Snapshot)?;
         let config = snapshot.config.clone();
         self.create_restored(&snapshot, config)

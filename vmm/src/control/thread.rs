@@ -251,7 +251,7 @@ impl ControlThread {
             .name(CONTROL_THREAD.to_owned())
             .stack_size(STACK_BYTES)
             .spawn(move || {
-                let ending = run(setup, thresholds, &epoll, &requests, own);
+                let ending = run(setup, thresholds, &epoll, &requests, &own);
                 // No further events follow after the final one.
                 drop(monitor);
                 ending
@@ -288,7 +288,7 @@ fn run(
     thresholds: Arc<Thresholds>,
     epoll: &Epoll,
     requests: &Receiver<Request>,
-    own: ControlHandle,
+    own: &ControlHandle,
 ) -> Ending {
     (setup.on_start)();
     (setup.context.events)(&EventKind::VmmStarting.into());

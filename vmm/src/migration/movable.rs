@@ -80,7 +80,7 @@ mod tests {
             (
                 VmConfig {
                     fs: Some(vec![fs]),
-                    ..plain.clone()
+                    ..plain
                 },
                 "Shared folder t",
             ),

@@ -342,6 +342,7 @@ impl Connection {
     }
 }
 
+#[derive(Clone, Copy)]
 struct Sent {
     passes: u32,
     paused: Instant,

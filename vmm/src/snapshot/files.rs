@@ -241,7 +241,7 @@ impl Snapshot {
             config,
             pc: state.pc.read().map_err(SnapshotError::State)?,
             state,
-            filling: Filling::Done(memory),
+            filling: Filling::Done(Box::new(memory)),
             memory: Vec::new(),
         })
     }
@@ -265,7 +265,7 @@ impl Snapshot {
             let map = self.pc.memory.read();
             map.and_then(|map| memory.check_state(&map))
                 .map_err(SnapshotError::State)?;
-            return Ok((memory.clone(), None));
+            return Ok((GuestMemory::clone(memory), None));
         }
         let mut memory = empty_memory(config, &self.pc)?;
         let progress = Progress::of_restore(&memory, Arc::clone(&context.events));

@@ -28,7 +28,7 @@ pub enum Filling {
     /// Never: RAM maps the files until it is written.
     CopyOnWrite,
     /// It is: a migration has brought the content.
-    Done(GuestMemory),
+    Done(Box<GuestMemory>),
 }
 
 impl Filling {
