@@ -52,7 +52,7 @@ fn wait_event(vmm: &Vmm, name: &str) -> Result<Value> {
             let event = event.replace(r#""event":""#, r#""event": ""#);
             event.contains(&quoted)
         });
-        Ok(event.map(|event| serde_json::from_str::<Value>(event)))
+        Ok(event.map(serde_json::from_str::<Value>))
     })?
     .map(|event| event["properties"].clone())
     .context("an event that is JSON")
@@ -141,10 +141,10 @@ fn memory_that_was_given_back_is_neither_sent_nor_resident_and_settings_follow()
         let cmdline = ["--cmdline", "scenario=balloon stay", "--memory", memory];
         let mut source = start("balloon", &[BALLOON, EVENTS, &cmdline].concat())?;
         expect_all_passed(&mut source)?;
-        let alert = json!({"add": [{"name": "much", "figure": "resident_bytes", "enter": 1 << 40, "leave": 1 << 39}]});
-        let set = source.request("PUT", "vm.reclaim-thresholds", Some(&alert.to_string()))?;
+        let alert = json!({"name": "much", "figure": "resident_bytes", "enter": 200 << 20, "leave": 100 << 20});
+        let body = json!({"alerts": [alert]}).to_string();
+        let set = source.request("PUT", "vm.reclaim-thresholds", Some(&body))?;
         ensure!(set.status == 200, "{set:?}");
-        let alerts = source.get("vm.reclaim-thresholds")?["alerts"].clone();
         source.get("vm.balloon-stats")?;
         let resident = |vmm: &Vmm| -> Result<u64> {
             vmm.get("vm.reclaim-stats")?["resident_bytes"]
@@ -169,7 +169,8 @@ fn memory_that_was_given_back_is_neither_sent_nor_resident_and_settings_follow()
         ensure!(after <= before + before / 20, "{after} of {before}");
         // The driver, its queues and interrupts continue to work.
         target.get("vm.balloon-stats")?;
-        ensure!(target.get("vm.reclaim-thresholds")?["alerts"] == alerts);
+        let thresholds = target.get("vm.reclaim-thresholds")?;
+        ensure!(thresholds["alerts"][0]["name"] == "much", "{thresholds:#}");
         let now = target.get("vm.counters")?;
         for name in ["report_discarded_bytes", "inflate_discarded_bytes"] {
             let count = |of: &Value| of["__balloon"][name].as_u64();
@@ -246,7 +247,7 @@ fn source_keeps_its_guest_whenever_the_target_dies_or_the_connection_breaks() ->
                 let (connection, _) = proxy.accept()?;
                 let cut = move || {
                     if kills {
-                        kill()
+                        kill();
                     }
                 };
                 forward_until(port, bytes, cut)(connection)
