@@ -141,7 +141,7 @@ fn memory_that_was_given_back_is_neither_sent_nor_resident_and_settings_follow()
         let cmdline = ["--cmdline", "scenario=balloon stay", "--memory", memory];
         let mut source = start("balloon", &[BALLOON, EVENTS, &cmdline].concat())?;
         expect_all_passed(&mut source)?;
-        let alert = json!({"name": "much", "figure": "resident_bytes", "enter": 200 << 20, "leave": 100 << 20});
+        let alert = json!({"name": "much", "figure": "resident_bytes", "direction": "above", "enter": 200 << 20, "leave": 100 << 20});
         let body = json!({"alerts": [alert]}).to_string();
         let set = source.request("PUT", "vm.reclaim-thresholds", Some(&body))?;
         ensure!(set.status == 200, "{set:?}");
