@@ -428,6 +428,24 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn cpuid_caches_are_never_shared_by_more_than_on_the_host() {
+        let mut of_one_cpu = intel();
+        of_one_cpu.retain(|leaf| leaf.function != 4);
+        // Levels 1 to 3, each with a single processor of the host.
+        let levels = [(0, 0x1c00_0121), (2, 0x1c00_0143), (3, 0x1c00_0163)];
+        of_one_cpu.extend(levels.map(|(index, eax)| leaf(4, index, [eax, 0, 0, 0])));
+        for topology in [[1, 3, 1, 2], [2, 4, 1, 1]] {
+            let cpuid = GuestCpuid::new(&of_one_cpu, &options(topology))
+                .of_vcpu(0)
+                .unwrap();
+            for (index, _) in levels {
+                let eax = get(&cpuid, 4, index).unwrap().eax;
+                assert_eq!((eax >> 14) & 0xfff, 0, "{topology:?}, cache {index}");
+            }
+        }
+    }
+
+    #[test]
     fn cpuid_limits_and_hypervisor_leaves_are_ours() {
         let cpuid = GuestCpuid::new(&intel(), &options([1, 1, 1, 1]))
             .of_vcpu(0)

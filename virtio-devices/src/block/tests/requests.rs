@@ -343,3 +343,48 @@ fn config_space_tells_capacity_and_takes_writeback() {
     block.read_config(u64::MAX - 4, &mut past);
     assert_eq!(past, [0; 16]);
 }
+
+/// Set for the process of [`write_beyond_the_limit_of_file_size_is_an_io_error`] that has the limit.
+const LIMITED: &str = "TEST_BLOCK_LIMITED";
+
+#[test]
+fn write_beyond_the_limit_of_file_size_is_an_io_error() {
+    const LIMIT: u64 = 1 << 20;
+    const NAME: &str = "block::tests::requests::write_beyond_the_limit_of_file_size_is_an_io_error";
+    let Some(path) = std::env::var_os(LIMITED) else {
+        let file = NamedTempFile::new().unwrap();
+        file.as_file().set_len(2 * LIMIT).unwrap();
+        // In units of 512 bytes. The program ignores the signal, too.
+        let script = format!("trap '' XFSZ; ulimit -f {}; exec \"$@\"", LIMIT / 512);
+        let ended = std::process::Command::new("sh")
+            .args(["-c", &script, "sh"])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", NAME, "--nocapture"])
+            .env(LIMITED, file.path())
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&ended.stdout).into_owned()
+            + &String::from_utf8_lossy(&ended.stderr);
+        assert!(ended.status.success(), "{}: {text}", ended.status);
+        assert!(text.contains("1 passed"), "{text}");
+        return;
+    };
+    for (engine, index) in ENGINES.into_iter().zip(1_u8..) {
+        let mut rig = Rig::new(BlockParams {
+            id: "_disk0".into(),
+            path: path.clone().into(),
+            num_queues: 1,
+            queue_size: 64,
+            sparse: true,
+            engine,
+            ..BlockParams::default()
+        });
+        let last = LIMIT / 512 - 1;
+        assert_eq!(rig.write(last + 1, &[index; 512]), S_IOERR);
+        assert_eq!(rig.write(last, &[index; 1024]), S_IOERR, "only a part fits");
+        assert_eq!(rig.counter("io_errors"), 2);
+        assert_eq!(rig.write(last, &[index; 512]), S_OK);
+        let content = [[index; 512], [0; 512]].concat();
+        assert_eq!(rig.read(last, 1024), (S_OK, content));
+    }
+}
