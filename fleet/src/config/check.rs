@@ -2,63 +2,26 @@
 
 use api::PolicyError;
 
-use super::{Config, Thresholds, ranges};
+use super::{Config, ConfigError, ConfigFault, Thresholds, ranges};
 use crate::model::HostState;
 
-/// A contradiction between keys.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ConfigFault {
-    /// The `leave` value of a state is not above its `enter` value.
-    #[error("thresholds.{0}: leave must be above enter")]
-    BandReversed(HostState),
-    /// A worse state begins at more free memory than a better one.
-    #[error("thresholds.{0}: must be below the values of the preceding state")]
-    BandOrder(HostState),
-    /// The pressures are not ascending.
-    #[error("thresholds.pressure: the three values must increase")]
-    PressureOrder,
-    /// A value is out of range.
-    #[error("{key} must be {range}")]
-    Range {
-        /// The key.
-        key: String,
-        /// The valid range.
-        range: String,
-    },
-    /// A policy's minimum exceeds its maximum.
-    #[error("policy.{0}: max must not be below min or floor")]
-    PolicyOrder(String),
-    /// The VMM rejects this reporting policy, so guests would never follow it.
-    #[error("reporting.{policy}: {low} must not be above {high}")]
-    ReportingOrder {
-        /// The policy.
-        policy: &'static str,
-        /// The setting that is above the other.
-        low: &'static str,
-        /// The other one.
-        high: &'static str,
-    },
-    /// Giving and taking would alternate forever.
-    #[error("control.give_above must be between thresholds.orange.leave and control.relax_above")]
-    GiveOrder,
-    /// Idle guests would receive memory that is then taken from them.
-    #[error("control.relax_above must be above thresholds.yellow.leave")]
-    RelaxOrder,
-    /// A guest would keep less memory than the threshold of suffering.
-    #[error(
-        "control.suffer must be below control.keep, and control.suffer_min below control.keep_min"
-    )]
-    KeepOrder,
-    /// The kernel rejects the trigger.
-    #[error("agent.trigger_stall must be shorter than agent.trigger_window")]
-    TriggerOrder,
-    /// The interval between samples exceeds the maximum age of a sample.
-    #[error("control.sample must be shorter than control.sample_age_max")]
-    SampleAge,
+impl Config {
+    /// Checks that the values are consistent.
+    ///
+    /// # Errors
+    /// [`ConfigError::Faults`] with all contradictions, so that an operator can correct the file in one pass.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let faults = faults(self);
+        if faults.is_empty() {
+            Ok(())
+        } else {
+            Err(ConfigError::Faults(faults))
+        }
+    }
 }
 
 /// All contradictions.
-pub(super) fn faults(config: &Config) -> Vec<ConfigFault> {
+fn faults(config: &Config) -> Vec<ConfigFault> {
     let mut faults = Vec::new();
     bands(&config.thresholds, &mut faults);
     let control = &config.control;

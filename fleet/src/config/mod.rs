@@ -6,6 +6,7 @@
 
 mod check;
 mod control;
+mod fault;
 mod millis;
 mod policy;
 pub(crate) mod ranges;
@@ -16,8 +17,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-pub use check::ConfigFault;
 pub use control::{AdmissionConfig, ControlConfig, LastResortConfig};
+pub use fault::{ConfigError, ConfigFault};
 pub use millis::Millis;
 pub use policy::PolicyConfig;
 pub use safety::{Safety, SafetyRule};
@@ -76,19 +77,6 @@ impl Config {
         Ok(config)
     }
 
-    /// Checks that the values are consistent.
-    ///
-    /// # Errors
-    /// [`ConfigError::Faults`] with all contradictions, so that an operator can correct the file in one pass.
-    pub fn check(&self) -> Result<(), ConfigError> {
-        let faults = check::faults(self);
-        if faults.is_empty() {
-            Ok(())
-        } else {
-            Err(ConfigError::Faults(faults))
-        }
-    }
-
     /// The reserve of a host of this size.
     pub fn reserve(&self, host: Bytes) -> Bytes {
         self.host.reserve.of(host).min(host)
@@ -110,22 +98,6 @@ impl Config {
             .unwrap_or_default()
             .resolve(configured)
     }
-}
-
-/// Reasons why a configuration is rejected.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// It is not TOML, or has unknown keys or invalid values.
-    #[error("cannot read the configuration")]
-    Syntax(#[from] toml::de::Error),
-    /// Its values contradict each other.
-    #[error("configuration is invalid: {}", list(.0))]
-    Faults(Vec<ConfigFault>),
-}
-
-fn list(faults: &[ConfigFault]) -> String {
-    let texts: Vec<String> = faults.iter().map(ToString::to_string).collect();
-    texts.join("; ")
 }
 
 #[cfg(test)]

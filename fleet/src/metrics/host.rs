@@ -6,7 +6,7 @@ use prometheus_client::encoding::NoLabelSet;
 use prometheus_client::metrics::MetricType;
 use strum::VariantArray as _;
 
-use super::{Labels, Out, figures};
+use super::families::{Labels, Out, figures};
 use crate::agent::{PublishedState, Snapshot};
 use crate::model::Bytes;
 use crate::reservations::ReservationPhase;

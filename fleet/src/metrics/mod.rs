@@ -5,6 +5,7 @@
 //! VM's life are in `ch_vm_info`. When a VM ends, its series end. A guest's counters restart with each machine, whose
 //! number is `ch_vm_epoch`.
 
+mod families;
 mod host;
 mod store;
 mod vm;
@@ -16,24 +17,13 @@ use std::fmt;
 use std::sync::Arc;
 
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{
-    DescriptorEncoder, EncodeCounterValue, EncodeGaugeValue, MetricEncoder, NoLabelSet, text,
-};
-use prometheus_client::metrics::MetricType;
-use prometheus_client::metrics::exemplar::Exemplar;
+use prometheus_client::encoding::{DescriptorEncoder, text};
 use prometheus_client::registry::Registry;
+
+use families::Out;
 
 use crate::agent::{Published, Snapshot};
 use crate::sample::RequestCounters;
-
-/// Rows of metrics: name and help text, then the value.
-macro_rules! figures {
-    ($($name:literal $help:literal, $figure:expr;)+) => { [$(($name, $help, $figure)),+] };
-}
-use figures;
-
-/// Labels of one series.
-type Labels = Vec<(&'static str, String)>;
 
 /// All figures as text.
 pub(crate) fn render(snapshot: &Arc<Snapshot>, published: &Published) -> String {
@@ -62,55 +52,5 @@ impl Collector for Scrape {
         host::write_requests(&mut out, &self.snapshot.status.host.name, &self.requests)?;
         store::write(&mut out, &self.snapshot.status)?;
         vm::write(&mut out, &self.snapshot.status)
-    }
-}
-
-/// Writes metric families.
-struct Out<'a> {
-    encoder: DescriptorEncoder<'a>,
-}
-
-impl Out<'_> {
-    /// Writes a gauge with a value for each set of labels; omitted if there are none.
-    fn gauge<V: EncodeGaugeValue>(
-        &mut self,
-        name: &str,
-        help: &str,
-        values: impl IntoIterator<Item = (Labels, V)>,
-    ) -> fmt::Result {
-        self.family(name, help, MetricType::Gauge, values, |mut one, value| {
-            one.encode_gauge(&value)
-        })
-    }
-
-    /// Writes a counter; the encoder appends `_total` to its name.
-    fn counter<V: EncodeCounterValue>(
-        &mut self,
-        name: &str,
-        help: &str,
-        values: impl IntoIterator<Item = (Labels, V)>,
-    ) -> fmt::Result {
-        self.family(name, help, MetricType::Counter, values, |mut one, value| {
-            one.encode_counter::<NoLabelSet, V, u64>(&value, None::<&Exemplar<NoLabelSet, u64>>)
-        })
-    }
-
-    fn family<V>(
-        &mut self,
-        name: &str,
-        help: &str,
-        kind: MetricType,
-        values: impl IntoIterator<Item = (Labels, V)>,
-        encode: impl Fn(MetricEncoder<'_>, V) -> fmt::Result,
-    ) -> fmt::Result {
-        let mut values = values.into_iter().peekable();
-        if values.peek().is_none() {
-            return Ok(());
-        }
-        let mut family = self.encoder.encode_descriptor(name, help, None, kind)?;
-        for (labels, value) in values {
-            encode(family.encode_family(&labels)?, value)?;
-        }
-        Ok(())
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Labels, Out, figures};
+use super::families::{Labels, Out, figures};
 use crate::agent::Status;
 
 pub(super) fn write(out: &mut Out<'_>, status: &Status) -> fmt::Result {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Labels, Out, figures};
+use super::families::{Labels, Out, figures};
 use crate::agent::{Status, VmStatus};
 use crate::model::Bytes;
 

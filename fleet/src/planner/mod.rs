@@ -351,9 +351,6 @@ fn explain_untouched(views: &mut [View<'_>], now_ms: u64, config: &Config) {
     }
 }
 
-/// A VM's name and its state.
-type Remembered = (VmId, VmMemory);
-
 #[cfg(test)]
 mod tests {
     use super::*;

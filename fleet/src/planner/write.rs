@@ -1,12 +1,12 @@
 //! Writes the plan: ordered actions, explanations, and memory for the next plan.
 
 use crate::config::{Config, ControlConfig};
-use crate::model::{Bytes, Inventory, Ledger};
+use crate::model::{Bytes, Inventory, Ledger, VmId};
 
 use super::view::View;
 use super::{
     Action, ActionKind, Decision, Explanation, HostExplanation, Phase, Plan, PlannerMemory,
-    Precondition, Reason, Remembered, reporting, take,
+    Precondition, Reason, VmMemory, reporting, take,
 };
 
 /// Number of planning intervals for which a plan is valid.
@@ -62,7 +62,7 @@ pub(super) fn plan(
     }
 }
 
-fn remember(view: View<'_>) -> Remembered {
+fn remember(view: View<'_>) -> (VmId, VmMemory) {
     (view.facts.id.clone(), view.memory)
 }
 

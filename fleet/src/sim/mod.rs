@@ -15,6 +15,7 @@ mod manager;
 mod managers;
 mod outcome;
 mod report;
+mod run;
 mod scenario;
 mod search;
 
@@ -24,12 +25,11 @@ pub use cli::{SimulateOptions, run_cli};
 pub use fleet::FleetOutcome;
 pub use outcome::{CheckFault, Outcome, Point, Run};
 pub use report::{Report, svg};
+pub use run::run;
 pub use scenario::{
     Character, Check, GuestGroup, Hosts, Load, ManagerKind, Scenario, Search, Steps, Trouble,
 };
 pub use search::Capacity;
-
-use host::Host;
 
 /// Reasons why a scenario cannot be run.
 #[derive(Debug, thiserror::Error)]
@@ -92,30 +92,6 @@ impl Scenario {
             return Err(SimError::TooMany(guests));
         }
         Ok(scenario)
-    }
-}
-
-/// Runs the scenario under one manager. Hosts are independent, and as many run at a time as there are processors.
-pub fn run(scenario: &Scenario, manager: ManagerKind) -> Run {
-    let outcomes: Vec<Outcome> = (0..u64::from(scenario.hosts.count))
-        .into_par_iter()
-        .map(|number| {
-            let mut host = Host::new(scenario, manager, number);
-            host.run(scenario.lasts.0);
-            if number > 0 {
-                host.outcome.points = Vec::new();
-            }
-            host.outcome
-        })
-        .collect();
-    let mut outcome = Outcome::default();
-    for one in &outcomes {
-        outcome.add(one);
-    }
-    Run {
-        manager,
-        guests: scenario.guests_per_host(),
-        outcome,
     }
 }
 

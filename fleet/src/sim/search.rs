@@ -2,8 +2,9 @@
 
 use serde::Serialize;
 
+use super::outcome::Run;
+use super::run::run;
 use super::scenario::{ManagerKind, Scenario, Search};
-use super::{Run, run};
 
 /// The largest number of guests that a manager carried within the limits.
 #[derive(Clone, Debug, Serialize)]
