@@ -42,6 +42,8 @@ fn refutes(target: &str, bytes: &[u8]) -> bool {
             let seen = legacy::run(bytes);
             seen.interrupts > 0 && seen.ejected > 0
         }
+        // No stream is a whole migration.
+        "migration" => vmm::migration::fuzz::receive(bytes),
         // No option is valid.
         "options" => bytes.len() > BYTES_MIN && fuzz::options::run(bytes),
         // No guest ejects a function, and BARs never overlap.

@@ -108,6 +108,11 @@ pub(super) const TARGETS: &[Target] = &[
         ],
         &[],
     ),
+    target(
+        "migration",
+        &["vmm/src/migration/receive.rs", "vmm/src/migration/wire.rs"],
+        &[],
+    ),
     target("options", &["api/src/config/", "api/src/options/"], &[]),
     target(
         "pci",
