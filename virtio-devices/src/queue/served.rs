@@ -387,6 +387,7 @@ mod tests {
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     use super::*;
+    use crate::queue::buffers::DESCRIPTORS_MAX;
     use crate::testing::{Desc, DriverQueue, MockInterrupt, Segment, TestRam};
     use virtio_bindings::bindings::virtio_ring::{
         VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
@@ -566,10 +567,7 @@ mod tests {
         let loops = VRING_DESC_F_NEXT | VRING_DESC_F_WRITE;
         entry(0, 0x8_0000, loops, 1);
         entry(1, 0x9_0000, loops, 0);
-        assert_eq!(
-            visited(0, SIZE).len(),
-            crate::queue::buffers::DESCRIPTORS_MAX
-        );
+        assert_eq!(visited(0, SIZE).len(), DESCRIPTORS_MAX);
         entry(1, 0x9_0000, loops, SIZE);
         assert_eq!(visited(0, SIZE), [(0x8_0000, 16), (0x9_0000, 16)]);
         // An indirect table whose entry is another one, and a table outside RAM.
@@ -578,6 +576,40 @@ mod tests {
         entry(2, u64::MAX - 8, VRING_DESC_F_INDIRECT, 0);
         assert_eq!(visited(2, SIZE), []);
         assert_eq!(visited(SIZE, SIZE), []);
+    }
+
+    #[test]
+    fn last_buffer_of_the_longest_indirect_chain_is_recorded() {
+        let rig = Rig::new(0);
+        let (table, last) = (GuestAddress(0xa_0000), DESCRIPTORS_MAX as u16 - 1);
+        for at in 0..=last {
+            let flags = match at == last {
+                true => VRING_DESC_F_WRITE,
+                false => VRING_DESC_F_NEXT,
+            };
+            let mut entry = 0x8_0000_u64.to_le_bytes().to_vec();
+            entry.extend(1_u32.to_le_bytes());
+            entry.extend((flags as u16).to_le_bytes());
+            entry.extend((at + 1).to_le_bytes());
+            rig.ram
+                .write(GuestAddress(table.0 + 16 * u64::from(at)), &entry);
+        }
+        rig.driver.write_desc(
+            0,
+            Desc {
+                addr: table.0,
+                len: 16 * DESCRIPTORS_MAX as u32,
+                flags: VRING_DESC_F_INDIRECT as u16,
+                next: 0,
+            },
+        );
+        let ram = rig.ram.mem().memory();
+        let memory = rig.queue.memory(&ram);
+        let mut seen = Vec::new();
+        each_writable(&memory, rig.driver.desc_table(), SIZE, 0, |start, bytes| {
+            seen.push((start, bytes));
+        });
+        assert_eq!(seen, [(0x8_0000, 1)]);
     }
 
     #[test]

@@ -59,7 +59,8 @@ pub(crate) fn walk(
 }
 
 /// Passes address and length of the device-writable buffers of a chain that was taken earlier to `visit`. Stops where
-/// the chain is broken, and after [`DESCRIPTORS_MAX`] descriptors.
+/// the chain is broken, and after [`DESCRIPTORS_MAX`] descriptors; the one that names an indirect table is not one of
+/// them, as in [`walk`].
 pub(crate) fn each_writable(
     memory: &DmaMemory<'_>,
     mut table: GuestAddress,
@@ -69,7 +70,8 @@ pub(crate) fn each_writable(
 ) {
     const ENTRY_BYTES: u64 = size_of::<Descriptor>() as u64;
     let mut is_indirect = false;
-    for _ in 0..DESCRIPTORS_MAX {
+    let mut seen = 0;
+    while seen < DESCRIPTORS_MAX {
         let at = table.checked_add(u64::from(index) * ENTRY_BYTES);
         let Some(at) = at.filter(|_| index < size) else {
             return;
@@ -88,6 +90,7 @@ pub(crate) fn each_writable(
             index = 0;
             continue;
         }
+        seen += 1;
         if has(VRING_DESC_F_WRITE) {
             visit(descriptor.addr().0, u64::from(descriptor.len()));
         }
