@@ -38,11 +38,13 @@ fn main() {
         endpoint.place(ENDPOINT);
         send(&mut iommu, &attach());
         for number in 0..others {
-            send(&mut iommu, &map(OTHERS + number * PAGE, PAGE));
+            send(&mut iommu, &map(OTHERS + 2 * number * PAGE, PAGE));
         }
+        // In the middle of the others: at their edge, a lookup or a removal can be cheaper.
+        let between = OTHERS + (others | 1) * PAGE;
         let time = median(rounds, || {
-            send(&mut iommu, &map(RAM_BYTES, PAGE));
-            send(&mut iommu, &unmap(RAM_BYTES, PAGE));
+            send(&mut iommu, &map(between, PAGE));
+            send(&mut iommu, &unmap(between, PAGE));
         });
         println!("map and unmap, {others} other mappings: {time:?}");
     }
