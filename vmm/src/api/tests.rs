@@ -687,6 +687,23 @@ fn rate_limits_change_before_the_boot_and_after_it_and_bad_ones_change_nothing()
     );
 }
 
+/// The saved state of the machine contains its IOMMU, and a restore needs a configuration with one.
+#[test]
+fn machine_keeps_its_iommu_when_the_last_device_behind_it_goes() {
+    let vmm = vmm();
+    let config = json!({
+        "payload": {"kernel": "/k"},
+        "disks": [{"path": "/d", "id": "a", "iommu": true}, {"path": "/e", "id": "b", "iommu": true}],
+    });
+    vmm.ok(Endpoint::VmCreate, Some(&config.to_string()));
+    vmm.ok(Endpoint::VmRemoveDevice, Some(r#"{"id": "b"}"#));
+    let iommu = || vmm.ok(Endpoint::VmInfo, None)["config"]["iommu"].clone();
+    assert_eq!(iommu(), false, "no machine exists yet");
+    vmm.ok(Endpoint::VmBoot, None);
+    vmm.ok(Endpoint::VmRemoveDevice, Some(r#"{"id": "a"}"#));
+    assert_eq!(iommu(), true);
+}
+
 #[test]
 fn endpoints_answer_in_every_state_as_upstream_does() {
     for &endpoint in Endpoint::ALL {

@@ -33,7 +33,7 @@ use state::Saved;
 use super::error::{LifecycleError, RequestError};
 use super::migration::Migration;
 use super::thread::ControlHandle;
-use crate::config::{self, NewDevice, with_device, without_device};
+use crate::config::{self, NewDevice, has_iommu, with_device, without_device};
 use crate::events::{Event, EventKind};
 use crate::landlock::{self, Confinement};
 use crate::snapshot::{self, Filling, Progress, Snapshot, SnapshotState};
@@ -738,7 +738,9 @@ impl Lifecycle {
             // A device with a pending removal exists only in the machine, not in the configuration.
             (Some(machine), without) => {
                 machine.remove_device(id).map_err(LifecycleError::Machine)?;
-                if let Some(without) = without {
+                if let Some(mut without) = without {
+                    // The machine keeps its IOMMU, and its saved state needs one.
+                    without.iommu |= has_iommu(config);
                     self.config = Some(without);
                 }
             }
