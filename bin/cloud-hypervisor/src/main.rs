@@ -45,10 +45,13 @@ fn main() -> ExitCode {
     }
 }
 
-/// Prints the version in upstream's format. No version of the migration protocol is supported.
+/// Prints the version in upstream's format.
 fn print_version(with_features: bool) {
     println!("cloud-hypervisor v{}", env!("CARGO_PKG_VERSION"));
-    println!("Migration Protocol Versions: none");
+    println!(
+        "Migration Protocol Versions: {}",
+        vmm::migration::wire::VERSION
+    );
     if with_features {
         println!("Enabled features: {FEATURES:?}");
     }
