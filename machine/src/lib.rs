@@ -15,6 +15,7 @@ pub mod legacy;
 pub mod memory;
 pub mod pc;
 pub mod pci;
+pub mod random;
 mod regular_file;
 pub mod serial;
 pub mod signals;

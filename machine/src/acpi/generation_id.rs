@@ -6,10 +6,6 @@
 //! ```
 //! Two guests that were restored from one snapshot have random number generators in the same state. A changed identifier
 //! makes a guest reseed them.
-#![allow(unsafe_code)]
-// UNSAFETY: getrandom has no safe wrapper in libc.
-
-use std::io;
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{Device, Name, Package, Path, ZERO};
@@ -17,14 +13,12 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
 use super::AcpiError;
 use crate::memory::layout;
+use crate::random::random_id;
 
 /// The device that the guest is notified about.
 pub(super) const DEVICE: &str = "\\_SB_.VGEN";
 /// Notification that the identifier has changed.
 pub(super) const CHANGED: u8 = 0x80;
-
-/// Size of the identifier.
-const BYTES: usize = 16;
 
 const _: () = assert!(layout::GENERATION_ID_START.is_multiple_of(8));
 
@@ -51,23 +45,11 @@ pub(super) fn device(aml: &mut Vec<u8>) {
 /// # Errors
 /// The host has no random numbers yet, or there is no guest RAM at the address.
 pub fn renew_generation_id<M: GuestMemory>(memory: &M) -> Result<(), AcpiError> {
-    let id = random().map_err(AcpiError::Random)?;
+    let id = random_id().map_err(AcpiError::Random)?;
     let address = layout::GENERATION_ID_START;
     memory
         .write_slice(&id, GuestAddress(address))
         .map_err(|source| AcpiError::Write { address, source })
-}
-
-/// getrandom returns so few bytes in one piece.
-fn random() -> io::Result<[u8; BYTES]> {
-    let mut bytes = [0; BYTES];
-    // SAFETY: the pointer and the length are those of an array that the kernel may write to.
-    let count = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), BYTES, 0) };
-    match usize::try_from(count) {
-        Ok(BYTES) => Ok(bytes),
-        Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
-        Err(_) => Err(io::Error::last_os_error()),
-    }
 }
 
 #[cfg(test)]
@@ -75,6 +57,8 @@ mod tests {
     use vm_memory::GuestMemoryMmap;
 
     use super::*;
+
+    const BYTES: usize = 16;
 
     #[test]
     fn generation_id_is_new_each_time_and_fills_its_place_alone() {

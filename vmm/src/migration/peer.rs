@@ -94,6 +94,14 @@ impl Cancel {
         self.0.load(Ordering::Relaxed)
     }
 
+    /// Why a migration that failed with `error` has ended.
+    pub(super) fn or(&self, error: MigrationError) -> MigrationError {
+        match self.is_set() {
+            true => MigrationError::Cancelled,
+            false => error,
+        }
+    }
+
     fn check(&self) -> io::Result<()> {
         match self.is_set() {
             true => Err(io::Error::other("the migration was cancelled")),

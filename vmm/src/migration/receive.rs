@@ -77,10 +77,7 @@ impl Incoming {
         let mut reached = Reached::NotPrepared;
         let mut connection = None;
         let received = self.receive(owner, &mut reached, &mut connection);
-        let received = received.map_err(|error| match self.cancel.is_set() {
-            true => MigrationError::Cancelled,
-            false => error,
-        });
+        let received = received.map_err(|error| self.cancel.or(error));
         let reason = received
             .as_ref()
             .err()

@@ -1,11 +1,11 @@
 //! The source of a migration.
 
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use machine::memory::{PageRun, Pages, WriteTracker, WrittenPages};
+use machine::random::random_id;
 
 use super::peer::{Cancel, Peer};
 use super::wire::{Kind, MigrationId, RUNS_MAX, Reader, WireError, Writer};
@@ -97,23 +97,15 @@ struct Connection {
 impl Outgoing {
     /// Sends the machine; returns when [`SourceOwner::end`] has returned.
     pub fn run(self, owner: &mut dyn SourceOwner) {
-        let id = new_id();
-        let end = self.send(&id, owner).unwrap_or_else(|error| {
-            SourceEnd::Failed(match self.cancel.is_set() {
-                true => MigrationError::Cancelled,
-                false => error,
-            })
-        });
+        let end = self.send(owner);
+        let end = end.unwrap_or_else(|error| SourceEnd::Failed(self.cancel.or(error)));
         // The guest's writes are no longer recorded when it runs again.
         drop(self);
         owner.end(end);
     }
 
-    fn send(
-        &self,
-        id: &MigrationId,
-        owner: &mut dyn SourceOwner,
-    ) -> Result<SourceEnd, MigrationError> {
+    fn send(&self, owner: &mut dyn SourceOwner) -> Result<SourceEnd, MigrationError> {
+        let id = random_id().map_err(|error| MigrationError::Owner(Box::new(error)))?;
         let peer = self.address.connect(&self.cancel)?;
         let mut connection = Connection {
             reader: Reader::new(peer.clone()),
@@ -121,8 +113,8 @@ impl Outgoing {
             peer,
             data_bytes: 0,
         };
-        match self.send_to(&mut connection, id, owner) {
-            Ok(sent) => self.hand_over(connection, id, sent, owner),
+        match self.send_to(&mut connection, &id, owner) {
+            Ok(sent) => self.hand_over(connection, &id, sent, owner),
             Err(error) => {
                 let error = connection.reason_of_peer(error);
                 // The target learns the reason instead of the end of the stream; it may be gone.
@@ -368,14 +360,4 @@ impl Speed {
         let factor = bytes as f64 / self.bytes.max(1) as f64;
         Duration::try_from_secs_f64(self.time.as_secs_f64() * factor).unwrap_or(Duration::MAX)
     }
-}
-
-/// An identifier that no other migration has.
-fn new_id() -> MigrationId {
-    let mut id = MigrationId::default();
-    for half in id.chunks_exact_mut(8) {
-        // The keys of its hash are random.
-        half.copy_from_slice(&RandomState::new().build_hasher().finish().to_le_bytes());
-    }
-    id
 }
