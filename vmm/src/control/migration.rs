@@ -116,10 +116,7 @@ impl Lifecycle {
             cancel: cancel.clone(),
             progress: Arc::clone(&progress),
         };
-        let mut steps = SourceSteps {
-            control: self.control.clone(),
-            events: Arc::clone(&self.context.events),
-        };
+        let mut steps = self.steps(Endpoint::VmSendMigration);
         self.start_thread(move || outgoing.run(&mut steps))?;
         self.migration = Some(Migration {
             cancel,
@@ -156,6 +153,14 @@ impl Lifecycle {
         let saved = machine.state().map_err(LifecycleError::Machine)?;
         let (config, state) = self.description(config, saved.pc, &saved.memory);
         Ok((json(&config), json(&Saved::of(&state))))
+    }
+
+    fn steps(&self, endpoint: Endpoint) -> Steps {
+        Steps {
+            control: self.control.clone(),
+            events: Arc::clone(&self.context.events),
+            endpoint,
+        }
     }
 
     fn start_thread(&self, run: impl FnOnce() + Send + 'static) -> Result<(), LifecycleError> {
@@ -264,15 +269,7 @@ impl Lifecycle {
                 let mut error = api::error_chain(&error).join(": ");
                 log::warn!("The VM has not moved: {error}");
                 let paused = self.machine_state() == VmState::Paused;
-                if same && self.disks_released {
-                    // Also if it was paused before: it owns its disks.
-                    if let Err(cause) = self.hold_disks_again(LOCK_WAIT) {
-                        let cause = api::error_chain(&cause).join(": ");
-                        error = format!("{error}; the VM stays paused: {cause}");
-                    }
-                }
-                let resumes = same && was_running && paused && !self.disks_released;
-                if resumes && let Err(cause) = self.resume() {
+                if same && let Err(cause) = self.take_back(was_running && paused) {
                     let cause = api::error_chain(&cause).join(": ");
                     error = format!("{error}; the VM stays paused: {cause}");
                 }
@@ -285,6 +282,15 @@ impl Lifecycle {
                 self.emit(EventKind::MigrationUnconfirmed { error });
                 Ok(())
             }
+        }
+    }
+
+    /// The machine stays here: it gets its disks back, also if it was paused before, and is resumed if it `runs`.
+    fn take_back(&mut self, runs: bool) -> Result<(), LifecycleError> {
+        self.hold_disks_again(LOCK_WAIT)?;
+        match runs {
+            true => self.resume(),
+            false => Ok(()),
         }
     }
 
@@ -339,10 +345,7 @@ impl Lifecycle {
             listener: Listener::bind(&address).map_err(LifecycleError::Migration)?,
             cancel: cancel.clone(),
         };
-        let mut steps = TargetSteps {
-            control: self.control.clone(),
-            events: Arc::clone(&self.context.events),
-        };
+        let mut steps = self.steps(Endpoint::VmReceiveMigration);
         self.start_thread(move || incoming.run(&mut steps))?;
         self.migration = Some(Migration {
             cancel,
@@ -495,23 +498,34 @@ fn check_send(data: &VmSendMigrationData) -> Result<(), LifecycleError> {
     Ok(())
 }
 
-/// Asks the control thread for each step of a source.
-struct SourceSteps {
+/// Asks the control thread for each step of a migration.
+struct Steps {
     control: ControlHandle,
     events: EventSink,
+    /// The request that started it.
+    endpoint: Endpoint,
 }
 
-impl SourceSteps {
+impl Steps {
     fn step<T: Send + 'static>(
         &self,
         step: impl FnOnce(&mut Lifecycle) -> Result<T, LifecycleError> + Send + 'static,
     ) -> Result<T, MigrationError> {
-        let made = self.control.step(Endpoint::VmSendMigration, step);
+        let made = self.control.step(self.endpoint, step);
         made.map_err(|error| owner(error.cause))
+    }
+
+    fn last_step(
+        &self,
+        step: impl FnOnce(&mut Lifecycle) -> Result<(), LifecycleError> + Send + 'static,
+    ) {
+        if let Err(error) = self.step(step) {
+            log::error!("{}", api::error_chain(&error).join(": "));
+        }
     }
 }
 
-impl SourceOwner for SourceSteps {
+impl SourceOwner for Steps {
     fn begin_pass(&mut self, pass: u32) {
         (self.events)(&EventKind::MigrationMemoryIteration { id: pass }.into());
     }
@@ -529,29 +543,11 @@ impl SourceOwner for SourceSteps {
     }
 
     fn end(&mut self, end: SourceEnd) {
-        if let Err(error) = self.step(move |vm| vm.end_sent(end)) {
-            log::error!("{}", api::error_chain(&error).join(": "));
-        }
+        self.last_step(move |vm| vm.end_sent(end));
     }
 }
 
-/// Asks the control thread for each step of a target.
-struct TargetSteps {
-    control: ControlHandle,
-    events: EventSink,
-}
-
-impl TargetSteps {
-    fn step<T: Send + 'static>(
-        &self,
-        step: impl FnOnce(&mut Lifecycle) -> Result<T, LifecycleError> + Send + 'static,
-    ) -> Result<T, MigrationError> {
-        let made = self.control.step(Endpoint::VmReceiveMigration, step);
-        made.map_err(|error| owner(error.cause))
-    }
-}
-
-impl TargetOwner for TargetSteps {
+impl TargetOwner for Steps {
     fn begin(&mut self) {
         (self.events)(&EventKind::MigrationReceiveStarted.into());
     }
@@ -573,12 +569,9 @@ impl TargetOwner for TargetSteps {
     }
 
     fn end(&mut self, end: Result<(), MigrationError>) {
-        let ended = self.step(move |vm| {
+        self.last_step(move |vm| {
             vm.end_received(end);
             Ok(())
         });
-        if let Err(error) = ended {
-            log::error!("{}", api::error_chain(&error).join(": "));
-        }
     }
 }
