@@ -110,48 +110,35 @@ impl MemoryFaults {
 impl MemoryFault {
     /// Explains the fault of a machine with `zones`.
     pub(crate) fn explain(self, zones: &[Zone]) -> MemoryFailure {
-        let place = |address: u64| {
-            let mut zones = zones.iter();
-            let zone = zones.find(|zone| zone.holds(address));
-            let zone = zone.map_or_else(String::new, |zone| {
-                format!(" in memory zone {} ({})", zone.id, zone.backing)
-            });
-            format!("guest address {address:#x}{zone}")
-        };
+        let named = |zone: &Zone| format!("{} ({})", zone.id, zone.backing);
         let (reason, can_continue) = match self {
             Self::Vcpu { vcpu } => {
-                let named = zones.iter().filter(|zone| zone.may_run_out());
-                let named: Vec<_> = named
-                    .map(|zone| format!("{} ({})", zone.id, zone.backing))
-                    .collect();
-                let of = match named.is_empty() {
-                    true => String::new(),
-                    false => format!(" of memory zone {}", named.join(" or ")),
+                let zones = zones.iter().filter(|zone| zone.may_run_out());
+                let of = match zones.map(named).collect::<Vec<_>>().join(" or ") {
+                    none if none.is_empty() => none,
+                    zones => format!(" of memory zone {zones}"),
                 };
+                (format!("RAM{of} that vCPU {vcpu} touched"), true)
+            }
+            Self::Emulated { address } | Self::Vmm { address } => {
+                let who = match self {
+                    Self::Emulated { .. } => "a vCPU",
+                    _ => "the VMM",
+                };
+                let zone = zones.iter().find(|zone| zone.holds(address));
+                let zone = zone.map_or_else(String::new, |zone| {
+                    format!(" in memory zone {}", named(zone))
+                });
                 (
-                    format!("the host cannot provide RAM{of} that vCPU {vcpu} touched"),
-                    true,
+                    format!("RAM that {who} accessed at guest address {address:#x}{zone}"),
+                    false,
                 )
             }
-            Self::Emulated { address } => (
-                format!(
-                    "the host cannot provide RAM that a vCPU accessed at {}",
-                    place(address)
-                ),
-                false,
-            ),
-            Self::Vmm { address } => (
-                format!(
-                    "the host cannot provide RAM that the VMM accessed at {}",
-                    place(address)
-                ),
-                false,
-            ),
         };
         MemoryFailure {
             reason: format!(
-                "{reason}: no huge pages are left, a file system is full, a memory file is too short, or memory is \
-                 defective"
+                "the host cannot provide {reason}: no huge pages are left, a file system is full, a memory file is too \
+                 short, or memory is defective"
             ),
             can_continue,
         }
