@@ -126,17 +126,21 @@ pub(super) fn chunks(zone: &Zone) -> impl Iterator<Item = Chunk> {
     })
 }
 
+/// Whether the bit of `page` is set; the first is bit 0 of the first byte.
+pub(super) fn is_set(pages: &[u8], page: usize) -> bool {
+    pages[page / 8] & 1 << (page % 8) != 0
+}
+
 /// Calls `visit` with each run of set bits, in bytes from the start of the chunk.
 pub(super) fn each_run<E>(
     pages: &[u8],
     count: usize,
     mut visit: impl FnMut(usize, usize) -> Result<(), E>,
 ) -> Result<(), E> {
-    let is_set = |page: usize| pages[page / 8] & 1 << (page % 8) != 0;
     let mut page = 0;
     while page < count {
         let start = page;
-        while page < count && is_set(page) {
+        while page < count && is_set(pages, page) {
             page += 1;
         }
         if page > start {
@@ -224,7 +228,7 @@ impl GuestMemory {
         let mut is_held = vec![true; count];
         let keep_wanted = |is_held: &mut [bool]| {
             for (page, held) in is_held.iter_mut().enumerate() {
-                *held &= wanted.is_none_or(|bits| bits[page / 8] & 1 << (page % 8) != 0);
+                *held &= wanted.is_none_or(|bits| is_set(bits, page));
             }
         };
         let mut pages = vec![0; count.div_ceil(8)];

@@ -109,7 +109,7 @@ fn check(
     if !content::read_chunk(file, offset, saved, buffer)? {
         return Ok(None);
     }
-    let is_saved = |page: &usize| saved.pages.0[page / 8] & 1 << (page % 8) != 0;
+    let is_saved = |page: &usize| content::is_set(&saved.pages.0, *page);
     let count = buffer.len() / PAGE;
     let (Some(first), Some(last)) = ((0..count).find(is_saved), (0..count).rfind(is_saved)) else {
         return Ok(None);

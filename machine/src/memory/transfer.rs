@@ -11,7 +11,7 @@
 use virtio_devices::reclaim::{DiscardEngine, Expected, GuestRange, Pagemap};
 use vm_memory::{Bytes as _, GuestAddress, GuestAddressSpace};
 
-use super::content::{CHUNK_BYTES, Chunk, PAGE, chunks, each_run};
+use super::content::{CHUNK_BYTES, Chunk, PAGE, chunks, each_run, is_set};
 use super::layout::PAGE_BYTES;
 use super::{ContentError, GuestMemory, WrittenPages, Zone};
 
@@ -37,10 +37,6 @@ pub struct PageRun {
     pub offset: u64,
     /// Length.
     pub bytes: u64,
-}
-
-fn bit(bits: &[u8], page: usize) -> bool {
-    bits[page / 8] & 1 << (page % 8) != 0
 }
 
 impl GuestMemory {
@@ -71,7 +67,7 @@ impl GuestMemory {
                 let buffer = &mut buffer[..chunk.bytes];
                 let bits = self.read_chunk(zone, &pagemap, chunk, wanted.as_deref(), buffer)?;
                 let mut used = 0;
-                for page in (0..count).filter(|page| bit(&bits, *page)) {
+                for page in (0..count).filter(|page| is_set(&bits, *page)) {
                     buffer.copy_within(page * PAGE..(page + 1) * PAGE, used);
                     used += PAGE;
                 }
@@ -133,22 +129,16 @@ impl ContentWriter {
             bits,
             data,
         } = pages;
-        let invalid = |reason| ContentError::Invalid {
-            zone,
-            offset,
-            reason,
-        };
-        let own = self
-            .zone(zone)
-            .ok_or_else(|| invalid("there is no such zone"))?;
+        let invalid = |reason| invalid(zone, offset, reason);
+        let own = self.zone(zone, offset)?;
         let chunk = chunk_at(own, offset).ok_or_else(|| invalid("no chunk begins there"))?;
         let count = chunk.bytes / PAGE;
-        let fits =
-            bits.len() == count.div_ceil(8) && (count..bits.len() * 8).all(|page| !bit(bits, page));
+        let fits = bits.len() == count.div_ceil(8)
+            && (count..bits.len() * 8).all(|page| !is_set(bits, page));
         if !fits {
             return Err(invalid("its bitmap has another length than the chunk"));
         }
-        let pages = (0..count).filter(|page| bit(bits, *page));
+        let pages = (0..count).filter(|page| is_set(bits, *page));
         if pages.clone().count() * PAGE != data.len() {
             return Err(invalid(
                 "its bitmap has another number of pages than the data",
@@ -173,14 +163,8 @@ impl ContentWriter {
             offset,
             bytes,
         } = run;
-        let invalid = |reason| ContentError::Invalid {
-            zone,
-            offset,
-            reason,
-        };
-        let own = self
-            .zone(zone)
-            .ok_or_else(|| invalid("there is no such zone"))?;
+        let invalid = |reason| invalid(zone, offset, reason);
+        let own = self.zone(zone, offset)?;
         if !offset.is_multiple_of(PAGE_BYTES) || !bytes.is_multiple_of(PAGE_BYTES) {
             return Err(invalid("it is not made of pages"));
         }
@@ -208,8 +192,17 @@ impl ContentWriter {
         self.memory
     }
 
-    fn zone(&self, number: u32) -> Option<&Zone> {
-        self.memory.zones().get(usize::try_from(number).ok()?)
+    fn zone(&self, number: u32, offset: u64) -> Result<&Zone, ContentError> {
+        let zone = self.memory.zones().get(number as usize);
+        zone.ok_or_else(|| invalid(number, offset, "there is no such zone"))
+    }
+}
+
+fn invalid(zone: u32, offset: u64, reason: &'static str) -> ContentError {
+    ContentError::Invalid {
+        zone,
+        offset,
+        reason,
     }
 }
 
@@ -221,38 +214,33 @@ fn in_ram(zone: &Zone, offset: u64, error: vm_memory::GuestMemoryError) -> Conte
     }
 }
 
-/// The chunk that begins at `offset`.
-fn chunk_at(zone: &Zone, offset: u64) -> Option<Chunk> {
+/// The guest address at `offset`, its offset from the start of its range, and the number of bytes up to the range's end.
+fn place(zone: &Zone, offset: u64) -> Option<(u64, u64, u64)> {
     let mut before = 0;
     for range in &zone.ranges {
         let bytes = range.end - range.start;
         if let Some(at) = offset.checked_sub(before).filter(|at| *at < bytes) {
-            return at.is_multiple_of(CHUNK_BYTES as u64).then(|| Chunk {
-                offset,
-                guest: GuestAddress(range.start + at),
-                bytes: (bytes - at).min(CHUNK_BYTES as u64) as usize,
-            });
+            return Some((range.start + at, at, bytes - at));
         }
         before += bytes;
     }
     None
 }
 
+/// The chunk that begins at `offset`.
+fn chunk_at(zone: &Zone, offset: u64) -> Option<Chunk> {
+    let (address, at, left) = place(zone, offset)?;
+    at.is_multiple_of(CHUNK_BYTES as u64).then(|| Chunk {
+        offset,
+        guest: GuestAddress(address),
+        bytes: left.min(CHUNK_BYTES as u64) as usize,
+    })
+}
+
 /// The addresses of these bytes, if one range has them all.
 fn guest_range(zone: &Zone, offset: u64, bytes: u64) -> Option<GuestRange> {
-    let end = offset.checked_add(bytes)?;
-    let mut before = 0;
-    for range in &zone.ranges {
-        let after = before + (range.end - range.start);
-        if before <= offset && offset < after {
-            return (bytes > 0 && end <= after).then(|| GuestRange {
-                start: range.start + (offset - before),
-                bytes,
-            });
-        }
-        before = after;
-    }
-    None
+    let (start, _, left) = place(zone, offset)?;
+    (bytes > 0 && bytes <= left).then_some(GuestRange { start, bytes })
 }
 
 #[cfg(test)]

@@ -186,7 +186,7 @@ impl Chunk {
 
     /// Whether a page is still missing.
     pub(super) fn is_left(&self, page: usize) -> bool {
-        self.left[page / 8] & 1 << (page % 8) != 0
+        content::is_set(&self.left, page)
     }
 
     /// The first run of missing pages from `page` on.
