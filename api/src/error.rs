@@ -40,6 +40,11 @@ pub fn error_chain(error: &(dyn Error + 'static)) -> Vec<String> {
         .collect()
 }
 
+/// The same in one line, for a log, an event or a message.
+pub fn error_line(error: &(dyn Error + 'static)) -> String {
+    error_chain(error).join(": ")
+}
+
 /// The message that a program prints on standard error when it exits because of `error`, without a final line break.
 ///
 /// `program` is the name as upstream spells it there: `Cloud Hypervisor`, `ch-remote`.

@@ -42,7 +42,7 @@ pub use device_facts::{
     BalloonStats, GuestReporting, PolicyError, ReportingPolicy, ReportingPolicyChange,
 };
 pub use endpoints::{API_PREFIX, Endpoint, Method, Origin};
-pub use error::{ErrorBody, chain_report, error_chain};
+pub use error::{ErrorBody, chain_report, error_chain, error_line};
 pub use event::{Event, EventTimestamp};
 pub use hinting::*;
 pub use hotplug::*;

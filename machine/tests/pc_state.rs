@@ -412,7 +412,7 @@ fn state_of_a_machine_with_other_devices_is_refused_by_name() {
     let mut pc = rig.booted(&output);
     pc.pause().unwrap();
     let state = pc.state().unwrap();
-    let told = |error: PcError| api::error_chain(&error).join(": ");
+    let told = |error: PcError| api::error_line(&error);
 
     let mut other = rig.pc(rig.memory(), &output);
     let unknown = other

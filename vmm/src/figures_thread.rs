@@ -128,7 +128,7 @@ fn read_stats(observer: &dyn MachineObserver, look: Look) -> Option<ReclaimStats
         return None;
     };
     stats
-        .inspect_err(|error| log::debug!("No figures: {}", api::error_chain(error).join(": ")))
+        .inspect_err(|error| log::debug!("No figures: {}", api::error_line(error)))
         .ok()
 }
 

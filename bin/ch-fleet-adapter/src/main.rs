@@ -109,7 +109,7 @@ fn follow(arguments: &Arguments, scheduler: &mut Scheduler) -> Result<()> {
                         .min(BACK_OFF_MAX);
                     failures = (failures + 1).min(8);
                     not_before = now + wait;
-                    let chain = api::error_chain(&error).join(": ");
+                    let chain = api::error_line(&error);
                     log(&format!(
                         "not published, retry in {} ms: {chain}",
                         wait.as_millis()

@@ -109,7 +109,7 @@ fn agent_and_vms(agent: &Agent) -> Vec<Finding> {
     let status = match agent.status() {
         Ok(status) => status,
         Err(error) => {
-            let chain = api::error_chain(error.as_ref()).join(": ");
+            let chain = api::error_line(error.as_ref());
             return vec![finding(Grade::Bad, "agent", chain)];
         }
     };

@@ -41,7 +41,7 @@ fn settings_in_the_documentation_are_valid() {
     for block in blocks {
         std::fs::write(&file, &block.text).unwrap();
         if let Err(error) = fleet::agent_config::load(&file, true) {
-            panic!("{}: {}", block.place, api::error_chain(&error).join(": "));
+            panic!("{}: {}", block.place, api::error_line(&error));
         }
     }
 }

@@ -462,7 +462,7 @@ impl From<ReclaimThresholdsArguments> for Command {
 
 /// The value of an option, or the error with its chain of causes on one line.
 fn one_line<T>(parsed: Result<T, OptionError>) -> Result<T, String> {
-    parsed.map_err(|error| api::error_chain(&error).join(": "))
+    parsed.map_err(|error| api::error_line(&error))
 }
 
 fn parse_interval(text: &str) -> Result<Duration, String> {

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use api::{Client, ClientError, ReclaimStats, error_chain};
+use api::{Client, ClientError, ReclaimStats, error_line};
 
 use crate::command::ReclaimStatsArguments;
 use crate::reclaim_table::Sample;
@@ -52,10 +52,7 @@ pub(crate) fn watch(
             Err(error) if passes(&error) => {
                 previous = None;
                 let elapsed_ms = (asked - started).as_millis();
-                format!(
-                    "elapsed_ms={elapsed_ms} error={:?}\n",
-                    error_chain(&error).join(": ")
-                )
+                format!("elapsed_ms={elapsed_ms} error={:?}\n", error_line(&error))
             }
             Err(error) => return Err(error.into()),
         };

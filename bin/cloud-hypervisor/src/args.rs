@@ -300,7 +300,7 @@ mod tests {
             let arguments = Arguments::try_parse_from(command.filled_in(omitted))
                 .unwrap_or_else(|error| panic!("{}: {error}", command.place));
             if let Err(error) = arguments.vm_config() {
-                panic!("{}: {}", command.place, api::error_chain(&error).join(": "));
+                panic!("{}: {}", command.place, api::error_line(&error));
             }
         }
     }

@@ -294,7 +294,7 @@ impl ControlLoop {
             }
             Err(error) => {
                 self.reload_ok = false;
-                let chain = api::error_chain(&error).join(": ");
+                let chain = api::error_line(&error);
                 self.note(&format!("settings kept, the new ones are refused: {chain}"));
             }
         }

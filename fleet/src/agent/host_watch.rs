@@ -106,7 +106,7 @@ fn arm_trigger(
     match watch_pressure(&files.pressure_file(), level, pressed) {
         Ok(trigger) => Some(trigger),
         Err(error) => {
-            let chain = api::error_chain(&error).join(": ");
+            let chain = api::error_line(&error);
             log::warn!("no pressure trigger; the host is read only once per second: {chain}");
             None
         }

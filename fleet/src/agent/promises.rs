@@ -487,7 +487,7 @@ impl Promises {
             )
             .map(drop)
             // It was admitted, but cannot be saved.
-            .map_err(|error| api::error_chain(&error).join(": "))
+            .map_err(|error| api::error_line(&error))
     }
 
     /// Releases reservations that their clients withdrew, except those of VMs that are being started.

@@ -180,7 +180,7 @@ impl VmRounds {
                 vm.missed = vm.missed.saturating_add(1);
                 vm.failure = Some(failure.kind());
                 if vm.missed == 1 {
-                    let text = format!("no answer: {}", api::error_chain(&failure).join(": "));
+                    let text = format!("no answer: {}", api::error_line(&failure));
                     journal.enter("vm", name, text);
                 }
             }
@@ -498,11 +498,7 @@ impl VmRounds {
         }
         if let Err(error) = &done.result {
             self.decisions.count(done.order.name(), "order", "error");
-            let text = format!(
-                "{} failed: {}",
-                done.order.name(),
-                api::error_chain(error).join(": ")
-            );
+            let text = format!("{} failed: {}", done.order.name(), api::error_line(error));
             journal.enter("action", name, text);
         }
     }

@@ -170,7 +170,7 @@ impl Worker {
                 health.up = true;
             }
             Err(error) => {
-                let text = api::error_chain(&error).join(": ");
+                let text = api::error_line(&error);
                 // Logged once, not with every try.
                 if health.error.is_none() {
                     log::warn!("store: {text}");

@@ -154,7 +154,7 @@ mod tests {
         std::fs::write(&file, text).unwrap();
         crate::agent_config::load(&file, true)
             .map(drop)
-            .map_err(|error| api::error_chain(&error).join(": "))
+            .map_err(|error| api::error_line(&error))
     }
 
     #[test]

@@ -105,7 +105,7 @@ fn fault_is_told_with_the_file_it_is_in() {
     ] {
         let (_folder, file) = files("", &[("10-bad.toml", text)]);
         let error = load(&file, true).unwrap_err();
-        let chain = api::error_chain(&error).join(": ");
+        let chain = api::error_line(&error);
         assert!(chain.contains(word), "{text}: {chain}");
     }
 }

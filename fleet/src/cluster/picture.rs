@@ -185,6 +185,6 @@ fn hosts_of(listing: &Listing, prefix: &str) -> Vec<FleetHost> {
 }
 
 fn logged<T>(read: Result<T, super::RecordError>) -> Option<T> {
-    read.map_err(|error| log::warn!("{}", api::error_chain(&error).join(": ")))
+    read.map_err(|error| log::warn!("{}", api::error_line(&error)))
         .ok()
 }

@@ -189,7 +189,7 @@ impl Backing {
         for (wanted, advice, operation) in wishes {
             if wanted && let Err(error) = madvise(region, advice, operation, bytes) {
                 // A host kernel without the feature runs the guest nevertheless, as with upstream.
-                log::warn!("{}", ::api::error_chain(&error).join(": "));
+                log::warn!("{}", ::api::error_line(&error));
             }
         }
         match self.prefault {
@@ -356,7 +356,7 @@ pub(super) fn advise_huge_pages(region: &MmapRegion<()>, wanted: bool) {
         false => (libc::MADV_NOHUGEPAGE, "madvise(MADV_NOHUGEPAGE)"),
     };
     if let Err(error) = madvise(region, advice, operation, region.size() as u64) {
-        log::debug!("{}", ::api::error_chain(&error).join(": "));
+        log::debug!("{}", ::api::error_line(&error));
     }
 }
 

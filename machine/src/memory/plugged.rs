@@ -355,7 +355,7 @@ impl Drop for HotplugRam {
 }
 
 fn refused(error: &hypervisor::Error) -> io::Error {
-    io::Error::other(::api::error_chain(error).join(": "))
+    io::Error::other(::api::error_line(error))
 }
 
 /// Runs of consecutive numbers.

@@ -199,7 +199,7 @@ impl Dispatcher {
             .submit(endpoint, change, move |outcome| match outcome {
                 Ok(result) => answer(result, reply),
                 Err(error) => {
-                    log::warn!("{}", api::error_chain(&error).join(": "));
+                    log::warn!("{}", api::error_line(&error));
                     reply.send(request_failed(error));
                 }
             });
@@ -238,7 +238,7 @@ impl Dispatcher {
                 reply.send(match outcome {
                     Ok(()) => Answer::no_content(),
                     Err(error) => {
-                        log::warn!("{}", api::error_chain(&error).join(": "));
+                        log::warn!("{}", api::error_line(&error));
                         request_failed(error)
                     }
                 });

@@ -1010,7 +1010,7 @@ fn validate_shared_folder_needs_shared_memory_a_tag_and_a_path() {
             ..
         }
     ));
-    assert!(api::error_chain(&private).join(": ").contains("shared=on"));
+    assert!(api::error_line(&private).contains("shared=on"));
     for (key, value) in [
         ("tag", json!("")),
         ("tag", json!("t".repeat(37))),

@@ -396,7 +396,7 @@ impl Lifecycle {
         self.emit(match &saved {
             Ok(()) => EventKind::Snapshotted,
             Err(error) => EventKind::SnapshotFailed {
-                error: api::error_chain(error).join(": "),
+                error: api::error_line(error),
             },
         });
         saved
@@ -510,7 +510,7 @@ impl Lifecycle {
             self.context.consoles.close();
             self.confinement.forget_vm();
             self.thresholds.clear();
-            let error = api::error_chain(error).join(": ");
+            let error = api::error_line(error);
             self.emit(EventKind::RestoreFailed { error });
         }
         restored?;

@@ -266,18 +266,18 @@ impl Lifecycle {
                 forgotten.and(self.end())
             }
             SourceEnd::Failed(error) => {
-                let mut error = api::error_chain(&error).join(": ");
+                let mut error = api::error_line(&error);
                 log::warn!("The VM has not moved: {error}");
                 let paused = self.machine_state() == VmState::Paused;
                 if same && let Err(cause) = self.take_back(was_running && paused) {
-                    let cause = api::error_chain(&cause).join(": ");
+                    let cause = api::error_line(&cause);
                     error = format!("{error}; the VM stays paused: {cause}");
                 }
                 self.emit(EventKind::MigrationFailed { error });
                 Ok(())
             }
             SourceEnd::Unconfirmed(error) => {
-                let error = api::error_chain(&error).join(": ");
+                let error = api::error_line(&error);
                 log::error!("{error}");
                 self.emit(EventKind::MigrationUnconfirmed { error });
                 Ok(())
@@ -430,9 +430,9 @@ impl Lifecycle {
             }
             Err(error) => {
                 if let Err(error) = self.forget_machine() {
-                    log::error!("{}", api::error_chain(&error).join(": "));
+                    log::error!("{}", api::error_line(&error));
                 }
-                let text = api::error_chain(&error).join(": ");
+                let text = api::error_line(&error);
                 log::warn!("No VM was received: {text}");
                 self.emit(EventKind::MigrationReceiveFailed { error: text });
                 Err(received_error(LifecycleError::Migration(error)))
@@ -520,7 +520,7 @@ impl Steps {
         step: impl FnOnce(&mut Lifecycle) -> Result<(), LifecycleError> + Send + 'static,
     ) {
         if let Err(error) = self.step(step) {
-            log::error!("{}", api::error_chain(&error).join(": "));
+            log::error!("{}", api::error_line(&error));
         }
     }
 }

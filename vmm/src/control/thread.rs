@@ -506,7 +506,7 @@ impl Control {
     ) -> bool {
         let outcome = self.lifecycle.run(endpoint, change);
         if let Err(error) = &outcome {
-            log::error!("{}", api::error_chain(error).join(": "));
+            log::error!("{}", api::error_line(error));
         }
         outcome.is_err()
     }

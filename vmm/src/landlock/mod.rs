@@ -118,7 +118,7 @@ pub fn confine_observers(start: ThreadStart) -> Result<ThreadStart, LandlockErro
             let outcome = Rules::of_observers().and_then(|rules| rules.enforce());
             if let Err(error) = outcome {
                 // As with a seccomp filter, a thread that cannot be confined must not run.
-                log::error!("{}", api::error_chain(&error).join(": "));
+                log::error!("{}", api::error_line(&error));
                 std::process::exit(1);
             }
         }

@@ -194,7 +194,7 @@ fn rule_for_a_path_that_is_not_there_is_named() {
     let error = Confinement::default()
         .admit(&files.config(&rules))
         .unwrap_err();
-    let text = api::error_chain(&error).join(": ");
+    let text = api::error_line(&error);
     assert!(text.contains("missing"), "{text}");
 }
 

@@ -78,10 +78,7 @@ impl Incoming {
         let mut connection = None;
         let received = self.receive(owner, &mut reached, &mut connection);
         let received = received.map_err(|error| self.cancel.or(error));
-        let reason = received
-            .as_ref()
-            .err()
-            .map(|error| api::error_chain(error).join(": "));
+        let reason = received.as_ref().err().map(|error| api::error_line(error));
         owner.end(received);
         // Only now: a source that learns of the failure, also by the end of the connection, locks its disks again.
         if let (Some(peer), Some(reason)) = (connection, reason) {

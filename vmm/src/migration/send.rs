@@ -118,7 +118,7 @@ impl Outgoing {
             Err(error) => {
                 let error = connection.reason_of_peer(error);
                 // The target learns the reason instead of the end of the stream; it may be gone.
-                let reason = api::error_chain(&error).join(": ");
+                let reason = api::error_line(&error);
                 connection.writer.refuse(&reason).ok();
                 Err(error)
             }
@@ -291,7 +291,7 @@ impl Outgoing {
             match self.ask_once(id) {
                 Ok(answer) => return Some(answer),
                 Err(error) => {
-                    let error = api::error_chain(&error).join(": ");
+                    let error = api::error_line(&error);
                     log::info!("The target does not tell the outcome: {error}");
                 }
             }

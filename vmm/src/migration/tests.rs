@@ -134,7 +134,7 @@ impl TargetOwner for FakeTarget {
     }
 
     fn end(&mut self, end: Result<(), MigrationError>) {
-        self.received.error = end.err().map(|error| api::error_chain(&error).join(": "));
+        self.received.error = end.err().map(|error| api::error_line(&error));
         self.ends.send(std::mem::take(&mut self.received)).unwrap();
     }
 }
@@ -266,7 +266,7 @@ fn target_that_refuses_names_the_reason_and_the_source_keeps_the_machine() {
         let SourceEnd::Failed(error) = end else {
             panic!("{step}: {end:?}");
         };
-        let error = api::error_chain(&error).join(": ");
+        let error = api::error_line(&error);
         assert!(
             error.contains("ended the migration") && error.contains(step),
             "{error}"

@@ -113,7 +113,7 @@ impl Seccomp {
         let seccomp = Arc::clone(self);
         Arc::new(move |kind| {
             if let Err(error) = seccomp.apply(kind) {
-                log::error!("{}", api::error_chain(&error).join(": "));
+                log::error!("{}", api::error_line(&error));
                 std::process::exit(1);
             }
         })

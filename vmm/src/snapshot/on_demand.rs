@@ -93,7 +93,7 @@ impl FillOwner for Owner {
     }
 
     fn failed(&self, error: &FillError) {
-        let error = api::error_chain(error).join(": ");
+        let error = api::error_line(error);
         log::error!("Guest RAM cannot be filled any further: {error}");
         (self.events)(&EventKind::MemoryFillFailed { error }.into());
         if let Err(error) = self.signals.failed.write(1) {

@@ -1,7 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
 use api::config::{FsConfig, MemoryRestoreMode, MemoryZoneConfig, NetConfig, RestoredNetConfig};
-use api::{RestoreConfig, VmConfig, error_chain};
+use api::{RestoreConfig, VmConfig, error_line};
 use machine::memory::GuestMemory;
 use serde_json::json;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
@@ -315,7 +315,7 @@ fn configuration_of_other_memory_is_refused() {
     other.memory.size = 16 << 20;
     let text = serde_json::to_string(&other).unwrap();
     std::fs::write(folder.path().join("config.json"), text).unwrap();
-    let error = error_chain(&load(&folder).unwrap_err()).join(": ");
+    let error = error_line(&load(&folder).unwrap_err());
     assert!(error.contains("memory-map"), "{error}");
 }
 
@@ -347,7 +347,7 @@ fn state_with_other_lines_is_refused() {
         let folder = written();
         rewrite(&folder, change);
         let error = Snapshot::open(folder.path()).unwrap_err();
-        let told = error_chain(&error).join(": ");
+        let told = error_line(&error);
         assert!(
             told.contains(expected) && told.contains("state.json"),
             "{told}"
@@ -381,10 +381,7 @@ fn memory_is_populated_only_if_the_snapshot_fits_it() {
     // More RAM than any host has.
     config.memory.size = 1 << 42;
     let error = snapshot.memory(&config, &context()).unwrap_err();
-    assert!(
-        error_chain(&error).join(": ").contains("memory-map"),
-        "{error}"
-    );
+    assert!(error_line(&error).contains("memory-map"), "{error}");
 }
 
 fn with_taps(net_fds: &[(&str, usize)], fds: &[i32]) -> Result<VmConfig, SnapshotError> {

@@ -395,7 +395,7 @@ impl Machine for Vm {
 
     fn take_ejected(&mut self) -> Vec<PciDeviceInfo> {
         if let Err(error) = self.pc.take_ejected_vcpus() {
-            log::error!("{}", api::error_chain(&error).join(": "));
+            log::error!("{}", api::error_line(&error));
         }
         let gone = self.pc.take_ejected().into_iter();
         gone.map(|plugged| {

@@ -37,7 +37,7 @@ fn refusal(change: impl FnOnce(&mut VmConfig)) -> String {
     let context = VmContext::new(Arc::new(|_| {}), Arc::new(|_| {})).unwrap();
     match Parts::open(&mut config, &context, None) {
         Ok(_parts) => panic!("{config:?} can be opened"),
-        Err(error) => api::error_chain(&error).join(": "),
+        Err(error) => api::error_line(&error),
     }
 }
 
@@ -59,7 +59,7 @@ fn console_refusal(mode: ConsoleOutputMode) -> [String; 2] {
     let context = VmContext::new(Arc::new(|_| {}), Arc::new(|_| {})).unwrap();
     let serial = consoles::open_serial(&mut config, &context).err().unwrap();
     let console = consoles::open_console(&mut config, &context).err().unwrap();
-    [serial, console].map(|error| api::error_chain(&error).join(": "))
+    [serial, console].map(|error| api::error_line(&error))
 }
 
 #[test]

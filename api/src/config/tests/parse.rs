@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 
 use super::super::*;
-use crate::error_chain;
+use crate::{error_chain, error_line};
 
 #[test]
 fn balloon_option_reads_every_key() {
@@ -319,7 +319,7 @@ fn help_shows_the_keys_of_a_section_with_their_values() {
 #[test]
 fn unknown_key_of_a_section_names_the_one_it_resembles() {
     let error = DiskConfig::parse("path=/d,read_only=on").unwrap_err();
-    let text = error_chain(&error).join(": ");
+    let text = error_line(&error);
     assert!(
         text.contains("unknown parameter \"read_only\" (did you mean \"readonly\"?)"),
         "{text}"

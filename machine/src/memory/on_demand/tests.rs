@@ -63,7 +63,7 @@ impl FillOwner for Owner {
     }
 
     fn failed(&self, error: &FillError) {
-        let text = api::error_chain(error).join(": ");
+        let text = api::error_line(error);
         self.0.send(Told::Failed(text)).unwrap();
     }
 }
