@@ -11,20 +11,13 @@
 use vm_memory::atomic::GuestMemoryLoadGuard;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, Permissions, VolatileSlice};
 
-use super::walk::{Chain, ChainEnd, walk};
+use super::dma::IOVECS_MAX;
+use super::walk::{Chain, ChainEnd, DESCRIPTORS_MAX, walk};
 use crate::dma::{DmaEndpoint, DmaError};
 use crate::worker::Turn;
 
 /// The memory map that a worker holds for one batch of work.
 pub(crate) type RamGuard = GuestMemoryLoadGuard<GuestMemoryMmap<()>>;
-
-/// Maximum number of vectors that the kernel accepts in one call (`UIO_MAXIOV`).
-pub(crate) const IOVECS_MAX: usize = 1024;
-
-/// Maximum number of descriptors read in one chain: the size of our largest queue. A chain may not have more
-/// descriptors than its queue has entries, whether they are in the queue's own table or in an indirect one (virtio 1.2
-/// §2.7.5.3.1).
-pub(super) const DESCRIPTORS_MAX: usize = 1024;
 
 /// Reasons why a descriptor chain cannot be served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -13,8 +13,10 @@ use vm_memory::{
     GuestMemoryResult, Permissions, VolatileSlice,
 };
 
-use super::buffers::IOVECS_MAX;
 use crate::dma::{DmaEndpoint, Piece};
+
+/// Maximum number of vectors that the kernel accepts in one call (`UIO_MAXIOV`).
+pub(crate) const IOVECS_MAX: usize = 1024;
 
 /// Maximum number of mappings in one access to a ring. The largest ring has 512 KiB.
 const RING_PIECES_MAX: usize = 256;

@@ -17,8 +17,8 @@ mod served;
 mod single;
 mod walk;
 
-pub(crate) use buffers::{ChainBuffers, ChainError, GuestBuffers, IOVECS_MAX, RamGuard};
-pub(crate) use dma::DmaMemory;
+pub(crate) use buffers::{ChainBuffers, ChainError, GuestBuffers, RamGuard};
+pub(crate) use dma::{DmaMemory, IOVECS_MAX};
 pub(crate) use served::{Next, Popped, ServedQueue};
 pub(crate) use single::{Driver, Reply, SingleQueue, SingleQueueDevice};
 pub(crate) use walk::{Chain, ChainEnd, walk};

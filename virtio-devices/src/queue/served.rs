@@ -387,7 +387,7 @@ mod tests {
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     use super::*;
-    use crate::queue::buffers::DESCRIPTORS_MAX;
+    use crate::queue::walk::DESCRIPTORS_MAX;
     use crate::testing::{Desc, DriverQueue, MockInterrupt, Segment, TestRam};
     use virtio_bindings::bindings::virtio_ring::{
         VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,

@@ -7,9 +7,13 @@ use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address as _, Bytes as _, GuestAddress};
 
-use super::buffers::DESCRIPTORS_MAX;
 use super::dma::{DmaMemory, OwnedDmaMemory};
 use crate::worker::Turn;
+
+/// Maximum number of descriptors read in one chain: the size of our largest queue. A chain may not have more
+/// descriptors than its queue has entries, whether they are in the queue's own table or in an indirect one (virtio 1.2
+/// §2.7.5.3.1).
+pub(super) const DESCRIPTORS_MAX: usize = 1024;
 
 /// A chain in the descriptor table, not yet read.
 pub(crate) type Chain<'m> = DescriptorChain<OwnedDmaMemory<'m>>;
