@@ -155,7 +155,10 @@ impl Dispatcher {
                 }
             }
             Endpoint::VmSendMigration => {
-                self.change_to(call, |vm, request| vm.send_migration(&request));
+                let control = self.control.clone();
+                self.change_to(call, move |vm, request| {
+                    vm.send_migration(&request, &control)
+                });
             }
             Endpoint::VmReceiveMigration => self.receive_migration(call),
             Endpoint::VmCancelMigration => self.change(call, Lifecycle::cancel_migration),

@@ -18,7 +18,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use api::config::{HotplugMethod, MemoryConfig, MemoryUnavailableAction};
 use api::{
@@ -30,9 +31,8 @@ use api::{
 use machine::memory::GuestMemory;
 use state::Saved;
 
+use super::current_migration::Migration;
 use super::error::{LifecycleError, RequestError};
-use super::migration::Migration;
-use super::thread::ControlHandle;
 use crate::config::{self, NewDevice, has_iommu, with_device, without_device};
 use crate::events::{Event, EventKind};
 use crate::landlock::{self, Confinement};
@@ -40,6 +40,9 @@ use crate::snapshot::{self, Filling, Progress, Snapshot, SnapshotState};
 use crate::thresholds::{Subjects, Thresholds};
 use crate::view::{MachineView, PublishedView, View};
 use crate::vm::{HotplugError, Machine, MachineFactory, SavedMachine, VmContext, VmError};
+
+/// How often the lock of a disk is tried that another process holds.
+const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The VM and every change that a request can make to it.
 ///
@@ -67,8 +70,6 @@ pub struct Lifecycle {
     /// The confinement of the control thread, which calls every public method.
     pub(super) confinement: Confinement,
     ended: bool,
-    /// For the threads of migrations.
-    pub(super) control: ControlHandle,
     pub(super) migration: Option<Migration>,
     /// The paused machine does not hold the locks of its disks.
     pub(super) disks_released: bool,
@@ -83,7 +84,6 @@ impl Lifecycle {
         thresholds: Arc<Thresholds>,
         events_are_read: bool,
         context: VmContext,
-        control: ControlHandle,
     ) -> Self {
         Self {
             config: None,
@@ -101,7 +101,6 @@ impl Lifecycle {
             context,
             confinement: Confinement::default(),
             ended: false,
-            control,
             migration: None,
             disks_released: false,
         }
@@ -375,6 +374,25 @@ impl Lifecycle {
         self.paused = false;
         self.emit(EventKind::Resumed);
         Ok(())
+    }
+
+    /// Takes the locks of all disks again, if they were released. Waits up to `patience` for another process that holds one.
+    pub(super) fn hold_disks_again(&mut self, patience: Duration) -> Result<(), LifecycleError> {
+        if !self.disks_released {
+            return Ok(());
+        }
+        let until = Instant::now() + patience;
+        loop {
+            let held = self.on_machine(|machine| machine.hold_disks(true));
+            match held {
+                Err(_) if Instant::now() < until => thread::sleep(LOCK_INTERVAL),
+                Err(error) => return Err(error),
+                Ok(()) => {
+                    self.disks_released = false;
+                    return Ok(());
+                }
+            }
+        }
     }
 
     /// `vm.snapshot`: saves the paused machine. Returns when all files are on stable storage.

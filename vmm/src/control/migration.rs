@@ -1,16 +1,17 @@
 //! Migrations as the control thread sees them: start, the steps that only it can make, and the end.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use api::config::{MigrationMemoryMode, MigrationTimeoutStrategy};
 use api::{Endpoint, VmConfig, VmReceiveMigrationData, VmSendMigrationData, VmState};
 use machine::memory::GuestMemory;
 use state::Saved;
 
+use super::current_migration::{Migration, Received, Role};
 use super::error::{LifecycleError, RequestError};
 use super::lifecycle::Lifecycle;
-use super::thread::ControlHandle;
+use super::thread::{ControlHandle, Job, queue_full};
 use crate::config;
 use crate::events::{EventKind, EventSink};
 use crate::landlock::Need;
@@ -27,50 +28,6 @@ const STACK_BYTES: usize = 1 << 20;
 const ASK_WAIT: Duration = Duration::from_secs(30);
 /// How long a source waits for the locks of its disks: a target that was killed closes its connection before its files.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
-const LOCK_INTERVAL: Duration = Duration::from_millis(20);
-
-/// Called with the outcome of a migration that was received.
-pub(super) type Received = Box<dyn FnOnce(Result<(), RequestError>) + Send>;
-
-/// The migration under way.
-pub(super) struct Migration {
-    cancel: Cancel,
-    /// The machine may belong to the other side, or belongs to this one for good.
-    is_committed: bool,
-    role: Role,
-}
-
-enum Role {
-    Source {
-        /// Number of the machine that is sent.
-        machine: u64,
-        was_running: bool,
-        progress: Arc<SendProgress>,
-    },
-    Target {
-        /// Known once the source has sent it.
-        config: Option<Box<VmConfig>>,
-        done: Option<Received>,
-    },
-}
-
-impl Migration {
-    /// Ends it unless it is too late. Returns whether it was not.
-    pub(super) fn cancel(&self) -> bool {
-        if !self.is_committed {
-            self.cancel.set();
-        }
-        !self.is_committed
-    }
-
-    /// The figures of a migration that is being sent.
-    pub(super) fn progress(&self) -> Option<Arc<SendProgress>> {
-        match &self.role {
-            Role::Source { progress, .. } => Some(Arc::clone(progress)),
-            Role::Target { .. } => None,
-        }
-    }
-}
 
 fn request(text: &'static str) -> LifecycleError {
     LifecycleError::Migration(MigrationError::Request(text))
@@ -80,12 +37,36 @@ fn owner(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Migratio
     MigrationError::Owner(error.into())
 }
 
+impl ControlHandle {
+    /// `vm.receive-migration`: `done` is called when the migration has ended, on the control thread.
+    pub fn receive_migration(
+        &self,
+        request: VmReceiveMigrationData,
+        done: impl FnOnce(Result<(), RequestError>) + Send + 'static,
+    ) {
+        let endpoint = Endpoint::VmReceiveMigration;
+        let control = self.clone();
+        let job: Job = Box::new(move |lifecycle| match lifecycle {
+            Some(lifecycle) => {
+                lifecycle.receive_migration(&request, &control, Box::new(done));
+                lifecycle.publish();
+            }
+            None => done(Err(queue_full(endpoint))),
+        });
+        self.queue_job(endpoint, job);
+    }
+}
+
 impl Lifecycle {
-    /// `vm.send-migration`: starts to move the machine and returns.
+    /// `vm.send-migration`: starts to move the machine and returns. `control` is for the thread of the migration.
     ///
     /// # Errors
     /// There is no machine, it cannot be moved, or another migration is under way. The machine is unchanged.
-    pub fn send_migration(&mut self, request: &VmSendMigrationData) -> Result<(), LifecycleError> {
+    pub fn send_migration(
+        &mut self,
+        request: &VmSendMigrationData,
+        control: &ControlHandle,
+    ) -> Result<(), LifecycleError> {
         if self.migration.is_some() {
             return Err(LifecycleError::Migrating);
         }
@@ -116,7 +97,7 @@ impl Lifecycle {
             cancel: cancel.clone(),
             progress: Arc::clone(&progress),
         };
-        let mut steps = self.steps(Endpoint::VmSendMigration);
+        let mut steps = self.steps(Endpoint::VmSendMigration, control);
         self.start_thread(move || outgoing.run(&mut steps))?;
         self.migration = Some(Migration {
             cancel,
@@ -155,9 +136,9 @@ impl Lifecycle {
         Ok((json(&config), json(&Saved::of(&state))))
     }
 
-    fn steps(&self, endpoint: Endpoint) -> Steps {
+    fn steps(&self, endpoint: Endpoint, control: &ControlHandle) -> Steps {
         Steps {
-            control: self.control.clone(),
+            control: control.clone(),
             events: Arc::clone(&self.context.events),
             endpoint,
         }
@@ -294,28 +275,14 @@ impl Lifecycle {
         }
     }
 
-    /// Takes the locks of all disks again, if they were released. Waits up to `patience` for another process that holds one.
-    pub(super) fn hold_disks_again(&mut self, patience: Duration) -> Result<(), LifecycleError> {
-        if !self.disks_released {
-            return Ok(());
-        }
-        let until = Instant::now() + patience;
-        loop {
-            let held = self.on_machine(|machine| machine.hold_disks(true));
-            match held {
-                Err(_) if Instant::now() < until => std::thread::sleep(LOCK_INTERVAL),
-                Err(error) => return Err(error),
-                Ok(()) => {
-                    self.disks_released = false;
-                    return Ok(());
-                }
-            }
-        }
-    }
-
     /// `vm.receive-migration`: listens, and returns. `done` receives the outcome when the migration has ended.
-    pub(super) fn receive_migration(&mut self, request: &VmReceiveMigrationData, done: Received) {
-        if let Err(cause) = self.start_receiving(request) {
+    fn receive_migration(
+        &mut self,
+        request: &VmReceiveMigrationData,
+        control: &ControlHandle,
+        done: Received,
+    ) {
+        if let Err(cause) = self.start_receiving(request, control) {
             return done(Err(received_error(cause)));
         }
         if let Some(Migration {
@@ -327,7 +294,11 @@ impl Lifecycle {
         }
     }
 
-    fn start_receiving(&mut self, request: &VmReceiveMigrationData) -> Result<(), LifecycleError> {
+    fn start_receiving(
+        &mut self,
+        request: &VmReceiveMigrationData,
+        control: &ControlHandle,
+    ) -> Result<(), LifecycleError> {
         if self.migration.is_some() {
             return Err(LifecycleError::Migrating);
         }
@@ -345,7 +316,7 @@ impl Lifecycle {
             listener: Listener::bind(&address).map_err(LifecycleError::Migration)?,
             cancel: cancel.clone(),
         };
-        let mut steps = self.steps(Endpoint::VmReceiveMigration);
+        let mut steps = self.steps(Endpoint::VmReceiveMigration, control);
         self.start_thread(move || incoming.run(&mut steps))?;
         self.migration = Some(Migration {
             cancel,

@@ -1,5 +1,6 @@
 //! The control thread: owns the VM, runs every change, and publishes the state.
 
+mod current_migration;
 mod error;
 mod lifecycle;
 mod migration;

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
+use api::Endpoint;
 use api::config::MemoryUnavailableAction;
-use api::{Endpoint, VmReceiveMigrationData};
 
 use super::error::{LifecycleError, RequestError};
 use super::lifecycle::Lifecycle;
@@ -52,7 +52,7 @@ const TOKEN_REQUEST: u64 = 6;
 const TOKENS: usize = 7;
 
 /// A change and the callback for its result. Without a lifecycle, it reports that the change was not made.
-type Job = Box<dyn FnOnce(Option<&mut Lifecycle>) + Send>;
+pub(super) type Job = Box<dyn FnOnce(Option<&mut Lifecycle>) + Send>;
 
 struct Request {
     endpoint: Endpoint,
@@ -110,24 +110,7 @@ impl ControlHandle {
         self.queue_job(endpoint, job);
     }
 
-    /// `vm.receive-migration`: `done` is called when the migration has ended, on the control thread.
-    pub fn receive_migration(
-        &self,
-        request: VmReceiveMigrationData,
-        done: impl FnOnce(Result<(), RequestError>) + Send + 'static,
-    ) {
-        let endpoint = Endpoint::VmReceiveMigration;
-        let job: Job = Box::new(move |lifecycle| match lifecycle {
-            Some(lifecycle) => {
-                lifecycle.receive_migration(&request, Box::new(done));
-                lifecycle.publish();
-            }
-            None => done(Err(queue_full(endpoint))),
-        });
-        self.queue_job(endpoint, job);
-    }
-
-    fn queue_job(&self, endpoint: Endpoint, job: Job) {
+    pub(super) fn queue_job(&self, endpoint: Endpoint, job: Job) {
         match self.queue.try_send(Request { endpoint, job }) {
             // If the counter is full, a wake-up is already pending.
             Ok(()) => drop(self.wake.write(1)),
@@ -186,7 +169,7 @@ impl ControlHandle {
     }
 }
 
-fn queue_full(endpoint: Endpoint) -> RequestError {
+pub(super) fn queue_full(endpoint: Endpoint) -> RequestError {
     let cause = LifecycleError::QueueFull;
     RequestError { endpoint, cause }
 }
@@ -299,7 +282,6 @@ fn run(
         thresholds,
         setup.events_are_read,
         setup.context,
-        own.clone(),
     );
     let mut control = Control {
         lifecycle,

@@ -1,0 +1,51 @@
+//! The migration under way, as the life cycle of the VM sees it.
+
+use std::sync::Arc;
+
+use api::VmConfig;
+
+use super::error::RequestError;
+use crate::migration::{Cancel, SendProgress};
+
+/// Called with the outcome of a migration that was received.
+pub(super) type Received = Box<dyn FnOnce(Result<(), RequestError>) + Send>;
+
+/// The migration under way.
+pub(super) struct Migration {
+    pub(super) cancel: Cancel,
+    /// The machine may belong to the other side, or belongs to this one for good.
+    pub(super) is_committed: bool,
+    pub(super) role: Role,
+}
+
+pub(super) enum Role {
+    Source {
+        /// Number of the machine that is sent.
+        machine: u64,
+        was_running: bool,
+        progress: Arc<SendProgress>,
+    },
+    Target {
+        /// Known once the source has sent it.
+        config: Option<Box<VmConfig>>,
+        done: Option<Received>,
+    },
+}
+
+impl Migration {
+    /// Ends it unless it is too late. Returns whether it was not.
+    pub(super) fn cancel(&self) -> bool {
+        if !self.is_committed {
+            self.cancel.set();
+        }
+        !self.is_committed
+    }
+
+    /// The figures of a migration that is being sent.
+    pub(super) fn progress(&self) -> Option<Arc<SendProgress>> {
+        match &self.role {
+            Role::Source { progress, .. } => Some(Arc::clone(progress)),
+            Role::Target { .. } => None,
+        }
+    }
+}
