@@ -307,7 +307,10 @@ impl Pc {
     /// A vCPU did not stop within its deadline; the machine continues to run then.
     pub fn pause(&mut self) -> Result<(), PcError> {
         self.vcpus.pause().map_err(PcError::Cpu)?;
-        for plugged in &self.plugged {
+        // The IOMMU finishes a removal of memory when the devices behind it have no request in flight.
+        let (behind, others): (Vec<_>, Vec<_>) =
+            self.plugged.iter().partition(|it| it.is_behind_iommu);
+        for plugged in behind.into_iter().chain(others) {
             plugged.function.pause();
         }
         self.paused = true;

@@ -329,7 +329,7 @@ mod tests {
         let ram = TestRam::new(1 << 20);
         Job {
             head: 0,
-            status: GuestBuffers::new(&ram.mem().memory()),
+            status: GuestBuffers::new(&ram.mem().memory(), None),
             kind,
             started: Instant::now(),
             write_through: false,

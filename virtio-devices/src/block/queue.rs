@@ -81,14 +81,20 @@ impl BlockQueue {
 
     /// Takes available chains while there is space, starts them, and completes ended jobs.
     fn run(&mut self, turn: &mut Turn) -> Result<(), WorkerError> {
-        with_taken(
+        let result = with_taken(
             self,
             |it| &mut it.active,
             |it, active| {
                 let ram = active.ram.memory();
                 it.run_active(active, &ram, turn)
             },
-        )
+        );
+        if result.is_err() {
+            // The queue is not served again before its reset, for which an UNMAP must not wait.
+            self.flights.abandon();
+            self.landed.clear();
+        }
+        result
     }
 
     fn run_active(

@@ -67,8 +67,6 @@ struct Active {
     mem: GuestRam,
     receive: Option<ServedQueue>,
     transmit: Option<ServedQueue>,
-    /// A buffer from the guest that still waits for input.
-    waiting: Option<(u16, GuestBuffers)>,
 }
 
 /// The queue half.
@@ -122,7 +120,6 @@ impl ConsoleHandler {
         let Active {
             mem,
             receive: Some(queue),
-            waiting,
             ..
         } = active
         else {
@@ -131,24 +128,22 @@ impl ConsoleHandler {
         let ram = mem.memory();
         let mut starved = false;
         loop {
-            let next = match waiting.take() {
-                Some(next) => next,
-                None => match queue.next_writable(&ram, 1, turn, || {
-                    self.shared.counters.bad_chains.count();
-                })? {
-                    Next::Chain(next) => next,
-                    Next::Empty => {
-                        starved = true;
-                        break;
-                    }
-                    Next::TurnOver => break,
-                },
+            let next = queue.next_writable(&ram, 1, turn, || {
+                self.shared.counters.bad_chains.count();
+            })?;
+            let (head, buffers) = match next {
+                Next::Chain(next) => next,
+                Next::Empty => {
+                    starved = true;
+                    break;
+                }
+                Next::TurnOver => break,
             };
-            let (head, buffers) = next;
             let room = self.chunk.len().min(buffers.bytes());
             turn.charge_call(1, room as u64);
             let Some(count) = self.read_input(room) else {
-                *waiting = Some((head, buffers));
+                // Not kept: the guest may unmap it before there is input.
+                queue.unpop(1);
                 break;
             };
             buffers.copy_in(&self.chunk[..count]);
@@ -316,7 +311,6 @@ impl QueueHandler for ConsoleHandler {
             mem,
             receive: None,
             transmit: None,
-            waiting: None,
         };
         for queue in queues {
             match queue.index() {
@@ -384,19 +378,6 @@ impl QueueHandler for ConsoleHandler {
         let written = self.output.write(&backlog.0);
         self.count_dropped(written);
         Ok(())
-    }
-
-    fn pause(&mut self) {
-        // A restored or resumed device finds the guest's buffers only through the ring.
-        if let Some(Active {
-            receive: Some(queue),
-            waiting,
-            ..
-        }) = &mut self.active
-            && waiting.take().is_some()
-        {
-            queue.unpop(1);
-        }
     }
 
     fn reset(&mut self) {

@@ -4,6 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use vm_memory::Permissions;
 
+use super::eras::{Era, Eras};
 use super::shared::{DmaError, Shared};
 use super::tables::Piece;
 
@@ -13,6 +14,7 @@ pub struct DmaEndpoint {
     shared: Arc<Shared>,
     /// The endpoint's id, and the device's key to it.
     place: OnceLock<(u32, u64)>,
+    eras: Arc<Eras>,
 }
 
 impl DmaEndpoint {
@@ -20,16 +22,38 @@ impl DmaEndpoint {
         Self {
             shared,
             place: OnceLock::new(),
+            eras: Arc::default(),
         }
     }
 
     /// Sets the endpoint's id, which depends on the device's place on the bus. Until then every access fails. Called
     /// once; later calls have no effect.
     pub fn place(&self, endpoint: u32) {
-        self.place
-            .get_or_init(|| (endpoint, self.shared.change(|tables| tables.plug(endpoint))));
+        self.place.get_or_init(|| {
+            let eras = Arc::clone(&self.eras);
+            let owner = self.shared.change(|tables| tables.plug(endpoint, eras));
+            (endpoint, owner)
+        });
     }
 
+    /// Begins an access to guest memory.
+    pub(crate) fn access(self: &Arc<Self>) -> Access {
+        Access {
+            _era: self.eras.current(),
+            endpoint: Arc::clone(self),
+        }
+    }
+}
+
+/// An access of a device to guest memory, in progress. Translated addresses may be used only as long as it exists. It
+/// must end without an action of the guest, because the guest can wait for its end.
+#[derive(Debug, Clone)]
+pub(crate) struct Access {
+    endpoint: Arc<DmaEndpoint>,
+    _era: Arc<Era>,
+}
+
+impl Access {
     /// The guest addresses of `bytes` bytes from `input` on, as at most `pieces_max` pieces.
     pub(crate) fn translate(
         &self,
@@ -38,8 +62,9 @@ impl DmaEndpoint {
         access: Permissions,
         pieces_max: usize,
     ) -> Result<Vec<Piece>, DmaError> {
-        let place = self.place.get().ok_or(DmaError::Fault)?;
-        self.shared
+        let place = self.endpoint.place.get().ok_or(DmaError::Fault)?;
+        self.endpoint
+            .shared
             .translate(*place, (input, bytes), access, pieces_max)
     }
 }

@@ -12,13 +12,16 @@
 //! resolved, through the endpoint of their device. A translated address is guest RAM like any other, so a mapping can
 //! never lead outside of guest RAM.
 //!
-//! A buffer is translated when its chain is taken. An UNMAP does not stop the request in flight that uses it: the
-//! device can only reach RAM that the guest had mapped for that request.
+//! A buffer is translated when its chain is taken, and holds its [`Access`] until the device no longer uses it. The
+//! answer to a request that removes a mapping waits for the accesses that began before it. Between turns, a device may
+//! therefore keep only buffers that are part of host I/O in flight.
 
 mod endpoint;
+mod eras;
 mod shared;
 mod tables;
 
+pub(crate) use endpoint::Access;
 pub use endpoint::DmaEndpoint;
 #[cfg(test)]
 pub(crate) use shared::FAULTS_MAX;

@@ -8,6 +8,7 @@ use std::sync::{Mutex, RwLock};
 use vm_memory::Permissions;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::eras::EndedEra;
 use super::tables::{FaultReason, Piece, Tables};
 use crate::Unpoisoned;
 use crate::counters::counters;
@@ -78,15 +79,31 @@ impl Shared {
         self.bypass.store(bypass, Ordering::SeqCst);
     }
 
+    /// Changes the tables. Accesses in progress may continue.
     pub(crate) fn change<T>(&self, change: impl FnOnce(&mut Tables) -> T) -> T {
-        change(&mut self.tables.write().unpoisoned())
+        let (result, _ended) = self.change_and_end(change);
+        result
+    }
+
+    /// Changes the tables, and returns when no device uses memory that the change took away from it. Only for the
+    /// worker of the IOMMU, because it waits for other workers.
+    pub(crate) fn change_and_wait<T>(&self, change: impl FnOnce(&mut Tables) -> T) -> T {
+        let (result, ended) = self.change_and_end(change);
+        ended.into_iter().for_each(EndedEra::wait);
+        result
+    }
+
+    fn change_and_end<T>(&self, change: impl FnOnce(&mut Tables) -> T) -> (T, Vec<EndedEra>) {
+        let mut tables = self.tables.write().unpoisoned();
+        let result = change(&mut tables);
+        (result, tables.take_ended())
     }
 
     pub(crate) fn read<T>(&self, read: impl FnOnce(&Tables) -> T) -> T {
         read(&self.tables.read().unpoisoned())
     }
 
-    /// As [`super::DmaEndpoint::translate`].
+    /// As [`super::Access::translate`].
     pub(crate) fn translate(
         &self,
         place: (u32, u64),

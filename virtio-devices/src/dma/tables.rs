@@ -2,8 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 
 use vm_memory::Permissions;
+
+use super::eras::{EndedEra, Eras};
 
 /// Smallest unit of a mapping.
 pub(crate) const GRANULE: u64 = 4 << 10;
@@ -63,11 +66,23 @@ pub(crate) struct Domain {
     endpoints: usize,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default)]
 struct Attachment {
     /// The device in the endpoint's slot; `None` until it is plugged in after a restore.
-    owner: Option<u64>,
+    owner: Option<Owner>,
     domain: Option<u32>,
+}
+
+#[derive(Debug)]
+struct Owner {
+    key: u64,
+    eras: Arc<Eras>,
+}
+
+impl Attachment {
+    fn is_of(&self, key: u64) -> bool {
+        self.owner.as_ref().is_some_and(|owner| owner.key == key)
+    }
 }
 
 /// Everything that the guest can change.
@@ -82,6 +97,8 @@ pub(crate) struct Tables {
     /// Number of mappings in all domains.
     mappings: usize,
     owners: u64,
+    /// The eras that ended because a device lost access to memory, until the caller takes them.
+    ended: Vec<EndedEra>,
 }
 
 impl Tables {
@@ -92,30 +109,28 @@ impl Tables {
             domains: BTreeMap::new(),
             mappings: 0,
             owners: 0,
+            ended: Vec::new(),
         }
     }
 
     /// Adds the endpoint of a device and returns the device's key to it. A restored attachment stays; one of an earlier
     /// device in the same slot does not.
-    pub(crate) fn plug(&mut self, endpoint: u32) -> u64 {
+    pub(crate) fn plug(&mut self, endpoint: u32, eras: Arc<Eras>) -> u64 {
         self.owners += 1;
-        let owner = Some(self.owners);
+        let key = self.owners;
         let known = self.endpoints.get(&endpoint);
         if known.is_some_and(|known| known.owner.is_some()) {
             self.leave(endpoint);
         }
-        let attachment = self.endpoints.entry(endpoint).or_insert(Attachment {
-            owner,
-            domain: None,
-        });
-        attachment.owner = owner;
-        self.owners
+        let attachment = self.endpoints.entry(endpoint).or_default();
+        attachment.owner = Some(Owner { key, eras });
+        key
     }
 
     /// Removes the endpoint of a device, unless its slot has a new device.
     pub(crate) fn unplug(&mut self, endpoint: u32, owner: u64) {
         let known = self.endpoints.get(&endpoint);
-        if known.is_some_and(|known| known.owner == Some(owner)) {
+        if known.is_some_and(|known| known.is_of(owner)) {
             self.leave(endpoint);
             self.endpoints.remove(&endpoint);
         }
@@ -130,7 +145,9 @@ impl Tables {
         self.domains.clear();
         self.mappings = 0;
         for attachment in self.endpoints.values_mut() {
-            attachment.domain = None;
+            if attachment.domain.take().is_some() {
+                end_era(attachment, &mut self.ended);
+            }
         }
     }
 
@@ -157,6 +174,7 @@ impl Tables {
         joined.endpoints += 1;
         if let Some(attachment) = self.endpoints.get_mut(&endpoint) {
             attachment.domain = Some(domain);
+            end_era(attachment, &mut self.ended);
         }
         Ok(())
     }
@@ -206,9 +224,9 @@ impl Tables {
     }
 
     /// Removes the mappings in `input`; none, if one of them is only partly inside.
-    pub(crate) fn unmap(&mut self, domain: u32, input: RangeInclusive<u64>) -> Result<(), Refusal> {
+    pub(crate) fn unmap(&mut self, id: u32, input: RangeInclusive<u64>) -> Result<(), Refusal> {
         let (first, last) = (*input.start(), *input.end());
-        let domain = self.domains.get_mut(&domain).ok_or(Refusal::NoEntry)?;
+        let domain = self.domains.get_mut(&id).ok_or(Refusal::NoEntry)?;
         if domain.bypass || input.is_empty() {
             return Err(Refusal::Invalid);
         }
@@ -226,6 +244,11 @@ impl Tables {
             domain.mappings.remove(at);
         }
         self.mappings -= removed.len();
+        if !removed.is_empty() {
+            let endpoints = self.endpoints.values();
+            let attached = endpoints.filter(|attachment| attachment.domain == Some(id));
+            attached.for_each(|attachment| end_era(attachment, &mut self.ended));
+        }
         Ok(())
     }
 
@@ -243,7 +266,7 @@ impl Tables {
             bytes,
         };
         let attachment = self.endpoints.get(&endpoint);
-        let Some(attachment) = attachment.filter(|it| it.owner == Some(owner)) else {
+        let Some(attachment) = attachment.filter(|it| it.is_of(owner)) else {
             return Err((FaultReason::Domain, input));
         };
         let domain = match attachment.domain {
@@ -280,10 +303,13 @@ impl Tables {
 
     /// Detaches the endpoint. A domain without endpoints ends, and its mappings with it.
     fn leave(&mut self, endpoint: u32) {
-        let attachment = self.endpoints.get_mut(&endpoint);
-        let Some(left) = attachment.and_then(|it| it.domain.take()) else {
+        let Some(attachment) = self.endpoints.get_mut(&endpoint) else {
             return;
         };
+        let Some(left) = attachment.domain.take() else {
+            return;
+        };
+        end_era(attachment, &mut self.ended);
         let Some(domain) = self.domains.get_mut(&left) else {
             return;
         };
@@ -304,6 +330,11 @@ impl Tables {
         &self.domains
     }
 
+    /// The eras that the last change has ended.
+    pub(crate) fn take_ended(&mut self) -> Vec<EndedEra> {
+        std::mem::take(&mut self.ended)
+    }
+
     /// Number of mappings in all domains.
     pub(crate) fn mappings(&self) -> usize {
         self.mappings
@@ -311,14 +342,15 @@ impl Tables {
 
     /// Attaches an endpoint whose device is plugged in later.
     pub(crate) fn restore_attachment(&mut self, domain: u32, endpoint: u32, bypass: bool) {
-        let absent = Attachment {
-            owner: None,
-            domain: None,
-        };
-        self.endpoints.entry(endpoint).or_insert(absent);
+        self.endpoints.entry(endpoint).or_default();
         // The caller has checked that the domain is the same for all of its endpoints.
         self.attach(domain, endpoint, bypass).ok();
     }
+}
+
+/// Ends the era of an endpoint that has lost access to memory.
+fn end_era(attachment: &Attachment, ended: &mut Vec<EndedEra>) {
+    ended.extend(attachment.owner.iter().map(|owner| owner.eras.end()));
 }
 
 fn is_aligned(first: u64, last: u64) -> bool {

@@ -8,7 +8,9 @@ use state::{Saved, StateError};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_memory::GuestAddressSpace;
 
-use super::request::{FAULT_BYTES, PROBE_BYTES, REQUEST_BYTES_MAX, Request};
+use super::request::{
+    F_BYPASS_CONFIG, F_MAP_UNMAP, FAULT_BYTES, PROBE_BYTES, REQUEST_BYTES_MAX, Request,
+};
 use super::state::IommuState;
 use crate::device::{
     Activation, Counters, GuestRam, HandlerState, QueueHandler, VirtioDevice, WorkerError, boxed,
@@ -27,9 +29,7 @@ const EVENT_QUEUE: u16 = 1;
 const TOKEN_FAULTS: u32 = 0;
 
 const F_INPUT_RANGE: u64 = 1 << 0;
-const F_MAP_UNMAP: u64 = 1 << 2;
 const F_PROBE: u64 = 1 << 4;
-const F_BYPASS_CONFIG: u64 = 1 << 6;
 
 /// Sizes of pages that a driver should map if it can: 4 KiB, 2 MiB and 1 GiB, as the processor has them.
 const PAGE_SIZE_MASK: u64 = GRANULE | 2 << 20 | 1 << 30;
@@ -87,6 +87,7 @@ impl Iommu {
             name: params.id.to_owned(),
             shared: Arc::clone(&shared),
             ram: None,
+            features: 0,
             requests: None,
             events: None,
         };
@@ -184,6 +185,7 @@ struct Handler {
     name: String,
     shared: Arc<Shared>,
     ram: Option<GuestRam>,
+    features: u64,
     requests: Option<ServedQueue>,
     events: Option<ServedQueue>,
 }
@@ -198,7 +200,7 @@ impl Handler {
         loop {
             match queue.next(&ram, turn)? {
                 Next::Chain(Popped { head, buffers }) => {
-                    let written = answer(&self.shared, buffers);
+                    let written = answer(&self.shared, buffers, self.features);
                     queue.push_used(&ram, head, written)?;
                 }
                 Next::Empty if queue.enable_doorbell(&ram)? => queue.disable_doorbell(&ram)?,
@@ -230,16 +232,18 @@ impl Handler {
     }
 }
 
-/// Executes a request and returns the number of bytes for the driver. A request that cannot be read gets none.
-fn answer(shared: &Shared, request: Result<ChainBuffers, ChainError>) -> u32 {
+/// Executes a request and returns the number of bytes for the driver. A request that cannot be read gets none. If the
+/// request takes memory away from a device, this returns after the device's last access to it.
+fn answer(shared: &Shared, request: Result<ChainBuffers, ChainError>, features: u64) -> u32 {
     shared.stats.requests.count();
     let executed = request.ok().and_then(|buffers| {
         let mut bytes = [0; REQUEST_BYTES_MAX];
         let length = buffers.readable.bytes();
         let bytes = bytes.get_mut(..length)?;
         buffers.readable.copy_out(bytes);
-        let request = Request::read(bytes, buffers.writable.bytes())?;
-        let (result, succeeded) = shared.change(|tables| request.execute(tables));
+        let request = Request::read(bytes, buffers.writable.bytes(), features)?;
+        let (result, succeeded) =
+            shared.change_and_wait(|tables| request.execute(tables, features));
         if !succeeded {
             shared.stats.refused_requests.count();
         }
@@ -262,6 +266,7 @@ impl QueueHandler for Handler {
         sources: &mut EventSources,
     ) -> Result<(), WorkerError> {
         sources.add(self.shared.faulted.as_raw_fd(), TOKEN_FAULTS)?;
+        self.features = activation.features;
         let (ram, queues) = activation.serve();
         self.ram = Some(ram);
         for queue in queues {
@@ -296,7 +301,7 @@ impl QueueHandler for Handler {
         self.requests = None;
         self.events = None;
         self.shared.forget_faults();
-        self.shared.change(Tables::clear);
+        self.shared.change_and_wait(Tables::clear);
     }
 
     fn state(&self) -> HandlerState {

@@ -6,10 +6,13 @@ use vm_memory::Permissions;
 
 use crate::dma::{Fault, FaultReason, MSI_RANGE, Refusal, Tables};
 
+pub(super) const F_MAP_UNMAP: u64 = 1 << 2;
+pub(super) const F_BYPASS_CONFIG: u64 = 1 << 6;
+
 /// Bytes of the longest request that the device reads.
 pub(super) const REQUEST_BYTES_MAX: usize = 72;
 /// Bytes of a request's result: status, reserved.
-pub(super) const TAIL_BYTES: usize = 4;
+const TAIL_BYTES: usize = 4;
 /// Bytes of properties in the result of a probe: one reserved range.
 pub(super) const PROBE_BYTES: usize = 24;
 pub(super) const FAULT_BYTES: usize = 24;
@@ -49,6 +52,7 @@ pub(super) enum Request {
         domain: u32,
         endpoint: u32,
         flags: u32,
+        reserved: u32,
     },
     Detach {
         domain: u32,
@@ -66,71 +70,68 @@ pub(super) enum Request {
     },
     Probe {
         endpoint: u32,
-    },
-    /// A reserved field is not zero.
-    Reserved {
-        is_probe: bool,
+        /// Space for properties, at most [`PROBE_BYTES`].
+        bytes: usize,
     },
 }
 
 impl Request {
-    /// Reads a request. `None`: its type is unknown or its length is wrong. `driver_may_write` is the number of bytes
-    /// for the result.
-    pub(super) fn read(bytes: &[u8], driver_may_write: usize) -> Option<Self> {
+    /// Reads a request. `None`: the driver may not send its type, or its length is wrong. `driver_may_write` is the
+    /// number of bytes for the result; `features` are those of the driver.
+    ///
+    /// Reserved bytes mean nothing, except those of an attachment (§5.13.6.3).
+    pub(super) fn read(bytes: &[u8], driver_may_write: usize, features: u64) -> Option<Self> {
         let (head, body) = bytes.split_at_checked(HEAD_BYTES)?;
-        let is_probe = head[0] == T_PROBE;
+        let properties_bytes = driver_may_write.checked_sub(TAIL_BYTES)?;
+        let may_map = features & F_MAP_UNMAP != 0;
         let mut fields = Fields(body);
         let request = match head[0] {
             T_ATTACH => Self::Attach {
                 domain: fields.u32()?,
                 endpoint: fields.u32()?,
                 flags: fields.u32()?,
+                reserved: fields.u32()?,
             },
             T_DETACH => Self::Detach {
                 domain: fields.u32()?,
                 endpoint: fields.u32()?,
             },
-            T_MAP => Self::Map {
+            T_MAP if may_map => Self::Map {
                 domain: fields.u32()?,
                 input: fields.u64()?..=fields.u64()?,
                 to: fields.u64()?,
                 flags: fields.u32()?,
             },
-            T_UNMAP => Self::Unmap {
+            T_UNMAP if may_map => Self::Unmap {
                 domain: fields.u32()?,
                 input: fields.u64()?..=fields.u64()?,
             },
             T_PROBE => Self::Probe {
                 endpoint: fields.u32()?,
+                bytes: properties_bytes,
             },
             _ => return None,
         };
-        let reserved_bytes = match request {
-            Self::Attach { .. } | Self::Unmap { .. } => 4,
-            Self::Detach { .. } => 8,
-            Self::Map { .. } => 0,
-            Self::Probe { .. } | Self::Reserved { .. } => PROBE_RESERVED_BYTES,
+        let (reserved_bytes, properties_bytes_max) = match request {
+            Self::Attach { .. } | Self::Map { .. } => (0, 0),
+            Self::Unmap { .. } => (4, 0),
+            Self::Detach { .. } => (8, 0),
+            Self::Probe { .. } => (PROBE_RESERVED_BYTES, PROBE_BYTES),
         };
-        if fields.0.len() != reserved_bytes || driver_may_write != result_bytes(is_probe) {
-            return None;
-        }
-        let mut reserved = head[1..].iter().chain(fields.0);
-        Some(match reserved.all(|byte| *byte == 0) {
-            true => request,
-            false => Self::Reserved { is_probe },
-        })
+        let fits = fields.0.len() == reserved_bytes && properties_bytes <= properties_bytes_max;
+        fits.then_some(request)
     }
 
     /// Executes the request and returns the bytes for the driver, and whether it succeeded.
-    pub(super) fn execute(self, tables: &mut Tables) -> (Vec<u8>, bool) {
-        let is_probe = matches!(self, Self::Probe { .. } | Self::Reserved { is_probe: true });
-        let result = self.apply(tables);
-        let mut bytes = Vec::with_capacity(result_bytes(is_probe));
-        if is_probe {
-            match result {
-                Ok(()) => bytes.extend(msi_property()),
-                Err(_) => bytes.resize(PROBE_BYTES, 0),
-            }
+    pub(super) fn execute(self, tables: &mut Tables, features: u64) -> (Vec<u8>, bool) {
+        let mut bytes = match self {
+            Self::Probe { bytes, .. } => vec![0; bytes],
+            _ => Vec::new(),
+        };
+        let is_probe = !bytes.is_empty();
+        let result = self.apply(tables, features);
+        if is_probe && result.is_ok() {
+            bytes.copy_from_slice(&msi_property());
         }
         let status = match result {
             Ok(()) => S_OK,
@@ -143,13 +144,20 @@ impl Request {
         (bytes, result.is_ok())
     }
 
-    fn apply(self, tables: &mut Tables) -> Result<(), Refusal> {
+    fn apply(self, tables: &mut Tables, features: u64) -> Result<(), Refusal> {
+        let known_flags = match features & F_BYPASS_CONFIG {
+            0 => 0,
+            _ => ATTACH_F_BYPASS,
+        };
         match self {
-            Self::Attach { flags, .. } if flags & !ATTACH_F_BYPASS != 0 => Err(Refusal::Invalid),
+            Self::Attach {
+                flags, reserved, ..
+            } if flags & !known_flags != 0 || reserved != 0 => Err(Refusal::Invalid),
             Self::Attach {
                 domain,
                 endpoint,
                 flags,
+                ..
             } => tables.attach(domain, endpoint, flags & ATTACH_F_BYPASS != 0),
             Self::Detach { domain, endpoint } => tables.detach(domain, endpoint),
             Self::Map {
@@ -168,17 +176,10 @@ impl Request {
                 tables.map(domain, input, to, allows)
             }
             Self::Unmap { domain, input } => tables.unmap(domain, input),
-            Self::Probe { endpoint } if tables.has_endpoint(endpoint) => Ok(()),
-            Self::Probe { .. } => Err(Refusal::NoEntry),
-            Self::Reserved { .. } => Err(Refusal::Invalid),
+            Self::Probe { endpoint, .. } if !tables.has_endpoint(endpoint) => Err(Refusal::NoEntry),
+            Self::Probe { bytes, .. } if bytes < PROBE_BYTES => Err(Refusal::Invalid),
+            Self::Probe { .. } => Ok(()),
         }
-    }
-}
-
-fn result_bytes(is_probe: bool) -> usize {
-    match is_probe {
-        true => PROBE_BYTES + TAIL_BYTES,
-        false => TAIL_BYTES,
     }
 }
 

@@ -85,6 +85,22 @@ impl Receiver {
         throttle: &mut Throttle,
         turn: &mut Turn,
     ) -> Result<Stopped, WorkerError> {
+        let stopped = self.receive(tap, ram, counters, throttle, turn);
+        // The guest may unmap them before there is a frame.
+        if self.queue.is_translated() {
+            self.put_back();
+        }
+        stopped
+    }
+
+    fn receive(
+        &mut self,
+        tap: RawFd,
+        ram: &RamGuard,
+        counters: &NetCounters,
+        throttle: &mut Throttle,
+        turn: &mut Turn,
+    ) -> Result<Stopped, WorkerError> {
         self.queue.disable_doorbell(ram)?;
         while !turn.is_over() {
             self.fill(ram, counters, turn)?;

@@ -13,7 +13,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, Permissions, 
 
 use super::dma::IOVECS_MAX;
 use super::walk::{Chain, ChainEnd, DESCRIPTORS_MAX, walk};
-use crate::dma::{DmaEndpoint, DmaError};
+use crate::dma::{Access, DmaError};
 use crate::worker::Turn;
 
 /// The memory map that a worker holds for one batch of work.
@@ -47,6 +47,8 @@ pub(crate) struct GuestBuffers {
     iovecs: Vec<libc::iovec>,
     bytes: usize,
     ram: RamGuard,
+    /// Keeps the pieces accessible if the device is behind an IOMMU.
+    access: Option<Access>,
     /// What the pieces refer to, if it is a copy.
     _copy: Option<Box<[u8]>>,
 }
@@ -58,11 +60,12 @@ unsafe impl Send for GuestBuffers {}
 crate::debug_fields!(GuestBuffers(it) { pieces: it.iovecs.len(), bytes: it.bytes });
 
 impl GuestBuffers {
-    pub(crate) fn new(ram: &RamGuard) -> Self {
+    pub(crate) fn new(ram: &RamGuard, access: Option<Access>) -> Self {
         Self {
             iovecs: Vec::new(),
             bytes: 0,
             ram: ram.clone(),
+            access,
             _copy: None,
         }
     }
@@ -83,13 +86,12 @@ impl GuestBuffers {
         addr: GuestAddress,
         len: usize,
         access: Permissions,
-        dma: Option<&DmaEndpoint>,
     ) -> Result<(), ChainError> {
-        let Some(endpoint) = dma else {
+        let Some(dma) = &self.access else {
             return self.push(addr, len);
         };
         let room = IOVECS_MAX - self.iovecs.len();
-        let pieces = endpoint.translate(addr.0, len as u64, access, room);
+        let pieces = dma.translate(addr.0, len as u64, access, room);
         let pieces = pieces.map_err(|error| match error {
             DmaError::Fault => ChainError::NotMapped,
             DmaError::TooManyPieces => ChainError::TooManyPieces,
@@ -151,6 +153,7 @@ impl GuestBuffers {
             iovecs: Vec::new(),
             bytes: count.min(self.bytes),
             ram: self.ram.clone(),
+            access: self.access.clone(),
             _copy: None,
         };
         let mut left = front.bytes;
@@ -182,6 +185,7 @@ impl GuestBuffers {
             iovecs: vec![byte],
             bytes: 1,
             ram: self.ram.clone(),
+            access: self.access.clone(),
             _copy: None,
         })
     }
@@ -199,6 +203,7 @@ impl GuestBuffers {
             }],
             bytes,
             ram: self.ram.clone(),
+            access: self.access.clone(),
             _copy: Some(copy),
         }
     }
@@ -262,19 +267,19 @@ pub(crate) struct ChainBuffers {
 }
 
 impl ChainBuffers {
-    /// Resolves every descriptor of `chain`, whose addresses are those of `dma` if the device is behind an IOMMU.
+    /// Resolves every descriptor of `chain`, in the same address space in which the chain itself is.
     ///
     /// # Errors
     /// The chain is malformed; none of its buffers has been accessed.
     pub(crate) fn collect(
         chain: Chain<'_>,
         ram: &RamGuard,
-        dma: Option<&DmaEndpoint>,
         turn: &mut Turn,
     ) -> Result<Self, ChainError> {
+        let access = chain.memory().access.clone();
         let mut buffers = Self {
-            readable: GuestBuffers::new(ram),
-            writable: GuestBuffers::new(ram),
+            readable: GuestBuffers::new(ram, access.clone()),
+            writable: GuestBuffers::new(ram, access),
         };
         let mut writing = false;
         let mut refusal = None;
@@ -289,7 +294,7 @@ impl ChainBuffers {
                 (&mut buffers.readable, Permissions::Read)
             };
             let (addr, len) = (descriptor.addr(), descriptor.len() as usize);
-            refusal = target.push_translated(addr, len, access, dma).err();
+            refusal = target.push_translated(addr, len, access).err();
             refusal.is_none()
         });
         match (refusal, end) {

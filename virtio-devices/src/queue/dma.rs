@@ -4,7 +4,6 @@
 
 use std::iter::FusedIterator;
 use std::ops::Deref;
-use std::sync::Arc;
 
 use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::GuestMemorySliceIterator;
@@ -13,7 +12,7 @@ use vm_memory::{
     GuestMemoryResult, Permissions, VolatileSlice,
 };
 
-use crate::dma::{DmaEndpoint, Piece};
+use crate::dma::{Access, Piece};
 
 /// Maximum number of vectors that the kernel accepts in one call (`UIO_MAXIOV`).
 pub(crate) const IOVECS_MAX: usize = 1024;
@@ -25,8 +24,8 @@ const RING_PIECES_MAX: usize = 256;
 #[derive(Debug, Clone)]
 pub(crate) struct DmaMemory<'m> {
     pub(crate) ram: &'m GuestMemoryMmap<()>,
-    /// The IOMMU in front of the device.
-    pub(crate) endpoint: Option<Arc<DmaEndpoint>>,
+    /// Translates if the device is behind an IOMMU.
+    pub(crate) access: Option<Access>,
 }
 
 /// A [`DmaMemory`] that a descriptor chain owns.
@@ -50,10 +49,10 @@ impl DmaMemory<'_> {
         bytes: u64,
         mut visit: impl FnMut(u64, u64),
     ) {
-        let Some(endpoint) = &self.endpoint else {
+        let Some(access) = &self.access else {
             return visit(address, bytes);
         };
-        let pieces = endpoint.translate(address, bytes, Permissions::Write, IOVECS_MAX);
+        let pieces = access.translate(address, bytes, Permissions::Write, IOVECS_MAX);
         for piece in pieces.into_iter().flatten() {
             visit(piece.address, piece.bytes);
         }
@@ -77,10 +76,10 @@ impl GuestMemory for DmaMemory<'_> {
     ) -> GuestMemoryResult<impl GuestMemorySliceIterator<'a, BS<'a, ()>>> {
         let (address, bytes) = (addr.0, count as u64);
         // Without an IOMMU nothing is allocated.
-        let (whole, pieces) = match &self.endpoint {
+        let (whole, pieces) = match &self.access {
             None => (Some(Piece { address, bytes }), Vec::new()),
-            Some(endpoint) => {
-                let pieces = endpoint.translate(address, bytes, access, RING_PIECES_MAX);
+            Some(dma) => {
+                let pieces = dma.translate(address, bytes, access, RING_PIECES_MAX);
                 let outside = |_| GuestMemoryError::InvalidGuestAddress(addr);
                 (None, pieces.map_err(outside)?)
             }
@@ -97,7 +96,7 @@ impl GuestMemory for DmaMemory<'_> {
     }
 
     fn physical_memory(&self) -> Option<&GuestMemoryMmap<()>> {
-        self.endpoint.is_none().then_some(self.ram)
+        self.access.is_none().then_some(self.ram)
     }
 }
 

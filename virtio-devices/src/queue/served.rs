@@ -94,8 +94,14 @@ impl ServedQueue {
     fn memory<'m>(&self, ram: &'m GuestMemoryMmap<()>) -> DmaMemory<'m> {
         DmaMemory {
             ram,
-            endpoint: self.dma.clone(),
+            access: self.dma.as_ref().map(DmaEndpoint::access),
         }
+    }
+
+    /// Whether the device is behind an IOMMU. The guest may then unmap buffers at any time, so that the device can keep
+    /// none for later.
+    pub(crate) fn is_translated(&self) -> bool {
+        self.dma.is_some()
     }
 
     /// Number of the queue in the device.
@@ -125,7 +131,7 @@ impl ServedQueue {
         Ok(match self.next_chain(ram, turn)? {
             Next::Chain(chain) => Next::Chain(Popped {
                 head: chain.head_index(),
-                buffers: ChainBuffers::collect(chain, ram, self.dma.as_deref(), turn),
+                buffers: ChainBuffers::collect(chain, ram, turn),
             }),
             Next::Empty => Next::Empty,
             Next::TurnOver => Next::TurnOver,

@@ -40,6 +40,7 @@ pub fn conformance(name: &str, make: impl Fn(&TestRam) -> Arc<Mutex<dyn VirtioDe
     println!("conformance: turns");
     super::turns::stops_for_commands(&make);
     super::conformance_state::run(name, &make);
+    super::conformance_iommu::run(&make);
 }
 
 fn identity_is_virtio(driver: &mut MockPciDriver) {

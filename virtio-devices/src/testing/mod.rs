@@ -15,6 +15,7 @@ mod any_vsock;
 mod blocks;
 mod conformance;
 mod conformance_checks;
+mod conformance_iommu;
 mod conformance_state;
 mod driver;
 #[cfg(test)]

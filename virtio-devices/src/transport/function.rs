@@ -156,7 +156,7 @@ impl VirtioPciFunction {
     pub(super) fn dma_memory<'m>(&self, ram: &'m GuestMemoryMmap<()>) -> DmaMemory<'m> {
         DmaMemory {
             ram,
-            endpoint: self.dma.clone(),
+            access: self.dma.as_ref().map(DmaEndpoint::access),
         }
     }
 

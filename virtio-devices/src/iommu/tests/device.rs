@@ -1,6 +1,8 @@
 //! The device with a mock driver.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread;
 
 use state::Saved;
 use vm_memory::Permissions;
@@ -9,7 +11,7 @@ use super::super::{Iommu, IommuHandle, IommuState};
 use super::{attach, detach, iommu, map, probe, request, unmap};
 use crate::device::{QueueHandler, VirtioDevice};
 use crate::dma::{DmaEndpoint, DmaError, FAULTS_MAX, Piece};
-use crate::testing::{HandlerHarness, Segment, conformance};
+use crate::testing::{HandlerHarness, Segment, conformance, wait_until};
 
 const ENDPOINT: u32 = 0x18;
 const OK: u8 = 0;
@@ -58,7 +60,7 @@ impl Rig {
     }
 
     fn translate(&self, input: u64, access: Permissions) -> Result<u64, DmaError> {
-        let pieces = self.endpoint.translate(input, 1, access, 8);
+        let pieces = self.endpoint.access().translate(input, 1, access, 8);
         pieces.map(|pieces: Vec<Piece>| pieces[0].address)
     }
 
@@ -136,7 +138,7 @@ fn requests_attach_map_unmap_and_detach() {
     rig.harness.activate().unwrap();
     let gone = rig.handle.endpoint();
     assert_eq!(
-        gone.translate(0, 1, Permissions::Read, 1),
+        gone.access().translate(0, 1, Permissions::Read, 1),
         Err(DmaError::Fault),
         "not on the bus"
     );
@@ -158,10 +160,7 @@ fn requests_that_are_wrong_get_the_status_of_their_fault() {
     let mut reserved = attach(1, ENDPOINT, 0);
     reserved[17] = 1;
     assert_eq!(rig.status(&reserved), INVAL);
-    let mut reserved = detach(1, ENDPOINT);
-    reserved[2] = 1;
-    assert_eq!(rig.status(&reserved), INVAL);
-    assert_eq!(rig.counter("refused_requests"), 7);
+    assert_eq!(rig.counter("refused_requests"), 6);
 
     // Requests without a result: of an unknown type, too short, too long, with another room for the result.
     assert_eq!(rig.counter("bad_requests"), 0);
@@ -172,12 +171,102 @@ fn requests_that_are_wrong_get_the_status_of_their_fault() {
         attach(1, ENDPOINT, 0)[..19].to_vec(),
         request(2, &[&[0; 17]]),
         request(3, &[&[0; 500]]),
-        probe(ENDPOINT),
     ] {
         assert!(rig.send(&bytes, 4).is_empty());
     }
-    assert!(rig.send(&attach(1, ENDPOINT, 0), 5).is_empty());
-    assert_eq!(rig.counter("bad_requests"), 8);
+    for room in [0, 3, 5] {
+        assert!(rig.send(&attach(1, ENDPOINT, 0), room).is_empty());
+    }
+    assert!(rig.send(&probe(ENDPOINT), 29).is_empty());
+    assert_eq!(rig.counter("bad_requests"), 10);
+}
+
+#[test]
+fn reserved_bytes_mean_nothing_except_in_an_attachment() {
+    let mut rig = Rig::new();
+    let dirty = |mut bytes: Vec<u8>, reserved: std::ops::Range<usize>| {
+        bytes[1..4].fill(0xff);
+        bytes[reserved].fill(0xff);
+        bytes
+    };
+    assert_eq!(rig.status(&dirty(attach(1, ENDPOINT, 0), 0..0)), OK);
+    assert_eq!(rig.status(&dirty(map(1, 0, 0xfff, 0, 1), 0..0)), OK);
+    assert_eq!(rig.status(&dirty(unmap(1, 0, 0xfff), 24..28)), OK);
+    assert_eq!(rig.counter("mappings"), 0);
+    let probed = rig.send(&dirty(probe(ENDPOINT), 8..72), 28);
+    assert_eq!(probed[24], OK);
+    assert_eq!(rig.status(&dirty(detach(1, ENDPOINT), 12..20)), OK);
+    assert_eq!(rig.counter("refused_requests"), 0);
+}
+
+#[test]
+fn driver_can_use_only_what_it_has_negotiated() {
+    let (mut device, _handle) = iommu(64);
+    let handler = device.take_handlers().remove(0);
+    let (map_unmap, bypass_config) = (1 << 2, 1 << 6);
+    let mut harness = HandlerHarness::new(handler, device.features() & !map_unmap & !bypass_config);
+    harness.add_queues(2);
+    harness.activate().unwrap();
+    let mut send = |bytes: &[u8]| {
+        let segments = [Segment::Readable(bytes), Segment::Writable(4)];
+        let (chain, used) = harness.request(0, &segments).unwrap();
+        let status = harness.queue(0).read_buffer(chain.buffers[1])[0];
+        (used.unwrap().len == 4).then_some(status)
+    };
+    assert_eq!(send(&attach(1, ENDPOINT, 1)), Some(INVAL));
+    assert_eq!(send(&map(1, 0, 0xfff, 0, 1)), None);
+    assert_eq!(send(&unmap(1, 0, 0xfff)), None);
+    assert_eq!(device.counters()["bad_requests"], 2);
+}
+
+#[test]
+fn request_that_takes_memory_away_is_answered_after_the_last_access() {
+    let removals = [
+        unmap(1, 0, u64::MAX),
+        detach(1, ENDPOINT),
+        attach(2, ENDPOINT, 0),
+    ];
+    for removal in removals {
+        let mut rig = Rig::new();
+        let bypassing = rig.endpoint.access();
+        let is_over = Arc::new(AtomicBool::new(false));
+        // The access before the attachment is one to all of RAM.
+        let over = Arc::clone(&is_over);
+        let ending = thread::spawn(move || {
+            over.store(true, Ordering::SeqCst);
+            drop(bypassing);
+        });
+        assert_eq!(rig.status(&attach(1, ENDPOINT, 0)), OK);
+        assert!(is_over.load(Ordering::SeqCst));
+        ending.join().unwrap();
+
+        rig.device.write_config(36, &[0]);
+        assert_eq!(rig.status(&map(1, 0, 0xfff, 0, 3)), OK);
+        let access = rig.endpoint.access();
+        assert!(access.translate(0, 8, Permissions::Write, 1).is_ok());
+        // Neither a new mapping nor the removal of none takes anything away.
+        assert_eq!(rig.status(&map(1, 0x2000, 0x2fff, 0, 3)), OK);
+        assert_eq!(rig.status(&unmap(1, 0x8000, 0xffff)), OK);
+        let endpoint = Arc::clone(&rig.endpoint);
+        let over = Arc::new(AtomicBool::new(false));
+        let ending = thread::spawn({
+            let over = Arc::clone(&over);
+            move || {
+                let refused = || {
+                    endpoint
+                        .access()
+                        .translate(0, 8, Permissions::Write, 1)
+                        .is_err()
+                };
+                wait_until("the change of the tables", refused);
+                over.store(true, Ordering::SeqCst);
+                drop(access);
+            }
+        });
+        assert_eq!(rig.status(&removal), OK);
+        assert!(over.load(Ordering::SeqCst), "{removal:x?}");
+        ending.join().unwrap();
+    }
 }
 
 #[test]
@@ -191,6 +280,13 @@ fn probe_reserves_the_addresses_of_interrupts() {
     let unknown = rig.send(&probe(0x99), 28);
     assert_eq!(unknown[..24], [0; 24]);
     assert_eq!(unknown[24..], [NOENT, 0, 0, 0]);
+    // Without space for the property.
+    for room in [4, 27] {
+        let short = rig.send(&probe(ENDPOINT), room);
+        let (properties, tail) = short.split_at(short.len() - 4);
+        assert_eq!(properties, vec![0; room as usize - 4]);
+        assert_eq!(tail, [INVAL, 0, 0, 0]);
+    }
 }
 
 #[test]
@@ -252,7 +348,9 @@ fn state_keeps_domains_for_devices_that_are_plugged_in_later() {
     assert_eq!(device.state(), saved);
     let endpoint = handle.endpoint();
     endpoint.place(ENDPOINT);
-    let found = endpoint.translate(0x5ffe, 4, Permissions::ReadWrite, 8);
+    let found = endpoint
+        .access()
+        .translate(0x5ffe, 4, Permissions::ReadWrite, 8);
     let expected = Piece {
         address: 0x9ffe,
         bytes: 4,
