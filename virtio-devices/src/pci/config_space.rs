@@ -174,6 +174,11 @@ impl ConfigSpace {
         self.bytes[COMMAND] & COMMAND_MEMORY.to_le_bytes()[0] != 0
     }
 
+    /// Whether the function may access memory.
+    pub fn is_bus_master(&self) -> bool {
+        self.bytes[COMMAND] & COMMAND_BUS_MASTER.to_le_bytes()[0] != 0
+    }
+
     /// Clears the command register, as a reset does. BAR addresses are kept.
     pub fn reset_command(&mut self) {
         self.bytes[COMMAND..COMMAND + 2].fill(0);

@@ -111,7 +111,21 @@ impl MovingDriver {
         device: Arc<Mutex<dyn VirtioDevice>>,
         saved: &Saved,
     ) -> Result<MockPciDriver, TransportError> {
-        let (function, vectors) = restore(device, &self.ram, saved)?;
+        self.restore_behind(None, device, saved)
+    }
+
+    /// The same, with a device behind a virtual IOMMU.
+    ///
+    /// # Errors
+    /// The state is rejected.
+    pub fn restore_behind(
+        self,
+        dma: Option<Arc<DmaEndpoint>>,
+        device: Arc<Mutex<dyn VirtioDevice>>,
+        saved: &Saved,
+    ) -> Result<MockPciDriver, TransportError> {
+        let (params, vectors) = params(dma, device, &self.ram);
+        let function = VirtioPciFunction::from_state(params, saved)?;
         Ok(MockPciDriver {
             function,
             vectors,

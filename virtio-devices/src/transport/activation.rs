@@ -41,6 +41,7 @@ impl VirtioPciFunction {
             }
         }
         state.active = true;
+        state.stopped = false;
         self.counters.activations.count();
         for (worker, queues) in self.workers.iter().zip(groups) {
             if queues.is_empty() {

@@ -53,6 +53,8 @@ pub(super) struct Registers {
     pub(super) common: CommonConfig,
     /// Queues were handed to the workers since the last reset.
     pub(super) active: bool,
+    /// The workers were told to release them, because the driver switched Bus Master off.
+    pub(super) stopped: bool,
 }
 
 crate::debug_fields!(VirtioPciFunction { id, state });
@@ -120,6 +122,7 @@ impl VirtioPciFunction {
                 &queue_sizes,
             ),
             active: false,
+            stopped: false,
         };
         let mut handlers = locked.take_handlers();
         if let Some(state) = state {
@@ -199,6 +202,17 @@ impl VirtioPciFunction {
         }
         if effects.driver_ok {
             self.activate(state);
+        }
+    }
+
+    /// Ends the device's access to memory until the driver resets it. A driver that never switches Bus Master on is
+    /// served all the same, because some firmware does not.
+    fn stop(&self, state: &mut Registers) {
+        // Not again before the next activation: the workers accept a bounded number of commands.
+        if state.active && !std::mem::replace(&mut state.stopped, true) {
+            // Without an interrupt, which is an access to memory.
+            self.interrupt.add_status(S_NEEDS_RESET);
+            self.workers.iter().for_each(WorkerHandle::request_reset);
         }
     }
 
@@ -313,8 +327,11 @@ impl PciFunction for VirtioPciFunction {
             return false;
         }
         let mut state = self.lock_state();
-        let before = bar(&state);
+        let (before, was_bus_master) = (bar(&state), state.header.space.is_bus_master());
         state.header.space.write(offset, data);
+        if was_bus_master && !state.header.space.is_bus_master() {
+            self.stop(&mut state);
+        }
         let control = state.header.msix_control;
         let (start, end) = (usize::from(offset), usize::from(offset) + data.len());
         if start < usize::from(control) + 2 && usize::from(control) < end {

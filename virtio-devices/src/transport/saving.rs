@@ -15,7 +15,7 @@ use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::QueueT;
 use vm_memory::GuestAddressSpace;
 
-use super::common_config::{CommonConfig, S_DRIVER_OK};
+use super::common_config::{CommonConfig, S_DRIVER_OK, S_NEEDS_RESET};
 use super::function::{Registers, VirtioPciFunction, lock};
 use super::interrupt::PciInterrupt;
 use super::state::{QueueState, RingState, VirtioPciState};
@@ -72,13 +72,19 @@ impl VirtioPciFunction {
             let Some(position) = state.queues[usize::from(index)].position else {
                 continue;
             };
-            let mut queue = config.build(&mem, event_idx).map_err(|fault| {
-                StateError::invalid(
-                    parts::VIRTIO_PCI,
-                    "queues",
-                    format!("are unusable: queue {index}: {fault}"),
-                )
-            })?;
+            let mut queue = match config.build(&mem, event_idx) {
+                Ok(queue) => queue,
+                // The guest has unmapped a ring that the device was using. It stops, as at its next access before.
+                Err(_) if self.dma.is_some() => {
+                    self.counters.bad_queue_rings.count();
+                    self.interrupt.add_status(S_NEEDS_RESET);
+                    continue;
+                }
+                Err(fault) => {
+                    let reason = format!("are unusable: queue {index}: {fault}");
+                    return Err(StateError::invalid(parts::VIRTIO_PCI, "queues", reason));
+                }
+            };
             queue.set_next_avail(position.next_avail);
             queue.set_next_used(position.next_used);
             queues.push((index, queue));

@@ -239,6 +239,46 @@ fn windows_lie_where_cloud_hypervisor_has_them() {
 }
 
 #[test]
+fn bus_master_switched_off_stops_the_device_until_its_reset() {
+    const COMMAND: u16 = 4;
+    let (mut driver, ..) = rig();
+    driver.start(0);
+
+    // Often: the workers accept a bounded number of commands.
+    for _ in 0..100 {
+        driver.pci_write(COMMAND, &2_u16.to_le_bytes());
+        driver.pci_write(COMMAND, &6_u16.to_le_bytes());
+    }
+    assert!(driver.needs_reset());
+    assert_eq!(driver.vectors.triggered(0), 0, "an interrupt is an access");
+    driver.queue(0).push(&[Segment::Writable(4)]);
+    driver.kick(0);
+    driver.function.pause();
+    driver.function.resume();
+    assert_eq!(driver.queue(0).used_idx(), 0);
+    // Also in a state that was saved meanwhile.
+    let (saved, moving) = driver.save();
+    let mut driver = moving.restore(device(&[16, 64, 8, 256]).0, &saved).unwrap();
+    driver.function.resume();
+    driver.kick(0);
+    driver.function.pause();
+    driver.function.resume();
+    assert_eq!(driver.queue(0).used_idx(), 0);
+    assert!(driver.needs_reset());
+
+    driver.start(0);
+    let chain = driver.queue(0).push(&[Segment::Writable(4)]);
+    driver.kick(0);
+    assert_eq!(driver.queue(0).wait_used().head, u32::from(chain.head));
+    // A driver that never switches it on.
+    driver.pci_write(COMMAND, &2_u16.to_le_bytes());
+    driver.start(0);
+    driver.queue(0).push(&[Segment::Writable(4)]);
+    driver.kick(0);
+    driver.queue(0).wait_used();
+}
+
+#[test]
 fn queue_kicked_is_answered_on_its_own_vector() {
     let (mut driver, seen, _) = rig();
     assert_eq!(driver.start(1 << 5), 1 << 32 | 1 << 5);

@@ -15,9 +15,9 @@ use super::thread::WorkerThread;
 use crate::Unpoisoned;
 use crate::device::{Activation, HandlerState, QueueHandler, WorkerError};
 
-/// Maximum number of commands in transit. The guest can cause one activation and one reset, because the transport
-/// accepts no other before the reset is done. The control thread can send a pause, a resume, a reset and a stop, and
-/// there is one kick at a time. That is seven, so eight entries never fill.
+/// Maximum number of commands in transit. The guest can cause one activation and two resets (one of them by switching
+/// Bus Master off), because the transport accepts no other before the resets are done. The control thread can send a
+/// pause, a resume, a reset and a stop, and there is one kick at a time. That is eight.
 const COMMANDS_PENDING_MAX: usize = 8;
 
 /// Virtual size of a worker's stack; only touched pages use memory. Handlers keep their buffers on the heap.

@@ -10,6 +10,7 @@ use super::super::IommuHandle;
 use super::iommu;
 use crate::device::{QueueHandler, VirtioDevice, WorkerError};
 use crate::dma::{DmaEndpoint, Shared};
+use crate::pci::PciFunction;
 use crate::rng::Rng;
 use crate::testing::{Desc, HandlerHarness, MockPciDriver, NEXT, Segment, TestRam, WRITE};
 
@@ -205,4 +206,31 @@ fn device_that_is_dropped_leaves_no_endpoint() {
     assert!(shared.read(|tables| tables.has_endpoint(ENDPOINT)));
     drop(driver);
     assert!(!shared.read(|tables| tables.has_endpoint(ENDPOINT)));
+}
+
+#[test]
+fn device_whose_ring_is_unmapped_can_be_saved_and_restored() {
+    let (shared, mut driver) = driver();
+    shared.change(|tables| {
+        tables.attach(DOMAIN, ENDPOINT, false).unwrap();
+        tables.map(DOMAIN, 0..=0xff_ffff, 0, BOTH).unwrap();
+    });
+    driver.start(u64::MAX);
+    // Idle: it does not notice.
+    shared.change(|tables| tables.unmap(DOMAIN, 0..=u64::MAX).unwrap());
+    assert!(!driver.needs_reset());
+    let (saved, moving) = driver.save();
+    let endpoint = Arc::new(DmaEndpoint::new(Arc::clone(&shared)));
+    endpoint.place(ENDPOINT);
+    shared.change(|tables| tables.attach(DOMAIN, ENDPOINT, false).unwrap());
+    let rng = Rng::new("__rng", File::open("/dev/zero").unwrap());
+    let restored = moving.restore_behind(Some(endpoint), Arc::new(Mutex::new(rng)), &saved);
+    let mut driver = restored.unwrap();
+    driver.function.resume();
+    assert!(driver.needs_reset());
+    shared.change(|tables| tables.map(DOMAIN, 0..=0xff_ffff, 0, BOTH).unwrap());
+    driver.start(u64::MAX);
+    driver.queue(0).push(&[Segment::Writable(8)]);
+    driver.kick(0);
+    crate::testing::wait_until("the request", || driver.queue(0).pop_used().is_some());
 }
