@@ -17,7 +17,34 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use super::{ClientError, Deadline, Peer, SocketFile};
+use super::deadline::Deadline;
+use super::error::ClientError;
+
+/// The process that listens at the other end of a connection, as the kernel recorded it when the socket began to
+/// listen. For an inherited listener, this is the process that created it.
+#[derive(Debug)]
+pub struct Peer {
+    /// Process id, in the pid namespace of this process. In contrast, `vmm.ping` returns the id in the VMM's own
+    /// namespace.
+    pub pid: i32,
+    /// User id.
+    pub uid: u32,
+    /// A descriptor of the process, which never refers to a later process with the same id; absent before Linux 6.5.
+    /// The process may have ended, because a listener can be inherited.
+    pub process: Option<OwnedFd>,
+    /// True if the kernel reported that the process has ended and returned no descriptor. Another process may have its
+    /// id by now.
+    pub has_ended: bool,
+}
+
+/// The identity of a socket file. Its path may refer to another file at any time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketFile {
+    /// The file system.
+    pub device: u64,
+    /// The file in it.
+    pub inode: u64,
+}
 
 pub(super) fn connect(
     socket: &Path,

@@ -6,8 +6,9 @@ use std::os::unix::net::UnixStream;
 
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use super::deadline::Deadline;
+use super::error::ClientError;
 use super::response::{Response, ResponseReader};
-use super::{ClientError, Deadline};
 use crate::Method;
 
 /// Bytes per read. Most responses fit. The buffer is on the stack, and a program that queries hundreds of VMMs has one

@@ -6,18 +6,20 @@
 //! timeout and never stores more than [`RESPONSE_BODY_BYTES_MAX`].
 
 mod connect;
+mod deadline;
 mod error;
 mod exchange;
 mod response;
 #[cfg(test)]
 mod tests;
 
+pub use connect::{Peer, SocketFile};
 pub use error::{ClientError, ServerError};
 pub use response::{RESPONSE_BODY_BYTES_MAX, RESPONSE_HEAD_BYTES_MAX, ResponseError};
 
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 
@@ -26,36 +28,11 @@ use crate::{
     ReclaimThresholdsChange, VmConfig, VmCounters, VmInfo, VmResize, VmmPingResponse,
     to_ascii_json,
 };
+use deadline::Deadline;
 use exchange::Request;
 
 /// Default time limit of a request.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// The process that listens at the other end of a connection, as the kernel recorded it when the socket began to
-/// listen. For an inherited listener, this is the process that created it.
-#[derive(Debug)]
-pub struct Peer {
-    /// Process id, in the pid namespace of this process. In contrast, `vmm.ping` returns the id in the VMM's own
-    /// namespace.
-    pub pid: i32,
-    /// User id.
-    pub uid: u32,
-    /// A descriptor of the process, which never refers to a later process with the same id; absent before Linux 6.5.
-    /// The process may have ended, because a listener can be inherited.
-    pub process: Option<OwnedFd>,
-    /// True if the kernel reported that the process has ended and returned no descriptor. Another process may have its
-    /// id by now.
-    pub has_ended: bool,
-}
-
-/// The identity of a socket file. Its path may refer to another file at any time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SocketFile {
-    /// The file system.
-    pub device: u64,
-    /// The file in it.
-    pub inode: u64,
-}
 
 /// A client of one VMM.
 #[derive(Clone, Debug)]
@@ -242,13 +219,6 @@ impl Client {
         self.read_after(Endpoint::VmSetReclaimThresholds, Some(&encode(change)?))
     }
 
-    fn deadline(&self) -> Option<Deadline> {
-        self.timeout.map(|timeout| Deadline {
-            at: Instant::now() + timeout,
-            timeout,
-        })
-    }
-
     fn read<T: DeserializeOwned>(&self, endpoint: Endpoint) -> Result<T, ClientError> {
         self.read_after(endpoint, None)
     }
@@ -284,7 +254,7 @@ impl Client {
         body: Option<&str>,
         fds: &[RawFd],
     ) -> Result<(Option<String>, Peer), ClientError> {
-        let deadline = self.deadline();
+        let deadline = self.timeout.map(Deadline::after);
         let stream = connect::connect(&self.socket, self.file, deadline)?;
         let peer = connect::peer(&stream).map_err(|source| ClientError::Connect {
             socket: self.socket.clone(),
@@ -321,29 +291,4 @@ impl Client {
 
 fn encode<T: serde::Serialize>(body: &T) -> Result<String, ClientError> {
     to_ascii_json(body).map_err(|source| ClientError::Encode { source })
-}
-
-/// The deadline of a request.
-#[derive(Clone, Copy, Debug)]
-struct Deadline {
-    at: Instant,
-    timeout: Duration,
-}
-
-impl Deadline {
-    /// The remaining time, never zero, because a socket interprets a timeout of zero as no timeout.
-    fn remaining(self) -> Result<Duration, ClientError> {
-        let left = self.at.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            Err(self.missed())
-        } else {
-            Ok(left)
-        }
-    }
-
-    fn missed(self) -> ClientError {
-        ClientError::TimedOut {
-            timeout: self.timeout,
-        }
-    }
 }

@@ -8,6 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc;
 use std::thread;
+use std::time::Instant;
 
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -327,14 +328,8 @@ fn client_full_backlog_times_out() {
     // The server never accepts: connections fill the backlog, and then connecting itself must time out.
     let mut waiting = Vec::new();
     for _ in 0..8192 {
-        match connect::connect(
-            &path,
-            None,
-            Some(Deadline {
-                at: Instant::now() + Duration::from_millis(20),
-                timeout: Duration::from_millis(20),
-            }),
-        ) {
+        let deadline = Deadline::after(Duration::from_millis(20));
+        match connect::connect(&path, None, Some(deadline)) {
             Ok(stream) => waiting.push(stream),
             Err(error) => {
                 assert!(matches!(error, ClientError::TimedOut { .. }), "{error:?}");
