@@ -1,6 +1,6 @@
 //! The keys of an option: what its parser accepts and what its help shows.
 
-use super::{OptionError, OptionFault, Options};
+use super::fault::OptionFault;
 
 /// The keys of one option, in the order in which they were declared.
 #[derive(Clone, Debug, Default)]
@@ -10,19 +10,6 @@ pub(crate) struct Keys {
     flags: Vec<&'static str>,
     /// The help text of each key.
     help: Vec<String>,
-}
-
-/// Several keys that form one field of type `T`.
-pub(crate) trait KeyGroup<T> {
-    /// Adds them to the keys of an option.
-    fn declare(&self, keys: &mut Keys);
-    /// What `key` of the group means; `None` if the field's documentation describes it.
-    #[cfg(test)]
-    fn meaning(&self, _key: &str) -> Option<String> {
-        None
-    }
-    /// Creates the field from the keys.
-    fn read(&self, options: &Options) -> Result<T, OptionError>;
 }
 
 impl Keys {

@@ -3,8 +3,8 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use super::fault::ValueError;
 use super::value;
-use super::value::ValueError;
 use crate::config::MacAddr;
 
 /// A type of option values.

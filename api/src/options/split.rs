@@ -1,6 +1,6 @@
 //! Splits a text at its commas, outside quotes and brackets.
 
-use super::OptionFault;
+use super::fault::OptionFault;
 
 /// The settings in `text`, without their outer quotes.
 ///

@@ -17,7 +17,7 @@ fn parse(text: &str) -> Result<Options, OptionError> {
 }
 
 fn fault(text: &str) -> OptionFault {
-    parse(text).map(|options| options.values).unwrap_err().fault
+    parse(text).unwrap_err().fault
 }
 
 #[test]

@@ -3,66 +3,11 @@
 use std::fmt::Display;
 use std::str::FromStr;
 
-use thiserror::Error;
-
+use super::fault::{INTEGER_LIST_MAX, ValueError};
 use super::split;
-
-/// Maximum number of integers in an expanded list. No host has more CPUs, and `[0-18446744073709551615]` must not
-/// exhaust memory.
-pub const INTEGER_LIST_MAX: usize = 1 << 16;
 
 /// Integers, each with a list of integers.
 pub(crate) type IntegerMap<K, V> = Vec<(K, Vec<V>)>;
-
-/// Reasons why a string is not a value of the required type.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum ValueError {
-    /// Not a switch.
-    #[error("{0:?} is not on, off, true or false")]
-    Toggle(String),
-    /// Not a size.
-    #[error(
-        "{0:?} is not a number of bytes with an optional suffix K, M, G, T, KiB, MiB, GiB or TiB"
-    )]
-    Bytes(String),
-    /// A size above 64 bits.
-    #[error("{0:?} is more than 64 bits can hold")]
-    BytesTooLarge(String),
-    /// Not an integer in range.
-    #[error("{0:?} is not a number, or out of range")]
-    Integer(String),
-    /// A range that ends before it begins.
-    #[error("the range {0:?} ends before it begins")]
-    RangeBackwards(String),
-    /// More than [`INTEGER_LIST_MAX`] integers.
-    #[error("the list has more than {INTEGER_LIST_MAX} entries")]
-    ListTooLong,
-    /// Brackets or quotes that do not match.
-    #[error("{0:?} is not a list")]
-    List(String),
-    /// Not `key@list`.
-    #[error("{0:?} is not of the form <number>@[<list>]")]
-    Pair(String),
-    /// Not `number@number`.
-    #[error("{0:?} is not of the form <number>@<number>")]
-    Tuple(String),
-    /// Not `threads:cores:dies:packages`.
-    #[error(
-        "{0:?} is not of the form <threads_per_core>:<cores_per_die>:<dies_per_package>:<packages>"
-    )]
-    Topology(String),
-    /// Not one of a few words.
-    #[error("{word:?} is not one of {known}")]
-    Word {
-        /// The word.
-        word: String,
-        /// The known words.
-        known: String,
-    },
-    /// The type's own parser rejected the text.
-    #[error("{0}")]
-    Refused(String),
-}
 
 /// `on`, `off`, `true` or `false`, in any case.
 ///
