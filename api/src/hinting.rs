@@ -4,8 +4,6 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::ReclaimPath;
-
 /// A command to free page hinting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[schemars(extend("example" = json!({"action": "start"})))]
@@ -35,13 +33,4 @@ pub struct HintingStatus {
     pub runs_requested: u64,
     /// Runs in which the guest gave hints about all its free memory.
     pub runs_completed: u64,
-}
-
-/// The part of `GET /vm.reclaim-stats` that is about hinting.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
-pub struct HintingReport {
-    /// Its state.
-    pub hinting: HintingStatus,
-    /// The memory it returned.
-    pub hint: ReclaimPath,
 }

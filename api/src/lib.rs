@@ -52,8 +52,8 @@ pub use info::{
 };
 pub use rate_limit::VmUpdateRateLimiter;
 pub use reclaim::{
-    GuestSample, LastBatch, LatencyBucket, LatencySummary, ReclaimPath, ReclaimStats,
-    ZoneReporting, ZoneResidency,
+    GuestSample, HintingReport, LastBatch, LatencyBucket, LatencySummary, ReclaimPath,
+    ReclaimStats, ZoneReporting, ZoneResidency,
 };
 pub use reporting::*;
 pub use resize::*;

@@ -108,6 +108,15 @@ pub struct ReclaimStats {
     pub guest: Option<GuestSample>,
 }
 
+/// The part of `GET /vm.reclaim-stats` that is about hinting.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct HintingReport {
+    /// Its state.
+    pub hinting: HintingStatus,
+    /// The memory it returned.
+    pub hint: ReclaimPath,
+}
+
 /// Host memory that one zone of guest RAM occupies.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct ZoneResidency {
