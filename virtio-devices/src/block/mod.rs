@@ -41,7 +41,6 @@ use std::sync::Arc;
 pub use device::{Block, BlockState};
 pub use device_facts::LockGranularity;
 pub(crate) use disk_sys::{lock as lock_image, unlock as unlock_image};
-pub use engine::EngineChoice;
 pub use format::ImageFormat;
 pub use resize::{DiskHandle, DiskResizeError};
 
@@ -63,6 +62,18 @@ const WRITE_ZEROES_SECTORS_MAX: u32 = 1 << 15;
 /// Maximum data of one read or write. A pause or a reset waits for every request in flight, and firmware, which ignores
 /// the limit of segments, reads whole files at once.
 const DATA_BYTES_MAX: u64 = 64 << 20;
+
+/// The engine that serves a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum EngineChoice {
+    /// io_uring if the kernel supports and allows it, otherwise system calls.
+    #[default]
+    Auto,
+    /// io_uring; an error if it is not available.
+    IoUring,
+    /// System calls on the worker thread, one at a time.
+    Sync,
+}
 
 /// Parameters of a disk.
 #[derive(Debug, Clone, Default)]

@@ -10,24 +10,13 @@ mod sync;
 use std::io;
 use std::sync::Arc;
 
+use super::EngineChoice;
 use super::image::Image;
 use io_uring::IoUringEngine;
 use sync::SyncEngine;
 
 pub(super) use calls::ZERO_BUFFER_BYTES;
 pub(super) use operation::{Completion, IoEngine, IoOperation};
-
-/// The engine that serves a disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum EngineChoice {
-    /// io_uring if the kernel supports and allows it, otherwise system calls.
-    #[default]
-    Auto,
-    /// io_uring; an error if it is not available.
-    IoUring,
-    /// System calls on the worker thread, one at a time.
-    Sync,
-}
 
 /// Creates the engine for one queue of `depth` requests.
 ///
