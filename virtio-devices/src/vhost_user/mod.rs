@@ -49,22 +49,14 @@ mod tests;
 
 use std::sync::Arc;
 
-use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::bindings::virtio_ring::{
-    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
-};
-
 use crate::device::QueueHandler;
 pub(crate) use counters::Shared;
 pub use device::{IdentityState, VhostUser, VhostUserParams, VhostUserState};
 pub use link::Endpoint;
 pub(crate) use link::Link;
+pub(crate) use profile::RING_FEATURES;
 pub use profile::{NetProfile, Profile};
 use queues::Queues;
-
-/// Features, common to all device types, that the back end implements.
-pub(crate) const RING_FEATURES: u64 =
-    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
 
 /// Both handlers of a device, in the order in which the transport needs them: queues first.
 pub(crate) fn handlers(id: String, link: Link, shared: &Arc<Shared>) -> Vec<Box<dyn QueueHandler>> {
