@@ -16,16 +16,14 @@ use crate::config;
 use crate::events::{EventKind, EventSink};
 use crate::landlock::Need;
 use crate::migration::{
-    Address, Cancel, Convergence, Incoming, Listener, MigrationError, Outgoing, SendProgress,
-    SourceEnd, SourceOwner, TargetOwner, movable,
+    Address, Cancel, Convergence, Incoming, Limits, Listener, MigrationError, Outgoing,
+    SendProgress, SourceEnd, SourceOwner, TargetOwner, movable,
 };
 use crate::snapshot::{self, Snapshot, SnapshotError, SnapshotState};
 use crate::threads::{MIGRATION_THREAD, ThreadKind};
 use crate::vm;
 
 const STACK_BYTES: usize = 1 << 20;
-/// How long a source without an answer tries to learn where its machine runs; shorter than the target answers.
-const ASK_WAIT: Duration = Duration::from_secs(30);
 /// How long a source waits for the locks of its disks: a target that was killed closes its connection before its files.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
 
@@ -93,7 +91,7 @@ impl Lifecycle {
                 timeout: Duration::from_secs(request.timeout_s),
                 pauses_at_timeout: request.timeout_strategy == MigrationTimeoutStrategy::Ignore,
             },
-            ask_wait: ASK_WAIT,
+            limits: Limits::default(),
             cancel: cancel.clone(),
             progress: Arc::clone(&progress),
         };
@@ -314,6 +312,7 @@ impl Lifecycle {
         let cancel = Cancel::default();
         let incoming = Incoming {
             listener: Listener::bind(&address).map_err(LifecycleError::Migration)?,
+            limits: Limits::default(),
             cancel: cancel.clone(),
         };
         let mut steps = self.steps(Endpoint::VmReceiveMigration, control);

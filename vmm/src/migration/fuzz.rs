@@ -6,7 +6,7 @@ use machine::memory::GuestMemory;
 
 use super::receive::{Reached, receive_from};
 use super::wire::{Kind, Reader, Writer};
-use super::{MigrationError, TargetOwner};
+use super::{Limits, MigrationError, TargetOwner};
 use crate::snapshot::SnapshotState;
 
 /// Receives the bytes as a target does: as they are, or cut into messages with valid headers and checksums, which
@@ -22,7 +22,9 @@ pub fn receive(bytes: &[u8]) -> bool {
     let mut reached = Reached::NotPrepared;
     let mut answers = Writer::new(std::io::sink());
     let reader = Reader::new(&framed[..]);
-    let received = receive_from(reader, &mut answers, [0; 16], &mut owner, &mut reached);
+    let limits = Limits::default();
+    let id = [0; 16];
+    let received = receive_from(reader, &mut answers, id, &limits, &mut owner, &mut reached);
     assert_eq!(
         received.is_ok(),
         owner.commits,

@@ -23,6 +23,7 @@
 mod error;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+mod limits;
 mod movable;
 mod peer;
 mod progress;
@@ -33,6 +34,7 @@ mod tests;
 pub mod wire;
 
 pub use error::MigrationError;
+pub use limits::Limits;
 pub use movable::movable;
 pub use peer::{Address, Cancel, Listener};
 pub use progress::{SendProgress, SendReport};

@@ -10,16 +10,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use virtio_devices::ListeningSocket;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::MigrationError;
+use super::wire::Channel;
 
-/// How long a peer may neither send nor accept a byte. The target creates the machine in this time.
-pub(super) const SILENCE: Duration = Duration::from_secs(60);
 /// How often a waiting thread checks whether the migration was cancelled.
 const TICK: Duration = Duration::from_millis(100);
-const CONNECT_WAIT: Duration = Duration::from_secs(10);
+/// How often a client tries to connect to a UNIX socket whose queue is full.
+const CONNECT_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Where the target listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,12 +65,11 @@ impl Address {
         }
     }
 
-    pub(super) fn connect(&self, cancel: &Cancel) -> Result<Peer, MigrationError> {
+    /// Connects within `limit`.
+    pub(super) fn connect(&self, cancel: &Cancel, limit: Duration) -> Result<Peer, MigrationError> {
         let connected = match self {
-            Self::Tcp(address) => {
-                TcpStream::connect_timeout(address, CONNECT_WAIT).map(Stream::Tcp)
-            }
-            Self::Unix(path) => UnixStream::connect(path).map(Stream::Unix),
+            Self::Tcp(address) => TcpStream::connect_timeout(address, limit).map(Stream::Tcp),
+            Self::Unix(path) => connect_unix(path, cancel, limit).map(Stream::Unix),
         };
         connected
             .and_then(|stream| Peer::new(stream, cancel.clone()))
@@ -76,6 +77,24 @@ impl Address {
                 address: self.to_string(),
                 source,
             })
+    }
+}
+
+/// `UnixStream::connect` would wait as long as the listener's queue is full.
+fn connect_unix(path: &Path, cancel: &Cancel, limit: Duration) -> io::Result<UnixStream> {
+    let until = Instant::now() + limit;
+    let address = SocketAddrUnix::new(path)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    loop {
+        match net::connect(&socket, &address) {
+            Err(Errno::AGAIN) if Instant::now() < until => {
+                cancel.check()?;
+                std::thread::sleep(CONNECT_INTERVAL);
+            }
+            Err(error) => return Err(error.into()),
+            Ok(()) => return Ok(socket.into()),
+        }
     }
 }
 
@@ -205,12 +224,17 @@ enum Stream {
     Unix(UnixStream),
 }
 
-/// One end of a connection; clones share it.
+/// One end of a connection; clones share it, but not the limits.
 #[derive(Debug, Clone)]
 pub(super) struct Peer {
     stream: Arc<Stream>,
     cancel: Cancel,
-    silence: Duration,
+    /// For one message.
+    limit: Duration,
+    /// For all messages.
+    until: Option<Instant>,
+    /// For the current message.
+    message_until: Option<Instant>,
     written: Arc<AtomicU64>,
 }
 
@@ -232,7 +256,9 @@ impl Peer {
         Ok(Self {
             stream: Arc::new(stream),
             cancel,
-            silence: SILENCE,
+            limit: Duration::ZERO,
+            until: None,
+            message_until: None,
             written: Arc::default(),
         })
     }
@@ -242,9 +268,14 @@ impl Peer {
         self.written.load(Ordering::Relaxed)
     }
 
-    /// Changes how long the peer may be silent.
-    pub(super) fn set_silence(&mut self, silence: Duration) {
-        self.silence = silence;
+    /// Every message must be complete then, or there is no such time.
+    pub(super) fn set_end(&mut self, until: Option<Instant>) {
+        self.until = until;
+    }
+
+    /// Whether that time has come.
+    pub(super) fn is_over(&self) -> bool {
+        self.until.is_some_and(|until| Instant::now() >= until)
     }
 
     /// Waits regardless of a cancellation from now on: the outcome no longer depends on this side.
@@ -252,31 +283,42 @@ impl Peer {
         self.cancel = Cancel::default();
     }
 
-    /// Repeats `transfer` until it moves bytes, the peer was silent for too long, or the migration is cancelled.
+    /// Repeats `transfer` until it moves bytes, the time of the message is over, or the migration is cancelled.
     fn patiently(
         &self,
         mut transfer: impl FnMut(&Stream) -> io::Result<usize>,
     ) -> io::Result<usize> {
-        let until = Instant::now() + self.silence;
         loop {
             self.cancel.check()?;
+            if self
+                .message_until
+                .is_none_or(|until| Instant::now() >= until)
+            {
+                let reason = "the peer did not send or accept a whole message in time";
+                return Err(io::Error::new(io::ErrorKind::TimedOut, reason));
+            }
             match transfer(&self.stream) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error)
                     if matches!(
                         error.kind(),
-                        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
-                    ) =>
-                {
-                    if Instant::now() >= until {
-                        let seconds = self.silence.as_secs();
-                        let reason = format!("the peer has been silent for {seconds} s");
-                        return Err(io::Error::new(io::ErrorKind::TimedOut, reason));
-                    }
-                }
+                        io::ErrorKind::Interrupted
+                            | io::ErrorKind::WouldBlock
+                            | io::ErrorKind::TimedOut
+                    ) => {}
                 moved => return moved,
             }
         }
+    }
+}
+
+impl Channel for Peer {
+    fn begin_message(&mut self) {
+        let own = Instant::now() + self.limit;
+        self.message_until = Some(self.until.map_or(own, |until| until.min(own)));
+    }
+
+    fn set_limit(&mut self, limit: Duration) {
+        self.limit = limit;
     }
 }
 

@@ -1,21 +1,16 @@
 //! The target of a migration.
 
 use std::io::{self, Read, Write};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use api::VmConfig;
 use machine::memory::{ContentWriter, GuestMemory};
 
-use super::peer::{Cancel, Peer, SILENCE};
-use super::wire::{Kind, MigrationId, Reader, Writer};
-use super::{Listener, MigrationError};
+use super::peer::{Cancel, Peer};
+use super::wire::{Channel, Kind, MigrationId, Reader, WireError, Writer};
+use super::{Limits, Listener, MigrationError};
 use crate::snapshot::{SnapshotState, state_bytes_max};
 use state::Saved;
-
-/// How long a client may take to introduce itself.
-const HELLO_WAIT: Duration = Duration::from_secs(10);
-/// How long a target answers a source that has not confirmed the outcome; longer than that source asks.
-const ANSWER_FOR: Duration = Duration::from_secs(60);
 
 /// The owner of the machine on the target: what only its thread can do.
 pub trait TargetOwner: Send {
@@ -54,6 +49,8 @@ pub trait TargetOwner: Send {
 pub struct Incoming {
     /// Where the source connects.
     pub listener: Listener,
+    /// How long it waits for the source.
+    pub limits: Limits,
     /// Ends it.
     pub cancel: Cancel,
 }
@@ -61,7 +58,7 @@ pub struct Incoming {
 /// How far a target came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Reached {
-    /// The source cannot have sent the commit.
+    /// The source has not sent the commit and never will.
     NotPrepared,
     /// The source may have sent it, or not.
     Prepared(MigrationId),
@@ -99,12 +96,13 @@ impl Incoming {
     ) -> Result<(), MigrationError> {
         let (mut peer, id) = self.accept()?;
         owner.begin();
-        peer.set_silence(SILENCE);
+        peer.set_limit(self.limits.running);
         let mut last_word = peer.clone();
         last_word.ignore_cancel();
         *connection = Some(last_word);
         let mut writer = Writer::new(peer.clone());
-        receive_from(Reader::new(peer), &mut writer, id, owner, reached)
+        let reader = Reader::new(peer);
+        receive_from(reader, &mut writer, id, &self.limits, owner, reached)
     }
 
     /// The first client that speaks this protocol.
@@ -112,7 +110,7 @@ impl Incoming {
         loop {
             let accepted = self.listener.accept(&self.cancel, None);
             let mut peer = accepted.map_err(|error| MigrationError::Wire(error.into()))?;
-            peer.set_silence(HELLO_WAIT);
+            peer.set_limit(self.limits.hello);
             let mut reader = Reader::new(peer.clone());
             let hello = reader.next(&[Kind::Hello], "the start of a migration");
             match hello.and_then(|hello| hello.id()) {
@@ -128,7 +126,7 @@ impl Incoming {
 
     /// Answers questions after migration `id` until a source confirms the answer, or for a while.
     fn answer(&self, id: &MigrationId, outcome: Kind) {
-        let until = Instant::now() + ANSWER_FOR;
+        let until = Instant::now() + self.limits.answers;
         loop {
             let mut peer = match self.listener.accept(&Cancel::default(), Some(until)) {
                 Ok(peer) => peer,
@@ -140,7 +138,7 @@ impl Incoming {
                     return;
                 }
             };
-            peer.set_silence(HELLO_WAIT);
+            peer.set_limit(self.limits.question);
             let mut reader = Reader::new(peer.clone());
             let mut writer = Writer::new(peer);
             let asked = reader.next(&[Kind::Ask], "a question");
@@ -163,9 +161,10 @@ impl Incoming {
 
 /// Everything after the introduction of the source.
 pub(super) fn receive_from(
-    mut reader: Reader<impl Read>,
-    writer: &mut Writer<impl Write>,
+    mut reader: Reader<impl Read + Channel>,
+    writer: &mut Writer<impl Write + Channel>,
     id: MigrationId,
+    limits: &Limits,
     owner: &mut dyn TargetOwner,
     reached: &mut Reached,
 ) -> Result<(), MigrationError> {
@@ -194,9 +193,19 @@ pub(super) fn receive_from(
     owner.build(state, content.finish(thp))?;
     *reached = Reached::Prepared(id);
     writer.send(Kind::Prepared, &[])?;
-    let runs = reader.next(&[Kind::Commit], "the commit")?.runs_on()?;
+    reader.get_mut().set_limit(limits.paused);
+    let runs = match reader.next(&[Kind::Commit], "the commit") {
+        Ok(commit) => commit.runs_on()?,
+        Err(error) => {
+            if matches!(error, WireError::Refused { .. }) {
+                *reached = Reached::NotPrepared;
+            }
+            return Err(error.into());
+        }
+    };
     owner.commit(runs)?;
     *reached = Reached::Committed(id);
+    reader.get_mut().set_limit(limits.committed);
     let confirmed = writer.send(Kind::Committed, &[]).and_then(|()| {
         let expected = "the confirmation of the answer";
         reader.next(&[Kind::Released], expected).map(drop)

@@ -8,11 +8,11 @@ use machine::memory::{PageRun, Pages, WriteTracker, WrittenPages};
 use machine::random::random_id;
 
 use super::peer::{Cancel, Peer};
-use super::wire::{Kind, MigrationId, RUNS_MAX, Reader, WireError, Writer};
-use super::{Address, MigrationError, SendProgress, SendReport};
+use super::wire::{Channel, Kind, MigrationId, RUNS_MAX, Reader, WireError, Writer};
+use super::{Address, Limits, MigrationError, SendProgress, SendReport};
 
-/// How long the target may be silent when it is asked.
-const ANSWER_WAIT: Duration = Duration::from_secs(5);
+/// How long a target that does not read may delay the end.
+const FAREWELL: Duration = Duration::from_millis(500);
 const ASK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// The owner of the machine on the source: what only its thread can do.
@@ -78,8 +78,8 @@ pub struct Outgoing {
     pub tracker: WriteTracker,
     /// When to pause.
     pub convergence: Convergence,
-    /// How long a source without an answer tries to ask the target.
-    pub ask_wait: Duration,
+    /// How long it waits for the target.
+    pub limits: Limits,
     /// Ends it.
     pub cancel: Cancel,
     /// The figures while it runs.
@@ -106,26 +106,22 @@ impl Outgoing {
 
     fn send(&self, owner: &mut dyn SourceOwner) -> Result<SourceEnd, MigrationError> {
         let id = random_id().map_err(|error| MigrationError::Owner(Box::new(error)))?;
-        let peer = self.address.connect(&self.cancel)?;
+        let peer = self.address.connect(&self.cancel, self.limits.connect)?;
         let mut connection = Connection {
             reader: Reader::new(peer.clone()),
             writer: Writer::new(peer.clone()),
             peer,
             data_bytes: 0,
         };
-        match self.send_to(&mut connection, &id, owner) {
-            Ok(sent) => self.hand_over(connection, &id, sent, owner),
-            Err(error) => {
-                let error = connection.reason_of_peer(error);
-                // The target learns the reason instead of the end of the stream; it may be gone.
-                let reason = api::error_line(&error);
-                connection.writer.refuse(&reason).ok();
-                Err(error)
-            }
+        connection.set_limit(self.limits.running);
+        let sent = self.send_to(&mut connection, &id, owner);
+        match sent.and_then(|sent| Ok((sent, owner.commit()?))) {
+            Ok((sent, runs)) => Ok(self.hand_over(connection, &id, sent, runs)),
+            Err(error) => Err(connection.refuse(error)),
         }
     }
 
-    /// Everything up to the target's word that it is prepared. Returns when the machine was paused.
+    /// Everything up to the target's word that it is prepared.
     fn send_to(
         &self,
         connection: &mut Connection,
@@ -141,35 +137,78 @@ impl Outgoing {
             .reader
             .next(&[Kind::Accepted], "the answer to the configuration")?;
         let started = Instant::now();
-        let memory = self.tracker.memory();
-        let mut passes = 0;
-        owner.begin_pass(passes);
-        self.progress
-            .begin_pass(memory.zones().iter().map(|zone| zone.bytes()).sum());
-        self.send_pass(connection, passes, None)?;
-        let mut speed = Speed::new(connection.peer.written(), started);
-        passes += 1;
-        let mut written = self.take()?;
-        while written.bytes() > 0 && !self.fits(&written, speed) {
-            if started.elapsed() >= self.convergence.timeout {
-                if self.convergence.pauses_at_timeout {
-                    break;
-                }
-                return Err(MigrationError::Timeout {
-                    seconds: self.convergence.timeout.as_secs(),
-                    passes,
-                    left_bytes: written.bytes(),
-                });
-            }
-            owner.begin_pass(passes);
-            self.progress.begin_pass(written.bytes());
-            let (before, begun) = (connection.peer.written(), Instant::now());
-            self.send_pass(connection, passes, Some(&written))?;
-            speed = Speed::new(connection.peer.written() - before, begun);
-            passes += 1;
-            written = self.take()?;
+        let until = started.checked_add(self.convergence.timeout);
+        if !self.convergence.pauses_at_timeout {
+            connection.set_end(until);
         }
+        let sent = self.send_while_running(connection, started, owner);
+        let (passes, written) = match sent {
+            Err(error) if connection.is_over() => {
+                log::info!("The migration is out of time: {}", api::error_line(&error));
+                return Err(self.timeout());
+            }
+            sent => sent?,
+        };
+        self.send_paused(connection, passes, written, owner)
+    }
+
+    fn timeout(&self) -> MigrationError {
+        let now = self.progress.now();
+        MigrationError::Timeout {
+            seconds: self.convergence.timeout.as_secs(),
+            passes: now.passes,
+            left_bytes: now.left_bytes,
+        }
+    }
+
+    /// Sends RAM until the rest can be sent in the permitted downtime. Returns the number of passes, and the rest.
+    fn send_while_running(
+        &self,
+        connection: &mut Connection,
+        started: Instant,
+        owner: &mut dyn SourceOwner,
+    ) -> Result<(u32, WrittenPages), MigrationError> {
+        let zones = self.tracker.memory().zones().iter();
+        let mut left_bytes = zones.map(|zone| zone.bytes()).sum();
+        let mut pass = 0;
+        let mut pages = None;
+        loop {
+            owner.begin_pass(pass);
+            self.progress.begin_pass(left_bytes);
+            let (before, begun) = (connection.peer.written(), Instant::now());
+            self.send_pass(connection, pass, pages.as_ref())?;
+            let speed = Speed::new(connection.peer.written() - before, begun);
+            pass += 1;
+            let written = self.take()?;
+            left_bytes = written.bytes();
+            if left_bytes == 0 || speed.time_for(left_bytes) <= self.convergence.downtime {
+                return Ok((pass, written));
+            }
+            if started.elapsed() >= self.convergence.timeout {
+                self.progress.begin_pass(left_bytes);
+                return match self.convergence.pauses_at_timeout {
+                    true => Ok((pass, written)),
+                    false => Err(self.timeout()),
+                };
+            }
+            pages = Some(written);
+        }
+    }
+
+    /// Pauses the machine, and sends its state and the rest of its RAM.
+    fn send_paused(
+        &self,
+        connection: &mut Connection,
+        passes: u32,
+        mut written: WrittenPages,
+        owner: &mut dyn SourceOwner,
+    ) -> Result<Sent, MigrationError> {
         let paused = Instant::now();
+        connection.set_limit(self.limits.paused);
+        connection.set_end(match self.convergence.pauses_at_timeout {
+            true => None,
+            false => paused.checked_add(self.convergence.downtime + self.limits.paused),
+        });
         owner.pause()?;
         let state = owner.save()?;
         // Saving the state may have written to RAM.
@@ -189,10 +228,6 @@ impl Outgoing {
 
     fn take(&self) -> Result<WrittenPages, MigrationError> {
         self.tracker.take().map_err(MigrationError::Track)
-    }
-
-    fn fits(&self, written: &WrittenPages, speed: Speed) -> bool {
-        speed.time_for(written.bytes()) <= self.convergence.downtime
     }
 
     fn send_pass(
@@ -240,14 +275,15 @@ impl Outgoing {
         mut connection: Connection,
         id: &MigrationId,
         sent: Sent,
-        owner: &mut dyn SourceOwner,
-    ) -> Result<SourceEnd, MigrationError> {
-        let runs_on = owner.commit()?;
+        runs: bool,
+    ) -> SourceEnd {
         connection.reader.get_mut().ignore_cancel();
         connection.writer.get_mut().ignore_cancel();
+        connection.set_limit(self.limits.committed);
+        connection.set_end(None);
         let answer = connection
             .writer
-            .send(Kind::Commit, &[u8::from(runs_on)])
+            .send(Kind::Commit, &[u8::from(runs)])
             .and_then(|()| {
                 let expected = "the answer to the commit";
                 connection
@@ -268,25 +304,25 @@ impl Outgoing {
                 let end = finished();
                 // A target that does not receive it only waits longer for questions.
                 connection.writer.send(Kind::Released, &[]).ok();
-                return Ok(end);
+                return end;
             }
-            Err(error @ WireError::Refused { .. }) => return Ok(SourceEnd::Failed(error.into())),
+            Err(error @ WireError::Refused { .. }) => return SourceEnd::Failed(error.into()),
             Err(error) => error,
         };
         log::warn!("The target's answer to the commit is lost: {error}");
-        Ok(match self.ask(id) {
+        match self.ask(id) {
             Some(true) => finished(),
             Some(false) => SourceEnd::Failed(error.into()),
             None => {
                 let cause = Box::new(error.into());
                 SourceEnd::Unconfirmed(MigrationError::Unconfirmed(cause))
             }
-        })
+        }
     }
 
     /// Asks the target on new connections whether it has received the commit.
     fn ask(&self, id: &MigrationId) -> Option<bool> {
-        let until = Instant::now() + self.ask_wait;
+        let until = Instant::now() + self.limits.asks;
         while Instant::now() < until {
             match self.ask_once(id) {
                 Ok(answer) => return Some(answer),
@@ -301,8 +337,9 @@ impl Outgoing {
     }
 
     fn ask_once(&self, id: &MigrationId) -> Result<bool, MigrationError> {
-        let mut peer = self.address.connect(&Cancel::default())?;
-        peer.set_silence(ANSWER_WAIT);
+        let limit = self.limits.question;
+        let mut peer = self.address.connect(&Cancel::default(), limit)?;
+        peer.set_limit(limit);
         let mut writer = Writer::new(peer.clone());
         writer.introduce(Kind::Ask, id)?;
         let mut reader = Reader::new(peer);
@@ -315,6 +352,34 @@ impl Outgoing {
 }
 
 impl Connection {
+    fn set_limit(&mut self, limit: Duration) {
+        self.reader.get_mut().set_limit(limit);
+        self.writer.get_mut().set_limit(limit);
+    }
+
+    fn set_end(&mut self, until: Option<Instant>) {
+        self.peer.set_end(until);
+        self.reader.get_mut().set_end(until);
+        self.writer.get_mut().set_end(until);
+    }
+
+    /// Whether the time of all messages is over.
+    fn is_over(&self) -> bool {
+        self.peer.is_over()
+    }
+
+    /// Ends the migration before the commit. The target learns the reason, and need not answer questions; it may be gone.
+    /// Returns the target's own reason if there is one.
+    fn refuse(&mut self, error: MigrationError) -> MigrationError {
+        self.reader.get_mut().ignore_cancel();
+        self.writer.get_mut().ignore_cancel();
+        // The machine is paused meanwhile.
+        self.set_end(Some(Instant::now() + FAREWELL));
+        let error = self.reason_of_peer(error);
+        self.writer.refuse(&api::error_line(&error)).ok();
+        error
+    }
+
     /// The reason that the target sent before it closed the connection, if that is why `error` occurred.
     fn reason_of_peer(&mut self, error: MigrationError) -> MigrationError {
         let is_closed = matches!(

@@ -4,9 +4,10 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::config::MemoryConfig;
 use api::{ReclaimThresholdsChange, VmConfig};
@@ -22,6 +23,17 @@ use crate::snapshot::SnapshotState;
 const RAM_BYTES: u64 = 64 << 20;
 /// For every wait of a test that must end.
 const DEADLINE: Duration = Duration::from_secs(60);
+/// A test does not wait for long if the other side is really lost.
+const LIMITS: Limits = Limits {
+    connect: Duration::from_secs(10),
+    hello: Duration::from_secs(10),
+    running: Duration::from_secs(30),
+    paused: Duration::from_secs(30),
+    committed: Duration::from_secs(30),
+    question: Duration::from_secs(5),
+    asks: Duration::from_millis(100),
+    answers: Duration::from_secs(60),
+};
 
 fn config() -> VmConfig {
     VmConfig {
@@ -52,6 +64,7 @@ struct FakeSource {
     memory: GuestMemory,
     ends: Sender<SourceEnd>,
     steps: Arc<Mutex<Vec<String>>>,
+    refuses_commit: bool,
 }
 
 const LAST_PAGE: u64 = RAM_BYTES - 4096;
@@ -78,7 +91,10 @@ impl SourceOwner for FakeSource {
 
     fn commit(&mut self) -> Result<bool, MigrationError> {
         self.steps.lock().unwrap().push("commit".to_owned());
-        Ok(true)
+        match self.refuses_commit {
+            true => Err(MigrationError::Cancelled),
+            false => Ok(true),
+        }
     }
 
     fn end(&mut self, end: SourceEnd) {
@@ -143,6 +159,8 @@ impl TargetOwner for FakeTarget {
 struct Source {
     memory: GuestMemory,
     slots: RamSlots,
+    limits: Limits,
+    refuses_commit: bool,
 }
 
 impl Source {
@@ -155,7 +173,12 @@ impl Source {
             ram.write_obj(page | 1 << 40, GuestAddress(page * 4096))
                 .unwrap();
         }
-        Self { memory, slots }
+        Self {
+            memory,
+            slots,
+            limits: LIMITS,
+            refuses_commit: false,
+        }
     }
 
     /// Sends it to `address` from a thread.
@@ -166,6 +189,7 @@ impl Source {
             memory: self.memory.clone(),
             ends,
             steps: Arc::clone(&steps),
+            refuses_commit: self.refuses_commit,
         };
         let cancel = Cancel::default();
         let outgoing = Outgoing {
@@ -178,7 +202,7 @@ impl Source {
                 timeout: Duration::from_secs(30),
                 pauses_at_timeout: false,
             },
-            ask_wait: Duration::from_millis(300),
+            limits: self.limits,
             cancel: cancel.clone(),
             progress: Arc::default(),
         };
@@ -189,10 +213,19 @@ impl Source {
 
 /// Receives in a thread.
 fn receive(address: &Address, refuses_to: &'static str) -> (Receiver<Received>, Address, Cancel) {
+    receive_within(address, refuses_to, LIMITS)
+}
+
+fn receive_within(
+    address: &Address,
+    refuses_to: &'static str,
+    limits: Limits,
+) -> (Receiver<Received>, Address, Cancel) {
     let (ends, end) = channel();
     let cancel = Cancel::default();
     let incoming = Incoming {
         listener: Listener::bind(address).unwrap(),
+        limits,
         cancel: cancel.clone(),
     };
     let address = incoming.listener.address();
@@ -327,30 +360,44 @@ enum Way {
     ToSource,
 }
 
+/// What happens to the connection after a cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum After {
+    /// It is closed, and there is no other.
+    Closed,
+    /// It is closed, and others are possible.
+    Reopened,
+    /// Nothing is forwarded any more, in either direction, but others are possible.
+    Silent,
+}
+
 /// Forwards the first connection until `bytes` bytes went one way, then closes it. Later connections are forwarded as a
 /// whole, or refused. Returns its address and the number of bytes that went each way if it is never cut.
 fn cut(
     target: SocketAddr,
     way: Way,
     bytes: usize,
-    reconnects: bool,
+    after: After,
 ) -> (Address, Receiver<[usize; 2]>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = Address::Tcp(listener.local_addr().unwrap());
     let (counts, counted) = channel();
     std::thread::spawn(move || {
         let (source, _) = listener.accept().unwrap();
-        let listener = reconnects.then_some(listener);
+        let listener = (after != After::Closed).then_some(listener);
         let onward = TcpStream::connect(target).unwrap();
         let limit = |it| if it == way { bytes } else { usize::MAX };
-        counts
-            .send(forward(
-                &source,
-                &onward,
-                limit(Way::ToTarget),
-                limit(Way::ToSource),
-            ))
-            .ok();
+        let limits = [limit(Way::ToTarget), limit(Way::ToSource)];
+        let first = std::thread::spawn(move || {
+            counts.send(forward(&source, &onward, limits, after)).ok();
+            if after == After::Silent {
+                // They stay open.
+                std::mem::forget((source, onward));
+            }
+        });
+        if after != After::Silent {
+            first.join().unwrap();
+        }
         while let Some(listener) = &listener {
             let Ok((source, _)) = listener.accept() else {
                 return;
@@ -358,7 +405,7 @@ fn cut(
             let Ok(onward) = TcpStream::connect(target) else {
                 continue;
             };
-            forward(&source, &onward, usize::MAX, usize::MAX);
+            forward(&source, &onward, [usize::MAX; 2], After::Closed);
         }
     });
     (address, counted)
@@ -367,9 +414,10 @@ fn cut(
 fn forward(
     source: &TcpStream,
     target: &TcpStream,
-    to_target: usize,
-    to_source: usize,
+    [to_target, to_source]: [usize; 2],
+    after: After,
 ) -> [usize; 2] {
+    let is_silent = AtomicBool::new(false);
     let copy = |from: &TcpStream, to: &TcpStream, limit: usize| {
         let (mut from, mut to) = (from, to);
         let mut buffer = [0; 16 << 10];
@@ -377,12 +425,17 @@ fn forward(
         while done < limit {
             let wanted = buffer.len().min(limit - done);
             match from.read(&mut buffer[..wanted]) {
+                _ if is_silent.load(Ordering::Relaxed) => return done,
                 Ok(count) if count > 0 && to.write_all(&buffer[..count]).is_ok() => done += count,
                 _ => break,
             }
         }
-        for stream in [from, to] {
-            stream.shutdown(Shutdown::Both).ok();
+        if done == limit && after == After::Silent {
+            is_silent.store(true, Ordering::Relaxed);
+        } else {
+            for stream in [from, to] {
+                stream.shutdown(Shutdown::Both).ok();
+            }
         }
         done
     };
@@ -397,18 +450,24 @@ const HEADER: usize = 16;
 const HELLO_BYTES: usize = HEADER + 20;
 
 /// Migrates over a connection that is cut. Returns how it ended on both sides.
-fn migrate(
+fn migrate(kvm: &Kvm, way: Way, bytes: usize, after: After) -> (SourceEnd, Received, [usize; 2]) {
+    migrate_within(LIMITS, kvm, way, bytes, after)
+}
+
+fn migrate_within(
+    limits: Limits,
     kvm: &Kvm,
     way: Way,
     bytes: usize,
-    reconnects: bool,
+    after: After,
 ) -> (SourceEnd, Received, [usize; 2]) {
-    let source = Source::new(kvm);
-    let (received, address, cancel) = receive(&local(), "");
+    let mut source = Source::new(kvm);
+    source.limits = limits;
+    let (received, address, cancel) = receive_within(&local(), "", limits);
     let Address::Tcp(target) = address else {
         panic!("{address}");
     };
-    let (proxy, counted) = cut(target, way, bytes, reconnects);
+    let (proxy, counted) = cut(target, way, bytes, after);
     let (sent, ..) = source.send(proxy);
     let sent = sent.recv_timeout(DEADLINE).unwrap();
     if bytes == 0 || (way == Way::ToTarget && bytes < HELLO_BYTES) {
@@ -419,75 +478,216 @@ fn migrate(
     (sent, received, counted.recv_timeout(DEADLINE).unwrap())
 }
 
-#[test]
-fn connection_cut_anywhere_leaves_exactly_one_owner() {
-    let Some(kvm) = open_kvm() else {
-        return;
-    };
-    let (end, _, [to_target, to_source]) = migrate(&kvm, Way::ToTarget, usize::MAX, true);
+/// Where the commit begins in the stream to the target, and where that stream ends.
+fn commit_place(kvm: &Kvm) -> (usize, usize) {
+    let (end, _, [to_target, to_source]) = migrate(kvm, Way::ToTarget, usize::MAX, After::Reopened);
     assert!(matches!(end, SourceEnd::Finished(_)), "{end:?}");
     assert_eq!(to_source, 3 * HEADER, "three answers");
     // The last two messages are the commit, with one byte, and the confirmation.
-    let commit = to_target - 2 * HEADER - 1;
-    let before_commit = [
-        0,
-        1,
-        20,
-        100,
-        10_000,
-        commit - 5_000,
-        commit - 1,
-        commit,
-        commit + 1,
-        commit + HEADER,
-    ];
-    for bytes in before_commit {
-        for reconnects in [false, true] {
-            let (end, received, _) = migrate(&kvm, Way::ToTarget, bytes, reconnects);
-            assert!(
-                !received.runs && received.error.is_some(),
+    (to_target - 2 * HEADER - 1, to_target)
+}
+
+#[test]
+fn connection_cut_at_any_byte_to_the_target_leaves_exactly_one_owner() {
+    let Some(kvm) = open_kvm() else {
+        return;
+    };
+    let (commit, end) = commit_place(&kvm);
+    let before = [0, 1, 20, 100, 10_000, commit - 5_000];
+    for bytes in before.into_iter().chain(commit - 20..end) {
+        let arrives = bytes > commit + HEADER;
+        for after in [After::Closed, After::Reopened] {
+            let (end, received, _) = migrate(&kvm, Way::ToTarget, bytes, after);
+            assert_eq!(
+                (received.runs, received.error.is_none()),
+                (arrives, arrives),
                 "{bytes}: {received:?}"
             );
             // A source that has tried to send the commit must ask.
-            let may_be_unsure = bytes >= commit && !reconnects;
+            let may_be_unsure = bytes >= commit && after == After::Closed;
             match end {
-                SourceEnd::Failed(_) => {}
+                SourceEnd::Failed(_) if !arrives => {}
+                SourceEnd::Finished(_) if arrives => {}
                 SourceEnd::Unconfirmed(_) if may_be_unsure => {}
                 end => panic!("{bytes}: {end:?}"),
             }
         }
     }
-    for bytes in [commit + HEADER + 1, to_target - 1] {
-        for reconnects in [false, true] {
-            let (end, received, _) = migrate(&kvm, Way::ToTarget, bytes, reconnects);
-            assert!(
-                received.runs && received.error.is_none(),
-                "{bytes}: {received:?}"
-            );
+}
+
+#[test]
+fn connection_cut_at_any_byte_to_the_source_leaves_exactly_one_owner() {
+    let Some(kvm) = open_kvm() else {
+        return;
+    };
+    for bytes in 0..3 * HEADER {
+        for after in [After::Closed, After::Reopened] {
+            let (end, received, _) = migrate(&kvm, Way::ToSource, bytes, after);
+            let is_last = bytes >= 2 * HEADER;
             match end {
-                SourceEnd::Finished(_) => {}
-                SourceEnd::Unconfirmed(_) if !reconnects => {}
+                // The commit has come, and its answer is lost.
+                SourceEnd::Finished(_) if is_last && after == After::Reopened => {
+                    assert!(received.runs && received.error.is_none(), "{received:?}");
+                }
+                // The connection may end before the commit has come.
+                SourceEnd::Failed(_) if !is_last || after == After::Reopened => {
+                    assert!(!received.runs && received.error.is_some(), "{received:?}");
+                }
+                SourceEnd::Unconfirmed(_) if is_last && after == After::Closed => {}
                 end => panic!("{bytes}: {end:?}"),
             }
         }
     }
-    for answers in 0..3 {
-        for bytes in [
-            answers * HEADER,
-            answers * HEADER + 1,
-            answers * HEADER + 15,
-        ] {
-            for reconnects in [false, true] {
-                let (end, received, _) = migrate(&kvm, Way::ToSource, bytes, reconnects);
-                match (end, answers) {
-                    // The commit has come, and its answer is lost.
-                    (SourceEnd::Finished(_), 2) => assert!(reconnects && received.runs),
-                    (SourceEnd::Unconfirmed(_), 2) => assert!(!reconnects),
-                    // The connection may end before the commit has come.
-                    (SourceEnd::Failed(_), _) => assert!(!received.runs, "{bytes}: {received:?}"),
-                    (end, _) => panic!("{bytes}: {end:?}"),
-                }
+}
+
+#[test]
+fn connection_that_falls_silent_around_the_commit_leaves_exactly_one_owner() {
+    let Some(kvm) = open_kvm() else {
+        return;
+    };
+    let (commit, end) = commit_place(&kvm);
+    let limits = Limits {
+        running: Duration::from_secs(3),
+        paused: Duration::from_secs(1),
+        committed: Duration::from_millis(500),
+        question: Duration::from_millis(300),
+        asks: Duration::from_secs(30),
+        ..LIMITS
+    };
+    for (way, bytes, arrives) in [
+        (Way::ToTarget, commit - 1, false),
+        (Way::ToTarget, commit, false),
+        (Way::ToTarget, commit + HEADER, false),
+        (Way::ToTarget, end - 1, true),
+        (Way::ToSource, 2 * HEADER - 1, false),
+        (Way::ToSource, 2 * HEADER, false),
+        (Way::ToSource, 2 * HEADER + 1, true),
+        (Way::ToSource, 3 * HEADER - 1, true),
+    ] {
+        let (end, received, _) = migrate_within(limits, &kvm, way, bytes, After::Silent);
+        assert_eq!(
+            (received.runs, received.error.is_none()),
+            (arrives, arrives),
+            "{way:?} {bytes}: {received:?}"
+        );
+        assert_eq!(
+            matches!(end, SourceEnd::Finished(_)),
+            arrives,
+            "{way:?} {bytes}: {end:?}"
+        );
+        assert!(
+            matches!(end, SourceEnd::Finished(_) | SourceEnd::Failed(_)),
+            "{way:?} {bytes}: {end:?}"
+        );
+    }
+}
+
+#[test]
+fn target_that_is_told_of_the_end_answers_no_questions() {
+    let Some(kvm) = open_kvm() else {
+        return;
+    };
+    let mut source = Source::new(&kvm);
+    source.refuses_commit = true;
+    let (received, address, _) = receive(&local(), "");
+    let (sent, ..) = source.send(address.clone());
+    let end = sent.recv_timeout(DEADLINE).unwrap();
+    assert!(
+        matches!(end, SourceEnd::Failed(MigrationError::Cancelled)),
+        "{end:?}"
+    );
+    let error = received.recv_timeout(DEADLINE).unwrap().error.unwrap();
+    assert!(error.contains("was cancelled"), "{error}");
+    // Its socket is free long before it would end to answer.
+    let until = Instant::now() + DEADLINE / 2;
+    while let Err(error) = Listener::bind(&address) {
+        assert!(Instant::now() < until, "{error}");
+        std::thread::yield_now();
+    }
+}
+
+/// A target that accepts the machine and receives everything, but never says that it is prepared.
+fn silent_target() -> Address {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = Address::Tcp(listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        let (mut source, _) = listener.accept().unwrap();
+        let mut answer = wire::Writer::new(Vec::new());
+        answer.send(wire::Kind::Accepted, &[]).unwrap();
+        source.write_all(answer.get_mut()).unwrap();
+        std::io::copy(&mut source, &mut std::io::sink()).ok();
+    });
+    address
+}
+
+#[test]
+fn target_that_falls_silent_after_the_pause_gives_the_machine_back() {
+    let Some(kvm) = open_kvm() else {
+        return;
+    };
+    let mut source = Source::new(&kvm);
+    source.limits.paused = Duration::from_millis(200);
+    let (sent, steps, _) = source.send(silent_target());
+    let end = sent.recv_timeout(LIMITS.running / 2).unwrap();
+    let SourceEnd::Failed(error) = end else {
+        panic!("{end:?}");
+    };
+    let error = api::error_line(&error);
+    assert!(error.contains("in time"), "{error}");
+    assert_eq!(
+        *steps.lock().unwrap(),
+        ["pass 0", "pause", "save", "pass 1"]
+    );
+}
+
+#[test]
+fn target_that_accepts_a_byte_now_and_then_is_lost() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = Address::Tcp(listener.local_addr().unwrap());
+    let limit = Duration::from_millis(300);
+    let cancel = Cancel::default();
+    let mut peer = address.connect(&cancel, LIMITS.connect).unwrap();
+    let (mut other, _) = listener.accept().unwrap();
+    let (ends, end) = channel::<()>();
+    let drips = std::thread::spawn(move || {
+        // A header takes three times the limit; the thread ends when the other side has given up.
+        while end.recv_timeout(limit / 5) == Err(RecvTimeoutError::Timeout) {
+            if other.write_all(b"C").is_err() {
+                return;
             }
         }
-    }
+    });
+    wire::Channel::set_limit(&mut peer, limit);
+    // The first byte of the magic number would be refused only after a whole header.
+    let mut reader = wire::Reader::new(peer);
+    let error = reader
+        .next(&[wire::Kind::Accepted], "an answer")
+        .unwrap_err();
+    let error = api::error_line(&error);
+    assert!(error.contains("in time"), "{error}");
+    drop(ends);
+    drips.join().unwrap();
+}
+
+#[test]
+fn unix_socket_whose_queue_is_full_is_waited_for_no_longer_than_the_limit() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("full");
+    let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let address = Address::Unix(path);
+    let limit = Duration::from_millis(50);
+    let cancel = Cancel::default();
+    let mut peers = Vec::new();
+    // The kernel's limit, by default 4096.
+    let error = loop {
+        match address.connect(&cancel, limit) {
+            Ok(peer) => peers.push(peer),
+            Err(error) => break api::error_line(&error),
+        }
+        assert!(peers.len() < 10_000);
+    };
+    assert!(error.contains("temporarily unavailable"), "{error}");
+    cancel.set();
+    let error = address.connect(&cancel, DEADLINE).unwrap_err();
+    assert!(api::error_line(&error).contains("cancelled"));
 }

@@ -9,6 +9,7 @@
 //! message that is possible at that point.
 
 use std::io::{self, Read, Write};
+use std::time::Duration;
 
 use machine::memory::{PageRun, Pages};
 
@@ -160,13 +161,22 @@ pub enum WireError {
     },
 }
 
+/// A stream of messages, each of which must be complete within a limit of time.
+pub trait Channel {
+    /// A message begins to be sent or to be waited for.
+    fn begin_message(&mut self) {}
+
+    /// Changes the limit, from the next message on.
+    fn set_limit(&mut self, _limit: Duration) {}
+}
+
 /// Writes messages.
 #[derive(Debug)]
 pub struct Writer<W> {
     to: W,
 }
 
-impl<W: Write> Writer<W> {
+impl<W: Write + Channel> Writer<W> {
     /// Writes to `to`.
     pub fn new(to: W) -> Self {
         Self { to }
@@ -204,6 +214,7 @@ impl<W: Write> Writer<W> {
             crc.update(part);
         }
         header[12..].copy_from_slice(&crc.finalize().to_le_bytes());
+        self.to.begin_message();
         self.to.write_all(&header)?;
         for part in parts {
             self.to.write_all(part)?;
@@ -274,7 +285,7 @@ pub struct Reader<R> {
     state_bytes_max: u32,
 }
 
-impl<R: Read> Reader<R> {
+impl<R: Read + Channel> Reader<R> {
     /// Reads from `from`.
     pub fn new(from: R) -> Self {
         Self {
@@ -306,6 +317,7 @@ impl<R: Read> Reader<R> {
         names: &'static str,
     ) -> Result<Message<'_>, WireError> {
         let mut header = [0; HEADER_BYTES];
+        self.from.begin_message();
         self.read_exact(&mut header)?;
         let [
             m0,
@@ -484,6 +496,14 @@ impl<'a> Message<'a> {
             _ => self.invalid("it is neither 0 nor 1"),
         }
     }
+}
+
+/// Streams without a peer.
+#[cfg(any(test, fuzzing))]
+mod plain {
+    impl super::Channel for &[u8] {}
+    impl super::Channel for Vec<u8> {}
+    impl super::Channel for std::io::Sink {}
 }
 
 #[cfg(test)]
