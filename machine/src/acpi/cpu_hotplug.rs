@@ -16,8 +16,8 @@ use acpi_tables::aml::{
 };
 use acpi_tables::{Aml, AmlSink};
 
-use super::VcpuEntry;
 use super::fixed::x2apic_entry;
+use super::params::VcpuEntry;
 use super::pci_hotplug::{DEVICE_CHECK, EJECT_REQUEST, STATUS_HIDDEN, WAIT_FOR_EVER};
 use crate::cpu::CPU_HOTPLUG_BYTES;
 

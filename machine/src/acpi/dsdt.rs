@@ -8,14 +8,11 @@ use acpi_tables::aml::{
     Memory32Fixed, Method, MethodCall, Name, Notify, OpRegion, OpRegionSpace, Package, Path,
     ResourceTemplate, Return, Store, Uuid, ZERO,
 };
-use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
-use super::fixed::HEADER_BYTES;
-use super::{
-    AcpiParams, OEM_ID, OEM_REVISION, PciSegmentEntry, cpu_hotplug, generation_id, memory_hotplug,
-    pci_hotplug,
-};
+use super::params::{AcpiParams, PciSegmentEntry};
+use super::table::table;
+use super::{cpu_hotplug, generation_id, memory_hotplug, pci_hotplug};
 use crate::legacy::{
     CMOS_PORTS, GED_BYTES, GED_CPU_HOTPLUG, GED_GENERATION, GED_IRQ, GED_MEMORY_HOTPLUG,
     GED_PCI_HOTPLUG, GED_POWER_BUTTON, S5_SLEEP_TYPE,
@@ -39,7 +36,7 @@ pub(super) fn dsdt(params: &AcpiParams) -> Vec<u8> {
     for (number, segment) in (0..).zip(&params.pci_segments) {
         pci_host_bridge(number, segment, &mut aml);
     }
-    let segments = super::segment_count(params);
+    let segments = params.segment_count();
     pci_hotplug::controller(params.pci_hotplug_address, segments, &mut aml);
     if params.vcpus.len() > 1 {
         cpu_hotplug::controller(params.cpu_hotplug_address, &params.vcpus, &mut aml);
@@ -56,17 +53,7 @@ pub(super) fn dsdt(params: &AcpiParams) -> Vec<u8> {
     generation_id::device(&mut aml);
     generic_event_device(params, &mut aml);
     sleep_state(&mut aml);
-
-    let mut dsdt = Sdt::new(
-        *b"DSDT",
-        HEADER_BYTES,
-        DSDT_REVISION,
-        OEM_ID,
-        *b"CHDSDT  ",
-        OEM_REVISION,
-    );
-    dsdt.append_slice(&aml);
-    dsdt.as_slice().to_vec()
+    table(*b"DSDT", DSDT_REVISION, *b"CHDSDT  ", &aml)
 }
 
 fn pci_host_bridge(number: u16, segment: &PciSegmentEntry, aml: &mut Vec<u8>) {

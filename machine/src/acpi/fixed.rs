@@ -3,15 +3,12 @@
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::mcfg::MCFG;
-use acpi_tables::sdt::Sdt;
 
-use super::{OEM_ID, OEM_REVISION, VcpuEntry, bytes_of};
+use super::params::VcpuEntry;
+use super::table::{OEM_ID, OEM_REVISION, bytes_of, table};
 use crate::legacy::{ACPI_POWER_PORTS, CMOS_CENTURY, PM_TIMER_PORTS, RESET_VALUE};
 use crate::memory::layout;
 use crate::serial::SERIAL_IRQ;
-
-/// Bytes of the header every table starts with.
-pub(super) const HEADER_BYTES: u32 = 36;
 
 /// FADT `IAPC_BOOT_ARCH`: no VGA to probe for. There is no keyboard either, so its bit is clear.
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
@@ -85,17 +82,7 @@ pub(super) fn madt(vcpus: &[VcpuEntry]) -> Vec<u8> {
     entries.extend([MADT_INTERRUPT_OVERRIDE, 10, 0, SERIAL_IRQ]);
     entries.extend(u32::from(SERIAL_IRQ).to_le_bytes());
     entries.extend(FLAGS_CONFORM_TO_BUS.to_le_bytes());
-
-    let mut madt = Sdt::new(
-        *b"APIC",
-        HEADER_BYTES,
-        MADT_REVISION,
-        OEM_ID,
-        *b"CHMADT  ",
-        OEM_REVISION,
-    );
-    madt.append_slice(&entries);
-    madt.as_slice().to_vec()
+    table(*b"APIC", MADT_REVISION, *b"CHMADT  ", &entries)
 }
 
 /// Where PCI configuration space is mapped: one bus for each segment.

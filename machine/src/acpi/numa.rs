@@ -3,10 +3,7 @@
 
 use std::ops::Range;
 
-use acpi_tables::sdt::Sdt;
-
-use super::fixed::HEADER_BYTES;
-use super::{OEM_ID, OEM_REVISION};
+use super::table::table;
 
 /// A node's distance to itself; all others are larger.
 pub const LOCAL_DISTANCE: u8 = 10;
@@ -85,10 +82,4 @@ pub(super) fn slit(nodes: &[NumaNode]) -> Vec<u8> {
         }
     }
     table(*b"SLIT", SLIT_REVISION, *b"CHSLIT  ", &entries)
-}
-
-fn table(signature: [u8; 4], revision: u8, id: [u8; 8], entries: &[u8]) -> Vec<u8> {
-    let mut table = Sdt::new(signature, HEADER_BYTES, revision, OEM_ID, id, OEM_REVISION);
-    table.append_slice(entries);
-    table.as_slice().to_vec()
 }

@@ -1,8 +1,10 @@
 //! Tests the tables as a guest finds them, starting from the root pointer.
 
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
 use super::*;
-use crate::pci::{Bdf, SEGMENT_COUNT_MAX};
-use vm_memory::GuestMemoryMmap;
+use crate::memory::layout;
+use crate::pci::{Bdf, SEGMENT_COUNT_MAX, WindowRanges};
 
 type Memory = GuestMemoryMmap<()>;
 

@@ -1,9 +1,6 @@
 //! VIOT: which PCI functions are behind the virtual IOMMU (ACPI 6.5 §5.2.36). Only for a machine that has one.
 
-use acpi_tables::sdt::Sdt;
-
-use super::fixed::HEADER_BYTES;
-use super::{OEM_ID, OEM_REVISION};
+use super::table::table;
 use crate::pci::{Bdf, SLOT_COUNT};
 
 const REVISION: u8 = 0;
@@ -60,14 +57,5 @@ pub(super) fn viot(iommu: &IommuEntry) -> Vec<u8> {
         bytes.extend(NODES_AT.to_le_bytes());
         bytes.extend([0; 6]);
     }
-    let mut table = Sdt::new(
-        *b"VIOT",
-        HEADER_BYTES,
-        REVISION,
-        OEM_ID,
-        *b"CHVIOT  ",
-        OEM_REVISION,
-    );
-    table.append_slice(&bytes);
-    table.as_slice().to_vec()
+    table(*b"VIOT", REVISION, *b"CHVIOT  ", &bytes)
 }
