@@ -7,88 +7,21 @@
 //! ```
 //! No step waits for the guest. If the guest never releases a device, the device stays until the guest reboots.
 
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::Arc;
 
 use state::Saved;
 use virtio_devices::Unpoisoned;
-use virtio_devices::VirtioDevice;
-use virtio_devices::dma::DmaEndpoint;
-use virtio_devices::pci::{Bar, PciFunction};
+use virtio_devices::pci::PciFunction;
 use virtio_devices::transport::{VirtioPciFunction, VirtioPciParams, vectors_needed};
 use virtio_devices::worker::ThreadStart as WorkerStart;
 
+use super::Pc;
 use super::device_events::DeviceEvents;
 use super::device_memory::MappedMemory;
-use super::{Pc, PcError};
+use super::error::PcError;
+use super::plugged::{Plug, Plugged};
 use crate::interrupt::FunctionVectors;
-use crate::pci::{Bdf, Place};
 use crate::threads::{DeviceKind, MachineThread, ThreadStart};
-
-/// A device and its slot.
-pub struct Plug {
-    /// Its identifier.
-    pub id: String,
-    /// Its kind, which determines the permissions of its workers.
-    pub kind: DeviceKind,
-    /// Its place on the bus.
-    pub place: Place,
-    /// The device.
-    pub device: Arc<Mutex<dyn VirtioDevice>>,
-    /// Its connection to the virtual IOMMU, if it is behind it.
-    pub dma: Option<Arc<DmaEndpoint>>,
-}
-
-virtio_devices::debug_fields!(Plug { id, kind, place });
-
-impl Plug {
-    /// Gives the device its number at the virtual IOMMU.
-    pub(super) fn place_endpoint(&self, bdf: Bdf) {
-        if let Some(dma) = &self.dma {
-            dma.place(bdf.endpoint());
-        }
-    }
-}
-
-/// The BARs of a function, for as long as it exists.
-#[derive(Clone)]
-pub struct BarView(Weak<dyn PciFunction>);
-
-virtio_devices::debug_fields!(BarView {});
-
-impl BarView {
-    pub(super) fn new(function: Weak<dyn PciFunction>) -> Self {
-        Self(function)
-    }
-
-    /// With their present addresses.
-    pub fn bars(&self) -> Vec<Bar> {
-        let function = self.0.upgrade();
-        function.map_or(Vec::new(), |function| function.bars())
-    }
-}
-
-/// A device on the bus.
-#[derive(Debug, Clone)]
-pub struct Plugged {
-    /// Its identifier.
-    pub id: String,
-    /// Its kind.
-    pub kind: DeviceKind,
-    /// Its address.
-    pub bdf: Bdf,
-    pub(super) is_behind_iommu: bool,
-    pub(super) function: Arc<VirtioPciFunction>,
-    /// Held for the effect of its drop.
-    _memory: Option<Arc<MappedMemory>>,
-}
-
-impl Plugged {
-    /// Its BARs.
-    pub fn bar_view(&self) -> BarView {
-        let function: Weak<VirtioPciFunction> = Arc::downgrade(&self.function);
-        BarView::new(function)
-    }
-}
 
 impl Pc {
     /// Adds a device to the bus of a machine that has not booted, and starts its workers.
@@ -186,7 +119,7 @@ impl Pc {
             Ok(bdf) => {
                 // Until here, every access of the device fails.
                 plug.place_endpoint(bdf);
-                Ok(plugged(plug, bdf, function, memory))
+                Ok(Plugged::new(plug, bdf, function, memory))
             }
             Err(source) => Err(PcError::Device {
                 id: plug.id,
@@ -256,23 +189,6 @@ impl Pc {
     pub(super) fn keep(&mut self, plugged: Plugged) -> &Plugged {
         self.plugged.push(plugged);
         self.plugged.last().expect("it was put there just now")
-    }
-}
-
-/// The entry for a device created from `plug`.
-pub(super) fn plugged(
-    plug: Plug,
-    bdf: Bdf,
-    function: Arc<VirtioPciFunction>,
-    memory: Option<MappedMemory>,
-) -> Plugged {
-    Plugged {
-        id: plug.id,
-        kind: plug.kind,
-        bdf,
-        is_behind_iommu: plug.dma.is_some(),
-        function,
-        _memory: memory.map(Arc::new),
     }
 }
 

@@ -12,6 +12,7 @@ mod exits;
 mod grow;
 mod memory_failure;
 mod params;
+mod plugged;
 mod pvpanic;
 mod state;
 #[cfg(test)]
@@ -44,9 +45,9 @@ use device_memory::DeviceSlots;
 use exits::Exits;
 use pvpanic::Pvpanic;
 
-pub use devices::{BarView, Plug, Plugged};
 pub use error::{CoreError, PcError};
 pub use params::PcParams;
+pub use plugged::{BarView, Plug, Plugged};
 pub use pvpanic::PVPANIC_ID;
 pub use state::PcState;
 

@@ -15,7 +15,6 @@ use hypervisor::Kvm;
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddressSpace;
 
-use super::devices::plugged;
 use super::{PVPANIC_ID, Pc, PcError, Plug, Plugged};
 use crate::acpi;
 use crate::cpu::{Vcpus, VcpusState};
@@ -165,7 +164,7 @@ impl Pc {
         let pci = &self.chassis.pci;
         let bdf = pci.add_restored(function.clone(), segment, &slot);
         let bdf = bdf.map_err(PcError::State)?;
-        Ok(self.keep(plugged(plug, bdf, function, memory)))
+        Ok(self.keep(Plugged::new(plug, bdf, function, memory)))
     }
 
     /// As [`Pc::plug_pvpanic`], with the saved state.

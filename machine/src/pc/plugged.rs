@@ -1,0 +1,95 @@
+//! A device before and while it is on the bus.
+
+use std::sync::{Arc, Mutex, Weak};
+
+use virtio_devices::VirtioDevice;
+use virtio_devices::dma::DmaEndpoint;
+use virtio_devices::pci::{Bar, PciFunction};
+use virtio_devices::transport::VirtioPciFunction;
+
+use super::device_memory::MappedMemory;
+use crate::pci::{Bdf, Place};
+use crate::threads::DeviceKind;
+
+/// A device and its slot.
+pub struct Plug {
+    /// Its identifier.
+    pub id: String,
+    /// Its kind, which determines the permissions of its workers.
+    pub kind: DeviceKind,
+    /// Its place on the bus.
+    pub place: Place,
+    /// The device.
+    pub device: Arc<Mutex<dyn VirtioDevice>>,
+    /// Its connection to the virtual IOMMU, if it is behind it.
+    pub dma: Option<Arc<DmaEndpoint>>,
+}
+
+virtio_devices::debug_fields!(Plug { id, kind, place });
+
+impl Plug {
+    /// Gives the device its number at the virtual IOMMU.
+    pub(super) fn place_endpoint(&self, bdf: Bdf) {
+        if let Some(dma) = &self.dma {
+            dma.place(bdf.endpoint());
+        }
+    }
+}
+
+/// The BARs of a function, for as long as it exists.
+#[derive(Clone)]
+pub struct BarView(Weak<dyn PciFunction>);
+
+virtio_devices::debug_fields!(BarView {});
+
+impl BarView {
+    pub(super) fn new(function: Weak<dyn PciFunction>) -> Self {
+        Self(function)
+    }
+
+    /// With their present addresses.
+    pub fn bars(&self) -> Vec<Bar> {
+        let function = self.0.upgrade();
+        function.map_or(Vec::new(), |function| function.bars())
+    }
+}
+
+/// A device on the bus.
+#[derive(Debug, Clone)]
+pub struct Plugged {
+    /// Its identifier.
+    pub id: String,
+    /// Its kind.
+    pub kind: DeviceKind,
+    /// Its address.
+    pub bdf: Bdf,
+    pub(super) is_behind_iommu: bool,
+    pub(super) function: Arc<VirtioPciFunction>,
+    /// Held for the effect of its drop.
+    _memory: Option<Arc<MappedMemory>>,
+}
+
+impl Plugged {
+    /// The device of `plug` once it is on the bus.
+    pub(super) fn new(
+        plug: Plug,
+        bdf: Bdf,
+        function: Arc<VirtioPciFunction>,
+        memory: Option<MappedMemory>,
+    ) -> Self {
+        Self {
+            id: plug.id,
+            kind: plug.kind,
+            bdf,
+            is_behind_iommu: plug.dma.is_some(),
+            function,
+            _memory: memory.map(Arc::new),
+        }
+    }
+
+    /// Its BARs.
+    pub fn bar_view(&self) -> BarView {
+        let function: Weak<VirtioPciFunction> = Arc::downgrade(&self.function);
+        BarView::new(function)
+    }
+}
