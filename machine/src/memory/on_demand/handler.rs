@@ -14,8 +14,9 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::super::GuestMemory;
 use super::super::content::{CHUNK_BYTES, PAGE};
 use super::chunks::Chunks;
+use super::error::FillError;
+use super::orders::{FillOwner, FillReport, Orders, Outcome};
 use super::uffd::{Filled, Report, Userfaultfd};
-use super::{FillError, FillOwner, FillReport, Orders, Outcome};
 
 const TOKEN_REPORTS: u64 = 0;
 const TOKEN_ORDERS: u64 = 1;

@@ -20,13 +20,14 @@
 //! It touches no guest RAM, discards none, and takes no lock of a thread that does either: such a thread may wait for it.
 
 mod chunks;
+mod error;
 mod handler;
+mod orders;
 #[cfg(test)]
 mod tests;
 mod uffd;
 
 use std::fs::File;
-use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
@@ -36,53 +37,13 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::chunks::Chunks;
 use self::handler::Handler;
+use self::orders::{Orders, Outcome};
 use self::uffd::Userfaultfd;
-use super::{ContentError, GuestMemory, ZoneContentState};
+use super::{GuestMemory, ZoneContentState};
 use crate::threads::{FILL_THREAD, MachineThread, ThreadStart};
 
-/// The device that creates descriptors; access to it is controlled by its file permissions.
-pub const DEVICE: &str = "/dev/userfaultfd";
-
-/// Reasons why RAM cannot be filled on demand.
-#[derive(Debug, thiserror::Error)]
-pub enum OnDemandError {
-    /// The memory is not private memory without a file.
-    #[error(
-        "Memory zone {zone} is {backing}: only private memory without a file and without huge pages can be filled on demand"
-    )]
-    Backing {
-        /// The zone.
-        zone: String,
-        /// Its kind, as in statistics.
-        backing: &'static str,
-    },
-    /// The kernel rejects userfaultfd.
-    #[error(
-        "Cannot create a userfaultfd: {DEVICE}: {device}; userfaultfd(2), which needs CAP_SYS_PTRACE or \
-         vm.unprivileged_userfaultfd=1"
-    )]
-    Unavailable {
-        /// The error of the device.
-        device: io::Error,
-        /// The error of the call.
-        #[source]
-        source: io::Error,
-    },
-    /// The kernel is too old.
-    #[error(
-        "The kernel's userfaultfd does not report discarded memory (UFFD_FEATURE_EVENT_REMOVE)"
-    )]
-    Features(#[source] io::Error),
-    /// A range cannot be registered.
-    #[error("Cannot register guest RAM for page faults")]
-    Register(#[source] io::Error),
-    /// The files do not match the machine.
-    #[error(transparent)]
-    Content(ContentError),
-    /// The system has no descriptor or thread left.
-    #[error("Cannot start the thread that fills guest RAM")]
-    Thread(#[source] io::Error),
-}
+pub use self::error::{DEVICE, FillError, OnDemandError};
+pub use self::orders::{FillOwner, FillReport};
 
 /// The descriptor on which the kernel reports page faults, for one [`OnDemand`].
 #[derive(Debug, Clone)]
@@ -94,67 +55,6 @@ impl Faults {
     pub fn open() -> Result<Self, OnDemandError> {
         Ok(Self(Arc::new(Userfaultfd::open()?)))
     }
-}
-
-/// Counts of a completed fill.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct FillReport {
-    /// Pages that were filled in because a thread waited for them.
-    pub demanded_pages: u64,
-    /// Pages that the background fill filled in.
-    pub filled_pages: u64,
-}
-
-/// Callbacks of the handler thread.
-pub trait FillOwner: Send {
-    /// `bytes` more of RAM are complete.
-    fn progress(&self, bytes: u64);
-
-    /// All of RAM is complete.
-    fn filled(&self, report: FillReport);
-
-    /// RAM is no longer filled. The owner must drop the machine and [`OnDemand`]; otherwise, the process is soon aborted.
-    fn failed(&self, error: &FillError);
-}
-
-/// Reasons why RAM cannot be filled any further.
-#[derive(Debug, thiserror::Error)]
-pub enum FillError {
-    /// A file cannot be read or is damaged.
-    #[error(transparent)]
-    Content(ContentError),
-    /// The kernel reports an error.
-    #[error("Cannot handle page faults of guest RAM")]
-    Faults(#[source] io::Error),
-}
-
-/// Orders for the handler thread, and its outcome.
-#[derive(Debug)]
-struct Orders {
-    /// End: RAM is no longer in use.
-    ends: AtomicBool,
-    /// Fill in the background.
-    fills: AtomicBool,
-    /// Signalled after a change.
-    changed: EventFd,
-    /// The outcome, once the thread has ended.
-    outcome: Mutex<Option<Outcome>>,
-    /// Notified when the thread ends.
-    over: Condvar,
-}
-
-impl Orders {
-    fn end(&self, outcome: Outcome) {
-        *self.outcome.lock().unpoisoned() = Some(outcome);
-        self.over.notify_all();
-    }
-}
-
-/// The outcome of filling.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Outcome {
-    Filled,
-    Failed,
 }
 
 /// RAM that is being filled. Drop it after everything that accesses the RAM.

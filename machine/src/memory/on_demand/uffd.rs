@@ -8,7 +8,7 @@ use std::ops;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
-use super::OnDemandError;
+use super::error::{DEVICE, OnDemandError};
 
 /// A report of the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,7 +150,7 @@ fn from_device() -> io::Result<File> {
         .read(true)
         .write(true)
         .custom_flags(libc::O_CLOEXEC)
-        .open(super::DEVICE)?;
+        .open(DEVICE)?;
     // SAFETY: the request takes flags and returns a descriptor.
     let fd = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, FLAGS) };
     file_of(fd)

@@ -1,0 +1,59 @@
+//! What the handler thread is asked to do, and what it reports.
+
+use std::sync::atomic::AtomicBool;
+use std::sync::{Condvar, Mutex};
+
+use virtio_devices::Unpoisoned;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::error::FillError;
+
+/// Counts of a completed fill.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FillReport {
+    /// Pages that were filled in because a thread waited for them.
+    pub demanded_pages: u64,
+    /// Pages that the background fill filled in.
+    pub filled_pages: u64,
+}
+
+/// Callbacks of the handler thread.
+pub trait FillOwner: Send {
+    /// `bytes` more of RAM are complete.
+    fn progress(&self, bytes: u64);
+
+    /// All of RAM is complete.
+    fn filled(&self, report: FillReport);
+
+    /// RAM is no longer filled. The owner must drop the machine and [`OnDemand`]; otherwise, the process is soon aborted.
+    fn failed(&self, error: &FillError);
+}
+
+/// Orders for the handler thread, and its outcome.
+#[derive(Debug)]
+pub(super) struct Orders {
+    /// End: RAM is no longer in use.
+    pub(super) ends: AtomicBool,
+    /// Fill in the background.
+    pub(super) fills: AtomicBool,
+    /// Signalled after a change.
+    pub(super) changed: EventFd,
+    /// The outcome, once the thread has ended.
+    pub(super) outcome: Mutex<Option<Outcome>>,
+    /// Notified when the thread ends.
+    pub(super) over: Condvar,
+}
+
+impl Orders {
+    pub(super) fn end(&self, outcome: Outcome) {
+        *self.outcome.lock().unpoisoned() = Some(outcome);
+        self.over.notify_all();
+    }
+}
+
+/// The outcome of filling.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Outcome {
+    Filled,
+    Failed,
+}
