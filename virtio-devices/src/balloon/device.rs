@@ -179,7 +179,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn set_interrupt(&mut self, interrupt: Arc<dyn Interrupt>) {
-        self.shared.interrupt.attach(interrupt);
+        self.shared.interrupt.attach(&interrupt);
     }
 
     fn reset(&mut self) {

@@ -199,7 +199,7 @@ impl VirtioDevice for Block {
     }
 
     fn set_interrupt(&mut self, interrupt: Arc<dyn Interrupt>) {
-        self.disk.interrupt.attach(interrupt);
+        self.disk.interrupt.attach(&interrupt);
     }
 
     fn reset(&mut self) {

@@ -121,7 +121,7 @@ impl VirtioDevice for Console {
     }
 
     fn set_interrupt(&mut self, interrupt: Arc<dyn Interrupt>) {
-        self.interrupt.attach(interrupt);
+        self.interrupt.attach(&interrupt);
     }
 
     saves_empty_state!(ConsoleState);

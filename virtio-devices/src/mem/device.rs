@@ -144,7 +144,7 @@ impl VirtioDevice for Mem {
     }
 
     fn set_interrupt(&mut self, interrupt: Arc<dyn Interrupt>) {
-        self.shared.interrupt.attach(interrupt);
+        self.shared.interrupt.attach(&interrupt);
     }
 
     fn state(&self) -> Saved {

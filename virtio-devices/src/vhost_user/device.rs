@@ -129,7 +129,7 @@ impl VirtioDevice for VhostUser {
     }
 
     fn set_interrupt(&mut self, interrupt: Arc<dyn Interrupt>) {
-        self.learned.interrupt.attach(interrupt);
+        self.learned.interrupt.attach(&interrupt);
     }
 
     fn reset(&mut self) {
