@@ -11,6 +11,7 @@
 mod core_scheduling;
 mod counters;
 mod cpuid;
+mod exception_path;
 mod gate;
 mod host;
 mod hotplug;
@@ -19,19 +20,18 @@ mod run;
 mod stall;
 mod state;
 mod topology;
-mod triple_fault;
 mod vcpus;
 
 use std::io;
 
 pub use counters::{ExitCounters, ExitCounts};
 pub use cpuid::guest_phys_bits;
+pub use exception_path::ExceptionPath;
 pub use hotplug::{CPU_HOTPLUG_BYTES, CpuHotplug, CpuHotplugState};
 pub use run::VcpusContext;
 pub use stall::STALL_CHECK_INTERVAL;
 pub use state::{IndexedVcpuState, VcpusState};
 pub use topology::Topology;
-pub use triple_fault::ExceptionPath;
 pub use vcpus::Vcpus;
 
 /// The target of the guest's accesses outside of RAM. Implemented by the buses.
@@ -49,8 +49,8 @@ pub trait VmExitHandler: Send + Sync {
     fn mmio_write(&self, address: u64, data: &[u8]);
     /// The guest acknowledged a level-triggered interrupt of the I/O APIC.
     fn ioapic_eoi(&self, vector: u8);
-    /// After a triple fault: whether the host cannot provide RAM, in particular that of `path`. The handler has then
-    /// notified the machine's owner.
+    /// After a triple fault, or if KVM cannot emulate an instruction: whether the host cannot provide RAM, in particular
+    /// that of `path`. The handler has then notified the machine's owner.
     fn lacks_ram(&self, path: &ExceptionPath) -> bool;
 }
 

@@ -164,10 +164,7 @@ fn run_guest(vcpu: &mut Vcpu, cell: &VcpuCell, gate: &Gate, context: &VcpusConte
                 Step::Over(GuestEvent::MemoryUnavailable { vcpu: cell.index })
             }
             Ok(exit) => handle(exit, context.handler.as_ref(), &cell.counters),
-            Err(error) => {
-                log::error!("vCPU {}: {error}", cell.index);
-                Step::Over(GuestEvent::Failed)
-            }
+            Err(error) => Step::Lost(error.to_string()),
         };
         match step {
             Step::Interrupted if leaving => return Outcome::GateClosed,
@@ -175,7 +172,11 @@ fn run_guest(vcpu: &mut Vcpu, cell: &VcpuCell, gate: &Gate, context: &VcpusConte
                 return Outcome::GateClosed;
             }
             Step::Interrupted | Step::GoOn => {}
-            Step::TripleFault => return Outcome::Over(after_triple_fault(vcpu, cell, context)),
+            Step::TripleFault => {
+                let event = caused_by_missing_ram(vcpu, cell, context).unwrap_or(GuestEvent::Reset);
+                log_stop(vcpu, cell, event);
+                return Outcome::Over(event);
+            }
             Step::Over(event) => {
                 log_stop(vcpu, cell, event);
                 return Outcome::Over(event);
@@ -184,21 +185,23 @@ fn run_guest(vcpu: &mut Vcpu, cell: &VcpuCell, gate: &Gate, context: &VcpusConte
                 // Logged once: this vCPU never runs again.
                 let rip = vcpu.regs().map_or(0, |regs| regs.rip);
                 log::error!("vCPU {} stopped at {rip:#x}: {reason}", cell.index);
-                return Outcome::Over(GuestEvent::Failed);
+                let event =
+                    caused_by_missing_ram(vcpu, cell, context).unwrap_or(GuestEvent::Failed);
+                return Outcome::Over(event);
             }
         }
     }
 }
 
-/// The guest's own fault is a reset; otherwise a reset would only repeat it.
-fn after_triple_fault(vcpu: &Vcpu, cell: &VcpuCell, context: &VcpusContext) -> GuestEvent {
+/// After a triple fault, or an instruction that KVM could not emulate: without its cause in the host, the VM would only
+/// repeat it, or end without a reason.
+fn caused_by_missing_ram(
+    vcpu: &Vcpu,
+    cell: &VcpuCell,
+    context: &VcpusContext,
+) -> Option<GuestEvent> {
     let lacks_ram = ExceptionPath::of(vcpu).is_ok_and(|path| context.handler.lacks_ram(&path));
-    let event = match lacks_ram {
-        true => GuestEvent::MemoryUnavailable { vcpu: cell.index },
-        false => GuestEvent::Reset,
-    };
-    log_stop(vcpu, cell, event);
-    event
+    lacks_ram.then_some(GuestEvent::MemoryUnavailable { vcpu: cell.index })
 }
 
 /// Logged once per boot or pause: a triple fault leaves no trace on the guest's console.

@@ -6,7 +6,7 @@
 //! | by a vCPU | `KVM_RUN` fails | yes |
 //! | by a vCPU, and KVM tries again endlessly | page faults without result (`cpu/stall.rs`) | yes |
 //! | by KVM's emulator for a vCPU | an exit with an address in RAM | no |
-//! | by KVM, of page tables or handlers | a triple fault, and then by the vCPU's thread (`cpu/triple_fault.rs`) | no |
+//! | by KVM, of page tables, handlers or code | a triple fault or a failed emulation, and then by the vCPU's thread (`cpu/exception_path.rs`) | no |
 //! | by a thread of ours | SIGBUS ([`super::bus_error`]) | no |
 
 use std::io;

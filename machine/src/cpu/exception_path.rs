@@ -1,5 +1,6 @@
-//! Looks for the cause of a triple fault in the host: if page tables or handlers of exceptions are in RAM that the host
-//! cannot provide, KVM may treat them as absent, and no exception can be delivered.
+//! Looks in the host for the cause of a triple fault or a failed emulation: if page tables, code or handlers of
+//! exceptions are in RAM that the host cannot provide, KVM may treat them as absent. It can then neither deliver an
+//! exception nor read the instruction that it has to emulate.
 
 use hypervisor::Vcpu;
 use hypervisor::bindings::{kvm_regs, kvm_sregs};
@@ -17,7 +18,7 @@ const PAGE_BITS: u32 = 12;
 /// Entries of 1 GiB and of 2 MiB.
 const LARGE_LEVELS: u32 = 2;
 
-/// The RAM that a vCPU needs to deliver an exception.
+/// The RAM that a vCPU needs to run its next instruction or to deliver an exception.
 #[derive(Debug)]
 pub struct ExceptionPath {
     paging: Paging,
