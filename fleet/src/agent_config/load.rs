@@ -114,6 +114,20 @@ pub fn load_for(file: &Path, required: bool, host: &HostFiles) -> Result<Loaded,
     Ok(loaded)
 }
 
+impl AgentConfig {
+    /// Checks the settings against the machine.
+    ///
+    /// # Errors
+    /// The reserve would leave no memory for VMs.
+    pub fn check_machine(&self, total: Bytes) -> Result<(), LoadError> {
+        let reserve = self.planning.reserve(total);
+        if total > Bytes::ZERO && reserve >= total {
+            return Err(LoadError::Reserve { reserve, total });
+        }
+        Ok(())
+    }
+}
+
 fn drop_ins(folder: &Path) -> Result<Vec<PathBuf>, LoadError> {
     let failed = |source| LoadError::Read {
         path: folder.to_owned(),

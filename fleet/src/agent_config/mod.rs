@@ -181,18 +181,6 @@ impl AgentConfig {
         self.planning.vm_policy(self.policy_name(vm), configured)
     }
 
-    /// Checks the settings against the machine.
-    ///
-    /// # Errors
-    /// The reserve would leave no memory for VMs.
-    pub fn check_machine(&self, total: Bytes) -> Result<(), LoadError> {
-        let reserve = self.planning.reserve(total);
-        if total > Bytes::ZERO && reserve >= total {
-            return Err(LoadError::Reserve { reserve, total });
-        }
-        Ok(())
-    }
-
     /// All settings as TOML, including defaults.
     pub fn to_toml(&self) -> String {
         // Every section consists of tables and strings, which TOML can represent.
