@@ -13,9 +13,6 @@ use clap::{CommandFactory, Parser};
 
 use args::Arguments;
 
-/// Optional parts of this build, as `vmm.ping` lists them.
-const FEATURES: &[&str] = &["kvm"];
-
 fn main() -> ExitCode {
     let start = Instant::now();
     process::configure();
@@ -53,6 +50,6 @@ fn print_version(with_features: bool) {
         vmm::migration::wire::VERSION
     );
     if with_features {
-        println!("Enabled features: {FEATURES:?}");
+        println!("Enabled features: {:?}", run::FEATURES);
     }
 }
