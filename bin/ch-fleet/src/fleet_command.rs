@@ -17,8 +17,9 @@ use fleet::placement::{HostCapacity, MovableVm, drain, rebalance};
 
 use crate::args::{FleetArguments, FleetCommand, Output, PlaceOptions};
 use crate::ask::Refused;
+use crate::fleet_tables;
 use crate::fleet_tables::{Advice, Choice, HostLine};
-use crate::{fleet_tables, print};
+use crate::output::print;
 
 struct Fleet {
     config: AgentConfig,

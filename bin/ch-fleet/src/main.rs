@@ -14,6 +14,7 @@ mod doctor;
 mod fleet_command;
 mod fleet_tables;
 mod logger;
+mod output;
 mod run;
 mod screen;
 #[cfg(feature = "simulate")]
@@ -34,6 +35,7 @@ use args::{Arguments, Command, Output};
 use ask::{Agent, Refused};
 use fleet::agent::{JournalPage, PinRequest, ReleaseRequest, ReserveAnswer, ReserveRequest};
 use fleet::model::Bytes;
+use output::print;
 
 fn main() -> ExitCode {
     if let Some(status) = program_docs::requested(Arguments::command) {
@@ -165,20 +167,6 @@ fn explain(agent: &Agent, vm: Option<&str>, output: Output, out: &mut dyn Write)
         writeln!(out, "{}", line.map_or("", |line| &line.explanation))?;
         tables::figures(out, &explanation)
     })
-}
-
-/// Prints a response in the requested format.
-fn print<T: serde::Serialize>(
-    out: &mut dyn Write,
-    output: Output,
-    value: &T,
-    table: impl FnOnce(&mut dyn Write) -> io::Result<()>,
-) -> Result<()> {
-    match output {
-        Output::Json => writeln!(out, "{}", api::to_ascii_json(value)?),
-        Output::Table => table(out),
-    }
-    .context("Cannot write the output")
 }
 
 /// True if the reader of the output, for example `head`, has closed the pipe. That is not a failure.

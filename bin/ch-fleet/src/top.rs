@@ -11,6 +11,7 @@ use ratatui::crossterm::event::{self, Event, KeyEventKind};
 
 use crate::args::{Output, TopOptions};
 use crate::ask::Agent;
+use crate::output::print;
 use crate::screen::{Screen, draw};
 use crate::tables;
 
@@ -44,12 +45,11 @@ fn batch(
     let mut round = 0;
     loop {
         let status = agent.status()?;
-        match output {
-            Output::Json => writeln!(out, "{}", api::to_ascii_json(&status)?),
-            Output::Table => tables::status(out, &status).and_then(|()| writeln!(out)),
-        }
-        .and_then(|()| out.flush())
-        .context("Cannot write the output")?;
+        print(out, output, &status, |out| {
+            tables::status(out, &status)?;
+            writeln!(out)
+        })?;
+        out.flush().context("Cannot write the output")?;
         round += 1;
         if count.is_some_and(|count| round >= count) {
             return Ok(());
