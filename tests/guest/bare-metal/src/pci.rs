@@ -22,6 +22,7 @@ pub const REG_COMMAND: u16 = 0x04;
 pub const REG_BAR0: u16 = 0x10;
 pub const REG_CAPABILITIES: u16 = 0x34;
 pub const COMMAND_MEMORY_AND_MASTER: u32 = 0x6;
+const COMMAND_MASTER: u32 = 0x4;
 
 /// One function on bus 0 of a segment.
 #[derive(Clone, Copy)]
@@ -88,7 +89,8 @@ impl Function {
     pub fn move_bar0_low(self) -> u64 {
         let window = LOW_WINDOW + u64::from(self.segment) * LOW_WINDOW_SHARE;
         let address = window + u64::from(self.slot) * LOW_WINDOW_STRIDE;
-        self.write32(REG_COMMAND, 0);
+        // A driver may have started the device already, which stops if it is no longer a bus master.
+        self.write32(REG_COMMAND, self.read32(REG_COMMAND) & COMMAND_MASTER);
         self.write32(REG_BAR0, address as u32);
         self.write32(REG_BAR0 + 4, 0);
         self.write32(REG_COMMAND, COMMAND_MEMORY_AND_MASTER);
