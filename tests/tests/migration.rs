@@ -123,7 +123,8 @@ fn guest_at_work_moves_again_and_again_and_loses_nothing() -> Result<()> {
     last.put("vm.resize", Some(&body))?;
     let text = wait_for("the guest's closing line", SCENARIO_DEADLINE, || {
         let text = hosts[0].text("serial");
-        Ok(text.contains("DONE ").then_some(text))
+        // The last word of that line.
+        Ok(text.contains(" failed").then_some(text))
     })?;
     ensure!(
         text.contains("PASS chaos_loses_nothing") && text.contains(" 0 failed"),
@@ -268,6 +269,82 @@ fn source_keeps_its_guest_whenever_the_target_dies_or_the_connection_breaks() ->
         }
     }
     Ok(())
+}
+
+/// Lets the target create the machine, and closes the connection before the source learns of that. `hang` is called
+/// before.
+fn forward_without_the_last_answer(
+    source: &TcpStream,
+    port: u16,
+    hang: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    const ANSWER_BYTES: usize = 16;
+    let target = TcpStream::connect(("127.0.0.1", port))?;
+    let (mut from, mut to) = (&target, source);
+    std::thread::scope(|scope| {
+        scope.spawn(|| std::io::copy(&mut &*source, &mut &target).ok());
+        let answered = (|| {
+            let mut answer = [0; ANSWER_BYTES];
+            from.read_exact(&mut answer)?;
+            to.write_all(&answer)?;
+            from.read_exact(&mut answer)?;
+            hang()
+        })();
+        source.shutdown(Shutdown::Both).ok();
+        target.shutdown(Shutdown::Both).ok();
+        answered
+    })
+}
+
+#[test]
+fn source_whose_disks_are_locked_elsewhere_answers_and_resumes_once_they_are_free() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let (source, image) = guest_at_work("size=256M")?;
+    let target = target()?;
+    let (kill, pid) = (target.killer(), target.pid().to_string());
+    let port = free_port()?;
+    let proxy = TcpListener::bind("127.0.0.1:0")?;
+    let url = format!("tcp:{}", proxy.local_addr()?);
+    let mut outcome = None;
+    let act = || -> Result<()> {
+        send(&source, &url)?;
+        let (connection, _) = proxy.accept()?;
+        forward_without_the_last_answer(&connection, port, || {
+            let stopped = Command::new("kill").args(["-STOP", &pid]).status()?;
+            ensure!(stopped.success());
+            Ok(())
+        })?;
+        // The control thread does not wait for the disks: it rejects this at once, and answers that.
+        let refused = source.request("PUT", "vm.resume", None)?;
+        ensure!(refused.status == 500, "{refused:?}");
+        ensure!(source.get("vm.info")?["state"] == "Paused");
+        let failed = wait_event(&source, "migration-failed")?;
+        let error = failed["error"].as_str().context("error")?;
+        ensure!(
+            error.contains("stays paused until its disks are free: Cannot lock"),
+            "{error}"
+        );
+        let refused = source.request("PUT", "vm.resume", None)?;
+        let body = refused.body.unwrap_or_default();
+        ensure!(
+            refused.status == 500 && body.contains("Cannot lock"),
+            "{body}"
+        );
+        Ok(())
+    };
+    let received = while_receiving(&target, &format!("tcp:127.0.0.1:{port}"), || {
+        outcome = Some(act());
+        kill();
+        Ok(())
+    });
+    outcome.context("it was called")??;
+    ensure!(received.is_err(), "{received:?}");
+    wait_for("the resumed guest", PROCESS_DEADLINE, || {
+        Ok((source.get("vm.info")?["state"] == "Running").then_some(()))
+    })?;
+    expect_still_here(&source, &image)
 }
 
 #[test]

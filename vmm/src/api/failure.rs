@@ -96,6 +96,7 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
         | LifecycleError::InvalidStateTransition { .. }
         | LifecycleError::NotPaused
         | LifecycleError::Migrating
+        | LifecycleError::MemoryIncomplete
         | LifecycleError::NotMigrating
         | LifecycleError::Committed
         | LifecycleError::Migration(_)

@@ -181,6 +181,10 @@ impl Machine for FakeMachine {
         self.save()
     }
 
+    fn is_memory_complete(&self) -> bool {
+        true
+    }
+
     fn track_writes(&self) -> Result<WriteTracker, VmError> {
         Err(VmError::MissingMem)
     }

@@ -101,6 +101,9 @@ pub enum LifecycleError {
     /// A migration is under way.
     #[error("The VM is being migrated")]
     Migrating,
+    /// The machine would be paused until its RAM is complete.
+    #[error("RAM is still being restored: send the VM after the event memory-filled")]
+    MemoryIncomplete,
     /// There is no migration to cancel.
     #[error("No migration is under way")]
     NotMigrating,

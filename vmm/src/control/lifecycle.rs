@@ -18,8 +18,6 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
 
 use api::config::{HotplugMethod, MemoryConfig, MemoryUnavailableAction};
 use api::{
@@ -40,9 +38,6 @@ use crate::snapshot::{self, Filling, Progress, Snapshot, SnapshotState};
 use crate::thresholds::{Subjects, Thresholds};
 use crate::view::{MachineView, PublishedView, View};
 use crate::vm::{HotplugError, Machine, MachineFactory, SavedMachine, VmContext, VmError};
-
-/// How often the lock of a disk is tried that another process holds.
-const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The VM and every change that a request can make to it.
 ///
@@ -368,7 +363,7 @@ impl Lifecycle {
     /// The machine is not paused, another process uses its disks, or a vCPU could not be resumed.
     pub fn resume(&mut self) -> Result<(), LifecycleError> {
         self.machine_in(VmState::Paused, VmState::Running)?;
-        self.hold_disks_again(Duration::ZERO)?;
+        self.hold_disks_again()?;
         self.emit(EventKind::Resuming);
         self.on_machine(|machine| machine.resume())?;
         self.paused = false;
@@ -376,23 +371,13 @@ impl Lifecycle {
         Ok(())
     }
 
-    /// Takes the locks of all disks again, if they were released. Waits up to `patience` for another process that holds one.
-    pub(super) fn hold_disks_again(&mut self, patience: Duration) -> Result<(), LifecycleError> {
-        if !self.disks_released {
-            return Ok(());
+    /// Takes the locks of all disks again, if they were released.
+    pub(super) fn hold_disks_again(&mut self) -> Result<(), LifecycleError> {
+        if self.disks_released {
+            self.on_machine(|machine| machine.hold_disks(true))?;
+            self.disks_released = false;
         }
-        let until = Instant::now() + patience;
-        loop {
-            let held = self.on_machine(|machine| machine.hold_disks(true));
-            match held {
-                Err(_) if Instant::now() < until => thread::sleep(LOCK_INTERVAL),
-                Err(error) => return Err(error),
-                Ok(()) => {
-                    self.disks_released = false;
-                    return Ok(());
-                }
-            }
-        }
+        Ok(())
     }
 
     /// `vm.snapshot`: saves the paused machine. Returns when all files are on stable storage.
@@ -862,6 +847,11 @@ impl Lifecycle {
     /// The operator has paused the machine.
     pub(super) fn is_paused(&self) -> bool {
         self.paused
+    }
+
+    /// The machine has been paused and could not be resumed.
+    pub(super) fn stays_paused(&mut self) {
+        self.paused = true;
     }
 
     /// A migration is under way.

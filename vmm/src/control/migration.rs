@@ -17,15 +17,13 @@ use crate::events::{EventKind, EventSink};
 use crate::landlock::Need;
 use crate::migration::{
     Address, Cancel, Convergence, Incoming, Limits, Listener, MigrationError, Outgoing,
-    SendProgress, SourceEnd, SourceOwner, TargetOwner, movable,
+    SendProgress, SendReport, SourceEnd, SourceOwner, TargetOwner, movable,
 };
 use crate::snapshot::{self, Snapshot, SnapshotError, SnapshotState};
 use crate::threads::{MIGRATION_THREAD, ThreadKind};
 use crate::vm;
 
 const STACK_BYTES: usize = 1 << 20;
-/// How long a source waits for the locks of its disks: a target that was killed closes its connection before its files.
-const LOCK_WAIT: Duration = Duration::from_secs(5);
 
 fn request(text: &'static str) -> LifecycleError {
     LifecycleError::Migration(MigrationError::Request(text))
@@ -76,6 +74,13 @@ impl Lifecycle {
             Address::parse(&request.destination_url).map_err(LifecycleError::Migration)?;
         let config = self.config.as_ref().ok_or(LifecycleError::VmNotRunning)?;
         movable(config).map_err(LifecycleError::Migration)?;
+        if !self
+            .machine
+            .as_ref()
+            .is_none_or(|it| it.is_memory_complete())
+        {
+            return Err(LifecycleError::MemoryIncomplete);
+        }
         let was_running = self.machine_state() == VmState::Running;
         let (config, state) = self.state_to_check(was_running)?;
         let owned = self.machine.as_ref().ok_or(LifecycleError::VmNotRunning)?;
@@ -116,8 +121,9 @@ impl Lifecycle {
             self.on_machine(|machine| machine.pause())?;
         }
         let described = self.described();
-        if runs {
-            self.on_machine(|machine| machine.resume())?;
+        if runs && let Err(error) = self.on_machine(|machine| machine.resume()) {
+            self.stays_paused();
+            return Err(error);
         }
         described
     }
@@ -223,54 +229,24 @@ impl Lifecycle {
         }
     }
 
-    fn end_sent(&mut self, end: SourceEnd) -> Result<(), LifecycleError> {
-        let same = self.check_sent().is_ok();
-        let Some(Migration {
-            role: Role::Source { was_running, .. },
-            ..
-        }) = self.migration.take()
-        else {
-            return Ok(());
-        };
-        match end {
-            SourceEnd::Finished(report) => {
-                log::info!("The VM has moved: {report:?}");
-                self.emit(EventKind::MigrationFinished {
-                    passes: report.passes,
-                    wire_bytes: report.wire_bytes,
-                    data_bytes: report.data_bytes,
-                    downtime_ms: report.downtime_ms,
-                });
-                let forgotten = self.forget_machine();
-                forgotten.and(self.end())
-            }
-            SourceEnd::Failed(error) => {
-                let mut error = api::error_line(&error);
-                log::warn!("The VM has not moved: {error}");
-                let paused = self.machine_state() == VmState::Paused;
-                if same && let Err(cause) = self.take_back(was_running && paused) {
-                    let cause = api::error_line(&cause);
-                    error = format!("{error}; the VM stays paused: {cause}");
-                }
-                self.emit(EventKind::MigrationFailed { error });
-                Ok(())
-            }
-            SourceEnd::Unconfirmed(error) => {
-                let error = api::error_line(&error);
-                log::error!("{error}");
-                self.emit(EventKind::MigrationUnconfirmed { error });
-                Ok(())
-            }
-        }
+    fn end_finished(&mut self, report: SendReport) -> Result<(), LifecycleError> {
+        self.migration = None;
+        log::info!("The VM has moved: {report:?}");
+        self.emit(EventKind::MigrationFinished {
+            passes: report.passes,
+            wire_bytes: report.wire_bytes,
+            data_bytes: report.data_bytes,
+            downtime_ms: report.downtime_ms,
+        });
+        let forgotten = self.forget_machine();
+        forgotten.and(self.end())
     }
 
-    /// The machine stays here: it gets its disks back, also if it was paused before, and is resumed if it `runs`.
-    fn take_back(&mut self, runs: bool) -> Result<(), LifecycleError> {
-        self.hold_disks_again(LOCK_WAIT)?;
-        match runs {
-            true => self.resume(),
-            false => Ok(()),
-        }
+    fn end_unconfirmed(&mut self, error: &MigrationError) {
+        self.migration = None;
+        let error = api::error_line(error);
+        log::error!("{error}");
+        self.emit(EventKind::MigrationUnconfirmed { error });
     }
 
     /// `vm.receive-migration`: listens, and returns. `done` receives the outcome when the migration has ended.
@@ -469,7 +445,7 @@ fn check_send(data: &VmSendMigrationData) -> Result<(), LifecycleError> {
 }
 
 /// Asks the control thread for each step of a migration.
-struct Steps {
+pub(super) struct Steps {
     control: ControlHandle,
     events: EventSink,
     /// The request that started it.
@@ -477,7 +453,7 @@ struct Steps {
 }
 
 impl Steps {
-    fn step<T: Send + 'static>(
+    pub(super) fn step<T: Send + 'static>(
         &self,
         step: impl FnOnce(&mut Lifecycle) -> Result<T, LifecycleError> + Send + 'static,
     ) -> Result<T, MigrationError> {
@@ -513,7 +489,14 @@ impl SourceOwner for Steps {
     }
 
     fn end(&mut self, end: SourceEnd) {
-        self.last_step(move |vm| vm.end_sent(end));
+        match end {
+            SourceEnd::Finished(report) => self.last_step(move |vm| vm.end_finished(report)),
+            SourceEnd::Failed(error) => self.end_failed(&error),
+            SourceEnd::Unconfirmed(error) => self.last_step(move |vm| {
+                vm.end_unconfirmed(&error);
+                Ok(())
+            }),
+        }
     }
 }
 

@@ -4,6 +4,7 @@ mod current_migration;
 mod error;
 mod lifecycle;
 mod migration;
+mod take_back;
 mod thread;
 
 pub use error::{LifecycleError, RequestError};

@@ -55,7 +55,8 @@ const TOKENS: usize = 7;
 pub(super) type Job = Box<dyn FnOnce(Option<&mut Lifecycle>) + Send>;
 
 struct Request {
-    endpoint: Endpoint,
+    /// Absent for a step of a change that is under way.
+    endpoint: Option<Endpoint>,
     job: Job,
 }
 
@@ -111,7 +112,11 @@ impl ControlHandle {
     }
 
     pub(super) fn queue_job(&self, endpoint: Endpoint, job: Job) {
-        match self.queue.try_send(Request { endpoint, job }) {
+        let request = Request {
+            endpoint: Some(endpoint),
+            job,
+        };
+        match self.queue.try_send(request) {
             // If the counter is full, a wake-up is already pending.
             Ok(()) => drop(self.wake.write(1)),
             Err(TrySendError::Full(request) | TrySendError::Disconnected(request)) => {
@@ -153,7 +158,11 @@ impl ControlHandle {
                 drop(sender.send(lifecycle.run(endpoint, step)));
             }
         });
-        if self.queue.send(Request { endpoint, job }).is_err() {
+        let request = Request {
+            endpoint: None,
+            job,
+        };
+        if self.queue.send(request).is_err() {
             return Err(queue_full(endpoint));
         }
         // If the counter is full, a wake-up is already pending.
@@ -417,7 +426,9 @@ impl Control {
         let Request { endpoint, job } = requests.try_recv().ok()?;
         // A full counter wakes the thread as well.
         let _ = wake.write(1);
-        log::info!("API request: {endpoint:?}");
+        if let Some(endpoint) = endpoint {
+            log::info!("API request: {endpoint:?}");
+        }
         // The caller reports failures: the API in its response and in the log, the command line when the process exits.
         job(Some(&mut self.lifecycle));
         self.lifecycle.has_ended().then_some(Ending::Regular)

@@ -80,8 +80,18 @@ impl Handles {
     /// Releases the locks of all images, or takes them again. The devices are paused.
     ///
     /// # Errors
-    /// Another process has a conflicting lock.
+    /// Another process has a conflicting lock. No lock is held then.
     pub(super) fn hold(&self, hold: bool) -> Result<(), VmError> {
+        let held = self.hold_each(hold);
+        if let (true, Err(_)) = (hold, &held)
+            && let Err(error) = self.hold_each(false)
+        {
+            log::error!("{}", api::error_line(&error));
+        }
+        held
+    }
+
+    fn hold_each(&self, hold: bool) -> Result<(), VmError> {
         for (id, disk) in &self.disks {
             let id = id.clone();
             disk.hold(hold)

@@ -82,6 +82,9 @@ pub trait Machine {
     /// As for [`Machine::save`].
     fn state(&self) -> Result<SavedMachine, VmError>;
 
+    /// Whether all of RAM has been restored; if not, the rest is filled in the background from now on.
+    fn is_memory_complete(&self) -> bool;
+
     /// Starts to record the pages of RAM that are written.
     ///
     /// # Errors
@@ -245,6 +248,10 @@ impl Machine for Vm {
         // The saved guest relies on completed writes, flushed or not.
         self.handles.sync()?;
         self.state()
+    }
+
+    fn is_memory_complete(&self) -> bool {
+        self.on_demand.as_ref().is_none_or(OnDemand::is_complete)
     }
 
     fn track_writes(&self) -> Result<WriteTracker, VmError> {

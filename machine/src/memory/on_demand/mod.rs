@@ -112,6 +112,12 @@ impl OnDemand {
         })
     }
 
+    /// Whether no page is missing. If one is, all are filled in the background from now on.
+    pub fn is_complete(&self) -> bool {
+        self.order(&self.orders.fills);
+        *self.orders.outcome.lock().unpoisoned() == Some(Outcome::Filled)
+    }
+
     /// Fills in all missing pages. Returns false if that failed, which the owner has been notified of.
     pub fn finish(&self) -> bool {
         self.order(&self.orders.fills);

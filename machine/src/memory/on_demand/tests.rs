@@ -132,6 +132,18 @@ fn page_comes_when_it_is_touched_and_no_other_does() {
 }
 
 #[test]
+fn question_whether_ram_is_complete_fills_it_without_waiting() {
+    let Some(it) = restored(&saved(PAGES), false) else {
+        return;
+    };
+    assert!(!it.on_demand.is_complete());
+    let told = it.told.recv_timeout(DEADLINE);
+    assert!(matches!(told, Ok(Told::Filled(_))), "{told:?}");
+    assert!(it.on_demand.finish());
+    assert!(it.on_demand.is_complete());
+}
+
+#[test]
 fn rest_comes_without_demand_and_holes_stay_absent() {
     let Some(it) = restored(&saved(PAGES), true) else {
         return;
