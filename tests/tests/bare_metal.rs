@@ -181,6 +181,32 @@ fn hostile_guest_of_every_device_is_contained() -> Result<()> {
     runs_with_every_device("hostile")
 }
 
+/// An image over a backing file: the crate that reads it makes system calls of its own under the filters.
+#[test]
+fn hostile_guest_of_a_qcow2_disk_is_contained() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    std::fs::write(folder.path().join("base"), vec![7; 1 << 20])?;
+    let qemu_img = |arguments: &str| {
+        std::process::Command::new("qemu-img")
+            .args(arguments.split(' '))
+            .current_dir(folder.path())
+            .output()
+    };
+    if let Err(error) = qemu_img("create -q -f qcow2 -F raw -b base disk 16M") {
+        test_skip::skip(format!("no qemu-img: {error}"));
+        return Ok(());
+    }
+    let path = folder.path().join("disk");
+    for options in ["", ",direct=on,num_queues=2"] {
+        let disk = format!("path={},backing_files=on{options}", path.display());
+        let arguments = [BALLOON, &["--cpus", "boot=2"], &["--disk", &disk]];
+        runs("hostile", &arguments.concat())?;
+        let checked = qemu_img("check disk")?;
+        ensure!(checked.status.success(), "{checked:?}");
+    }
+    Ok(())
+}
+
 /// A guest that touches what it has not plugged gets no memory, nor do its devices for it. It runs twice: a reboot takes
 /// away what was plugged.
 fn unplugged_memory_is_closed(memory: &str) -> Result<()> {

@@ -13,7 +13,7 @@ use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use tempfile::NamedTempFile;
-use virtio_devices::block::{Block, BlockParams, EngineChoice, SECTOR_BYTES};
+use virtio_devices::block::{Block, BlockParams, EngineChoice, ImageFormat, SECTOR_BYTES};
 use virtio_devices::testing::{HandlerHarness, Segment};
 use virtio_devices::{QueueHandler, VirtioDevice};
 use vm_memory::GuestAddress;
@@ -84,6 +84,7 @@ impl Bench {
             num_queues: 1,
             queue_size: QUEUE_SIZE,
             sparse: true,
+            format: Some(ImageFormat::Raw),
             engine,
             ..BlockParams::default()
         })

@@ -79,7 +79,7 @@ const FOR_TESTS: [Tool; 2] = [
 /// Programs of the distribution that tests use.
 const PACKAGES: [Need; 1] = [Need {
     package: "qemu-utils",
-    why: "qemu-storage-daemon, which serves disks of guests",
+    why: "qemu-img and qemu-storage-daemon, which make and serve disks of guests",
 }];
 
 /// Installs the missing programs that tests use.

@@ -64,13 +64,13 @@ pub struct DiskConfig {
     /// Host CPUs each queue's worker may run on.
     #[key]
     pub queue_affinity: Option<Vec<VirtQueueAffinity>>,
-    /// Allow the image to refer to other image files.
+    /// Allow the image to refer to other image files (qcow2).
     #[key]
     pub backing_files: bool,
     /// Return space the guest discards to the file system.
     #[key(default = true)]
     pub sparse: bool,
-    /// Format of the image; detected when absent, and then the guest cannot write the signature of another format.
+    /// Format of the image: raw, qcow2 or a fixed VHD. Detected when absent; the guest then cannot write the signature of another format.
     #[key]
     pub image_type: Option<ImageType>,
     /// How the image is locked against a second user.

@@ -36,7 +36,7 @@ impl DiskState {
             discard: !self.params.readonly && self.params.sparse,
             write_zeroes: !self.params.readonly,
             unmap: self.params.sparse,
-            guards_format: self.params.autodetect,
+            guards_format: self.params.format.is_none() && self.image.is_flat(),
         }
     }
 

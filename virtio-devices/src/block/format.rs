@@ -1,12 +1,12 @@
 //! Recognises disk image formats by their signatures.
 //!
-//! Serving a qcow2 file as a raw disk would show the guest the container instead of its contents, so a known signature
-//! is an error. The reverse danger is a guest that writes a signature into a raw image, so that the next start misreads
-//! it. Therefore signatures cannot be written to an image with a guessed format.
+//! Serving a qcow2 file as a raw disk would show the guest the container instead of its contents, so the format is
+//! detected unless it is configured. The reverse danger is a guest that writes a signature into a raw image, so that the
+//! next start misreads it. Therefore signatures cannot be written to an image with a detected format.
 
 use std::fmt;
 
-/// Number of bytes at the front that [`detect`] checks; one sector.
+/// Number of bytes at each end of the file that [`detect`] checks; one sector.
 pub(super) const HEADER_BYTES: usize = 512;
 
 /// The format of an image file, according to its signature.

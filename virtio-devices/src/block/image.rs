@@ -1,13 +1,13 @@
-//! Opens and locks a raw image file or host block device.
+//! Opens and locks an image file or host block device.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
+use super::container::{Container, ContainerError, fixed_disk_bytes};
 use super::format::{self, HEADER_BYTES, ImageFormat};
 use super::{BlockError, BlockParams, LockGranularity, SECTOR_BYTES, disk_sys};
 use crate::Unpoisoned;
@@ -58,7 +58,10 @@ impl Tail {
 /// An opened, locked image. The lock exists as long as the descriptor.
 #[derive(Debug)]
 pub(super) struct Image {
+    /// Dropped first, because it writes to `file`.
+    container: Option<Container>,
     file: File,
+    format: ImageFormat,
     block_device: bool,
     dio: Option<DioAlignment>,
     bytes: u64,
@@ -79,21 +82,27 @@ impl Image {
             source,
         })?;
         let block_device = stat.file_type().is_block_device();
-        if !block_device && !stat.is_file() {
+        if !is_disk(&stat) {
             return Err(BlockError::NotADisk { path: path.clone() });
         }
-        if params.autodetect {
-            refuse_container(path)?;
-        }
+        let (format, bytes_of_format) = format_of(params, block_device)?;
         let file = open_file(params)?;
         lock(&file, params)?;
-        let bytes = file_bytes(&file).map_err(|source| BlockError::Inspect {
-            path: path.clone(),
-            source,
-        })?;
+        let container = match format {
+            ImageFormat::Qcow2 => Some(Container::open(params, &file)?),
+            _ => None,
+        };
+        let bytes = match (&container, bytes_of_format) {
+            (Some(container), _) => container.bytes(),
+            (None, Some(bytes)) => bytes,
+            (None, None) => file_bytes(&file).map_err(|source| BlockError::Inspect {
+                path: path.clone(),
+                source,
+            })?,
+        };
         let dio = params.direct.then(|| dio_alignment(&file, block_device));
         let unit_bytes = dio.map_or(SECTOR_BYTES, |align| SECTOR_BYTES.max(align.offset as u64));
-        let tail = match bytes.is_multiple_of(unit_bytes) {
+        let tail = match container.is_some() || bytes.is_multiple_of(unit_bytes) {
             true => None,
             false => Some(Tail::open(params, bytes / unit_bytes * unit_bytes)?),
         };
@@ -103,14 +112,17 @@ impl Image {
                 source,
             }
         })?;
-        if !(params.sparse || params.readonly || block_device || bytes == 0)
+        let is_allocated = params.sparse || params.readonly || block_device || bytes == 0;
+        if !(is_allocated || container.is_some())
             && let Err(error) = disk_sys::allocate(&file, bytes)
         {
             // As upstream: the disk works nevertheless, as long as there is space.
             log::warn!("{}: cannot be allocated: {error}", path.display());
         }
         Ok(Self {
+            container,
             file,
+            format,
             block_device,
             dio,
             bytes,
@@ -138,14 +150,50 @@ impl Image {
 
     /// Takes the lock of an image that was opened, or releases it.
     pub(super) fn hold(&self, hold: bool) -> io::Result<()> {
+        self.hold_file(&self.file, self.exclusive, hold)?;
+        let Some(container) = &self.container else {
+            return Ok(());
+        };
+        for file in container.backing() {
+            self.hold_file(file, false, hold)?;
+        }
+        match hold {
+            true => container.reload(),
+            false => Ok(()),
+        }
+    }
+
+    fn hold_file(&self, file: &File, exclusive: bool, hold: bool) -> io::Result<()> {
         if !hold {
-            return disk_sys::unlock(&self.file);
+            return disk_sys::unlock(file);
         }
         let bytes = match self.lock_granularity {
             LockGranularity::Full => 0,
-            LockGranularity::ByteRange => self.file_bytes()?,
+            LockGranularity::ByteRange => file_bytes(file)?,
         };
-        disk_sys::lock(&self.file, self.exclusive, bytes)
+        disk_sys::lock(file, exclusive, bytes)
+    }
+
+    /// Writes all completed data to stable storage.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        if let Some(container) = &self.container {
+            container.flush()?;
+        }
+        self.file.sync_data()
+    }
+
+    /// `Some` if the content of the disk is not simply the content of the file.
+    pub(super) fn container(&self) -> Option<&Container> {
+        self.container.as_ref()
+    }
+
+    /// Whether sector 0 of the disk is sector 0 of the file.
+    pub(super) fn is_flat(&self) -> bool {
+        self.container.is_none()
+    }
+
+    pub(super) fn format(&self) -> ImageFormat {
+        self.format
     }
 
     pub(super) fn file(&self) -> &File {
@@ -213,39 +261,69 @@ impl Image {
     }
 }
 
-/// Rejects a file with the signature of an unsupported format.
-fn refuse_container(path: &Path) -> Result<(), BlockError> {
+/// The format of the image, and the size of the disk if the format states it at the end of the file.
+fn format_of(
+    params: &BlockParams,
+    block_device: bool,
+) -> Result<(ImageFormat, Option<u64>), BlockError> {
+    if params.format == Some(ImageFormat::Raw) {
+        return Ok((ImageFormat::Raw, None));
+    }
+    let path = &params.path;
     let inspect = |source| BlockError::Inspect {
-        path: path.to_path_buf(),
+        path: path.clone(),
+        source,
+    };
+    let rejected = |source| BlockError::Container {
+        path: path.clone(),
         source,
     };
     let file = File::open(path).map_err(|source| BlockError::Open {
-        path: path.to_path_buf(),
+        path: path.clone(),
         source,
     })?;
     let bytes = file_bytes(&file).map_err(inspect)?;
-    let mut header = [0; HEADER_BYTES];
-    let mut footer = [0; HEADER_BYTES];
-    let front = read_up_to(&file, &mut header, 0).map_err(inspect)?;
-    let back_at = bytes.saturating_sub(HEADER_BYTES as u64);
-    let back = read_up_to(&file, &mut footer, back_at).map_err(inspect)?;
-    match format::detect(&header[..front], &footer[..back]) {
+    let (front, back) = signature(&file, bytes).map_err(inspect)?;
+    let found = format::detect(&front, &back);
+    let format = params.format.unwrap_or(found);
+    match format {
         ImageFormat::Raw => {
             log::warn!(
                 "{}: no image_type is given: the image is treated as raw, and the guest cannot write the signature of another format",
                 path.display()
             );
-            Ok(())
+            Ok((format, None))
         }
-        format => Err(BlockError::UnsupportedFormat {
-            path: path.to_path_buf(),
-            format,
-        }),
+        ImageFormat::Vhdx | ImageFormat::Vmdk => Err(rejected(ContainerError::Unsupported(format))),
+        _ if block_device => Err(rejected(ContainerError::NotAFile)),
+        _ if found != format => Err(rejected(ContainerError::OtherFormat(format))),
+        ImageFormat::Qcow2 => Ok((format, None)),
+        ImageFormat::Vhd => {
+            let disk_bytes = fixed_disk_bytes(&back, bytes);
+            let disk_bytes = disk_bytes.map_err(|error| rejected(error.into()))?;
+            Ok((format, Some(disk_bytes)))
+        }
     }
 }
 
+/// The first and the last sector of a file; less of a short one.
+pub(super) fn signature(file: &File, bytes: u64) -> io::Result<(Vec<u8>, Vec<u8>)> {
+    let read = |offset| {
+        let mut sector = vec![0; HEADER_BYTES];
+        let filled = read_up_to(file, &mut sector, offset)?;
+        sector.truncate(filled);
+        Ok::<_, io::Error>(sector)
+    };
+    Ok((read(0)?, read(bytes.saturating_sub(HEADER_BYTES as u64))?))
+}
+
+/// Whether this can be the file of a disk.
+pub(super) fn is_disk(stat: &Metadata) -> bool {
+    stat.is_file() || stat.file_type().is_block_device()
+}
+
 /// Fills as much of `buffer` as the file holds from `offset` on.
-fn read_up_to(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+pub(super) fn read_up_to(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut done = 0;
     while done < buffer.len() {
         match file.read_at(&mut buffer[done..], offset + done as u64) {
@@ -258,7 +336,7 @@ fn read_up_to(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> 
     Ok(done)
 }
 
-fn open_file(params: &BlockParams) -> Result<File, BlockError> {
+pub(super) fn open_file(params: &BlockParams) -> Result<File, BlockError> {
     let mut options = OpenOptions::new();
     options.read(true).write(!params.readonly);
     if params.direct {
@@ -274,7 +352,7 @@ fn open_file(params: &BlockParams) -> Result<File, BlockError> {
     })
 }
 
-fn lock(file: &File, params: &BlockParams) -> Result<(), BlockError> {
+pub(super) fn lock(file: &File, params: &BlockParams) -> Result<(), BlockError> {
     let bytes = match params.lock_granularity {
         LockGranularity::Full => 0,
         LockGranularity::ByteRange => file_bytes(file).map_err(|source| BlockError::Inspect {
@@ -300,7 +378,7 @@ fn lock(file: &File, params: &BlockParams) -> Result<(), BlockError> {
 }
 
 /// Size of a file or block device; `stat` reports 0 for the latter.
-fn file_bytes(mut file: &File) -> io::Result<u64> {
+pub(super) fn file_bytes(mut file: &File) -> io::Result<u64> {
     use std::io::{Seek, SeekFrom};
     file.seek(SeekFrom::End(0))
 }

@@ -1,4 +1,4 @@
-//! virtio-blk (virtio 1.2 §5.2): raw image files and host block devices.
+//! virtio-blk (virtio 1.2 §5.2): image files and host block devices.
 //!
 //! ```text
 //!   device     configuration half: features, configuration space
@@ -8,6 +8,7 @@
 //!   flights    jobs in the I/O engine, bounded in number and cost
 //!   engine     io_uring, or system calls on the worker thread
 //!   image      opening, locking, sizes        format   signatures
+//!   container  qcow2 images and what they refer to
 //!   resize     a new size, from the VMM
 //!   config_space   what the guest reads       counters the disk's counters
 //! ```
@@ -17,6 +18,7 @@
 //! all queues.
 
 mod config_space;
+mod container;
 mod counters;
 mod device;
 mod disk;
@@ -38,6 +40,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+pub use container::{ContainerError, Qcow2Error, VhdError, backing_files};
 pub use device::{Block, BlockState};
 pub use device_facts::LockGranularity;
 pub(crate) use disk_sys::{lock as lock_image, unlock as unlock_image};
@@ -94,8 +97,10 @@ pub struct BlockParams {
     pub serial: Option<String>,
     /// Discarded ranges become holes. If off, the whole file is allocated at the start, and nothing is ever deallocated.
     pub sparse: bool,
-    /// No image_type was given: reject known container formats, and writes of their signatures.
-    pub autodetect: bool,
+    /// Format of the image. `None`: it is detected, and the guest cannot write the signature of another format.
+    pub format: Option<ImageFormat>,
+    /// The image may refer to other images.
+    pub backing_files: bool,
     /// The range to lock.
     pub lock_granularity: LockGranularity,
     /// The I/O engine.
@@ -136,13 +141,13 @@ pub enum BlockError {
         #[source]
         source: io::Error,
     },
-    /// An unsupported container format.
-    #[error("{} is a {format} image, which is not supported (only raw is)", path.display())]
-    UnsupportedFormat {
-        /// The image.
+    /// An image that is not raw, or one that it refers to, cannot be used.
+    #[error("cannot use disk image {}", path.display())]
+    Container {
+        /// The image at fault.
         path: PathBuf,
-        /// The format.
-        format: ImageFormat,
+        #[source]
+        source: ContainerError,
     },
     /// Another process, or another disk of this one, has it locked.
     #[error("cannot lock {} for {access}: it is in use by another process", path.display())]

@@ -4,8 +4,8 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::SECTOR_BYTES;
 use super::disk::DiskState;
+use super::{ImageFormat, SECTOR_BYTES};
 
 /// The VMM's handle of a disk; keeps the image open. No call waits for the guest.
 #[derive(Clone, Debug)]
@@ -29,6 +29,17 @@ pub enum DiskResizeError {
     Readonly {
         /// The image.
         path: PathBuf,
+    },
+    /// Only a raw image can get another size.
+    #[error(
+        "cannot resize {}: the disk is a {format} image; resize it with \"qemu-img resize\" while no VM uses it",
+        path.display()
+    )]
+    Format {
+        /// The image.
+        path: PathBuf,
+        /// Its format.
+        format: ImageFormat,
     },
     /// Only the owner of a block device can change its size.
     #[error(
@@ -84,7 +95,7 @@ impl DiskHandle {
         if self.disk.is_readonly() {
             return Ok(());
         }
-        self.disk.image().file().sync_data()
+        self.disk.image().sync()
     }
 
     /// Releases the lock of the image, or takes it again. The caller must have paused the disk.
@@ -103,6 +114,12 @@ impl DiskHandle {
     pub fn resize(&self, bytes: u64) -> Result<(), DiskResizeError> {
         let image = self.disk.image();
         let path = || self.disk.path().to_path_buf();
+        if image.format() != ImageFormat::Raw {
+            return Err(DiskResizeError::Format {
+                path: path(),
+                format: image.format(),
+            });
+        }
         let block_bytes = image
             .dio()
             .map_or(SECTOR_BYTES, |align| SECTOR_BYTES.max(align.offset as u64));

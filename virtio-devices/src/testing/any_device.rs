@@ -13,7 +13,7 @@ use super::any_vsock::{self, Programs};
 use super::fuzz_input::AREAS;
 use super::ram::TestRam;
 use crate::balloon::{Balloon, BalloonParams};
-use crate::block::{Block, BlockParams, EngineChoice};
+use crate::block::{Block, BlockParams, EngineChoice, ImageFormat};
 use crate::console::{Console, ConsoleEndpoint, WindowSize};
 use crate::device::VirtioDevice;
 use crate::dma::DmaEndpoint;
@@ -125,6 +125,7 @@ pub(super) fn make(choice: u8, ram: &TestRam) -> Made {
                 num_queues: 2,
                 queue_size: 128,
                 sparse: true,
+                format: Some(ImageFormat::Raw),
                 engine: match name {
                     "block" => EngineChoice::Auto,
                     _ => EngineChoice::Sync,

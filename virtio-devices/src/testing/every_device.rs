@@ -6,7 +6,7 @@ use tempfile::NamedTempFile;
 
 use super::conformance;
 use crate::balloon::{Balloon, BalloonParams};
-use crate::block::{Block, BlockParams, EngineChoice};
+use crate::block::{Block, BlockParams, EngineChoice, ImageFormat};
 use crate::fs::{Fs, FsParams};
 
 #[test]
@@ -35,6 +35,7 @@ fn block_conforms(engine: EngineChoice, num_queues: u16) {
             num_queues,
             queue_size: 128,
             sparse: true,
+            format: Some(ImageFormat::Raw),
             engine,
             ..BlockParams::default()
         });

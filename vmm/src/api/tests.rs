@@ -947,7 +947,7 @@ fn devices_added_become_part_of_the_configuration_until_they_are_removed() {
         (r#"{"path": "/g", "id": "__x"}"#, 400),
         (r#"{"path": "/g", "pci_device_id": 32}"#, 400),
         (r#"{"path": "/f"}"#, 409),
-        (r#"{"path": "/g", "backing_files": true}"#, 400),
+        (r#"{"path": "/g", "image_type": "Vhdx"}"#, 400),
         (r#"{"path": "/g", "id": "bad"}"#, 400),
         (r#"{"id": "no-path"}"#, 400),
         (r#"{"path": 7}"#, 400),

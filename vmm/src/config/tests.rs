@@ -1072,13 +1072,8 @@ fn validate_what_is_not_built_is_refused_by_name() {
         ),
         (
             "disks",
-            json!([{"path": "/d", "image_type": "Qcow2"}]),
-            "disks.image_type other than raw",
-        ),
-        (
-            "disks",
-            json!([{"path": "/d", "backing_files": true}]),
-            "disks.backing_files",
+            json!([{"path": "/d", "image_type": "Vhdx"}]),
+            "disks.image_type vmdk or vhdx",
         ),
         (
             "balloon",

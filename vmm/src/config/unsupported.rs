@@ -21,7 +21,7 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
     wanted.extend(cpus(&config.cpus));
     wanted.extend(memory(&config.memory));
     wanted.extend(config.numa.iter().flatten().filter_map(numa));
-    wanted.extend(config.disks.iter().flatten().flat_map(disk));
+    wanted.extend(config.disks.iter().flatten().filter_map(disk));
     wanted.extend(config.platform.iter().flat_map(platform));
     wanted.extend(iommu(config));
     if wanted.is_empty() {
@@ -70,18 +70,9 @@ fn numa(node: &NumaConfig) -> Option<String> {
     asked("numa.device_id", node.device_id.is_some())
 }
 
-fn disk(disk: &DiskConfig) -> Vec<String> {
-    let raw = matches!(
-        disk.image_type,
-        None | Some(ImageType::Raw | ImageType::Unknown)
-    );
-    [
-        asked("disks.backing_files", disk.backing_files),
-        asked("disks.image_type other than raw", !raw),
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
+fn disk(disk: &DiskConfig) -> Option<String> {
+    let unreadable = matches!(disk.image_type, Some(ImageType::FlatVmdk | ImageType::Vhdx));
+    asked("disks.image_type vmdk or vhdx", unreadable)
 }
 
 fn platform(platform: &PlatformConfig) -> Vec<String> {

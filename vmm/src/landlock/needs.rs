@@ -185,7 +185,7 @@ pub fn of_config(config: &VmConfig) -> Vec<Need> {
 /// Everything that a hot-plugged device opens.
 pub fn of_device(device: &NewDevice) -> Vec<Need> {
     match device {
-        NewDevice::Disk(disk) => of_disk(disk).into_iter().collect(),
+        NewDevice::Disk(disk) => of_disk(disk),
         NewDevice::Net(net) => of_net(net).into_iter().collect(),
         NewDevice::Fs(fs) => vec![of_fs(fs)],
         NewDevice::GenericVhostUser(device) => vec![Need::socket(&device.socket)],
@@ -229,15 +229,23 @@ fn of_memory(memory: &MemoryConfig) -> Vec<Need> {
     memory.zones.iter().flatten().filter_map(of_zone).collect()
 }
 
-fn of_disk(disk: &DiskConfig) -> Option<Need> {
+fn of_disk(disk: &DiskConfig) -> Vec<Need> {
     if let Some(socket) = &disk.vhost_socket {
-        return Some(Need::socket(socket));
+        return vec![Need::socket(socket)];
     }
+    let Some(path) = &disk.path else {
+        return Vec::new();
+    };
     let access = match disk.readonly {
         true => READ & OF_FILES,
         false => CHANGE,
     };
-    disk.path.as_deref().map(|path| Need::new(path, access))
+    let mut needs = vec![Need::new(path, access)];
+    if disk.backing_files {
+        let backing = virtio_devices::block::backing_files(path);
+        needs.extend(backing.iter().map(|path| Need::new(path, READ & OF_FILES)));
+    }
+    needs
 }
 
 fn of_net(net: &NetConfig) -> Option<Need> {

@@ -108,6 +108,28 @@ fn thread_reaches_what_its_configuration_names_and_nothing_else() {
 }
 
 #[test]
+fn backing_files_may_be_read_if_the_disk_may_have_them() {
+    let Some(files) = Files::new() else { return };
+    let made = std::process::Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "other"])
+        .arg(files.path("overlay"))
+        .output();
+    if let Err(error) = made {
+        test_skip::skip(format!("no qemu-img: {error}"));
+        return;
+    }
+    for allowed in [false, true] {
+        let mut config = files.config(&json!([]));
+        let disk = json!({"path": files.path("overlay"), "backing_files": allowed});
+        config.disks = Some(vec![serde_json::from_value(disk).unwrap()]);
+        confined(&config, |_| {
+            assert_eq!(File::open(files.path("other")).is_ok(), allowed);
+            assert!(is_denied(opens_to_write(files.path("other"))));
+        });
+    }
+}
+
+#[test]
 fn threads_that_a_confined_one_starts_are_confined_too() {
     let Some(files) = Files::new() else { return };
     confined(&files.config(&json!([])), |_| {

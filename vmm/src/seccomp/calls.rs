@@ -211,6 +211,8 @@ const DISK_IO: &[Call] = calls![
     SYS_fdatasync,
     SYS_fstat,
     SYS_fsync,
+    // An image of another format than raw grows.
+    SYS_ftruncate,
     SYS_io_uring_enter,
     SYS_pread64,
     SYS_preadv,

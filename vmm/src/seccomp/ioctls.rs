@@ -133,6 +133,8 @@ const NEW_DISK: &[Request] = requests![
     BLKIOMIN = 0x1278,
     BLKIOOPT = 0x1279,
     BLKPBSZGET = 0x127b,
+    // A backing file may be a block device.
+    BLKGETSIZE64 = 0x8008_1272,
 ];
 const DISK: &[Request] = requests![BLKDISCARD = 0x1277, BLKZEROOUT = 0x127f];
 

@@ -20,7 +20,7 @@ use machine::signals::VmSignals;
 use machine::threads::DeviceKind;
 use virtio_devices::VirtioDevice;
 use virtio_devices::balloon::{Balloon, BalloonHandle, BalloonParams};
-use virtio_devices::block::{Block, BlockParams, DiskHandle, EngineChoice};
+use virtio_devices::block::{Block, BlockParams, DiskHandle, EngineChoice, ImageFormat};
 use virtio_devices::fs::{Fs, FsParams};
 use virtio_devices::iommu::{Iommu, IommuHandle, IommuParams};
 use virtio_devices::mem::{Mem, MemHandle, MemParams, MemRegion};
@@ -114,6 +114,18 @@ pub(super) fn vhost_user_disk(disk: &DiskConfig, socket: &Path) -> Result<Made, 
     Ok(Made::new(id, DeviceKind::VhostUser, place!(disk), device))
 }
 
+/// The format that the configuration names.
+fn image_format(image_type: ImageType) -> Option<ImageFormat> {
+    match image_type {
+        ImageType::FlatVmdk => Some(ImageFormat::Vmdk),
+        ImageType::FixedVhd => Some(ImageFormat::Vhd),
+        ImageType::Qcow2 => Some(ImageFormat::Qcow2),
+        ImageType::Raw => Some(ImageFormat::Raw),
+        ImageType::Vhdx => Some(ImageFormat::Vhdx),
+        ImageType::Unknown => None,
+    }
+}
+
 /// Opens a disk's image.
 pub(super) fn disk(
     disk: &DiskConfig,
@@ -130,7 +142,8 @@ pub(super) fn disk(
         queue_size: disk.queue_size,
         serial: disk.serial.clone(),
         sparse: disk.sparse,
-        autodetect: disk.image_type != Some(ImageType::Raw),
+        format: disk.image_type.and_then(image_format),
+        backing_files: disk.backing_files,
         lock_granularity: disk.lock_granularity,
         engine: match disk.disable_io_uring {
             true => EngineChoice::Sync,

@@ -24,7 +24,7 @@ struct ZeroBuffer([u8; ZERO_BUFFER_BYTES as usize]);
 static ZEROES: ZeroBuffer = ZeroBuffer([0; ZERO_BUFFER_BYTES as usize]);
 
 /// The zeroes for a [`IoOperation::WriteZeroBuffer`] of `bytes`.
-pub(super) fn zeroes(bytes: u64) -> &'static [u8] {
+pub(in crate::block) fn zeroes(bytes: u64) -> &'static [u8] {
     &ZEROES.0[..bytes.min(ZERO_BUFFER_BYTES) as usize]
 }
 
@@ -102,6 +102,14 @@ impl Calls {
     /// # Safety
     /// As [`Calls::perform`].
     unsafe fn try_perform(&mut self, operation: &IoOperation<'_>) -> io::Result<usize> {
+        if let Some(container) = self.image.container() {
+            // SAFETY: the caller's guarantee is passed on.
+            let moved = unsafe { container.perform(operation) }?;
+            if matches!(operation, IoOperation::Sync) {
+                self.image.file().sync_data()?;
+            }
+            return Ok(moved);
+        }
         let fd = self.image.fd();
         match *operation {
             // SAFETY: the caller's guarantee is passed on.

@@ -15,7 +15,7 @@ use super::image::Image;
 use io_uring::IoUringEngine;
 use sync::SyncEngine;
 
-pub(super) use calls::ZERO_BUFFER_BYTES;
+pub(super) use calls::{ZERO_BUFFER_BYTES, zeroes};
 pub(super) use operation::{Completion, IoEngine, IoOperation};
 
 /// Creates the engine for one queue of `depth` requests.
@@ -27,7 +27,8 @@ pub(super) fn new_engine(
     image: &Arc<Image>,
     depth: u16,
 ) -> io::Result<Box<dyn IoEngine>> {
-    if choice == EngineChoice::Sync {
+    // The crate that reads containers has plain calls only.
+    if choice == EngineChoice::Sync || image.container().is_some() {
         return Ok(Box::new(SyncEngine::new(Arc::clone(image))));
     }
     match IoUringEngine::new(Arc::clone(image), depth) {

@@ -1,6 +1,7 @@
 //! Tests a disk with a mock driver, on real files, with both engines.
 
 mod block_device;
+mod container;
 mod hostile;
 mod limits;
 mod model;
@@ -14,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::NamedTempFile;
 
-use super::{Block, BlockError, BlockParams, EngineChoice, LockGranularity};
+use super::{Block, BlockError, BlockParams, EngineChoice, ImageFormat, LockGranularity};
 use crate::QueueHandler;
 use crate::testing::{Chain, DEADLINE, HandlerHarness, Segment, Used};
 
@@ -40,6 +41,7 @@ pub(super) fn params(file: &NamedTempFile) -> BlockParams {
         num_queues: 1,
         queue_size: 64,
         sparse: true,
+        format: Some(ImageFormat::Raw),
         ..BlockParams::default()
     }
 }

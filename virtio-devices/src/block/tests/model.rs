@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::container::Images;
 use super::*;
 
 const SECTORS: u64 = 96;
@@ -62,21 +63,46 @@ fn bytes_of(sector: u64, sectors: u64) -> Option<std::ops::Range<usize>> {
 fn play(actions: &[Action], engine: EngineChoice, direct: bool) {
     let file = image(SECTORS);
     let mut model: Vec<u8> = std::fs::read(file.path()).unwrap();
-    let mut rig = match Block::new(BlockParams {
+    match Block::new(BlockParams {
         engine,
         direct,
         ..params(&file)
     }) {
-        Ok(block) => {
-            let features = crate::VirtioDevice::features(&block);
-            Rig::with_features(block, features)
-        }
+        Ok(block) => play_on(actions, block, &mut model),
         Err(BlockError::NoDirectIo { .. }) => {
             test_skip::skip("the temporary directory has no direct I/O");
             return;
         }
         Err(error) => panic!("{error}"),
+    }
+    assert!(std::fs::read(file.path()).unwrap() == model, "file differs");
+}
+
+/// The same on a qcow2 image over the raw one.
+fn play_on_qcow2(actions: &[Action], direct: bool, cluster_bytes: usize) {
+    let Some(images) = Images::new(SECTORS) else {
+        return;
     };
+    let mut model = std::fs::read(images.path("base.raw")).unwrap();
+    images.qemu_img(&format!(
+        "create -q -f qcow2 -F raw -b base.raw -o cluster_size={cluster_bytes} disk.qcow2"
+    ));
+    let params = BlockParams {
+        direct,
+        ..images.params("disk.qcow2")
+    };
+    match Block::new(params) {
+        Ok(block) => play_on(actions, block, &mut model),
+        Err(BlockError::NoDirectIo { .. }) => return,
+        Err(error) => panic!("{error}"),
+    }
+    images.qemu_img("check disk.qcow2");
+    assert!(images.content("disk.qcow2") == model, "image differs");
+}
+
+fn play_on(actions: &[Action], block: Block, model: &mut [u8]) {
+    let features = crate::VirtioDevice::features(&block);
+    let mut rig = Rig::with_features(block, features);
     let status_of = |range: &Option<_>| if range.is_some() { S_OK } else { S_IOERR };
     for action in actions {
         match *action {
@@ -126,8 +152,6 @@ fn play(actions: &[Action], engine: EngineChoice, direct: bool) {
             Action::Flush => assert_eq!(rig.flush(), S_OK),
         }
     }
-    drop(rig);
-    assert!(std::fs::read(file.path()).unwrap() == model, "file differs");
 }
 
 proptest! {
@@ -141,5 +165,10 @@ proptest! {
         play(&actions, EngineChoice::Auto, false);
         // The mock driver's buffers are misaligned for direct I/O, so the bounce buffer is used.
         play(&actions, EngineChoice::Auto, true);
+        // Clusters smaller or larger than the disk.
+        match actions.len() % 2 {
+            0 => play_on_qcow2(&actions, false, 4096),
+            _ => play_on_qcow2(&actions, true, 65536),
+        }
     }
 }

@@ -36,19 +36,6 @@ fn directory_and_character_device_are_no_disks() {
 }
 
 #[test]
-fn container_is_refused_only_when_the_format_was_not_given() {
-    let mut file = NamedTempFile::new().unwrap();
-    file.write_all(b"QFI\xfb\0\0\0\x03").unwrap();
-    file.write_all(&[0; 4096]).unwrap();
-    let error = refused(BlockParams {
-        autodetect: true,
-        ..params(&file)
-    });
-    assert!(error.to_string().contains("is a qcow2 image"), "{error}");
-    assert!(Block::new(params(&file)).is_ok());
-}
-
-#[test]
 fn odd_size_is_filled_up_to_a_sector() {
     for engine in ENGINES {
         for direct in [false, true] {
@@ -115,7 +102,7 @@ fn image_that_is_not_sparse_is_allocated() {
 fn empty_image_is_an_empty_disk() {
     let file = image(0);
     let mut rig = Rig::new(BlockParams {
-        autodetect: true,
+        format: None,
         ..params(&file)
     });
     assert_eq!(rig.block.size_bytes(), 0);

@@ -174,7 +174,7 @@ fn autodetected_image_takes_every_write_but_signatures() {
     for (autodetect, status) in [(true, S_IOERR), (false, S_OK)] {
         let file = image(64);
         let mut rig = Rig::new(BlockParams {
-            autodetect,
+            format: (!autodetect).then_some(ImageFormat::Raw),
             ..params(&file)
         });
         // A file system with blocks of 4096 bytes writes its superblock, at 1024, with what is before it.

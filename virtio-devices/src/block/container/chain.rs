@@ -1,0 +1,112 @@
+//! The files of a qcow2 image: the image itself, its backing file, that one's backing file, and so on.
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use super::ContainerError;
+use super::qcow2::Header;
+use crate::block::BlockError;
+use crate::block::image::{file_bytes, signature};
+use crate::block::{ImageFormat, format};
+
+/// Maximum number of files of one disk. Each costs memory, and a chain may lead back to its own beginning.
+const FILES_MAX: usize = 16;
+
+/// Maximum memory for the tables of all files of one disk. Only images with clusters of 1 MiB or more reach it.
+const MEMORY_BYTES_MAX: u64 = 512 << 20;
+
+/// One file of a disk.
+#[derive(Debug)]
+pub(super) struct Layer {
+    pub(super) path: PathBuf,
+    pub(super) format: ImageFormat,
+    /// Where a qcow2 image has its L1 table.
+    pub(super) l1: Range<u64>,
+    /// Size of its clusters; 0 of a raw image.
+    pub(super) cluster_bytes: u64,
+}
+
+/// The files of a disk, the image first. `is_allowed`: whether the image may refer to others.
+pub(super) fn of(top: &Path, is_allowed: bool) -> Result<Vec<Layer>, BlockError> {
+    let mut layers = Vec::new();
+    let mut memory_bytes = 0;
+    let mut path = top.to_path_buf();
+    loop {
+        let rejected = |error: ContainerError| BlockError::Container {
+            path: path.clone(),
+            source: error,
+        };
+        if layers.len() == FILES_MAX {
+            return Err(rejected(ContainerError::ChainTooLong { max: FILES_MAX }));
+        }
+        let header = read(&path)?;
+        memory_bytes += header.memory_bytes;
+        if memory_bytes > MEMORY_BYTES_MAX {
+            return Err(rejected(ContainerError::Memory {
+                max_mib: MEMORY_BYTES_MAX >> 20,
+            }));
+        }
+        layers.push(Layer {
+            path: path.clone(),
+            format: ImageFormat::Qcow2,
+            l1: header.l1,
+            cluster_bytes: header.cluster_bytes,
+        });
+        let Some(backing) = header.backing else {
+            return Ok(layers);
+        };
+        let next = backing.path_from(&path);
+        if !is_allowed {
+            return Err(rejected(ContainerError::BackingNotAllowed(next)));
+        }
+        match backing.format.as_deref() {
+            Some("raw") => {
+                layers.push(Layer {
+                    path: next,
+                    format: ImageFormat::Raw,
+                    l1: 0..0,
+                    cluster_bytes: 0,
+                });
+                return Ok(layers);
+            }
+            Some("qcow2") => {}
+            Some(format) => {
+                let format = format.to_owned();
+                return Err(rejected(ContainerError::BackingFormat {
+                    path: next,
+                    format,
+                }));
+            }
+            None => return Err(rejected(ContainerError::BackingFormatMissing(next))),
+        }
+        path = next;
+    }
+}
+
+fn read(path: &Path) -> Result<Header, BlockError> {
+    let inspect = |source| BlockError::Inspect {
+        path: path.to_path_buf(),
+        source,
+    };
+    let rejected = |source| BlockError::Container {
+        path: path.to_path_buf(),
+        source,
+    };
+    let open = |source| BlockError::Open {
+        path: path.to_path_buf(),
+        source,
+    };
+    // Opening something else than a file, a FIFO for example, may not return.
+    if !std::fs::metadata(path).map_err(open)?.is_file() {
+        return Err(rejected(ContainerError::NotAFile));
+    }
+    let file = File::open(path).map_err(open)?;
+    let bytes = file_bytes(&file).map_err(inspect)?;
+    let (front, back) = signature(&file, bytes).map_err(inspect)?;
+    if format::detect(&front, &back) != ImageFormat::Qcow2 {
+        return Err(rejected(ContainerError::OtherFormat(ImageFormat::Qcow2)));
+    }
+    let header = Header::read(&file, bytes).map_err(inspect)?;
+    header.map_err(|error| rejected(error.into()))
+}

@@ -1,0 +1,342 @@
+//! Images in which the place of the disk's content has to be looked up: qcow2. The crate imago reads and writes them.
+//!
+//! Everything that a header states is checked before imago sees the image (`qcow2`). The files that the image refers to
+//! are opened here, not by imago: only if the configuration allows it, only for reading, and locked (`chain`).
+
+#![allow(unsafe_code)]
+// UNSAFETY: guest memory behind raw vectors becomes slices for imago, as long as one operation runs; discards rely on
+// the lock that no other operation uses the image meanwhile.
+
+mod chain;
+mod layer_file;
+mod qcow2;
+mod vhd;
+
+use std::fs::File;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
+
+use chain::Layer;
+use imago::file::File as ImagoFile;
+use imago::io_buffers::{IoVector, IoVectorMut};
+use imago::qcow2::Qcow2;
+use imago::raw::Raw;
+use imago::{
+    DenyImplicitOpenGate, DynStorage, FormatAccess, FormatDriverBuilder, StorageOpenOptions,
+};
+
+use super::engine::{IoOperation, zeroes};
+use super::format::ImageFormat;
+use super::image::{lock, open_file};
+use super::{BlockError, BlockParams};
+use crate::Unpoisoned;
+use layer_file::LayerFile;
+pub use qcow2::Qcow2Error;
+pub use vhd::VhdError;
+pub(super) use vhd::fixed_disk_bytes;
+
+/// Reasons why an image that is no raw one is rejected.
+#[derive(Debug, thiserror::Error)]
+pub enum ContainerError {
+    /// The signature is another one than that of the configured format.
+    #[error("the file is not a {0} image")]
+    OtherFormat(ImageFormat),
+    /// The format is known, but cannot be read.
+    #[error("{0} images are not supported; convert it with \"qemu-img convert -O qcow2\"")]
+    Unsupported(ImageFormat),
+    /// A block device, for example.
+    #[error("only regular files can be images of this format")]
+    NotAFile,
+    /// The qcow2 header is rejected.
+    #[error(transparent)]
+    Qcow2(#[from] Qcow2Error),
+    /// The VHD footer is rejected.
+    #[error(transparent)]
+    Vhd(#[from] VhdError),
+    /// The image refers to another one.
+    #[error("the image refers to {}; to allow that, set backing_files=on", .0.display())]
+    BackingNotAllowed(PathBuf),
+    /// Guessing the format would let the guest of a raw backing file choose it.
+    #[error(
+        "the image does not state the format of its backing file {}; set it with \"qemu-img rebase -u -F FORMAT\"",
+        .0.display()
+    )]
+    BackingFormatMissing(PathBuf),
+    /// A backing file that is neither raw nor qcow2.
+    #[error("the backing file {} has the format {format:?}; only raw and qcow2 are supported", path.display())]
+    BackingFormat {
+        /// The backing file.
+        path: PathBuf,
+        /// Its format, as the image states it.
+        format: String,
+    },
+    /// Too many backing files, or a circle.
+    #[error("more than {max} images refer to one another")]
+    ChainTooLong {
+        /// The limit.
+        max: usize,
+    },
+    /// Clusters are too large for so many files.
+    #[error("the tables of this image and those that refer to it need more than {max_mib} MiB")]
+    Memory {
+        /// The limit in MiB.
+        max_mib: u64,
+    },
+    /// imago rejected the image.
+    #[error("the image cannot be used")]
+    Imago(#[source] io::Error),
+}
+
+/// The content of an image, wherever it is.
+type Access = FormatAccess<Arc<dyn DynStorage>>;
+
+/// An open image with everything that it refers to.
+#[derive(Debug)]
+pub(super) struct Container {
+    path: PathBuf,
+    /// Held for writing while discards give clusters back that other operations may be using.
+    access: RwLock<Access>,
+    /// The image's own file, which `access` uses.
+    top: Arc<LayerFile>,
+    flushing: Mutex<()>,
+    cluster_bytes: u64,
+    /// The files that the image refers to, for their locks.
+    backing: Vec<File>,
+    has_failed: AtomicBool,
+}
+
+impl Container {
+    /// Opens the qcow2 image whose file, opened and locked, is `top`.
+    pub(super) fn open(params: &BlockParams, top: &File) -> Result<Self, BlockError> {
+        let layers = chain::of(&params.path, params.backing_files)?;
+        let mut backing = Vec::new();
+        let mut below: Option<(Access, Arc<LayerFile>)> = None;
+        for (depth, layer) in layers.iter().enumerate().rev() {
+            let file = match depth {
+                0 => top.try_clone().map_err(|source| BlockError::Open {
+                    path: layer.path.clone(),
+                    source,
+                })?,
+                _ => open_backing(params, &layer.path, &mut backing)?,
+            };
+            let writable = depth == 0 && !params.readonly;
+            let below_it = below.map(|(access, _)| access);
+            let opened = open_layer(file, layer, params.direct, writable, below_it);
+            below = Some(opened.map_err(|source| BlockError::Container {
+                path: layer.path.clone(),
+                source: ContainerError::Imago(source),
+            })?);
+        }
+        let (access, top) = below.expect("a chain has at least the image itself");
+        Ok(Self {
+            path: params.path.clone(),
+            access: RwLock::new(access),
+            top,
+            flushing: Mutex::default(),
+            cluster_bytes: layers[0].cluster_bytes,
+            backing,
+            has_failed: AtomicBool::new(false),
+        })
+    }
+
+    /// Size of the disk.
+    pub(super) fn bytes(&self) -> u64 {
+        self.access.read().unpoisoned().size()
+    }
+
+    /// The files to lock besides the image.
+    pub(super) fn backing(&self) -> &[File] {
+        &self.backing
+    }
+
+    /// Hands everything that is only in memory to the operating system.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        let _one_at_a_time = self.flushing.lock().unpoisoned();
+        let access = self.access.read().unpoisoned();
+        self.top.flush_all(|| access.flush())
+    }
+
+    /// Reads everything again: another process may have changed the image.
+    pub(super) fn reload(&self) -> io::Result<()> {
+        let access = self.access.write().unpoisoned();
+        // SAFETY: the lock excludes all other operations, and everything was flushed before the image was released.
+        unsafe { access.invalidate_cache() }
+    }
+
+    /// Executes an operation; returns the number of bytes moved.
+    ///
+    /// # Safety
+    /// The vectors and the memory behind them are valid.
+    pub(super) unsafe fn perform(&self, operation: &IoOperation<'_>) -> io::Result<usize> {
+        // SAFETY: passed on.
+        unsafe { self.try_perform(operation) }.map_err(|error| self.errno(&error))
+    }
+
+    /// # Safety
+    /// As [`Container::perform`].
+    unsafe fn try_perform(&self, operation: &IoOperation<'_>) -> io::Result<usize> {
+        let shared = || self.access.read().unpoisoned();
+        match *operation {
+            IoOperation::Read { offset, into } => {
+                // SAFETY: the caller's promise. The guest may change its memory meanwhile; imago takes only bytes from
+                // it, for which every value is valid.
+                let into: Vec<_> = into
+                    .iter()
+                    .map(|piece| unsafe { slice_mut(piece) })
+                    .collect();
+                let into = IoVectorMut::from(into);
+                let bytes = into.len() as usize;
+                shared().readv(into, offset).map(|()| bytes)
+            }
+            IoOperation::Write { offset, from } => {
+                // SAFETY: as above.
+                let from: Vec<_> = from.iter().map(|piece| unsafe { slice(piece) }).collect();
+                let from = IoVector::from(from);
+                let bytes = from.len() as usize;
+                shared().writev(from, offset).map(|()| bytes)
+            }
+            IoOperation::WriteZeroBuffer { offset, bytes } => {
+                let zeroes = zeroes(bytes);
+                shared().write(zeroes, offset).map(|()| zeroes.len())
+            }
+            IoOperation::ZeroRange { offset, bytes } => self
+                .zero(offset..offset + bytes, |start, bytes| {
+                    shared().write_zeroes(start, bytes)
+                }),
+            IoOperation::PunchHole { offset, bytes } => {
+                self.zero(offset..offset + bytes, |start, bytes| {
+                    let mut access = self.access.write().unpoisoned();
+                    access.discard_to_zero(start, bytes)
+                })
+            }
+            IoOperation::Sync => self.flush().map(|()| 0),
+            IoOperation::DeviceDiscard { .. } => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    /// Zeroes a range: whole clusters by `clusters`, and the rest by writing. imago's own code for the rest panics near
+    /// the end of a disk that is smaller than a cluster.
+    fn zero(
+        &self,
+        range: Range<u64>,
+        clusters: impl FnOnce(u64, u64) -> io::Result<()>,
+    ) -> io::Result<usize> {
+        let start = range.start.next_multiple_of(self.cluster_bytes);
+        let end = match range.end == self.bytes() {
+            true => range.end,
+            false => range.end / self.cluster_bytes * self.cluster_bytes,
+        };
+        if start >= end {
+            return self.write_zeroes(range);
+        }
+        clusters(start, end - start)?;
+        self.write_zeroes(range.start..start)?;
+        self.write_zeroes(end..range.end)
+    }
+
+    fn write_zeroes(&self, mut range: Range<u64>) -> io::Result<usize> {
+        let access = self.access.read().unpoisoned();
+        while !range.is_empty() {
+            let zeroes = zeroes(range.end - range.start);
+            access.write(zeroes, range.start)?;
+            range.start += zeroes.len() as u64;
+        }
+        Ok(0)
+    }
+
+    /// An error as the jobs know it. The first one that has more to say is logged.
+    fn errno(&self, error: &io::Error) -> io::Error {
+        if let Some(errno) = error.raw_os_error() {
+            return io::Error::from_raw_os_error(errno);
+        }
+        if error.kind() == io::ErrorKind::Unsupported {
+            return io::Error::from_raw_os_error(libc::EOPNOTSUPP);
+        }
+        if !self.has_failed.swap(true, Ordering::Relaxed) {
+            log::error!("{}: {error}", self.path.display());
+        }
+        io::Error::from_raw_os_error(libc::EIO)
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        if let Err(error) = self.flush() {
+            log::error!("{}: cannot be written back: {error}", self.path.display());
+        }
+    }
+}
+
+/// The files that the image at `path` refers to. None if one of them cannot be read: opening the image reports that.
+pub fn backing_files(path: &Path) -> Vec<PathBuf> {
+    let layers = chain::of(path, true).unwrap_or_default();
+    layers.into_iter().skip(1).map(|layer| layer.path).collect()
+}
+
+fn open_backing(
+    params: &BlockParams,
+    path: &Path,
+    opened: &mut Vec<File>,
+) -> Result<File, BlockError> {
+    let params = BlockParams {
+        path: path.to_path_buf(),
+        readonly: true,
+        ..params.clone()
+    };
+    if std::fs::metadata(path).is_ok_and(|stat| !super::image::is_disk(&stat)) {
+        return Err(BlockError::NotADisk { path: params.path });
+    }
+    let file = open_file(&params)?;
+    lock(&file, &params)?;
+    let shared = file.try_clone().map_err(|source| BlockError::Open {
+        path: params.path,
+        source,
+    })?;
+    opened.push(shared);
+    Ok(file)
+}
+
+fn open_layer(
+    file: File,
+    layer: &Layer,
+    direct: bool,
+    writable: bool,
+    below: Option<Access>,
+) -> io::Result<(Access, Arc<LayerFile>)> {
+    let options = StorageOpenOptions::new().direct(direct).write(writable);
+    let l1 = if writable { layer.l1.clone() } else { 0..0 };
+    let file = LayerFile::new(ImagoFile::from_open_file(file, options)?, l1);
+    let file = Arc::new(file);
+    let storage: Arc<dyn DynStorage> = Arc::clone(&file) as _;
+    let nothing_else = DenyImplicitOpenGate::default();
+    let access = match layer.format {
+        ImageFormat::Raw => FormatAccess::new(Raw::builder(storage).open(nothing_else)?),
+        _ => {
+            let image = Qcow2::builder(storage)
+                .write(writable)
+                .backing(below)
+                .data_file(None);
+            FormatAccess::new(image.open(nothing_else)?)
+        }
+    };
+    Ok((access, file))
+}
+
+/// # Safety
+/// The vector describes writable memory, which is not unmapped for `'a`.
+unsafe fn slice_mut<'a>(piece: &libc::iovec) -> IoSliceMut<'a> {
+    // SAFETY: the caller's promise.
+    IoSliceMut::new(unsafe {
+        std::slice::from_raw_parts_mut(piece.iov_base.cast::<u8>(), piece.iov_len)
+    })
+}
+
+/// # Safety
+/// The vector describes readable memory, which is not unmapped for `'a`.
+unsafe fn slice<'a>(piece: &libc::iovec) -> IoSlice<'a> {
+    // SAFETY: the caller's promise.
+    IoSlice::new(unsafe { std::slice::from_raw_parts(piece.iov_base.cast::<u8>(), piece.iov_len) })
+}

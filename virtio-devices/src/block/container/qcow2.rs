@@ -1,0 +1,466 @@
+//! The header of a qcow2 image (QEMU, docs/interop/qcow2.txt), checked before the image is opened.
+//!
+//! The reader of the format trusts sizes in the header: it allocates tables of these sizes. Here they are compared with
+//! fixed limits and with the size of the file, and what the reader does not support is rejected by name.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+
+use crate::block::SECTOR_BYTES;
+use crate::block::image::read_up_to;
+
+/// Bytes of the header of version 2, and the least of version 3.
+const V2_BYTES: usize = 72;
+const V3_BYTES: usize = 104;
+/// Largest size of a cluster.
+const CLUSTER_BITS_MAX: u32 = 21;
+const CLUSTER_BITS_MIN: u32 = 9;
+/// QEMU's limits of both tables.
+const L1_BYTES_MAX: u64 = 32 << 20;
+const REFCOUNT_TABLE_BYTES_MAX: u64 = 8 << 20;
+const BACKING_NAME_BYTES_MAX: u32 = 1023;
+const REFCOUNT_ORDER_MAX: u32 = 6;
+/// The reader keeps so many clusters of L2 tables and reference counts in memory.
+const CACHED_CLUSTERS: u64 = 128 + 32;
+/// Bytes of an entry of both tables.
+const ENTRY_BYTES: u64 = 8;
+/// Bytes of an entry in the table of feature names.
+const FEATURE_NAME_BYTES: usize = 48;
+
+/// Types of header extensions.
+const EXTENSION_END: u32 = 0;
+const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
+const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
+
+/// The incompatible features, by their bits.
+const FEATURES: [(u32, Qcow2Error); 5] = [
+    (0, Qcow2Error::Dirty),
+    (1, Qcow2Error::Corrupt),
+    (2, Qcow2Error::Feature("an external data file")),
+    (3, Qcow2Error::Compression),
+    (4, Qcow2Error::Feature("extended L2 entries")),
+];
+
+/// Reasons why a qcow2 image is rejected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Qcow2Error {
+    /// Neither version 2 nor 3.
+    #[error("qcow2 version {0} is not supported (only 2 and 3 are)")]
+    Version(u32),
+    /// Encrypted.
+    #[error("encrypted qcow2 images are not supported")]
+    Encrypted,
+    /// Not closed cleanly.
+    #[error(
+        "the image was not closed cleanly (dirty bit); repair it with \"qemu-img check -r all\""
+    )]
+    Dirty,
+    /// Known to be damaged.
+    #[error("the image is marked as corrupt; repair it with \"qemu-img check -r all\"")]
+    Corrupt,
+    /// Compressed by another method than zlib.
+    #[error(
+        "the image has clusters compressed with zstd, which is not supported; convert it with \"qemu-img convert -O qcow2\""
+    )]
+    Compression,
+    /// Another incompatible feature.
+    #[error(
+        "the image uses {0}, which is not supported; convert it with \"qemu-img convert -O qcow2\""
+    )]
+    Feature(&'static str),
+    /// An incompatible feature without a name.
+    #[error("the image has the unknown incompatible feature {0}")]
+    UnknownFeature(u32),
+    /// A field has an impossible value.
+    #[error("the header is damaged: {field} is {value}")]
+    Field {
+        /// The field's name.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+    },
+    /// A table is larger than supported.
+    #[error("{table} of {bytes} bytes is larger than supported ({max} bytes)")]
+    TableTooLarge {
+        /// The table.
+        table: &'static str,
+        /// Its size.
+        bytes: u64,
+        /// The limit.
+        max: u64,
+    },
+    /// A table is outside the file.
+    #[error("{table} ends at byte {end}, beyond the end of the file ({file_bytes} bytes)")]
+    Truncated {
+        /// The table.
+        table: &'static str,
+        /// Where it ends.
+        end: u64,
+        /// The file's size.
+        file_bytes: u64,
+    },
+    /// The first table does not cover the disk.
+    #[error("an L1 table of {entries} entries is too short for a disk of {size} bytes")]
+    L1TooShort {
+        /// Number of entries.
+        entries: u32,
+        /// Size of the disk.
+        size: u64,
+    },
+    /// The extensions of the header are damaged.
+    #[error("the header's extensions are damaged")]
+    Extensions,
+}
+
+/// A reference to another image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Backing {
+    /// As in the header, possibly relative to the image.
+    path: PathBuf,
+    pub(super) format: Option<String>,
+}
+
+impl Backing {
+    /// Its path, seen from the image at `from`.
+    pub(super) fn path_from(&self, from: &Path) -> PathBuf {
+        match from.parent() {
+            Some(folder) => folder.join(&self.path),
+            None => self.path.clone(),
+        }
+    }
+}
+
+/// The checked header.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Header {
+    pub(super) backing: Option<Backing>,
+    /// Where the L1 table is.
+    pub(super) l1: Range<u64>,
+    pub(super) cluster_bytes: u64,
+    /// Memory that the reader may use for the tables of this image.
+    pub(super) memory_bytes: u64,
+}
+
+impl Header {
+    /// Reads the header of an image.
+    pub(super) fn read(file: &File, file_bytes: u64) -> io::Result<Result<Self, Qcow2Error>> {
+        let mut front = vec![0; V3_BYTES];
+        read_up_to(file, &mut front, 0)?;
+        let cluster_bits = be_u32(&front, 20);
+        if (CLUSTER_BITS_MIN..=CLUSTER_BITS_MAX).contains(&cluster_bits) {
+            // The header and its extensions are in the first cluster. What the file lacks of it reads as zeros.
+            front.resize(1 << cluster_bits, 0);
+            read_up_to(file, &mut front, 0)?;
+        }
+        Ok(Self::parse(&front, file_bytes))
+    }
+
+    /// Checks the header in the first cluster of the image. `front` has at least [`V3_BYTES`].
+    pub(super) fn parse(front: &[u8], file_bytes: u64) -> Result<Self, Qcow2Error> {
+        let version = be_u32(front, 4);
+        if !matches!(version, 2 | 3) {
+            return Err(Qcow2Error::Version(version));
+        }
+        let cluster_bits = field(front, 20, "cluster_bits", |bits| {
+            (CLUSTER_BITS_MIN..=CLUSTER_BITS_MAX).contains(&bits)
+        })?;
+        let cluster = 1_u64 << cluster_bits;
+        if be_u32(front, 32) != 0 {
+            return Err(Qcow2Error::Encrypted);
+        }
+        let mut header_bytes = V2_BYTES;
+        if version == 3 {
+            incompatible(be_u64(front, 72))?;
+            field(front, 96, "refcount_order", |order| {
+                order <= REFCOUNT_ORDER_MAX
+            })?;
+            header_bytes = field(front, 100, "header_length", |bytes| {
+                bytes as usize >= V3_BYTES && u64::from(bytes) <= cluster
+            })? as usize;
+        }
+        let size = be_u64(front, 24);
+        if !size.is_multiple_of(SECTOR_BYTES) {
+            return Err(damaged("size", size));
+        }
+        let l1_entries = be_u32(front, 36);
+        let l1 = Table {
+            name: "the L1 table",
+            field: "l1_table_offset",
+            offset: be_u64(front, 40),
+            bytes: u64::from(l1_entries) * ENTRY_BYTES,
+            max: L1_BYTES_MAX,
+        };
+        l1.check(cluster, file_bytes)?;
+        // As many bytes as one entry covers; less than 2^40.
+        let covered = (cluster / ENTRY_BYTES) << cluster_bits;
+        if size.div_ceil(covered) > u64::from(l1_entries) {
+            return Err(Qcow2Error::L1TooShort {
+                entries: l1_entries,
+                size,
+            });
+        }
+        let refcounts = Table {
+            name: "the refcount table",
+            field: "refcount_table_offset",
+            offset: be_u64(front, 48),
+            bytes: u64::from(be_u32(front, 56)) << cluster_bits,
+            max: REFCOUNT_TABLE_BYTES_MAX,
+        };
+        refcounts.check(cluster, file_bytes)?;
+        let backing_name = backing_name(front)?;
+        let extensions_end = match version {
+            2 if backing_name.is_some() => be_u64(front, 8) as usize,
+            _ => front.len(),
+        };
+        let format = backing_format(front, header_bytes, extensions_end, version)?;
+        Ok(Self {
+            backing: backing_name.map(|path| Backing { path, format }),
+            l1: l1.offset..l1.offset + l1.bytes,
+            cluster_bytes: cluster,
+            // The L1 table is kept twice.
+            memory_bytes: 2 * l1.bytes + refcounts.bytes + CACHED_CLUSTERS * cluster,
+        })
+    }
+}
+
+/// A table whose size and place the header states.
+struct Table {
+    name: &'static str,
+    field: &'static str,
+    offset: u64,
+    bytes: u64,
+    max: u64,
+}
+
+impl Table {
+    fn check(&self, cluster: u64, file_bytes: u64) -> Result<(), Qcow2Error> {
+        if self.bytes > self.max {
+            return Err(Qcow2Error::TableTooLarge {
+                table: self.name,
+                bytes: self.bytes,
+                max: self.max,
+            });
+        }
+        if !self.offset.is_multiple_of(cluster) {
+            return Err(damaged(self.field, self.offset));
+        }
+        let end = self.offset.saturating_add(self.bytes);
+        if end > file_bytes.next_multiple_of(cluster) {
+            return Err(Qcow2Error::Truncated {
+                table: self.name,
+                end,
+                file_bytes,
+            });
+        }
+        Ok(())
+    }
+}
+
+fn damaged(field: &'static str, value: u64) -> Qcow2Error {
+    Qcow2Error::Field { field, value }
+}
+
+fn field(
+    front: &[u8],
+    at: usize,
+    name: &'static str,
+    is_valid: impl FnOnce(u32) -> bool,
+) -> Result<u32, Qcow2Error> {
+    let value = be_u32(front, at);
+    match is_valid(value) {
+        true => Ok(value),
+        false => Err(damaged(name, u64::from(value))),
+    }
+}
+
+fn incompatible(bits: u64) -> Result<(), Qcow2Error> {
+    for (bit, error) in FEATURES {
+        if bits & (1 << bit) != 0 {
+            return Err(error);
+        }
+    }
+    match bits {
+        0 => Ok(()),
+        bits => Err(Qcow2Error::UnknownFeature(bits.trailing_zeros())),
+    }
+}
+
+fn backing_name(front: &[u8]) -> Result<Option<PathBuf>, Qcow2Error> {
+    let offset = be_u64(front, 8);
+    if offset == 0 {
+        return Ok(None);
+    }
+    let bytes = field(front, 16, "backing_file_size", |bytes| {
+        (1..=BACKING_NAME_BYTES_MAX).contains(&bytes)
+    })?;
+    let start = usize::try_from(offset).unwrap_or(usize::MAX);
+    let name = front.get(start..start.saturating_add(bytes as usize));
+    let name = name.ok_or(damaged("backing_file_offset", offset))?;
+    Ok(Some(std::ffi::OsString::from_vec(name.to_vec()).into()))
+}
+
+/// Checks the extensions and returns the format of the backing file.
+fn backing_format(
+    front: &[u8],
+    mut at: usize,
+    end: usize,
+    version: u32,
+) -> Result<Option<String>, Qcow2Error> {
+    let mut format = None;
+    loop {
+        let Some(header) = front.get(at..at + 8) else {
+            return Err(Qcow2Error::Extensions);
+        };
+        // Version 2 has extensions only if they fit in front of the name.
+        if version == 2 && at + 8 > end {
+            return Ok(format);
+        }
+        let bytes = be_u32(header, 4) as usize;
+        let data = front
+            .get(at + 8..at + 8 + bytes)
+            .ok_or(Qcow2Error::Extensions)?;
+        match be_u32(header, 0) {
+            EXTENSION_END => return Ok(format),
+            EXTENSION_BACKING_FORMAT => {
+                let text = std::str::from_utf8(data).map_err(|_| Qcow2Error::Extensions)?;
+                format = Some(text.to_owned());
+            }
+            EXTENSION_FEATURE_NAMES if !bytes.is_multiple_of(FEATURE_NAME_BYTES) => {
+                return Err(Qcow2Error::Extensions);
+            }
+            _ => {}
+        }
+        at += 8 + bytes.next_multiple_of(8);
+    }
+}
+
+fn be_u32(bytes: &[u8], at: usize) -> u32 {
+    let mut value = [0; 4];
+    value.copy_from_slice(&bytes[at..at + 4]);
+    u32::from_be_bytes(value)
+}
+
+fn be_u64(bytes: &[u8], at: usize) -> u64 {
+    let mut value = [0; 8];
+    value.copy_from_slice(&bytes[at..at + 8]);
+    u64::from_be_bytes(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CLUSTER: usize = 1 << 16;
+
+    /// A header of version 3 for a disk of 1 GiB, with these extensions.
+    fn front(extensions: &[(u32, &[u8])]) -> Vec<u8> {
+        let mut front = vec![0; CLUSTER];
+        let mut put = |at: usize, bytes: &[u8]| front[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, b"QFI\xfb");
+        put(4, &3_u32.to_be_bytes());
+        put(20, &16_u32.to_be_bytes());
+        put(24, &(1_u64 << 30).to_be_bytes());
+        put(36, &2_u32.to_be_bytes());
+        put(40, &(3 * CLUSTER as u64).to_be_bytes());
+        put(48, &(CLUSTER as u64).to_be_bytes());
+        put(56, &1_u32.to_be_bytes());
+        put(96, &4_u32.to_be_bytes());
+        put(100, &104_u32.to_be_bytes());
+        let mut at = 104;
+        for (kind, data) in extensions {
+            put(at, &kind.to_be_bytes());
+            put(at + 4, &(data.len() as u32).to_be_bytes());
+            put(at + 8, data);
+            at += 8 + data.len().next_multiple_of(8);
+        }
+        front
+    }
+
+    fn parse(front: &[u8]) -> Result<Header, Qcow2Error> {
+        Header::parse(front, 4 * CLUSTER as u64)
+    }
+
+    fn with(at: usize, bytes: &[u8]) -> Result<Header, Qcow2Error> {
+        let mut front = front(&[]);
+        front[at..at + bytes.len()].copy_from_slice(bytes);
+        parse(&front)
+    }
+
+    #[test]
+    fn sound_header_is_accepted_with_the_memory_it_costs() {
+        let header = parse(&front(&[])).unwrap();
+        assert_eq!(header.backing, None);
+        assert_eq!(header.memory_bytes, 32 + CLUSTER as u64 * 161);
+    }
+
+    #[test]
+    fn backing_file_is_found_beside_the_image() {
+        let mut front = front(&[
+            (EXTENSION_FEATURE_NAMES, &[0; 96]),
+            (EXTENSION_BACKING_FORMAT, b"qcow2"),
+        ]);
+        front[8..16].copy_from_slice(&4096_u64.to_be_bytes());
+        front[16..20].copy_from_slice(&8_u32.to_be_bytes());
+        front[4096..4104].copy_from_slice(b"base.img");
+        let backing = parse(&front).unwrap().backing.unwrap();
+        assert_eq!(backing.format.as_deref(), Some("qcow2"));
+        let path = |from: &str| backing.path_from(Path::new(from));
+        assert_eq!(path("/images/top.img"), Path::new("/images/base.img"));
+        assert_eq!(path("top.img"), Path::new("base.img"));
+    }
+
+    #[test]
+    fn damaged_fields_are_named() {
+        for (at, bytes, expected) in [
+            (4, &4_u32.to_be_bytes()[..], "version 4"),
+            (20, &8_u32.to_be_bytes(), "cluster_bits is 8"),
+            (20, &22_u32.to_be_bytes(), "cluster_bits is 22"),
+            (24, &513_u64.to_be_bytes(), "size is 513"),
+            (24, &(1_u64 << 40).to_be_bytes(), "too short"),
+            (24, &(u64::MAX - 511).to_be_bytes(), "too short"),
+            (32, &1_u32.to_be_bytes(), "encrypted"),
+            (36, &u32::MAX.to_be_bytes(), "larger than supported"),
+            (36, &0x40_0000_u32.to_be_bytes(), "beyond the end"),
+            (40, &17_u64.to_be_bytes(), "l1_table_offset is 17"),
+            (40, &(1_u64 << 60).to_be_bytes(), "beyond the end"),
+            (40, &(!0xffff_u64).to_be_bytes(), "beyond the end"),
+            (48, &17_u64.to_be_bytes(), "refcount_table_offset is 17"),
+            (56, &129_u32.to_be_bytes(), "larger than supported"),
+            (72, &1_u64.to_be_bytes(), "dirty bit"),
+            (72, &2_u64.to_be_bytes(), "corrupt"),
+            (72, &4_u64.to_be_bytes(), "external data file"),
+            (72, &8_u64.to_be_bytes(), "zstd"),
+            (72, &16_u64.to_be_bytes(), "extended L2"),
+            (72, &(1_u64 << 63).to_be_bytes(), "feature 63"),
+            (96, &7_u32.to_be_bytes(), "refcount_order is 7"),
+            (100, &103_u32.to_be_bytes(), "header_length is 103"),
+            (100, &0x10001_u32.to_be_bytes(), "header_length is 65537"),
+            (104, &[0xff; 8], "extensions"),
+            (8, &4096_u64.to_be_bytes(), "backing_file_size is 0"),
+        ] {
+            let error = with(at, bytes).unwrap_err().to_string();
+            assert!(error.contains(expected), "{at}: {error}");
+        }
+        let odd = parse(&front(&[(EXTENSION_FEATURE_NAMES, &[0; 49])]));
+        assert_eq!(odd, Err(Qcow2Error::Extensions));
+    }
+
+    #[test]
+    fn no_header_makes_the_parser_panic() {
+        use proptest::prelude::*;
+        let sound = front(&[(EXTENSION_BACKING_FORMAT, b"raw")]);
+        proptest!(|(changes in proptest::collection::vec((0..200_usize, any::<u8>()), 0..16),
+                    file_bytes in any::<u64>())| {
+            let mut front = sound.clone();
+            for (at, byte) in changes {
+                front[at] = byte;
+            }
+            if let Ok(header) = Header::parse(&front, file_bytes / 2) {
+                prop_assert!(header.memory_bytes < 512 << 20);
+            }
+        });
+    }
+}

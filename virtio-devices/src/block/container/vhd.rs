@@ -1,0 +1,100 @@
+//! The footer of a fixed VHD: the file is the disk, followed by one sector that describes it.
+
+use crate::block::SECTOR_BYTES;
+
+const CHECKSUM: std::ops::Range<usize> = 64..68;
+const FIXED: u32 = 2;
+
+/// Reasons why a VHD is rejected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum VhdError {
+    /// Dynamic or differencing.
+    #[error(
+        "only fixed VHDs are supported; convert it with \"qemu-img convert -O vpc -o subformat=fixed\""
+    )]
+    NotFixed,
+    /// Checksum or signature are wrong.
+    #[error("the footer of the VHD is damaged")]
+    Damaged,
+    /// The size in the footer is not that of the file.
+    #[error("the footer states a disk of {stated} bytes, but the file has room for {actual}")]
+    Size {
+        /// In the footer.
+        stated: u64,
+        /// The file without the footer.
+        actual: u64,
+    },
+}
+
+/// Size of the disk in a file of `file_bytes` that ends with `footer`.
+pub(in crate::block) fn fixed_disk_bytes(footer: &[u8], file_bytes: u64) -> Result<u64, VhdError> {
+    let Ok(footer) = <&[u8; SECTOR_BYTES as usize]>::try_from(footer) else {
+        return Err(VhdError::NotFixed);
+    };
+    if !footer.starts_with(b"conectix") {
+        // A dynamic VHD may lack its footer; a copy of it is at the front.
+        return Err(VhdError::NotFixed);
+    }
+    let sum = |bytes: &[u8]| bytes.iter().map(|byte| u32::from(*byte)).sum::<u32>();
+    if be_u32(footer, CHECKSUM.start) != !(sum(footer) - sum(&footer[CHECKSUM])) {
+        return Err(VhdError::Damaged);
+    }
+    if be_u32(footer, 60) != FIXED {
+        return Err(VhdError::NotFixed);
+    }
+    let stated = u64::from(be_u32(footer, 48)) << 32 | u64::from(be_u32(footer, 52));
+    let actual = file_bytes.saturating_sub(SECTOR_BYTES);
+    match stated == actual {
+        true => Ok(actual),
+        false => Err(VhdError::Size { stated, actual }),
+    }
+}
+
+fn be_u32(bytes: &[u8; SECTOR_BYTES as usize], at: usize) -> u32 {
+    let mut value = [0; 4];
+    value.copy_from_slice(&bytes[at..at + 4]);
+    u32::from_be_bytes(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn footer(disk_type: u32, size: u64) -> [u8; 512] {
+        let mut footer = [0; 512];
+        footer[..8].copy_from_slice(b"conectix");
+        footer[48..56].copy_from_slice(&size.to_be_bytes());
+        footer[60..64].copy_from_slice(&disk_type.to_be_bytes());
+        let sum: u32 = footer.iter().map(|byte| u32::from(*byte)).sum();
+        footer[CHECKSUM].copy_from_slice(&(!sum).to_be_bytes());
+        footer
+    }
+
+    #[test]
+    fn fixed_disk_is_the_file_without_its_footer() {
+        let bytes = 1 << 33;
+        assert_eq!(
+            fixed_disk_bytes(&footer(FIXED, bytes), bytes + 512),
+            Ok(bytes)
+        );
+    }
+
+    #[test]
+    fn other_footers_are_rejected() {
+        let bytes = 1 << 20;
+        let parse = |footer: &[u8]| fixed_disk_bytes(footer, bytes + 512);
+        assert_eq!(parse(&footer(3, bytes)), Err(VhdError::NotFixed));
+        assert_eq!(parse(&footer(FIXED, bytes)[1..]), Err(VhdError::NotFixed));
+        assert_eq!(parse(&[0; 512]), Err(VhdError::NotFixed));
+        let mut damaged = footer(FIXED, bytes);
+        damaged[200] ^= 1;
+        assert_eq!(parse(&damaged), Err(VhdError::Damaged));
+        assert_eq!(
+            parse(&footer(FIXED, u64::MAX)),
+            Err(VhdError::Size {
+                stated: u64::MAX,
+                actual: bytes
+            })
+        );
+    }
+}
