@@ -88,25 +88,37 @@ const VMM_MODULES: &[&str] = &[
 /// that runs the machine.
 const NOT_IN_THE_MACHINE: &[&str] = &["dbs-uhttp", "clap", "seccompiler", "landlock", "serde_json"];
 
-/// Dependencies of each crate of the workspace, without dev-dependencies.
-fn dependencies() -> Result<BTreeMap<String, BTreeSet<String>>> {
+/// Cargo's description of the workspace.
+pub(crate) fn metadata() -> Result<Value> {
     let output = Command::new("cargo")
         .args(["metadata", "--no-deps", "--offline", "--format-version=1"])
         .current_dir(workspace())
         .output()?;
     ensure!(output.status.success(), "{output:?}");
-    let metadata: Value = serde_json::from_slice(&output.stdout)?;
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+/// The short name of a package.
+pub(crate) fn package_name(package: &Value) -> String {
+    let name = package["name"].as_str().unwrap_or_default();
+    name.strip_prefix(PUBLISHED_AS).unwrap_or(name).to_owned()
+}
+
+/// Dependencies of each crate of the workspace, without dev-dependencies.
+fn dependencies() -> Result<BTreeMap<String, BTreeSet<String>>> {
+    let metadata = metadata()?;
     let packages = metadata["packages"].as_array().context("packages")?;
-    let name = |it: &Value| {
-        let name = it["name"].as_str().unwrap_or_default();
-        name.strip_prefix(PUBLISHED_AS).unwrap_or(name).to_owned()
-    };
     let uses = |package: &Value| {
         let all = package["dependencies"].as_array();
         let all = all.into_iter().flatten();
-        all.filter(|it| it["kind"].is_null()).map(name).collect()
+        all.filter(|it| it["kind"].is_null())
+            .map(package_name)
+            .collect()
     };
-    Ok(packages.iter().map(|it| (name(it), uses(it))).collect())
+    Ok(packages
+        .iter()
+        .map(|it| (package_name(it), uses(it)))
+        .collect())
 }
 
 #[test]

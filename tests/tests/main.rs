@@ -9,6 +9,7 @@ mod crate_borders;
 mod generated_clients;
 mod host_view;
 mod hotplug;
+mod import_circles;
 mod jail;
 mod landlock;
 mod migration;
