@@ -265,7 +265,8 @@ fn memfd(bytes: u64, flags: libc::c_uint) -> Result<Source, ZoneError> {
     if !bytes.is_multiple_of(page_bytes) {
         return Err(ZoneError::NotPageMultiple { bytes, page_bytes });
     }
-    file.set_len(bytes).map_err(host("ftruncate"))?;
+    file.set_len(bytes)
+        .map_err(|source| ZoneError::of_size(bytes, source))?;
     // SAFETY: the command takes an integer.
     if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, MEMFD_SEALS) } != 0 {
         return Err(host("fcntl(F_ADD_SEALS)")(io::Error::last_os_error()));

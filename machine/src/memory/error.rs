@@ -159,6 +159,16 @@ pub enum ZoneError {
         #[source]
         source: io::Error,
     },
+    /// A memory file would be larger than the process may make files.
+    #[error(
+        "a memory file of {bytes} bytes exceeds the limit of file sizes of this process (RLIMIT_FSIZE, ulimit -f)"
+    )]
+    FileSizeLimit {
+        /// The amount of memory.
+        bytes: u64,
+        #[source]
+        source: io::Error,
+    },
     /// A system call failed.
     #[error("{operation} for {bytes} bytes of guest RAM failed")]
     Host {
@@ -177,4 +187,18 @@ pub enum ZoneError {
         #[source]
         source: vm_memory::mmap::MmapRegionError,
     },
+}
+
+impl ZoneError {
+    /// A memory file cannot get its size.
+    pub(super) fn of_size(bytes: u64, source: io::Error) -> Self {
+        match source.kind() {
+            io::ErrorKind::FileTooLarge => Self::FileSizeLimit { bytes, source },
+            _ => Self::Host {
+                operation: "ftruncate",
+                bytes,
+                source,
+            },
+        }
+    }
 }

@@ -87,11 +87,8 @@ impl ZoneFile {
             return Err(ZoneError::NotPageMultiple { bytes, page_bytes });
         }
         let file = nameless_file(&self.path).map_err(|source| self.open_error(source))?;
-        file.set_len(bytes).map_err(|source| ZoneError::Host {
-            operation: "ftruncate",
-            bytes,
-            source,
-        })?;
+        file.set_len(bytes)
+            .map_err(|source| ZoneError::of_size(bytes, source))?;
         Ok((Some(file), true))
     }
 

@@ -264,6 +264,73 @@ fn program_ends_on_signals_and_requests_and_takes_its_socket_away() {
     }
 }
 
+/// The earliest moment is when the process no longer dies of the signal.
+#[test]
+fn program_that_is_still_starting_ends_cleanly_on_a_signal() {
+    const TERM_BIT: u64 = 1 << (15 - 1);
+    for arguments in ["", "--kernel /bin/true --console off --serial off"] {
+        let dir = tempfile::tempdir().unwrap();
+        let child = program()
+            .args(arguments.split_whitespace())
+            .arg("--api-socket")
+            .arg(dir.path().join("s"))
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let vmm = Vmm { child, dir };
+        let status = format!("/proc/{}/status", vmm.child.id());
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let text = std::fs::read_to_string(&status).unwrap();
+            let masks = text.lines().filter_map(|line| {
+                let (name, mask) = line.split_once(':')?;
+                let is_mask = matches!(name, "SigBlk" | "SigCgt");
+                u64::from_str_radix(mask.trim(), 16)
+                    .ok()
+                    .filter(|_| is_mask)
+            });
+            if masks.fold(0, |all, mask| all | mask) & TERM_BIT != 0 {
+                break;
+            }
+            assert!(Instant::now() < deadline, "{text}");
+            std::hint::spin_loop();
+        }
+        vmm.signal("-TERM");
+        let (status, text, left) = vmm.wait();
+        // A kernel that cannot boot may be noticed first.
+        let failed = status == Some(1) && text.contains("could not boot");
+        assert!(
+            status == Some(0) || (failed && !arguments.is_empty()),
+            "{status:?}: {text}"
+        );
+        assert!(left.is_empty(), "{left:?}");
+    }
+}
+
+#[test]
+fn program_under_a_file_size_limit_names_it_if_ram_is_a_file() {
+    if let Err(error) = std::fs::File::open("/dev/kvm") {
+        test_skip::skip(format!("no /dev/kvm: {error}"));
+        return;
+    }
+    for memory in ["size=1G,shared=on", "size=0"] {
+        let zone = "--memory-zone id=a,size=1G,file=/tmp,shared=on";
+        let zone = if memory == "size=0" { zone } else { "" };
+        let line = format!(
+            "ulimit -f 262144; exec {} --kernel /bin/true --console off --memory {memory} {zone}",
+            env!("CARGO_BIN_EXE_cloud-hypervisor")
+        );
+        let output = Command::new("sh").args(["-c", &line]).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let text = stderr(&output);
+        assert!(
+            text.contains("1073741824 bytes exceeds the limit of file sizes"),
+            "{text}"
+        );
+    }
+}
+
 #[test]
 fn program_socket_in_use_is_refused_and_stays_in_use() {
     let vmm = Vmm::start(&[]);
