@@ -7,7 +7,7 @@
 //!   job        a request as a sequence of I/O operations
 //!   flights    jobs in the I/O engine, bounded in number and cost
 //!   engine     io_uring, or system calls on the worker thread
-//!   image      opening, locking, sizes        format   signatures
+//!   image      sizes, format    image_file   opening, locking    format   signatures
 //!   container  qcow2 images and what they refer to
 //!   resize     a new size, from the VMM
 //!   config_space   what the guest reads       counters the disk's counters
@@ -27,6 +27,7 @@ mod engine;
 mod flights;
 mod format;
 mod image;
+mod image_file;
 mod job;
 mod queue;
 mod request;

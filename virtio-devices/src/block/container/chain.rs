@@ -4,10 +4,10 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use super::ContainerError;
+use super::error::ContainerError;
 use super::qcow2::Header;
 use crate::block::BlockError;
-use crate::block::image::{file_bytes, signature};
+use crate::block::image_file::{file_bytes, signature};
 use crate::block::{ImageFormat, format};
 
 /// Maximum number of files of one disk. Each costs memory, and a chain may lead back to its own beginning.

@@ -8,6 +8,7 @@
 // the lock that no other operation uses the image meanwhile.
 
 mod chain;
+mod error;
 mod layer_file;
 mod qcow2;
 mod vhd;
@@ -30,65 +31,12 @@ use imago::{
 
 use super::engine::{IoOperation, zeroes};
 use super::format::ImageFormat;
-use super::image::{lock, open_file};
+use super::image_file::{is_disk, lock, open_file};
 use super::{BlockError, BlockParams};
 use crate::Unpoisoned;
+pub use error::{ContainerError, Qcow2Error, VhdError};
 use layer_file::LayerFile;
-pub use qcow2::Qcow2Error;
-pub use vhd::VhdError;
 pub(super) use vhd::fixed_disk_bytes;
-
-/// Reasons why an image that is no raw one is rejected.
-#[derive(Debug, thiserror::Error)]
-pub enum ContainerError {
-    /// The signature is another one than that of the configured format.
-    #[error("the file is not a {0} image")]
-    OtherFormat(ImageFormat),
-    /// The format is known, but cannot be read.
-    #[error("{0} images are not supported; convert it with \"qemu-img convert -O qcow2\"")]
-    Unsupported(ImageFormat),
-    /// A block device, for example.
-    #[error("only regular files can be images of this format")]
-    NotAFile,
-    /// The qcow2 header is rejected.
-    #[error(transparent)]
-    Qcow2(#[from] Qcow2Error),
-    /// The VHD footer is rejected.
-    #[error(transparent)]
-    Vhd(#[from] VhdError),
-    /// The image refers to another one.
-    #[error("the image refers to {}; to allow that, set backing_files=on", .0.display())]
-    BackingNotAllowed(PathBuf),
-    /// Guessing the format would let the guest of a raw backing file choose it.
-    #[error(
-        "the image does not state the format of its backing file {}; set it with \"qemu-img rebase -u -F FORMAT\"",
-        .0.display()
-    )]
-    BackingFormatMissing(PathBuf),
-    /// A backing file that is neither raw nor qcow2.
-    #[error("the backing file {} has the format {format:?}; only raw and qcow2 are supported", path.display())]
-    BackingFormat {
-        /// The backing file.
-        path: PathBuf,
-        /// Its format, as the image states it.
-        format: String,
-    },
-    /// Too many backing files, or a circle.
-    #[error("more than {max} images refer to one another")]
-    ChainTooLong {
-        /// The limit.
-        max: usize,
-    },
-    /// Clusters are too large for so many files.
-    #[error("the tables of this image and those that refer to it need more than {max_mib} MiB")]
-    Memory {
-        /// The limit in MiB.
-        max_mib: u64,
-    },
-    /// imago rejected the image.
-    #[error("the image cannot be used")]
-    Imago(#[source] io::Error),
-}
 
 /// The content of an image, wherever it is.
 type Access = FormatAccess<Arc<dyn DynStorage>>;
@@ -286,7 +234,7 @@ fn open_backing(
         readonly: true,
         ..params.clone()
     };
-    if std::fs::metadata(path).is_ok_and(|stat| !super::image::is_disk(&stat)) {
+    if std::fs::metadata(path).is_ok_and(|stat| !is_disk(&stat)) {
         return Err(BlockError::NotADisk { path: params.path });
     }
     let file = open_file(&params)?;

@@ -9,8 +9,9 @@ use std::ops::Range;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
+use super::error::Qcow2Error;
 use crate::block::SECTOR_BYTES;
-use crate::block::image::read_up_to;
+use crate::block::image_file::read_up_to;
 
 /// Bytes of the header of version 2, and the least of version 3.
 const V2_BYTES: usize = 72;
@@ -43,77 +44,6 @@ const FEATURES: [(u32, Qcow2Error); 5] = [
     (3, Qcow2Error::Compression),
     (4, Qcow2Error::Feature("extended L2 entries")),
 ];
-
-/// Reasons why a qcow2 image is rejected.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Qcow2Error {
-    /// Neither version 2 nor 3.
-    #[error("qcow2 version {0} is not supported (only 2 and 3 are)")]
-    Version(u32),
-    /// Encrypted.
-    #[error("encrypted qcow2 images are not supported")]
-    Encrypted,
-    /// Not closed cleanly.
-    #[error(
-        "the image was not closed cleanly (dirty bit); repair it with \"qemu-img check -r all\""
-    )]
-    Dirty,
-    /// Known to be damaged.
-    #[error("the image is marked as corrupt; repair it with \"qemu-img check -r all\"")]
-    Corrupt,
-    /// Compressed by another method than zlib.
-    #[error(
-        "the image has clusters compressed with zstd, which is not supported; convert it with \"qemu-img convert -O qcow2\""
-    )]
-    Compression,
-    /// Another incompatible feature.
-    #[error(
-        "the image uses {0}, which is not supported; convert it with \"qemu-img convert -O qcow2\""
-    )]
-    Feature(&'static str),
-    /// An incompatible feature without a name.
-    #[error("the image has the unknown incompatible feature {0}")]
-    UnknownFeature(u32),
-    /// A field has an impossible value.
-    #[error("the header is damaged: {field} is {value}")]
-    Field {
-        /// The field's name.
-        field: &'static str,
-        /// Its value.
-        value: u64,
-    },
-    /// A table is larger than supported.
-    #[error("{table} of {bytes} bytes is larger than supported ({max} bytes)")]
-    TableTooLarge {
-        /// The table.
-        table: &'static str,
-        /// Its size.
-        bytes: u64,
-        /// The limit.
-        max: u64,
-    },
-    /// A table is outside the file.
-    #[error("{table} ends at byte {end}, beyond the end of the file ({file_bytes} bytes)")]
-    Truncated {
-        /// The table.
-        table: &'static str,
-        /// Where it ends.
-        end: u64,
-        /// The file's size.
-        file_bytes: u64,
-    },
-    /// The first table does not cover the disk.
-    #[error("an L1 table of {entries} entries is too short for a disk of {size} bytes")]
-    L1TooShort {
-        /// Number of entries.
-        entries: u32,
-        /// Size of the disk.
-        size: u64,
-    },
-    /// The extensions of the header are damaged.
-    #[error("the header's extensions are damaged")]
-    Extensions,
-}
 
 /// A reference to another image.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,30 +1,10 @@
 //! The footer of a fixed VHD: the file is the disk, followed by one sector that describes it.
 
+use super::error::VhdError;
 use crate::block::SECTOR_BYTES;
 
 const CHECKSUM: std::ops::Range<usize> = 64..68;
 const FIXED: u32 = 2;
-
-/// Reasons why a VHD is rejected.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum VhdError {
-    /// Dynamic or differencing.
-    #[error(
-        "only fixed VHDs are supported; convert it with \"qemu-img convert -O vpc -o subformat=fixed\""
-    )]
-    NotFixed,
-    /// Checksum or signature are wrong.
-    #[error("the footer of the VHD is damaged")]
-    Damaged,
-    /// The size in the footer is not that of the file.
-    #[error("the footer states a disk of {stated} bytes, but the file has room for {actual}")]
-    Size {
-        /// In the footer.
-        stated: u64,
-        /// The file without the footer.
-        actual: u64,
-    },
-}
 
 /// Size of the disk in a file of `file_bytes` that ends with `footer`.
 pub(in crate::block) fn fixed_disk_bytes(footer: &[u8], file_bytes: u64) -> Result<u64, VhdError> {

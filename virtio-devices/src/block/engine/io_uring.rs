@@ -23,8 +23,9 @@ use std::sync::Arc;
 use io_uring::register::Restriction;
 use io_uring::{IoUring, Probe, opcode, squeue, types};
 
-use super::calls::{Calls, PUNCH_HOLE, ZERO_RANGE, zeroes};
+use super::calls::{Calls, PUNCH_HOLE, ZERO_RANGE};
 use super::operation::{Completion, IoEngine, IoOperation};
+use super::zeroes::zeroes;
 use crate::block::image::Image;
 
 /// The operations that the ring must support. All others are forbidden.

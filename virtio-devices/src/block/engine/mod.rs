@@ -6,6 +6,7 @@ mod calls;
 mod io_uring;
 mod operation;
 mod sync;
+mod zeroes;
 
 use std::io;
 use std::sync::Arc;
@@ -15,8 +16,8 @@ use super::image::Image;
 use io_uring::IoUringEngine;
 use sync::SyncEngine;
 
-pub(super) use calls::{ZERO_BUFFER_BYTES, zeroes};
 pub(super) use operation::{Completion, IoEngine, IoOperation};
+pub(super) use zeroes::{ZERO_BUFFER_BYTES, zeroes};
 
 /// Creates the engine for one queue of `depth` requests.
 ///
