@@ -157,7 +157,7 @@ impl Chaos {
                 ended.code() == Some(1) && !log.contains("panicked"),
                 "{ended}: {log}"
             );
-            assert!(log.contains("host cannot be read"), "{log}");
+            assert!(log.contains("Cannot read the state of the host"), "{log}");
             self.child = None;
             self.back = Instant::now() + Duration::from_millis(500);
         }
