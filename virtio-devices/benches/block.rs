@@ -1,4 +1,5 @@
-//! Compares the two I/O engines of the disk on a real file, from the ring and back to it.
+//! Compares the two I/O engines of the disk on a real file, from the ring and back to it, and a qcow2 image with the same
+//! content if `qemu-img` is installed.
 //!
 //! Reports requests and bytes per second for each workload and engine, and the processor time of the whole process per
 //! request (kernel included; the mock driver's part is the same for both). The file is created in the current
@@ -10,6 +11,7 @@
 
 use std::io::{Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use tempfile::NamedTempFile;
@@ -75,17 +77,26 @@ struct Bench {
     next: u64,
 }
 
+/// An image, and how it is served.
+#[derive(Clone, Copy)]
+struct Subject<'a> {
+    name: &'a str,
+    file: &'a NamedTempFile,
+    format: ImageFormat,
+    engine: EngineChoice,
+}
+
 impl Bench {
-    fn new(file: &NamedTempFile, engine: EngineChoice, direct: bool) -> Self {
+    fn new(subject: Subject<'_>, direct: bool) -> Self {
         let mut block = Block::new(BlockParams {
             id: "bench".into(),
-            path: file.path().into(),
+            path: subject.file.path().into(),
             direct,
             num_queues: 1,
             queue_size: QUEUE_SIZE,
             sparse: true,
-            format: Some(ImageFormat::Raw),
-            engine,
+            format: Some(subject.format),
+            engine: subject.engine,
             ..BlockParams::default()
         })
         .expect("the file can be opened that way");
@@ -214,11 +225,11 @@ impl Cache {
     }
 }
 
-fn measure(file: &NamedTempFile, engine: EngineChoice, cache: Cache, workload: Workload) -> u64 {
+fn measure(subject: Subject<'_>, cache: Cache, workload: Workload) -> u64 {
     let mut figures: Vec<(u64, f64)> = (0..RUNS)
         .map(|_| {
-            cache.prepare(file);
-            let mut bench = Bench::new(file, engine, cache == Cache::Direct);
+            cache.prepare(subject.file);
+            let mut bench = Bench::new(subject, cache == Cache::Direct);
             let (done, wall, cpu) = bench.run(workload);
             let per_second = done as f64 / wall.as_secs_f64();
             (per_second as u64, cpu.as_secs_f64() * 1e6 / done as f64)
@@ -230,12 +241,28 @@ fn measure(file: &NamedTempFile, engine: EngineChoice, cache: Cache, workload: W
         "{:30} {:9} {:8} {:>9} req/s {:>7} MB/s {:>8.1} us cpu/req",
         workload.name,
         format!("{cache:?}"),
-        format!("{engine:?}"),
+        subject.name,
         per_second,
         per_second * u64::from(workload.bytes) / 1_000_000,
         cpu_us
     );
     per_second
+}
+
+/// A fully allocated qcow2 image with this content. `None` without `qemu-img`.
+fn qcow2_of(file: &NamedTempFile) -> Option<NamedTempFile> {
+    let folder = file.path().parent().expect("a file is in a folder");
+    let image = NamedTempFile::new_in(folder).expect("the directory is writable");
+    let made = Command::new("qemu-img")
+        .args(["convert", "-f", "raw", "-O", "qcow2"])
+        .args([file.path(), image.path()])
+        .status();
+    if let Err(error) = made {
+        println!("no qcow2 image: qemu-img: {error}");
+        return None;
+    }
+    image.as_file().sync_all().expect("the disk works");
+    Some(image)
 }
 
 fn main() {
@@ -250,11 +277,33 @@ fn main() {
         file.write_all(&chunk).expect("the disk has room");
     }
     file.as_file().sync_all().expect("the disk works");
+    let qcow2 = qcow2_of(&file);
+    let raw = |name, engine| Subject {
+        name,
+        file: &file,
+        format: ImageFormat::Raw,
+        engine,
+    };
     for cache in [Cache::Hot, Cache::Cold, Cache::Direct] {
         for workload in WORKLOADS {
-            let [sync, ring] = [EngineChoice::Sync, EngineChoice::IoUring]
-                .map(|engine| measure(&file, engine, cache, workload));
+            let sync = measure(raw("Sync", EngineChoice::Sync), cache, workload);
+            let ring = measure(raw("IoUring", EngineChoice::IoUring), cache, workload);
             println!("{:>40} {:.2}", "IoUring / Sync", ring as f64 / sync as f64);
+            let Some(file) = &qcow2 else {
+                continue;
+            };
+            let subject = Subject {
+                name: "qcow2",
+                file,
+                format: ImageFormat::Qcow2,
+                engine: EngineChoice::Auto,
+            };
+            let qcow2 = measure(subject, cache, workload);
+            println!(
+                "{:>40} {:.2}",
+                "qcow2 / IoUring",
+                qcow2 as f64 / ring as f64
+            );
         }
     }
 }
