@@ -23,11 +23,15 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::debian::reporting_gives_back;
+use crate::pmem::root_image;
 use crate::shared_folder::Virtiofsd;
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
         kata_go_boots_grows_and_gets_a_disk,
+        kata_rust_boots_and_gets_its_devices_later,
+        hypeman_boots_and_grows_by_virtio_mem,
+        kuasar_boots_from_persistent_memory,
         libvirt_boots_with_events_in_a_fifo,
         microvm_nix_boots_from_its_command_line,
         cocoon_boots_with_a_balloon_of_a_quarter,
@@ -260,7 +264,18 @@ impl Booted {
         self.guest.shell("umount /mnt").map(drop)
     }
 
-    /// Memory goes back through the adopter's balloon.
+    /// For an adopter without a balloon.
+    fn add_balloon(&mut self) -> Result<()> {
+        let balloon = json!({"size": 0, "free_page_reporting": true});
+        put(&self.guest, "vm.add-balloon", &balloon)?;
+        wait_for("the first report", GUEST_DEADLINE, || {
+            let stats = self.guest.vmm.get("vm.reclaim-stats")?;
+            let reported = stats["report"]["discarded_bytes"].as_u64();
+            Ok((reported > Some(0)).then_some(()))
+        })
+    }
+
+    /// Memory goes back through the balloon.
     fn reclaim_and_end(mut self) -> Result<Outcome> {
         reporting_gives_back(&mut self.guest)?;
         self.end()
@@ -360,6 +375,145 @@ fn kata_go_boots_grows_and_gets_a_disk() -> Result<Outcome> {
     guest.command("disk-verify /dev/vdb 8M 7")?;
     put(guest, "vm.remove-device", &json!({"id": id}))?;
     booted.check_shared_folder("kataShared")?;
+    booted.reclaim_and_end()
+}
+
+/// Adds the devices of this runtime one after the other; all of them have an answer of the same form.
+fn kata_rust_boots_and_gets_its_devices_later() -> Result<Outcome> {
+    let adopter = Adopter {
+        conversation: include_str!("../../../adopters/kata-rust"),
+        agent: Agent::Terminal,
+        files: &[("image.img", 16), ("data.img", 16)],
+        shared_folder: Some("virtiofsd.sock"),
+    };
+    let tap = open_tap("vm-katars")?;
+    let handed = tap.try_clone()?;
+    let mut booted = adopter.boot_in(tempfile::tempdir()?, Some(tap), |vmm, request| {
+        if request.endpoint == "vm.create" {
+            add_net(vmm, &handed)?;
+        }
+        Ok(())
+    })?;
+    let folder = booted.place.path().to_owned();
+    let guest = &mut booted.guest;
+    let config = guest.vmm.get("vm.info")?["config"].clone();
+    ensure!(
+        config["cpus"]["max_phys_bits"] == 46 && config["disks"][0]["num_queues"] == 1,
+        "{config:#}"
+    );
+    let address = guest.shell("cat /sys/class/net/eth0/address")?;
+    ensure!(address.contains("02:00:00:00:00:07"), "{address}");
+
+    let resize = json!({"desired_vcpus": null, "desired_ram": 2304 * MIB, "desired_balloon": null});
+    let before = guest.memory_bytes("total")?;
+    put(guest, "vm.resize", &resize)?;
+    wait_for("more memory in the guest", GUEST_DEADLINE, || {
+        let total = guest.memory_bytes("total")?;
+        Ok((total > before + 200 * MIB).then_some(()))
+    })?;
+
+    let disk = json!({"path": folder.join("data.img"), "readonly": false, "direct": false, "image_type": "Raw"});
+    let (id, _) = slot_of(&put(guest, "vm.add-disk", &disk)?)?;
+    guest.shell("for i in $(seq 600); do [ -b /dev/vdb ] && exit; sleep 0.1; done; exit 1")?;
+    guest.command("disk-fill /dev/vdb 8M 7")?;
+    guest.command("disk-verify /dev/vdb 8M 7")?;
+    put(guest, "vm.remove-device", &json!({"id": id}))?;
+
+    let vsock = json!({"cid": 3, "socket": folder.join("ch-vm.sock"), "iommu": false, "id": null, "pci_segment": 0});
+    slot_of(&put(guest, "vm.add-vsock", &vsock)?)?;
+    guest.shell(&format!(
+        "for i in $(seq 600); do [ -e /sys/bus/virtio/drivers/vmw_vsock_virtio_transport/virtio* ] && break; \
+         sleep 0.1; done; {} > /dev/null 2>&1 < /dev/null &",
+        Agent::Vsock("").script()
+    ))?;
+    let agent = wait_for("agent in the guest", GUEST_DEADLINE, || {
+        connect(&folder.join("ch-vm.sock"))
+    })?;
+    let mut agent = Serial::over(OwnedFd::from(agent).into());
+    agent.send("ping")?;
+    agent.expect_answer("ping", GUEST_DEADLINE)?;
+    drop(agent);
+
+    if booted.virtiofsd.is_some() {
+        let fs = json!({
+            "tag": "kataShared", "socket": folder.join("virtiofsd.sock"), "num_queues": 1, "queue_size": 1024,
+        });
+        slot_of(&put(&booted.guest, "vm.add-fs", &fs)?)?;
+    }
+    booted.check_shared_folder("kataShared")?;
+    booted.reclaim_and_end()
+}
+
+/// As its helper: the size is settled once three readings in a row are equal.
+fn settled_size(guest: &Guest) -> Result<u64> {
+    let mut readings = (0, 0);
+    wait_for("memory_actual_size to settle", GUEST_DEADLINE, || {
+        let info = guest.vmm.get("vm.info")?;
+        let size = info["memory_actual_size"].as_u64().context("no size")?;
+        let count = if readings.0 == size {
+            readings.1 + 1
+        } else {
+            1
+        };
+        readings = (size, count);
+        Ok((size == 4096 * MIB && count == 3).then_some(size))
+    })
+}
+
+fn hypeman_boots_and_grows_by_virtio_mem() -> Result<Outcome> {
+    let adopter = Adopter {
+        conversation: include_str!("../../../adopters/hypeman"),
+        agent: Agent::Vsock("vsock.sock"),
+        files: &[("rootfs", 16), ("overlay.raw", 16), ("config", 1)],
+        shared_folder: None,
+    };
+    let mut booted = adopter.boot(None)?;
+    let guest = &mut booted.guest;
+    ensure!(settled_size(guest)? == 4096 * MIB);
+    wait_for("the memory in the guest", GUEST_DEADLINE, || {
+        let total = guest.memory_bytes("total")?;
+        Ok((total > 3840 * MIB).then_some(()))
+    })?;
+    // To the first sector as well, without an image_type.
+    guest.command("disk-fill /dev/vdb 8M 3")?;
+    guest.command("disk-verify /dev/vdb 8M 3")?;
+    let text = guest.shell("cat /sys/block/vda/ro /sys/class/net/eth0/address")?;
+    ensure!(text.contains("02:00:00:00:00:09"), "{text}");
+    booted.add_balloon()?;
+    booted.reclaim_and_end()
+}
+
+fn kuasar_boots_from_persistent_memory() -> Result<Outcome> {
+    let place = tempfile::tempdir()?;
+    let initramfs = paths::guest_initramfs(&paths::guest("vmlinux")?)?;
+    if root_image(place.path(), &initramfs)?.is_none() {
+        let reason = "busybox or mke2fs is not installed";
+        return Ok(Outcome::Skipped(reason.to_owned()));
+    }
+    let adopter = Adopter {
+        conversation: include_str!("../../../adopters/kuasar"),
+        agent: Agent::Vsock("task.vsock"),
+        files: &[("layer.img", 16), ("blk.img", 16)],
+        shared_folder: Some("virtiofs.sock"),
+    };
+    let tap = open_tap("vm-kuasar")?;
+    let mut booted = adopter.boot_in(place, Some(tap), |_, _| Ok(()))?;
+    let path = booted.place.path().join("blk.img");
+    let guest = &mut booted.guest;
+    let text = guest.shell("cat /proc/mounts /sys/class/net/eth0/address /sys/block/vda/ro")?;
+    for wanted in ["/dev/root / ext4 ro", "02:00:00:00:00:0a"] {
+        ensure!(text.contains(wanted), "no {wanted}: {text}");
+    }
+    let disk = json!({
+        "path": path, "readonly": false, "direct": true, "vhost_user": false, "vhost_socket": null, "id": "blk1",
+    });
+    let (id, _) = slot_of(&put(guest, "vm.add-disk", &disk)?)?;
+    guest.shell("for i in $(seq 600); do [ -b /dev/vdb ] && exit; sleep 0.1; done; exit 1")?;
+    guest.command("disk-fill /dev/vdb 8M 7")?;
+    guest.command("disk-verify /dev/vdb 8M 7")?;
+    put(guest, "vm.remove-device", &json!({"id": id}))?;
+    booted.check_shared_folder("kuasar")?;
+    booted.add_balloon()?;
     booted.reclaim_and_end()
 }
 

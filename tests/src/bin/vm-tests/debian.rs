@@ -135,7 +135,8 @@ pub(crate) fn reporting_gives_back(guest: &mut Guest) -> Result<(u64, u64)> {
         let resident = figure(guest, "/resident_bytes")?;
         Ok((resident + TOUCHED_BYTES * 3 / 4 < touched).then_some(resident))
     });
-    let resident = told(guest, resident)?;
+    let resident =
+        told(guest, resident).with_context(|| format!("{} MiB were resident", touched / MIB))?;
     no_discard_failed(guest)?;
     Ok((touched, resident))
 }

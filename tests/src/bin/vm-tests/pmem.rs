@@ -107,7 +107,7 @@ fn pmem_survives_a_killed_vmm_is_not_discarded_and_goes() -> Result<Outcome> {
 }
 
 /// The guest's initramfs as an ext4 image. `None` if a tool is missing.
-fn root_image(folder: &Path, initramfs: &Path) -> Result<Option<PathBuf>> {
+pub(crate) fn root_image(folder: &Path, initramfs: &Path) -> Result<Option<PathBuf>> {
     let root = folder.join("root");
     fs::create_dir(&root)?;
     for tool in ["busybox", "mke2fs"] {
@@ -127,7 +127,7 @@ fn root_image(folder: &Path, initramfs: &Path) -> Result<Option<PathBuf>> {
         .current_dir(&root)
         .status()?;
     ensure!(unpacked.success(), "the initramfs cannot be unpacked");
-    for mount in ["proc", "sys", "dev", "tmp"] {
+    for mount in ["proc", "sys", "dev", "tmp", "mnt"] {
         fs::create_dir_all(root.join(mount))?;
     }
     let image = folder.join("root.img");
