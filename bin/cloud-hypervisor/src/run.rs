@@ -127,7 +127,7 @@ pub(crate) fn run(arguments: &Arguments, start: Instant) -> Result<()> {
         drop(ended);
     } else {
         if plan.confined {
-            landlock::confine_main(socket.as_ref().and_then(ApiSocket::path))?;
+            landlock::confine_to_removal(socket.as_ref().and_then(ApiSocket::path))?;
         }
         seccomp.apply(ThreadKind::Main)?;
     }

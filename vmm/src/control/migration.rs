@@ -14,7 +14,7 @@ use super::lifecycle::Lifecycle;
 use super::thread::{ControlHandle, Job, queue_full};
 use crate::config;
 use crate::events::{EventKind, EventSink};
-use crate::landlock::Need;
+use crate::landlock::{self, LandlockError, Need};
 use crate::migration::{
     Address, Cancel, Convergence, Incoming, Limits, Listener, MigrationError, Outgoing,
     SendProgress, SendReport, SourceEnd, SourceOwner, TargetOwner, movable,
@@ -101,7 +101,8 @@ impl Lifecycle {
             progress: Arc::clone(&progress),
         };
         let mut steps = self.steps(Endpoint::VmSendMigration, control);
-        self.start_thread(move || outgoing.run(&mut steps))?;
+        // This thread has the confinement of the control thread.
+        self.start_thread(|| (), move || outgoing.run(&mut steps))?;
         self.migration = Some(Migration {
             cancel,
             is_committed: false,
@@ -148,12 +149,18 @@ impl Lifecycle {
         }
     }
 
-    fn start_thread(&self, run: impl FnOnce() + Send + 'static) -> Result<(), LifecycleError> {
+    /// `confine` is called first, without the filter of the thread.
+    fn start_thread(
+        &self,
+        confine: impl FnOnce() + Send + 'static,
+        run: impl FnOnce() + Send + 'static,
+    ) -> Result<(), LifecycleError> {
         let thread_start = Arc::clone(&self.context.thread_start);
         let started = std::thread::Builder::new()
             .name(MIGRATION_THREAD.to_owned())
             .stack_size(STACK_BYTES)
             .spawn(move || {
+                confine();
                 thread_start(ThreadKind::Migration);
                 run();
             });
@@ -292,7 +299,9 @@ impl Lifecycle {
             cancel: cancel.clone(),
         };
         let mut steps = self.steps(Endpoint::VmReceiveMigration, control);
-        self.start_thread(move || incoming.run(&mut steps))?;
+        let confined = cancel.clone();
+        let confine = move || confine_receiver(&address, &confined);
+        self.start_thread(confine, move || incoming.run(&mut steps))?;
         self.migration = Some(Migration {
             cancel,
             is_committed: false,
@@ -400,6 +409,21 @@ impl Lifecycle {
         self.config = None;
         self.forget_vm();
         stopped
+    }
+}
+
+/// Confines the thread that receives a VM, where the kernel can. If that fails, nothing is received.
+fn confine_receiver(address: &Address, cancel: &Cancel) {
+    match landlock::confine_to_removal(address.path()) {
+        Ok(()) => {}
+        // A configuration that requires Landlock is rejected.
+        Err(error @ LandlockError::Unavailable(_)) => {
+            log::info!("{}", api::error_line(&error));
+        }
+        Err(error) => {
+            log::error!("{}", api::error_line(&error));
+            cancel.set();
+        }
     }
 }
 

@@ -126,10 +126,11 @@ pub fn confine_observers(start: ThreadStart) -> Result<ThreadStart, LandlockErro
     }))
 }
 
-/// Confines the main thread, which from now on only removes the API socket at `socket` and its lock.
+/// Confines the calling thread, which from now on only removes the socket at `socket` and its lock: the main thread, and
+/// the thread that receives a migration. The latter reads what a peer sends, and starts before the configuration comes.
 ///
 /// # Errors
 /// The kernel has no Landlock, or the folder cannot be opened.
-pub fn confine_main(socket: Option<&Path>) -> Result<(), LandlockError> {
-    Rules::of_main(socket)?.enforce()
+pub fn confine_to_removal(socket: Option<&Path>) -> Result<(), LandlockError> {
+    Rules::of_removal(socket)?.enforce()
 }

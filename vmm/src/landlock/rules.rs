@@ -43,8 +43,8 @@ impl Rules {
         Ok(Self(vec![Rule::new(Path::new("/proc"), READ)?]))
     }
 
-    /// Rules for the main thread, which removes the API socket.
-    pub(super) fn of_main(socket: Option<&Path>) -> Result<Self, LandlockError> {
+    /// Rules for a thread that only removes `socket`.
+    pub(super) fn of_removal(socket: Option<&Path>) -> Result<Self, LandlockError> {
         let removes = AccessFs::RemoveFile.into();
         let rule = socket.map(|path| Rule::new(needs::folder(path), removes));
         Ok(Self(rule.transpose()?.into_iter().collect()))

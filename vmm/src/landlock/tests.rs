@@ -257,7 +257,7 @@ fn layers_of_equal_rules_count_once_and_others_up_to_the_kernels_limit() {
 }
 
 #[test]
-fn observers_and_main_thread_read_figures_and_remove_the_socket_alone() {
+fn observers_read_figures_and_others_remove_their_socket_alone() {
     let Some(files) = Files::new() else { return };
     let socket = files.path("sockets/api");
     fs::write(&socket, "").unwrap();
@@ -277,7 +277,7 @@ fn observers_and_main_thread_read_figures_and_remove_the_socket_alone() {
     });
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            confine_main(Some(&socket)).unwrap();
+            confine_to_removal(Some(&socket)).unwrap();
             fs::remove_file(&socket).unwrap();
             assert!(is_denied(fs::remove_file(files.path("kernel"))));
             assert!(is_denied(File::open("/proc/self/pagemap")));
