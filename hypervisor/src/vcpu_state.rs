@@ -186,6 +186,18 @@ impl State for VcpuState {
     const PART: Part = PART;
 }
 
+impl VcpuState {
+    /// Moves the time stamp counter by the ticks of `ns` nanoseconds, if its frequency is known.
+    pub fn move_tsc(&mut self, ns: i64) {
+        let khz = i128::from(self.tsc_khz.unwrap_or(0));
+        // Modulo 2^64, as the counter itself.
+        let ticks = (i128::from(ns) * khz / 1_000_000) as u64;
+        for msr in self.msrs.iter_mut().filter(|msr| msr.index == MSR_TSC) {
+            msr.data = msr.data.wrapping_add(ticks);
+        }
+    }
+}
+
 impl Vcpu {
     /// The guest-visible state of this vCPU, which must not run meanwhile. `msr_indices` come from
     /// [`crate::Kvm::msr_indices`].

@@ -73,12 +73,35 @@ fn vcpu_saved_in_mid_run_goes_on_in_another_machine_twice() {
     }
 }
 
+const MSR_TSC: u32 = 0x10;
+
 /// `state` without the fields that change with time.
 fn comparable(state: &VcpuState) -> VcpuState {
-    const MSR_TSC: u32 = 0x10;
     let mut state = state.clone();
     state.msrs.retain(|msr| msr.index != MSR_TSC);
     state
+}
+
+#[test]
+fn time_stamp_counter_moves_by_its_frequency() {
+    let Some(kvm) = kvm() else { return };
+    let mut guest = guest(&kvm, &COUNTER);
+    settle(&mut guest.vcpu);
+    let state = guest.vcpu.state(&kvm.msr_indices().expect("list"));
+    let mut state = state.expect("state");
+    let tsc = |state: &VcpuState| {
+        let mut msrs = state.msrs.iter();
+        msrs.find(|msr| msr.index == MSR_TSC).expect("TSC").data
+    };
+    let before = tsc(&state);
+    state.tsc_khz = Some(2_000_000);
+    state.move_tsc(1_000_000_000);
+    assert_eq!(tsc(&state), before.wrapping_add(2_000_000_000));
+    state.move_tsc(-1_000_000_500);
+    assert_eq!(tsc(&state), before.wrapping_sub(1000));
+    state.tsc_khz = None;
+    state.move_tsc(i64::MAX);
+    assert_eq!(tsc(&state), before.wrapping_sub(1000));
 }
 
 #[test]

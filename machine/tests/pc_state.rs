@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use api::config::{CpusConfig, MemoryConfig, PayloadConfig};
-use hypervisor::{Kvm, VcpuState};
+use hypervisor::{ClockState, Kvm, VcpuState};
 use machine::boot::PayloadFiles;
 use machine::cpu::{VcpusState, guest_phys_bits};
 use machine::legacy::{GED_GENERATION, GedState};
@@ -200,6 +200,87 @@ fn guest_saved_at_work_finishes_in_another_pc() {
     let all = [written, std::fs::read(&outputs[1]).unwrap()].concat();
     let counted: Vec<u8> = (1..=LAST).map(|count| count as u8).collect();
     assert_eq!(all, counted, "nothing lost, nothing twice");
+}
+
+const MSR_TSC: u32 = 0x10;
+
+/// The clock and the first time stamp counter of a state, and the counter's frequency.
+fn times(state: &PcState) -> (ClockState, u64, u64) {
+    let vcpus: VcpusState = state.vcpus.read().unwrap();
+    let vcpu: VcpuState = vcpus.vcpus[0].state.read().unwrap();
+    let tsc = vcpu.msrs.iter().find(|msr| msr.index == MSR_TSC).unwrap();
+    let khz = u64::from(vcpu.tsc_khz.unwrap_or(0));
+    (vcpus.clock.read().unwrap(), tsc.data, khz)
+}
+
+/// Whether this host lets guests have another time stamp counter than its own. Some nested hosts do not.
+fn sets_tsc(kvm: &Kvm) -> bool {
+    const FAR: u64 = 1 << 50;
+    let vcpu = kvm.create_vm().unwrap().create_vcpu(0).unwrap();
+    let read = || vcpu.msrs(&[MSR_TSC]).unwrap()[0];
+    let mut tsc = read();
+    tsc.data += FAR;
+    vcpu.set_msrs(&[tsc]).unwrap();
+    read().data >= tsc.data
+}
+
+/// `state` as if it had been saved `ns` earlier, or by a version that did not know when.
+fn saved_earlier(state: &PcState, ns: Option<u64>) -> PcState {
+    let mut vcpus: VcpusState = state.vcpus.read().unwrap();
+    let mut clock: ClockState = vcpus.clock.read().unwrap();
+    clock.realtime_ns = ns.map(|ns| clock.realtime_ns.unwrap() - ns);
+    vcpus.clock = Saved::of(&clock);
+    PcState {
+        vcpus: Saved::of(&vcpus),
+        ..state.clone()
+    }
+}
+
+#[test]
+fn time_passes_for_a_guest_between_its_save_and_its_restore_but_not_during_a_pause() {
+    const HOUR_NS: u64 = 3_600_000_000_000;
+    // Longer than this test takes.
+    const SLACK_NS: u64 = HOUR_NS / 2;
+    let Some(rig) = Rig::new() else {
+        return;
+    };
+    let outputs = ["first", "second"].map(|name| rig.folder.path().join(name));
+    let mut first = rig.booted(&outputs[0]);
+    wait_for_bytes(&outputs[0], 50);
+    first.pause().unwrap();
+    let state = first.state().unwrap();
+    let (clock, tsc, khz) = times(&state);
+    // Once more: the counter is that of the pause, and not of the save.
+    let (same, tsc_again, _) = times(&first.state().unwrap());
+    assert_eq!(same, clock);
+    assert!(tsc_again.abs_diff(tsc) <= SLACK_NS / 1_000_000 * khz);
+
+    let now_of = |state: &PcState| {
+        let memory = rig.memory();
+        copy(first.memory(), &memory);
+        let mut pc = rig.pc(memory, &outputs[1]);
+        pc.plug_restored(rng("_rng", 0, None), state).unwrap();
+        pc.plug_restored(rng("_other", 1, None), state).unwrap();
+        pc.restore_pvpanic(state).unwrap();
+        pc.restore(state, true).unwrap();
+        pc.resume().unwrap();
+        pc.pause().unwrap();
+        times(&pc.state().unwrap())
+    };
+    let (later, later_tsc, _) = now_of(&saved_earlier(&state, Some(HOUR_NS)));
+    let passed = later.clock_ns - clock.clock_ns;
+    assert!((HOUR_NS..HOUR_NS + SLACK_NS).contains(&passed), "{passed}");
+    if khz > 0 && sets_tsc(&rig.kvm) {
+        let ticks = later_tsc - tsc;
+        let hour = HOUR_NS / 1_000_000 * khz;
+        assert!(
+            (hour..hour + hour / 2).contains(&ticks),
+            "{ticks} at {khz} kHz"
+        );
+    }
+    let (later, later_tsc, _) = now_of(&saved_earlier(&state, None));
+    assert!(later.clock_ns - clock.clock_ns < SLACK_NS);
+    assert!(later_tsc - tsc <= SLACK_NS / 1_000_000 * khz.max(1_000_000));
 }
 
 /// The guest's interrupt for events has arrived and is not taken yet.

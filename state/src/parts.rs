@@ -64,7 +64,7 @@ parts! {
     /// One vCPU.
     VCPU = "vcpu", 1..=1;
     /// The clock that all vCPUs of a machine share.
-    CLOCK = "clock", 1..=1;
+    CLOCK = "clock", 1..=2;
     /// All vCPUs of a machine.
     VCPUS = "vcpus", 1..=1;
     /// I/O APIC.

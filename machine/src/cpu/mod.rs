@@ -15,6 +15,7 @@ mod exception_path;
 mod gate;
 mod host;
 mod hotplug;
+mod paused_clock;
 mod registers;
 mod run;
 mod stall;

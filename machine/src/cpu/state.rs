@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::CpuError;
 use super::gate::Wanted;
+use super::paused_clock::PausedClock;
 use super::vcpus::{Vcpus, vcpu_error};
 
 const PART: Part = parts::VCPUS;
@@ -14,7 +15,7 @@ const PART: Part = parts::VCPUS;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VcpusState {
-    /// A `ClockState`: the guest's clock when it was paused.
+    /// A `ClockState`: the guest's clock when it was paused. The time stamp counters are of the same moment.
     pub clock: Saved,
     /// In the order of their index.
     pub vcpus: Vec<IndexedVcpuState>,
@@ -46,20 +47,23 @@ impl Vcpus {
             // An interrupt requested during the pause becomes part of the state.
             cell.deliver_nmi(&vcpu);
             let state = vcpu.state(&self.msr_indices);
-            let state = state.map_err(vcpu_error(cell.index, "save"))?;
+            let mut state = state.map_err(vcpu_error(cell.index, "save"))?;
+            // The counter runs on during the pause.
+            state.move_tsc(clock.time_since().saturating_neg());
             Ok(IndexedVcpuState {
                 apic_id: cell.apic_id,
                 state: Saved::of(&state),
             })
         });
         Ok(VcpusState {
-            clock: Saved::of(&ClockState::from(clock)),
+            clock: Saved::of(&clock.state),
             vcpus: vcpus.collect::<Result<_, CpuError>>()?,
         })
     }
 
     /// Replaces [`Vcpus::configure`] and [`Vcpus::start`]: sets the saved state and starts the threads. They are
-    /// parked; [`Vcpus::resume`] sets the clock and lets them continue.
+    /// parked; [`Vcpus::resume`] sets the clock and lets them continue. For the guest, the time since the state was saved
+    /// has passed: its time stamp counters have counted on, and its watchdog knows that it did not run.
     ///
     /// # Errors
     /// The state has another set of vCPUs, KVM rejects a register, or a thread cannot be started.
@@ -69,6 +73,10 @@ impl Vcpus {
         require(saved == own, PART, "vcpus", || {
             format!("are {saved}, the machine has {own}")
         })?;
+        let clock = PausedClock {
+            state: clock,
+            follows_real_time: true,
+        };
         for (cell, saved) in self.cells.iter().zip(&state.vcpus) {
             let (index, own) = (cell.index, cell.apic_id);
             require(saved.apic_id == own, PART, "vcpus", || {
@@ -77,9 +85,16 @@ impl Vcpus {
                     saved.apic_id
                 )
             })?;
-            cell.lock().restore(&saved.state.read::<VcpuState>()?)?;
+            let mut saved: VcpuState = saved.state.read()?;
+            saved.move_tsc(clock.time_since());
+            let vcpu = cell.lock();
+            vcpu.restore(&saved)?;
+            if self.kvmclock_ctrl {
+                let told = vcpu.kvmclock_ctrl();
+                told.map_err(|error| StateError::host(PART, error))?;
+            }
         }
-        self.paused_clock = Some(clock.into());
+        self.paused_clock = Some(clock);
         self.gate.set(Wanted::Paused);
         self.start_threads()
             .map_err(|error| StateError::host(PART, error))

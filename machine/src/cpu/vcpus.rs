@@ -16,6 +16,7 @@ use virtio_devices::worker::{HOST_CPUS_MAX, pin};
 use super::core_scheduling::CoreCookies;
 use super::cpuid::{CpuidOptions, GuestCpuid, guest_phys_bits};
 use super::gate::{Gate, Wanted};
+use super::paused_clock::PausedClock;
 use super::run::{VcpuCell, VcpusContext, vcpu_thread};
 use super::stall::{StallClock, StallWatch};
 use super::{CpuError, ExitCounters, Topology, registers};
@@ -42,9 +43,8 @@ pub struct Vcpus {
     threads: BTreeMap<u32, JoinHandle<()>>,
     context: VcpusContext,
     cores: Arc<CoreCookies>,
-    kvmclock_ctrl: bool,
-    /// The guest's clock when it was paused.
-    pub(super) paused_clock: Option<kvm_clock_data>,
+    pub(super) kvmclock_ctrl: bool,
+    pub(super) paused_clock: Option<PausedClock>,
     /// Host-dependent parts of a vCPU's state.
     pub(super) msr_indices: Vec<u32>,
     /// By the index of the vCPU, if memory may run out.
@@ -302,7 +302,7 @@ impl Vcpus {
     pub fn pause(&mut self) -> Result<(), CpuError> {
         let paused = self.pause_and_read_clock();
         match paused {
-            Ok(clock) => self.paused_clock = Some(clock),
+            Ok(clock) => self.paused_clock = Some(PausedClock::of_pause(clock)),
             Err(_) => self.gate.set(Wanted::Running),
         }
         paused.map(|_clock| ())
@@ -324,7 +324,7 @@ impl Vcpus {
         self.vm.clock().map_err(CpuError::Prepare)
     }
 
-    /// Resumes the vCPUs; the guest's clock continues at the time of the pause.
+    /// Resumes the vCPUs; the guest's clock continues at the time of the pause, or of the present after a restore.
     ///
     /// # Errors
     /// KVM rejected the clock; the vCPUs stay paused.
@@ -340,6 +340,7 @@ impl Vcpus {
     /// As [`Vcpus::resume`].
     pub fn resume_clock(&mut self) -> Result<(), CpuError> {
         if let Some(clock) = self.paused_clock {
+            let clock = clock.to_resume();
             self.vm.set_clock(&clock).map_err(CpuError::Prepare)?;
             self.paused_clock = None;
         }
