@@ -222,9 +222,9 @@ mod tests {
     #[test]
     fn section_without_a_type_is_kept_as_it_came_up_to_a_bound() {
         let came = json!([{"tag": "t", "deep": {"a": [1, -1, 0.5, null, true, "ß"]}}]);
-        let config = read(&format!("{{\"devices\":{came}}}")).unwrap();
-        assert_eq!(config.devices, Some(came));
-        assert_eq!(read("{\"devices\":null}").unwrap().devices, None);
+        let config = read(&format!("{{\"user_devices\":{came}}}")).unwrap();
+        assert_eq!(config.user_devices, Some(came));
+        assert_eq!(read("{\"user_devices\":null}").unwrap().user_devices, None);
         let members: Vec<String> = (0..SECTION_VALUES_MAX)
             .map(|key| format!("\"{key}\":1"))
             .collect();
@@ -232,7 +232,7 @@ mod tests {
             format!("[{}]", vec!["[]"; SECTION_VALUES_MAX].join(",")),
             format!("{{{}}}", members.join(",")),
         ] {
-            let error = read(&format!("{{\"devices\":{section}}}")).unwrap_err();
+            let error = read(&format!("{{\"user_devices\":{section}}}")).unwrap_err();
             assert!(error.contains("at most 1024 values"), "{error}");
         }
     }

@@ -157,6 +157,10 @@ endpoints! {
     VmAddGenericVhostUser = Upstream Put "vm.add-generic-vhost-user",
         request Some("GenericVhostUserConfig"), response Some("PciDeviceInfo"), command "add-generic-vhost-user",
         failure "The vhost-user device could not be added to the VM";
+    /// Add a device of the host to the VM.
+    VmAddDevice = Upstream Put "vm.add-device",
+        request Some("DeviceConfig"), response Some("PciDeviceInfo"), command "add-device",
+        failure "The device could not be added to the VM";
     /// Add persistent memory to the VM.
     VmAddPmem = Upstream Put "vm.add-pmem",
         request Some("PmemConfig"), response Some("PciDeviceInfo"), command "add-pmem",

@@ -6,10 +6,11 @@
 use kvm_bindings::{
     KVM_CAP_DISABLE_QUIRKS2, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API,
     KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
-    KVM_X86_QUIRK_SLOT_ZAP_ALL, KvmIrqRouting, kvm_clock_data, kvm_enable_cap,
-    kvm_irq_routing_entry, kvm_userspace_memory_region,
+    KVM_X86_QUIRK_SLOT_ZAP_ALL, KvmIrqRouting, kvm_clock_data, kvm_create_device,
+    kvm_device_type_KVM_DEV_TYPE_VFIO, kvm_enable_cap, kvm_irq_routing_entry,
+    kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, NoDatamatch, VmFd};
+use kvm_ioctls::{Cap, DeviceFd, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::{Error, Result, ioctl};
@@ -116,6 +117,20 @@ impl Vm {
             "KVM_ENABLE_CAP(KVM_CAP_DISABLE_QUIRKS2)",
         )?;
         Ok(true)
+    }
+
+    /// Creates the object through which KVM learns which groups of VFIO belong to the machine.
+    ///
+    /// # Errors
+    /// `KVM_CREATE_DEVICE` failed: the kernel has no VFIO.
+    pub fn create_vfio_device(&self) -> Result<DeviceFd> {
+        let mut device = kvm_create_device {
+            type_: kvm_device_type_KVM_DEV_TYPE_VFIO,
+            ..Default::default()
+        };
+        self.fd
+            .create_device(&mut device)
+            .map_err(ioctl("KVM_CREATE_DEVICE(KVM_DEV_TYPE_VFIO)"))
     }
 
     /// Creates the local APICs in the kernel and leaves an I/O APIC with `pins` pins to user space. Must come before

@@ -4,6 +4,7 @@
 //! reports through [`signals`], [`threads`] and [`events`].
 
 pub mod acpi;
+pub mod assigned;
 pub mod boot;
 pub mod bus;
 pub mod cpu;

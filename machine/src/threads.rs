@@ -36,6 +36,8 @@ pub enum DeviceKind {
     Pmem,
     /// The virtual IOMMU.
     Iommu,
+    /// A device of the host. It has no worker.
+    Assigned,
 }
 
 /// The purpose of a thread of the machine.
@@ -54,7 +56,10 @@ pub enum MachineThread {
 impl MachineThread {
     /// Every kind.
     pub fn all() -> impl Iterator<Item = Self> {
-        let workers = DeviceKind::VARIANTS.iter().copied().map(Self::Worker);
+        let kinds = DeviceKind::VARIANTS.iter().copied();
+        let workers = kinds
+            .filter(|kind| *kind != DeviceKind::Assigned)
+            .map(Self::Worker);
         [Self::Vcpu, Self::Serial, Self::Fill]
             .into_iter()
             .chain(workers)

@@ -7,6 +7,7 @@
 mod balloon;
 mod console;
 mod cpus;
+mod device;
 mod disk;
 mod fs;
 mod generic_vhost_user;
@@ -34,6 +35,7 @@ pub use cpus::{
     CoreScheduling, CpuAffinity, CpuFeatures, CpuTopology, CpusConfig, DEFAULT_MAX_PHYS_BITS,
     DEFAULT_VCPUS,
 };
+pub use device::DeviceConfig;
 pub use disk::{
     DEFAULT_DISK_NUM_QUEUES, DEFAULT_DISK_QUEUE_SIZE, DiskConfig, ImageType, LockGranularity,
     VirtQueueAffinity,
@@ -117,8 +119,8 @@ pub struct VmConfig {
     pub landlock_enable: bool,
     /// Further files that the VMM may use, for devices that are added later. Needs `landlock_enable`.
     pub landlock_rules: Option<Vec<LandlockConfig>>,
-    /// Assigned PCI devices (VFIO). Unsupported.
-    pub devices: Option<Value>,
+    /// Assigned PCI devices (VFIO), in the order of their PCI slots.
+    pub devices: Option<Vec<DeviceConfig>>,
     /// Assigned devices of another process (vfio-user). Unsupported.
     pub user_devices: Option<Value>,
     /// vDPA devices. Unsupported.
@@ -138,7 +140,6 @@ impl VmConfig {
     /// and an empty list do not count as use.
     pub fn unsupported_sections(&self) -> Vec<&'static str> {
         let sections = [
-            ("devices", &self.devices),
             ("user_devices", &self.user_devices),
             ("vdpa", &self.vdpa),
             ("pci_segments", &self.pci_segments),

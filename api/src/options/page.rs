@@ -11,10 +11,10 @@ use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::Value;
 
 use crate::config::{
-    BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, FsConfig,
-    GenericVhostUserConfig, JailConfig, LandlockConfig, MemoryConfig, MemoryZoneConfig, NetConfig,
-    NumaConfig, PlatformConfig, PmemConfig, RateLimitGroupConfig, ResourceLimitsConfig, RngConfig,
-    SerialConfig, VsockConfig,
+    BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, DiskConfig,
+    FsConfig, GenericVhostUserConfig, JailConfig, LandlockConfig, MemoryConfig, MemoryZoneConfig,
+    NetConfig, NumaConfig, PlatformConfig, PmemConfig, RateLimitGroupConfig, ResourceLimitsConfig,
+    RngConfig, SerialConfig, VsockConfig,
 };
 use crate::{
     AlertChange, ReportingPolicy, RestoreConfig, VmReceiveMigrationData, VmSendMigrationData,
@@ -64,6 +64,7 @@ fn sections() -> Vec<OptionReference> {
         RateLimitGroupConfig::reference(),
         FsConfig::reference(),
         GenericVhostUserConfig::reference(),
+        DeviceConfig::reference(),
         PmemConfig::reference(),
         VsockConfig::reference(),
         BalloonConfig::reference(),

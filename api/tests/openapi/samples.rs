@@ -116,6 +116,7 @@ samples![
     BalloonConfig,
     FsConfig,
     GenericVhostUserConfig,
+    DeviceConfig,
     PmemConfig,
     VsockConfig,
     SerialConfig,

@@ -69,6 +69,10 @@ pub(crate) const FIELDS: &[(&str, &str)] = &[
         "VsockConfig",
         "cid socket iommu id pci_segment pci_device_id",
     ),
+    (
+        "DeviceConfig",
+        "path iommu pci_segment pci_device_id id x_nv_gpudirect_clique",
+    ),
     ("SerialConfig", "file mode socket"),
     (
         "ConsoleConfig",
@@ -100,6 +104,7 @@ pub(crate) const REQUIRED: &[(&str, &str)] = &[
     ("FsConfig", "tag socket"),
     ("GenericVhostUserConfig", "device_type socket queue_sizes"),
     ("PmemConfig", "file"),
+    ("DeviceConfig", "path"),
     ("VsockConfig", "cid socket"),
     ("SerialConfig", "mode"),
     ("ConsoleConfig", "mode"),

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use api::config::{
-    BalloonConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, PmemConfig, VsockConfig,
+    BalloonConfig, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig,
+    PmemConfig, VsockConfig,
 };
 use api::options::{OptionError, parse_bytes};
 use api::{
@@ -112,6 +113,7 @@ impl Arguments {
             }
             Endpoint::VmAddFs => section!(FsConfig, "fs", "FS"),
             Endpoint::VmAddGenericVhostUser => section!(GenericVhostUserConfig, "device", "DEVICE"),
+            Endpoint::VmAddDevice => section!(DeviceConfig, "device", "DEVICE"),
             Endpoint::VmAddPmem => section!(PmemConfig, "pmem", "PMEM"),
             Endpoint::VmAddVsock => section!(VsockConfig, "vsock", "VSOCK"),
             Endpoint::VmAddBalloon => section!(BalloonConfig, "balloon", "BALLOON"),

@@ -133,6 +133,7 @@ fn every_command_calls_its_endpoint() {
             Endpoint::VmAddDisk => " path=/d",
             Endpoint::VmAddNet => " tap=t",
             Endpoint::VmAddFs => " tag=t,socket=/s",
+            Endpoint::VmAddDevice => " path=/sys/x",
             Endpoint::VmAddPmem => " file=/m",
             Endpoint::VmAddGenericVhostUser => " device_type=rng,socket=/s,queue_sizes=[64]",
             Endpoint::VmAddVsock => " cid=3,socket=/s",

@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 
 use api::config::{
-    BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, FsConfig,
-    GenericVhostUserConfig, JailConfig, LandlockConfig, MemoryConfig, MemoryZoneConfig, NetConfig,
-    NumaConfig, PathOrFd, PayloadConfig, PlatformConfig, PmemConfig, RateLimitGroupConfig,
-    ResourceLimitsConfig, RngConfig, SerialConfig, VsockConfig,
+    BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, DiskConfig,
+    FsConfig, GenericVhostUserConfig, JailConfig, LandlockConfig, MemoryConfig, MemoryZoneConfig,
+    NetConfig, NumaConfig, PathOrFd, PayloadConfig, PlatformConfig, PmemConfig,
+    RateLimitGroupConfig, ResourceLimitsConfig, RngConfig, SerialConfig, VsockConfig,
 };
 use api::options::{OptionError, parse_bytes};
 use api::{RestoreConfig, VmConfig};
@@ -108,6 +108,9 @@ pub(crate) struct Arguments {
 
     #[arg(long, requires = "payload", help = PlatformConfig::syntax())]
     platform: Option<String>,
+
+    #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = DeviceConfig::syntax())]
+    device: Vec<String>,
 
     #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = PmemConfig::syntax())]
     pmem: Vec<String>,
@@ -237,6 +240,7 @@ impl Arguments {
             platform: read(&self.platform, PlatformConfig::parse)?,
             fs: read_all(&self.fs, FsConfig::parse)?,
             generic_vhost_user: read_all(&self.generic_vhost_user, GenericVhostUserConfig::parse)?,
+            devices: read_all(&self.device, DeviceConfig::parse)?,
             pmem: read_all(&self.pmem, PmemConfig::parse)?,
             vsock: read(&self.vsock, VsockConfig::parse)?,
             watchdog: self.watchdog,
@@ -339,7 +343,7 @@ mod tests {
              --balloon size=128M,free_page_reporting=on --serial tty --console off --rng src=/dev/random \
              --event-monitor path=/e --seccomp log --no-shutdown -vv --watchdog \
              --vsock cid=3,socket=/v --fs tag=a,socket=/a --fs tag=b,socket=/b,num_queues=2 --generic-vhost-user device_type=sound,socket=/g,queue_sizes=[64,32] --landlock --landlock-rules path=/d,access=rw path=/e,access=r \
-             --pmem file=/m,size=2M,discard_writes=on --pvpanic --debug-console file=/d,iobase=0xe8 \
+             --device path=/sys/a path=/sys/b,id=b --pmem file=/m,size=2M,discard_writes=on --pvpanic --debug-console file=/d,iobase=0xe8 \
              --rate-limit-group id=g,bw_size=1000,bw_refill_time=100 id=h,ops_size=1,ops_refill_time=1",
         )
         .unwrap();
@@ -355,6 +359,7 @@ mod tests {
         );
         assert!(config.pvpanic);
         assert_eq!(config.debug_console.iobase, Some(0xe8));
+        assert_eq!(config.devices.unwrap()[1].id.as_deref(), Some("b"));
         let pmem = &config.pmem.unwrap()[0];
         assert_eq!((pmem.size, pmem.discard_writes), (Some(2 << 20), true));
         let groups = config.rate_limit_groups.unwrap();

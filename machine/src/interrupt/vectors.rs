@@ -24,6 +24,8 @@ struct Vector {
 pub struct FunctionVectors {
     router: Arc<GsiRouter>,
     vectors: Vec<Mutex<Option<Vector>>>,
+    /// The events of the vectors, if others signal them.
+    events: Vec<EventFd>,
 }
 
 virtio_devices::debug_fields!(FunctionVectors(it) { count: it.vectors.len() });
@@ -35,6 +37,18 @@ impl FunctionVectors {
         Self {
             router,
             vectors: (0..count).map(|_| Mutex::new(None)).collect(),
+            events: Vec::new(),
+        }
+    }
+
+    /// One disabled vector for each event, which others signal. What they signal while the vector is disabled is
+    /// delivered when it is enabled.
+    #[must_use]
+    pub fn of_events(router: Arc<GsiRouter>, events: Vec<EventFd>) -> Self {
+        Self {
+            router,
+            vectors: events.iter().map(|_| Mutex::new(None)).collect(),
+            events,
         }
     }
 
@@ -45,8 +59,11 @@ impl FunctionVectors {
             .ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))
     }
 
-    fn create(&self) -> io::Result<Vector> {
-        let event = EventFd::new(EFD_NONBLOCK)?;
+    fn create(&self, vector: u16) -> io::Result<Vector> {
+        let event = match self.events.get(usize::from(vector)) {
+            Some(event) => event.try_clone()?,
+            None => EventFd::new(EFD_NONBLOCK)?,
+        };
         let gsi = self.router.allocate()?;
         Ok(Vector {
             gsi,
@@ -71,7 +88,7 @@ impl MsiVectors for FunctionVectors {
         let mut slot = self.slot(vector)?;
         let vector = match &mut *slot {
             Some(vector) => vector,
-            None => slot.insert(self.create()?),
+            None => slot.insert(self.create(vector)?),
         };
         if let Err(refused) = self.router.set_route(vector.gsi, Some(message)) {
             // An interrupt must not be delivered to an address that the driver has replaced.

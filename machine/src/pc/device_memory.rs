@@ -3,6 +3,7 @@
 // UNSAFETY: memory slots hand address ranges of this process to the kernel.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::sync::{Arc, Mutex};
 
 use hypervisor::{MemorySlot, Vm as KvmVm};
@@ -13,6 +14,7 @@ use vm_allocator::RangeInclusive;
 use vm_memory::MmapRegion;
 
 use super::PcError;
+use crate::assigned::{BarSlots, HostMapping};
 use crate::pci::PciBus;
 
 /// Assigns the slots after those of guest RAM.
@@ -84,6 +86,10 @@ impl DeviceSlots {
         })
     }
 
+    pub(super) fn vm(&self) -> &KvmVm {
+        &self.vm
+    }
+
     fn take_number(&self) -> u32 {
         let mut used = self.used.lock().unpoisoned();
         let free = (self.first..).find(|slot| !used.contains(slot));
@@ -94,6 +100,34 @@ impl DeviceSlots {
 
     fn release_number(&self, number: u32) {
         self.used.lock().unpoisoned().remove(&number);
+    }
+}
+
+impl BarSlots for DeviceSlots {
+    fn add(&self, guest_address: u64, mapping: &HostMapping) -> io::Result<u32> {
+        let number = self.take_number();
+        let slot = MemorySlot {
+            slot: number,
+            guest_address,
+            bytes: mapping.bytes(),
+            host_address: mapping.address(),
+            flags: 0,
+        };
+        // SAFETY: registers of a device, readable and writable and for the guest alone; the caller keeps them mapped
+        // until the slot is removed.
+        if let Err(error) = unsafe { self.vm.set_memory_slot(slot) } {
+            self.release_number(number);
+            return Err(io::Error::other(error));
+        }
+        Ok(number)
+    }
+
+    fn remove(&self, number: u32) -> io::Result<()> {
+        self.vm
+            .remove_memory_slot(number)
+            .map_err(io::Error::other)?;
+        self.release_number(number);
+        Ok(())
     }
 }
 

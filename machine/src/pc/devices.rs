@@ -1,4 +1,4 @@
-//! Virtio devices on the PCI bus: present at boot, or hot-plugged and unplugged.
+//! Devices on the PCI bus: present at boot, or hot-plugged and unplugged.
 //!
 //! ```text
 //! add:     on the bus ─► guest interrupted                             (at once)
@@ -11,7 +11,6 @@ use std::sync::Arc;
 
 use state::Saved;
 use virtio_devices::Unpoisoned;
-use virtio_devices::pci::PciFunction;
 use virtio_devices::transport::{VirtioPciFunction, VirtioPciParams, vectors_needed};
 use virtio_devices::worker::ThreadStart as WorkerStart;
 
@@ -40,6 +39,11 @@ impl Pc {
     /// As [`Pc::plug`], or the guest cannot be notified.
     pub fn add(&mut self, plug: Plug) -> Result<&Plugged, PcError> {
         let plugged = self.put_on_bus(plug)?;
+        self.announce(plugged)
+    }
+
+    /// Notifies the guest of a device that is on the bus.
+    pub(super) fn announce(&mut self, plugged: Plugged) -> Result<&Plugged, PcError> {
         if self.paused {
             plugged.function.pause();
         }

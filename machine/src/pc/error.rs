@@ -7,6 +7,7 @@ use state::StateError;
 use virtio_devices::WorkerError;
 
 use crate::acpi::AcpiError;
+use crate::assigned::AssignError;
 use crate::boot::BootError;
 use crate::bus::BusError;
 use crate::cpu::CpuError;
@@ -38,6 +39,22 @@ pub enum PcError {
         id: String,
         #[source]
         source: Box<dyn Error + Send + Sync>,
+    },
+    /// A device of the host.
+    #[error("Cannot assign device {id}")]
+    Assign {
+        /// The device.
+        id: String,
+        #[source]
+        source: AssignError,
+    },
+    /// The state of a device of the host is unknown.
+    #[error(
+        "Device {id} is assigned: remove it before the machine is saved, moved, or gets more memory"
+    )]
+    IsAssigned {
+        /// The device.
+        id: String,
     },
     /// A device does not respond.
     #[error("Cannot save device {id}")]
@@ -106,7 +123,7 @@ impl PcError {
             Self::Memory(error) | Self::Grow(DimmError::Memory(error)) => {
                 error.is_of_configuration()
             }
-            Self::Grow(_) => true,
+            Self::Grow(_) | Self::Assign { .. } | Self::IsAssigned { .. } => true,
             _ => false,
         }
     }

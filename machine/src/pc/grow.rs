@@ -5,8 +5,6 @@
 //! ```
 //! No step waits for the guest. The back end of a vhost-user device can delay this by at most one second.
 
-use virtio_devices::pci::PciFunction;
-
 use super::{Pc, PcError};
 use crate::memory::Zone;
 use crate::threads::DeviceKind;
@@ -18,6 +16,8 @@ impl Pc {
     /// # Errors
     /// There is no room for such a device, or the host lacks the memory; in this case nothing has changed.
     pub fn grow_memory(&mut self, total_bytes: u64) -> Result<Option<Zone>, PcError> {
+        // The device could not access it.
+        self.check_copyable()?;
         let mapped = self.memory.map_dimm(total_bytes).map_err(PcError::Grow)?;
         let Some(dimm) = mapped else {
             return Ok(None);

@@ -2,6 +2,7 @@
 //!
 //! One thread owns it. No call makes that thread wait for the guest.
 
+mod assign;
 mod chassis;
 mod coredump;
 mod device_events;
@@ -24,10 +25,10 @@ use std::sync::{Arc, Weak};
 
 use api::config::{NumaConfig, PlatformConfig};
 use hypervisor::Kvm;
-use virtio_devices::pci::PciFunction;
 use vm_memory::GuestAddressSpace;
 
 use crate::acpi::{self, AcpiParams, IommuEntry, NumaNode, PciSegmentEntry, VcpuEntry};
+use crate::assigned::Container;
 use crate::boot::Payload;
 use crate::bus::BusDevice;
 use crate::cpu::{GuestEvent, Vcpus, VcpusContext};
@@ -45,6 +46,7 @@ use device_memory::DeviceSlots;
 use exits::Exits;
 use pvpanic::Pvpanic;
 
+pub use assign::Assignment;
 pub use error::{CoreError, PcError};
 pub use params::PcParams;
 pub use plugged::{BarView, Plug, Plugged};
@@ -79,6 +81,8 @@ pub struct Pc {
     has_generation_id: bool,
     chassis: Chassis,
     device_slots: Arc<DeviceSlots>,
+    /// What assigned devices can access, if there are any.
+    container: Weak<Container>,
     params: PcParams,
     /// Needed for devices that are hot-plugged.
     context: PcContext,
@@ -128,6 +132,7 @@ impl Pc {
             has_generation_id: false,
             chassis,
             device_slots,
+            container: Weak::new(),
             params,
             context,
             slots,
@@ -321,8 +326,9 @@ impl Pc {
     /// Starts to record the pages of RAM that are written; see [`WriteTracker`].
     ///
     /// # Errors
-    /// KVM cannot record writes.
+    /// KVM cannot record writes, or those of an assigned device.
     pub fn track_writes(&self) -> Result<WriteTracker, PcError> {
+        self.check_copyable()?;
         let tracker = self.slots.track_writes(&self.memory);
         tracker.map_err(PcError::Memory)
     }

@@ -55,7 +55,7 @@ impl BarView {
 }
 
 /// A device on the bus.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Plugged {
     /// Its identifier.
     pub id: String,
@@ -64,10 +64,14 @@ pub struct Plugged {
     /// Its address.
     pub bdf: Bdf,
     pub(super) is_behind_iommu: bool,
-    pub(super) function: Arc<VirtioPciFunction>,
+    pub(super) function: Arc<dyn PciFunction>,
+    /// The same function, if it is a virtio device's.
+    pub(super) virtio: Option<Arc<VirtioPciFunction>>,
     /// Held for the effect of its drop.
     _memory: Option<Arc<MappedMemory>>,
 }
+
+virtio_devices::debug_fields!(Plugged { id, kind, bdf });
 
 impl Plugged {
     /// The device of `plug` once it is on the bus.
@@ -82,14 +86,27 @@ impl Plugged {
             kind: plug.kind,
             bdf,
             is_behind_iommu: plug.dma.is_some(),
-            function,
+            function: function.clone(),
+            virtio: Some(function),
             _memory: memory.map(Arc::new),
+        }
+    }
+
+    /// A device of the host that is on the bus.
+    pub(super) fn assigned(id: String, bdf: Bdf, function: Arc<dyn PciFunction>) -> Self {
+        Self {
+            id,
+            kind: DeviceKind::Assigned,
+            bdf,
+            is_behind_iommu: false,
+            function,
+            virtio: None,
+            _memory: None,
         }
     }
 
     /// Its BARs.
     pub fn bar_view(&self) -> BarView {
-        let function: Weak<VirtioPciFunction> = Arc::downgrade(&self.function);
-        BarView::new(function)
+        BarView::new(Arc::downgrade(&self.function))
     }
 }

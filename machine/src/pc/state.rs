@@ -97,6 +97,7 @@ impl Pc {
     /// The machine is not paused, KVM refuses to return a part, or a worker has ended. Also fails while the removal of
     /// a device or vCPU is pending: no configuration describes such a machine.
     pub fn state(&self) -> Result<PcState, PcError> {
+        self.check_copyable()?;
         let chassis = &self.chassis;
         let hotplug = chassis.hotplug.state();
         let devices: Vec<&Plugged> = self
@@ -111,7 +112,10 @@ impl Pc {
         }
         let state_of = |plugged: &&Plugged| {
             let id = plugged.id.clone();
-            match plugged.function.state() {
+            let Some(virtio) = &plugged.virtio else {
+                return Err(PcError::IsAssigned { id });
+            };
+            match virtio.state() {
                 Ok(state) => Ok((id, Saved::of(&state))),
                 Err(source) => Err(PcError::DeviceState { id, source }),
             }

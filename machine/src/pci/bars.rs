@@ -124,6 +124,7 @@ fn map(function: &Arc<dyn PciFunction>, bar: &Bar, fabric: &Fabric<'_>) -> bool 
         log::debug!("BAR {} of {}: {error}", bar.index, function.id());
         return false;
     }
+    function.bar_mapped(bar.index, Some(bar.address));
     function.with_doorbells(&mut |doorbell| {
         if doorbell.bar_index == bar.index
             && let Err(error) = fabric
@@ -141,6 +142,7 @@ fn map(function: &Arc<dyn PciFunction>, bar: &Bar, fabric: &Fabric<'_>) -> bool 
 }
 
 fn unmap(function: &Arc<dyn PciFunction>, bar: &Bar, fabric: &Fabric<'_>) {
+    function.bar_mapped(bar.index, None);
     function.with_doorbells(&mut |doorbell| {
         if doorbell.bar_index == bar.index
             && let Err(error) = fabric

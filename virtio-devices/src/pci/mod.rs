@@ -88,6 +88,9 @@ pub trait PciFunction: Send + Sync {
     fn bar_read(&self, index: u8, offset: u64, data: &mut [u8]);
     /// Writes to a BAR; any length and offset inside it.
     fn bar_write(&self, index: u8, offset: u64, data: &[u8]);
+    /// The bus has mapped a BAR at this address, or no longer maps it. A function that shows memory there hides it before
+    /// it returns.
+    fn bar_mapped(&self, _index: u8, _address: Option<u64>) {}
     /// The doorbells, for the bus to register with KVM wherever the BAR is mapped.
     fn with_doorbells(&self, visit: &mut dyn FnMut(DoorbellRegister<'_>));
     /// Stops device threads from accessing guest RAM; returns when they have stopped.

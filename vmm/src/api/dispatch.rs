@@ -174,6 +174,7 @@ impl Dispatcher {
             Endpoint::VmAddNet => self.add_device(call, NewDevice::Net),
             Endpoint::VmAddFs => self.add_device(call, NewDevice::Fs),
             Endpoint::VmAddGenericVhostUser => self.add_device(call, NewDevice::GenericVhostUser),
+            Endpoint::VmAddDevice => self.add_device(call, NewDevice::Assigned),
             Endpoint::VmAddPmem => self.add_device(call, NewDevice::Pmem),
             Endpoint::VmAddVsock => self.add_device(call, NewDevice::Vsock),
             Endpoint::VmAddBalloon => self.add_device(call, NewDevice::Balloon),
@@ -265,6 +266,7 @@ impl Dispatcher {
             NewDevice::Disk(_)
             | NewDevice::Fs(_)
             | NewDevice::GenericVhostUser(_)
+            | NewDevice::Assigned(_)
             | NewDevice::Pmem(_)
             | NewDevice::Vsock(_)
             | NewDevice::Balloon(_) => Vec::new(),

@@ -29,7 +29,9 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
     let status = match &error.cause {
         LifecycleError::VmNotCreated | LifecycleError::VmMissingConfig => Status::NotFound,
         LifecycleError::ConfigValidation(
-            ValidationError::IdentifierNotUnique { .. } | ValidationError::DuplicateDiskPath { .. },
+            ValidationError::IdentifierNotUnique { .. }
+            | ValidationError::DuplicateDiskPath { .. }
+            | ValidationError::DuplicateDevicePath { .. },
         ) => Status::Conflict,
         LifecycleError::ConfigValidation(_)
         | LifecycleError::Landlock(

@@ -580,6 +580,7 @@ fn body_of(endpoint: Endpoint) -> Option<&'static str> {
         Endpoint::VmAddGenericVhostUser => {
             Some(r#"{"device_type": 4, "socket": "/g", "queue_sizes": [64]}"#)
         }
+        Endpoint::VmAddDevice => Some(r#"{"path": "/sys/x"}"#),
         Endpoint::VmAddPmem => Some(r#"{"file": "/m"}"#),
         Endpoint::VmAddVsock => Some(r#"{"cid": 3, "socket": "/s"}"#),
         Endpoint::VmAddBalloon => Some(r#"{"size": 0}"#),
@@ -617,9 +618,11 @@ fn expected(endpoint: Endpoint) -> [u16; 4] {
         }
         Endpoint::VmBalloonStats => [500, 500, 200, 500],
         Endpoint::VmResize => [404, 204, 204, 204],
-        Endpoint::VmAddDisk | Endpoint::VmAddNet | Endpoint::VmAddPmem | Endpoint::VmAddVsock => {
-            [404, 204, 200, 200]
-        }
+        Endpoint::VmAddDevice
+        | Endpoint::VmAddDisk
+        | Endpoint::VmAddNet
+        | Endpoint::VmAddPmem
+        | Endpoint::VmAddVsock => [404, 204, 200, 200],
         // Its memory is not shared.
         Endpoint::VmAddFs | Endpoint::VmAddGenericVhostUser => [404, 400, 400, 400],
         // The VM has a balloon already.

@@ -2,7 +2,8 @@
 
 use api::VmConfig;
 use api::config::{
-    BalloonConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, PmemConfig, VsockConfig,
+    BalloonConfig, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig,
+    PmemConfig, VsockConfig,
 };
 
 use crate::device_ids::BALLOON_ID;
@@ -92,6 +93,8 @@ devices! {
     Fs(FsConfig): list fs, "_fs";
     /// A device of any type that a vhost-user back end serves.
     GenericVhostUser(GenericVhostUserConfig): list generic_vhost_user, "_generic_vhost_user";
+    /// A device of the host.
+    Assigned(DeviceConfig): list devices, "_vfio";
     /// Persistent memory.
     Pmem(PmemConfig): list pmem, "_pmem";
     /// The vsock device.

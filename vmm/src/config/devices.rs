@@ -1,6 +1,7 @@
-//! Disks, network devices, shared folders and the vsock device.
+//! Disks, network devices, assigned devices, shared folders and the vsock device.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::path::Path;
 
 use api::VmConfig;
@@ -61,6 +62,19 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
     }
     for (index, pmem) in config.pmem.iter().flatten().enumerate() {
         check_pmem(pmem).map_err(|fault| at("pmem", index, pmem.id.as_deref(), fault))?;
+    }
+    let mut assigned = BTreeSet::new();
+    for (index, device) in config.devices.iter().flatten().enumerate() {
+        if device.path.as_os_str().is_empty() {
+            let fault = DeviceFault::PathMissing;
+            return Err(at("devices", index, device.id.as_deref(), fault));
+        }
+        // The folders in `/sys/bus/pci/devices` are links. A path that does not exist is reported when it is opened.
+        let folder = fs::canonicalize(&device.path);
+        if !assigned.insert(folder.unwrap_or_else(|_| device.path.clone())) {
+            let path = device.path.clone();
+            return Err(ValidationError::DuplicateDevicePath { path });
+        }
     }
     if let Some(vsock) = &config.vsock {
         check_vsock(vsock).map_err(|fault| at("vsock", 0, vsock.id.as_deref(), fault))?;

@@ -85,6 +85,12 @@ pub enum ValidationError {
         /// The image.
         path: PathBuf,
     },
+    /// One device for two guests' devices.
+    #[error("Device {} is assigned twice", path.display())]
+    DuplicateDevicePath {
+        /// Its folder.
+        path: PathBuf,
+    },
     /// More devices than slots.
     #[error("{count} devices exceed the {max} slots of PCI segment {segment}")]
     TooManyDevices {

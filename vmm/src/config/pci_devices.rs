@@ -50,6 +50,7 @@ pub(super) fn pci_devices(config: &VmConfig) -> impl Iterator<Item = PciDevice<'
             config.generic_vhost_user.iter().flatten(),
             no iommu
         ))
+        .chain(devices!("devices", config.devices.iter().flatten()))
         .chain(devices!("pmem", config.pmem.iter().flatten()))
         .chain(devices!("vsock", &config.vsock))
         .chain(devices!("balloon", &config.balloon))

@@ -1053,7 +1053,6 @@ fn validate_what_is_not_built_is_refused_by_name() {
             json!([{"guest_numa_id": 0, "device_id": "x"}]),
             "numa.device_id",
         ),
-        ("devices", json!([{"path": "/sys/x"}]), "devices"),
         (
             "memory",
             json!({"size": 0, "zones": [{"id": "a", "size": 4096, "hotplug_size": 4096}]}),

@@ -23,6 +23,7 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
     wanted.extend(config.numa.iter().flatten().filter_map(numa));
     wanted.extend(config.disks.iter().flatten().filter_map(disk));
     wanted.extend(config.platform.iter().flat_map(platform));
+    wanted.extend(assigned(config));
     wanted.extend(iommu(config));
     if wanted.is_empty() {
         return Ok(());
@@ -80,6 +81,30 @@ fn platform(platform: &PlatformConfig) -> Vec<String> {
         asked("platform.iommufd", platform.iommufd),
         asked("platform.tdx", platform.tdx),
         asked("platform.sev_snp", platform.sev_snp),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// An assigned device has all of RAM pinned, so that no memory can be plugged in or out under it.
+fn assigned(config: &VmConfig) -> Vec<String> {
+    let mut devices = config.devices.iter().flatten();
+    let memory = &config.memory;
+    let with_virtio_mem = memory.hotplug_method == HotplugMethod::VirtioMem
+        && memory.hotplug_size.is_some_and(|bytes| bytes > 0);
+    [
+        asked("devices.iommu", devices.clone().any(|device| device.iommu)),
+        asked(
+            "devices.x_nv_gpudirect_clique",
+            devices
+                .clone()
+                .any(|device| device.x_nv_gpudirect_clique.is_some()),
+        ),
+        asked(
+            "devices with memory.hotplug_method VirtioMem",
+            with_virtio_mem && devices.next().is_some(),
+        ),
     ]
     .into_iter()
     .flatten()

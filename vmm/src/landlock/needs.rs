@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use api::VmConfig;
 use api::config::{
-    ConsoleOutputMode, DiskConfig, FsConfig, MemoryConfig, MemoryZoneConfig, NetConfig,
-    PayloadConfig, PmemConfig, VsockConfig,
+    ConsoleOutputMode, DeviceConfig, DiskConfig, FsConfig, MemoryConfig, MemoryZoneConfig,
+    NetConfig, PayloadConfig, PmemConfig, VsockConfig,
 };
 use hypervisor::KVM_PATH;
 use landlock::{AccessFs, BitFlags, make_bitflags};
@@ -147,7 +147,7 @@ pub fn of_config(config: &VmConfig) -> Vec<Need> {
         pvpanic: _,
         landlock_enable: _,
         landlock_rules: _,
-        devices: _,
+        devices,
         user_devices: _,
         vdpa: _,
         pci_segments: _,
@@ -170,6 +170,7 @@ pub fn of_config(config: &VmConfig) -> Vec<Need> {
     needs.extend(fs.iter().flatten().map(of_fs));
     let generic = generic_vhost_user.iter().flatten();
     needs.extend(generic.map(|device| Need::socket(&device.socket)));
+    needs.extend(devices.iter().flatten().flat_map(of_assigned));
     needs.extend(pmem.iter().flatten().map(of_pmem));
     needs.extend(vsock.iter().map(of_vsock));
     for (mode, file, socket) in [
@@ -189,6 +190,7 @@ pub fn of_device(device: &NewDevice) -> Vec<Need> {
         NewDevice::Net(net) => of_net(net).into_iter().collect(),
         NewDevice::Fs(fs) => vec![of_fs(fs)],
         NewDevice::GenericVhostUser(device) => vec![Need::socket(&device.socket)],
+        NewDevice::Assigned(device) => of_assigned(device),
         NewDevice::Pmem(pmem) => vec![of_pmem(pmem)],
         NewDevice::Vsock(vsock) => vec![of_vsock(vsock)],
         NewDevice::Balloon(_) => Vec::new(),
@@ -259,6 +261,16 @@ fn of_net(net: &NetConfig) -> Option<Need> {
 /// The back end may restart and recreate its socket.
 fn of_fs(fs: &FsConfig) -> Need {
     Need::socket(&fs.socket)
+}
+
+/// The container, and the group of the device. A device without a group is refused when it is opened.
+fn of_assigned(device: &DeviceConfig) -> Vec<Need> {
+    let group = fs::read_link(device.path.join("iommu_group")).ok();
+    let group = group.as_deref().and_then(Path::file_name);
+    let group = group.map(|group| Path::new("/dev/vfio").join(group));
+    let nodes = [PathBuf::from("/dev/vfio/vfio")].into_iter().chain(group);
+    let nodes = nodes.map(|node| Need::new(&node, CHANGE));
+    nodes.chain([Need::new(&device.path, READ)]).collect()
 }
 
 fn of_pmem(pmem: &PmemConfig) -> Need {

@@ -335,6 +335,8 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [Call]] {
         MachineThread::Vcpu => &[
             SOCKET_IO,
             calls![SYS_eventfd2, SYS_prctl [0 is PR_SCHED_CORE]],
+            // Registers of assigned devices that are not mapped.
+            calls![SYS_pread64, SYS_pwrite64],
         ],
         MachineThread::Fill => &[calls![SYS_pread64]],
         // The console's socket is removed here if a client connects just as the control thread closes it.
@@ -346,8 +348,8 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [Call]] {
         MachineThread::Worker(DeviceKind::Rng) => &[TIMERS, calls![SYS_pread64]],
         MachineThread::Worker(DeviceKind::Console) => &[SOCKET_IO, TIMERS],
         MachineThread::Worker(DeviceKind::Watchdog) => &[TIMERS],
-        // Requests and faults need no further call.
-        MachineThread::Worker(DeviceKind::Iommu) => &[],
+        // Requests and faults need no further call; an assigned device has no worker.
+        MachineThread::Worker(DeviceKind::Iommu | DeviceKind::Assigned) => &[],
         // Connects to the back end, or waits for it on a socket, which it removes when it ends.
         MachineThread::Worker(DeviceKind::VhostUser) => &[
             SOCKET_IO,

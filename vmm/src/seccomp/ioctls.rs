@@ -59,6 +59,26 @@ const KVM_OF_VCPU: &[Request] = requests![
     KVM_SIGNAL_MSI = 0x4020_aea5,
 ];
 
+/// Enables and disables interrupts of assigned devices. The guest moves their registers: see [`SLOTS`].
+const VFIO_OF_VCPU: &[Request] = requests![VFIO_DEVICE_SET_IRQS = 0x3b6e];
+/// Opens and closes assigned devices (linux/vfio.h), and registers them with KVM.
+const VFIO: &[Request] = requests![
+    VFIO_GET_API_VERSION = 0x3b64,
+    VFIO_CHECK_EXTENSION = 0x3b65,
+    VFIO_SET_IOMMU = 0x3b66,
+    VFIO_GROUP_GET_STATUS = 0x3b67,
+    VFIO_GROUP_SET_CONTAINER = 0x3b68,
+    VFIO_GROUP_UNSET_CONTAINER = 0x3b69,
+    VFIO_GROUP_GET_DEVICE_FD = 0x3b6a,
+    VFIO_DEVICE_GET_INFO = 0x3b6b,
+    VFIO_DEVICE_GET_REGION_INFO = 0x3b6c,
+    VFIO_DEVICE_GET_IRQ_INFO = 0x3b6d,
+    VFIO_DEVICE_RESET = 0x3b6f,
+    VFIO_IOMMU_MAP_DMA = 0x3b71,
+    KVM_CREATE_DEVICE = 0xc00c_aee0,
+    KVM_SET_DEVICE_ATTR = 0x4018_aee1,
+];
+
 /// Requests of linux/kvm.h that create a machine, save its state and restore it.
 const KVM_OF_MACHINE: &[Request] = requests![
     KVM_GET_API_VERSION = 0xae00,
@@ -164,6 +184,8 @@ pub(super) fn own(kind: ThreadKind) -> Vec<Request> {
         ThreadKind::Control => &[
             KVM_OF_VCPU,
             KVM_OF_MACHINE,
+            VFIO_OF_VCPU,
+            VFIO,
             TERMINAL,
             TERMINAL_SIZE,
             NEW_TERMINAL,
@@ -192,7 +214,7 @@ pub(super) fn own(kind: ThreadKind) -> Vec<Request> {
 
 fn of_machine(thread: MachineThread) -> &'static [&'static [Request]] {
     match thread {
-        MachineThread::Vcpu => &[KVM_OF_VCPU],
+        MachineThread::Vcpu => &[KVM_OF_VCPU, VFIO_OF_VCPU, SLOTS],
         MachineThread::Fill => &[FAULTS],
         // Input raises the serial port's interrupt, which the I/O APIC sends as a message.
         MachineThread::Serial => &[NONBLOCKING, TERMINAL, TERMINAL_SIZE, MESSAGE],
@@ -203,7 +225,11 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [Request]] {
         MachineThread::Worker(DeviceKind::Net) => &[TAP],
         MachineThread::Worker(DeviceKind::Mem) => &[SLOTS],
         MachineThread::Worker(
-            DeviceKind::Rng | DeviceKind::Watchdog | DeviceKind::Pmem | DeviceKind::Iommu,
+            DeviceKind::Rng
+            | DeviceKind::Watchdog
+            | DeviceKind::Pmem
+            | DeviceKind::Iommu
+            | DeviceKind::Assigned,
         ) => &[],
     }
 }

@@ -315,9 +315,12 @@ fn forbidden() -> Vec<Forbidden> {
             |kind| {
                 let opens_blocks = MachineThread::Worker(DeviceKind::Mem);
                 let records_writes = ThreadKind::Migration;
+                // The guest places the registers of assigned devices.
+                let places_registers = ThreadKind::Machine(MachineThread::Vcpu);
                 let may = [
                     ThreadKind::Control,
                     records_writes,
+                    places_registers,
                     ThreadKind::Machine(opens_blocks),
                 ];
                 !may.contains(&kind)

@@ -18,7 +18,7 @@ use machine::boot::{Payload, PayloadFiles};
 use machine::cpu::{CpuError, Vcpus, guest_phys_bits};
 use machine::memory::GuestMemory;
 use machine::memory::on_demand::OnDemand;
-use machine::pc::{Pc, PcError, PcParams, PcState};
+use machine::pc::{Assignment, Pc, PcError, PcParams, PcState};
 use machine::serial::Endpoint;
 use machine::threads::DeviceKind;
 use virtio_devices::balloon::BalloonHandle;
@@ -31,7 +31,7 @@ use super::context::VmContext;
 use super::devices::{self, Made};
 use super::handles::Handles;
 use super::observer::{CounterSource, Observed, OwnObserver};
-use super::{Vm, VmError, consoles};
+use super::{Vm, VmError, consoles, pin};
 use crate::config::{iommu_segments, pci_segments, wished_slots};
 use crate::device_ids::{DEBUG_CONSOLE_ID, SERIAL_ID};
 use crate::snapshot::Snapshot;
@@ -48,6 +48,7 @@ pub(super) struct Parts {
     balloon: Option<BalloonHandle>,
     mem: Option<MemHandle>,
     iommu: Option<IommuHandle>,
+    assigned: Vec<Assignment>,
     handles: Handles,
     /// Fills `memory`.
     on_demand: Option<OnDemand>,
@@ -138,6 +139,12 @@ impl Parts {
             balloon: balloon_handle,
             mem: mem_handle,
             iommu: iommu_handle,
+            assigned: config
+                .devices
+                .iter()
+                .flatten()
+                .map(devices::assignment)
+                .collect(),
             handles,
             on_demand,
         })
@@ -195,6 +202,13 @@ impl Parts {
             let plugged = plugged.map_err(VmError::Pc)?;
             counters.push((plugged.id.clone(), made.counters));
         }
+        let pin = match self.assigned.is_empty() {
+            true => None,
+            false => pin::settled(self.balloon.as_ref())?,
+        };
+        for assignment in self.assigned {
+            pc.plug_assigned(assignment).map_err(VmError::Pc)?;
+        }
         let pvpanic = config.pvpanic.then(|| match saved {
             Some(saved) => pc.restore_pvpanic(saved),
             None => pc.plug_pvpanic(),
@@ -220,6 +234,7 @@ impl Parts {
             balloon: self.balloon,
             mem: self.mem,
             iommu: self.iommu,
+            pin,
             handles: self.handles,
             observer,
             on_demand,

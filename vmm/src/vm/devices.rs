@@ -10,10 +10,11 @@ use std::time::Duration;
 
 use api::VmConfig;
 use api::config::{
-    BalloonConfig, DiskConfig, FsConfig, GenericVhostUserConfig, ImageType, PmemConfig, VsockConfig,
+    BalloonConfig, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, ImageType,
+    PmemConfig, VsockConfig,
 };
 use machine::memory::{DEFAULT_ZONE_ID, GuestMemory};
-use machine::pc::Plug;
+use machine::pc::{Assignment, Plug};
 use machine::pci::Place;
 use machine::serial::Output;
 use machine::signals::VmSignals;
@@ -324,6 +325,15 @@ pub(super) fn pmem(config: &PmemConfig) -> Result<(Made, PmemHandle), VmError> {
         ..Made::new(id, DeviceKind::Pmem, place!(config), pmem)
     };
     Ok((made, handle))
+}
+
+/// A device of the host, which is opened when it is plugged in.
+pub(super) fn assignment(config: &DeviceConfig) -> Assignment {
+    Assignment {
+        id: assigned(&config.id).to_owned(),
+        place: place!(config),
+        path: config.path.clone(),
+    }
 }
 
 /// The socket of a vsock device cannot be created.

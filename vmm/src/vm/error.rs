@@ -58,6 +58,9 @@ pub enum VmError {
     /// Reporting cannot be controlled this way.
     #[error("Cannot control free page reporting")]
     Reporting(#[source] virtio_devices::balloon::policy::ReportingError),
+    /// A device is assigned only when no page can be discarded any more.
+    #[error("Cannot assign a device: the balloon is still discarding memory")]
+    Unsettled,
     /// Residency of guest RAM cannot be measured.
     #[error("Cannot measure the residency of guest memory")]
     Residency(#[source] virtio_devices::reclaim::ResidencyError),
@@ -99,7 +102,7 @@ pub enum HotplugError {
     },
     /// A device that every machine has, or that does not support removal.
     #[error(
-        "Device {id} cannot be removed: only disks, network devices, shared folders, persistent memory, the vsock device and the balloon support removal"
+        "Device {id} cannot be removed: only disks, network devices, shared folders, persistent memory, assigned devices, the vsock device and the balloon support removal"
     )]
     NotRemovable {
         /// The name.

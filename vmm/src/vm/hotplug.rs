@@ -3,6 +3,7 @@
 //! A requested removal deletes the device from the configuration at once; the guest may keep it until it reboots.
 
 use api::PciDeviceInfo;
+use api::config::DeviceConfig;
 use machine::pc::Plugged;
 use machine::threads::DeviceKind;
 
@@ -18,6 +19,7 @@ impl Vm {
             NewDevice::Net(net) => (self.handles.net(net)?, None),
             NewDevice::Fs(fs) => (devices::fs(fs)?, None),
             NewDevice::GenericVhostUser(device) => (devices::generic_vhost_user(device)?, None),
+            NewDevice::Assigned(device) => return self.plug_assigned(device),
             NewDevice::Pmem(pmem) => (self.handles.pmem(pmem)?, None),
             NewDevice::Vsock(vsock) => (devices::vsock(vsock)?, None),
             NewDevice::Balloon(balloon) => {
@@ -35,10 +37,26 @@ impl Vm {
             self.handles.remove(&id);
             VmError::Pc(error)
         })?;
-        self.observer.add(plugged, counters, balloon.clone());
+        self.observer.add(plugged, Some(counters), balloon.clone());
         let info = info(plugged);
+        if balloon.is_some() {
+            self.pin = None;
+        }
         self.balloon = balloon.or(self.balloon.take());
+        self.pin_or_unpin();
         Ok(info)
+    }
+
+    /// Gives a device of the host to the guest. No page may be discarded from now on.
+    fn plug_assigned(&mut self, device: &DeviceConfig) -> Result<PciDeviceInfo, VmError> {
+        let assignment = devices::assignment(device);
+        self.pin()?;
+        let added = self.pc.add_assigned(assignment).map(|plugged| {
+            self.observer.add(plugged, None, None);
+            info(plugged)
+        });
+        self.pin_or_unpin();
+        added.map_err(VmError::Pc)
     }
 
     /// A guest looks only at segments for devices that are behind the IOMMU later.
@@ -64,6 +82,7 @@ impl Vm {
             | NewDevice::Net(_)
             | NewDevice::Fs(_)
             | NewDevice::GenericVhostUser(_)
+            | NewDevice::Assigned(_)
             | NewDevice::Pmem(_) => None,
         };
         let in_the_way =
@@ -97,6 +116,7 @@ impl Vm {
                 | DeviceKind::Net
                 | DeviceKind::VhostUser
                 | DeviceKind::Pmem
+                | DeviceKind::Assigned
                 | DeviceKind::Vsock
                 | DeviceKind::Balloon,
                 _,

@@ -12,6 +12,7 @@ mod handles;
 mod hotplug;
 mod network;
 mod observer;
+mod pin;
 mod rate_limits;
 mod reclaim_report;
 mod reporting;
@@ -32,6 +33,7 @@ use state::Saved;
 use virtio_devices::balloon::BalloonHandle;
 use virtio_devices::iommu::IommuHandle;
 use virtio_devices::mem::MemHandle;
+use virtio_devices::reclaim::InhibitGuard;
 
 pub use build::check_host;
 pub use context::{Consoles, VmContext};
@@ -218,6 +220,8 @@ pub struct Vm {
     mem: Option<MemHandle>,
     /// Translates the addresses of devices, if configured.
     iommu: Option<IommuHandle>,
+    /// Keeps the balloon from discarding while devices have RAM pinned.
+    pin: Option<InhibitGuard>,
     handles: Handles,
     observer: OwnObserver,
     /// Fills guest RAM, and so outlives everything that accesses it.
@@ -405,13 +409,15 @@ impl Machine for Vm {
             log::error!("{}", api::error_line(&error));
         }
         let gone = self.pc.take_ejected().into_iter();
-        gone.map(|plugged| {
+        let gone = gone.map(|plugged| {
             let is_balloon = plugged.kind == DeviceKind::Balloon;
             self.observer.remove(&plugged.id, is_balloon);
             self.handles.remove(&plugged.id);
             info(&plugged)
-        })
-        .collect()
+        });
+        let gone = gone.collect();
+        self.pin_or_unpin();
+        gone
     }
 }
 

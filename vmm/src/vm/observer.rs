@@ -9,6 +9,7 @@ use machine::memory::Zone;
 use machine::pc::{BarView, PVPANIC_ID, Plugged};
 use machine::pci::Bdf;
 use machine::serial::Output;
+use machine::threads::DeviceKind;
 use serde_json::{Value, json};
 use virtio_devices::Unpoisoned;
 use virtio_devices::balloon::{BalloonHandle, StatsError};
@@ -113,9 +114,20 @@ fn resource(bar: &Bar) -> Value {
     }})
 }
 
-/// A device has two nodes, as in upstream: the PCI function and, below it, the virtio device.
-fn nodes(plugged: &Plugged) -> [(String, DeviceNode); 2] {
+/// The node with the BARs of a device.
+fn bar_node(plugged: &Plugged) -> String {
+    match plugged.kind {
+        DeviceKind::Assigned => plugged.id.clone(),
+        _ => function_id(&plugged.id),
+    }
+}
+
+/// A virtio device has two nodes, as in upstream: the PCI function and, below it, the device.
+fn nodes(plugged: &Plugged) -> Vec<(String, DeviceNode)> {
     let id = &plugged.id;
+    if plugged.kind == DeviceKind::Assigned {
+        return vec![function_node(id, plugged.bdf)];
+    }
     let function_id = function_id(id);
     let function = DeviceNode {
         id: function_id.clone(),
@@ -129,13 +141,13 @@ fn nodes(plugged: &Plugged) -> [(String, DeviceNode); 2] {
         pci_bdf: Some(plugged.bdf.to_string()),
         ..DeviceNode::default()
     };
-    [(function_id, function), (id.clone(), device)]
+    vec![(function_id, function), (id.clone(), device)]
 }
 
 /// A device that is a PCI function itself.
-fn pvpanic_node(bdf: Bdf) -> (String, DeviceNode) {
+fn function_node(id: &str, bdf: Bdf) -> (String, DeviceNode) {
     let node = DeviceNode {
-        id: PVPANIC_ID.to_owned(),
+        id: id.to_owned(),
         pci_bdf: Some(bdf.to_string()),
         ..DeviceNode::default()
     };
@@ -207,7 +219,7 @@ impl OwnObserver {
         pvpanic: Option<&(Bdf, BarView)>,
     ) -> Self {
         let functions = devices.iter();
-        let functions = functions.map(|it| (function_id(&it.id), it.bar_view()));
+        let functions = functions.map(|it| (bar_node(it), it.bar_view()));
         let others = pvpanic.map(|(_, bars)| (PVPANIC_ID.to_owned(), bars.clone()));
         Self(VmObserver {
             published: Arc::new(RwLock::new(Published {
@@ -215,7 +227,7 @@ impl OwnObserver {
                 device_tree: devices
                     .iter()
                     .flat_map(nodes)
-                    .chain(pvpanic.map(|(bdf, _)| pvpanic_node(*bdf)))
+                    .chain(pvpanic.map(|(bdf, _)| function_node(PVPANIC_ID, *bdf)))
                     .collect(),
                 bars: functions.chain(others).collect(),
                 balloon: observed.balloon.clone(),
@@ -233,20 +245,21 @@ impl OwnObserver {
     pub(super) fn add(
         &self,
         plugged: &Plugged,
-        counters: CounterSource,
+        counters: Option<CounterSource>,
         balloon: Option<BalloonHandle>,
     ) {
         {
             let mut published = self.0.write_published();
             published.device_tree.extend(nodes(plugged));
             let bars = plugged.bar_view();
-            published.bars.insert(function_id(&plugged.id), bars);
+            published.bars.insert(bar_node(plugged), bars);
             if balloon.is_some() {
                 published.balloon.clone_from(&balloon);
             }
         }
         self.change(|observed| {
-            observed.counters.push((plugged.id.clone(), counters));
+            let counters = counters.map(|counters| (plugged.id.clone(), counters));
+            observed.counters.extend(counters);
             if balloon.is_some() {
                 observed.balloon = balloon;
             }
@@ -274,6 +287,7 @@ impl OwnObserver {
         // Dropped without the lock, because closing a disk may take time.
         drop(gone);
         let mut published = self.0.write_published();
+        published.bars.remove(id);
         let node = published.device_tree.remove(id);
         if let Some(parent) = node.and_then(|node| node.parent) {
             published.device_tree.remove(&parent);

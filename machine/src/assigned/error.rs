@@ -1,0 +1,54 @@
+//! Reasons why a device cannot be assigned.
+
+use std::io;
+use std::path::PathBuf;
+
+use vfio_ioctls::VfioError;
+
+/// A device of the host cannot be assigned to the guest.
+#[derive(Debug, thiserror::Error)]
+pub enum AssignError {
+    /// The path does not name a PCI device.
+    #[error("{} is not the folder of a PCI device in sysfs", path.display())]
+    NotPci {
+        /// The path.
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    /// Neither the IOMMU nor VFIO.
+    #[error("cannot use VFIO: is an IOMMU enabled, and the module vfio-pci loaded?")]
+    Container(#[source] VfioError),
+    /// KVM rejects the connection to VFIO.
+    #[error("cannot connect KVM with VFIO")]
+    Kvm(#[source] hypervisor::Error),
+    /// The device or its group.
+    #[error(
+        "cannot open {}: are the device and all others of its IOMMU group bound to vfio-pci?",
+        path.display()
+    )]
+    Open {
+        /// The device.
+        path: PathBuf,
+        #[source]
+        source: VfioError,
+    },
+    /// The IOMMU, or the limit of locked memory.
+    #[error("cannot map guest RAM for the device: is the limit of locked memory as large as RAM?")]
+    MapRam(#[source] VfioError),
+    /// A bridge, for example.
+    #[error("the device has a header of type {header_type:#x}; only type 0 can be assigned")]
+    HeaderType {
+        /// The type.
+        header_type: u8,
+    },
+    /// The machine has no INTx.
+    #[error("the device has neither MSI nor MSI-X")]
+    NoInterrupt,
+    /// The table or the pending bits of MSI-X.
+    #[error("the MSI-X structures of the device are not in one of its memory BARs")]
+    BadMsix,
+    /// The host has no descriptor or address space left.
+    #[error("cannot use the device's registers or interrupts")]
+    Host(#[source] io::Error),
+}

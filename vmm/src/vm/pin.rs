@@ -1,0 +1,60 @@
+//! Stops discarding while assigned devices have guest RAM pinned.
+//!
+//! A page that is discarded under a device would exist twice: the device would keep the old one, and the guest would get
+//! a new one.
+
+use std::time::{Duration, Instant};
+
+use virtio_devices::balloon::BalloonHandle;
+use virtio_devices::reclaim::{InhibitGuard, InhibitReason};
+
+use super::{Vm, VmError};
+
+/// Maximum time to wait for discards in progress. A batch takes milliseconds.
+const SETTLE_MAX: Duration = Duration::from_secs(2);
+const SETTLE_POLL: Duration = Duration::from_millis(1);
+
+/// Stops the balloon from discarding, and returns when no discard is in progress.
+///
+/// # Errors
+/// The discards in progress do not end.
+pub(super) fn settled(balloon: Option<&BalloonHandle>) -> Result<Option<InhibitGuard>, VmError> {
+    let Some(balloon) = balloon else {
+        return Ok(None);
+    };
+    let guard = balloon.inhibit(InhibitReason::PinnedMemory);
+    let begin = Instant::now();
+    while !guard.is_settled() {
+        if begin.elapsed() > SETTLE_MAX {
+            return Err(VmError::Unsettled);
+        }
+        std::thread::sleep(SETTLE_POLL);
+    }
+    Ok(Some(guard))
+}
+
+impl Vm {
+    /// Before a device is assigned.
+    pub(super) fn pin(&mut self) -> Result<(), VmError> {
+        if self.pin.is_none() {
+            self.pin = settled(self.balloon.as_ref())?;
+        }
+        Ok(())
+    }
+
+    /// After a device was assigned or removed, or the balloon was replaced. Discarding resumes when no device has RAM
+    /// pinned.
+    pub(super) fn pin_or_unpin(&mut self) {
+        if !self.pc.has_pinned_memory() {
+            if self.pin.take().is_some()
+                && let Some(balloon) = &self.balloon
+            {
+                // What was reported meanwhile is resident. A driver that cannot report it again refuses.
+                balloon.report_now(true).ok();
+            }
+        } else if self.pin.is_none() {
+            let balloon = self.balloon.as_ref();
+            self.pin = balloon.map(|balloon| balloon.inhibit(InhibitReason::PinnedMemory));
+        }
+    }
+}
