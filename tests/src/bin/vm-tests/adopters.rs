@@ -530,7 +530,7 @@ fn libvirt_boots_with_events_in_a_fifo() -> Result<Outcome> {
     ensure!(made.success(), "mkfifo: {made}");
     // Both ways, so that opening it waits for nobody.
     let mut reader = File::options().read(true).write(true).open(&fifo)?;
-    let booted = adopter.boot_in(place, None, |_, _| Ok(()))?;
+    let mut booted = adopter.boot_in(place, None, |_, _| Ok(()))?;
     let info = booted.guest.vmm.get("vm.info")?;
     let terminal = info["config"]["console"]["file"].as_str();
     ensure!(
@@ -546,7 +546,8 @@ fn libvirt_boots_with_events_in_a_fifo() -> Result<Outcome> {
             "{events}"
         );
     }
-    booted.end()
+    booted.add_balloon()?;
+    booted.reclaim_and_end()
 }
 
 fn microvm_nix_boots_from_its_command_line() -> Result<Outcome> {
