@@ -222,12 +222,6 @@ impl GuestMemory {
         self.own_zones().map(Zone::bytes).sum()
     }
 
-    /// The zone for virtio-mem, if configured.
-    pub fn hotplug_zone(&self) -> Option<&Zone> {
-        let mut zones = self.zones.iter();
-        zones.find(|zone| zone.kind == ZoneKind::VirtioMem)
-    }
-
     /// All RAM that the VMM maps, including memory that is not plugged. Not for what follows the guest's addresses:
     /// that is [`GuestMemory::device_ram`].
     pub fn ram(&self) -> &GuestRam {
@@ -491,7 +485,7 @@ mod tests {
         for shared in [false, true] {
             let memory = GuestMemory::new(&with_room(64 * MIB, shared), 46).unwrap();
             assert_eq!(memory.own_bytes(), 64 * MIB);
-            let zone = memory.hotplug_zone().unwrap();
+            let zone = memory.zones().last().unwrap();
             assert_eq!((zone.id.as_str(), zone.bytes()), ("mem0-hotplug", GIB));
             let told: u64 = memory
                 .e820()

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
@@ -261,44 +260,6 @@ fn window_is_offered_and_changes_are_told() {
     handle.resize(size(300, 50));
     driver.vectors.wait_triggered(0, 1);
     assert_eq!(read(&driver), [44, 1, 50, 0, 1, 0, 0, 0]);
-}
-
-#[test]
-fn descriptors_are_made_nonblocking_without_touching_the_original() {
-    let (reader, writer) = std::io::pipe().unwrap();
-    let input = ConsoleEndpoint::nonblocking_input(reader.as_fd()).unwrap();
-    let mut byte = [0];
-    let error = File::from(input).read(&mut byte).unwrap_err();
-    assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
-
-    let mut output = File::from(ConsoleEndpoint::nonblocking_output(writer.as_fd()).unwrap());
-    let error = loop {
-        if let Err(error) = output.write(&[0; 4096]) {
-            break error;
-        }
-    };
-    assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
-    let mut reader: File = OwnedFd::from(reader).into();
-    assert_eq!(
-        reader.read(&mut byte).unwrap(),
-        1,
-        "the original still works"
-    );
-
-    let (near, _far) = UnixStream::pair().unwrap();
-    let mut socket = File::from(ConsoleEndpoint::nonblocking_input(near.as_fd()).unwrap());
-    let error = socket.read(&mut byte).unwrap_err();
-    assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
-
-    let mut file = tempfile::tempfile().unwrap();
-    file.write_all(b"ab").unwrap();
-    let mut again = File::from(ConsoleEndpoint::nonblocking_output(file.as_fd()).unwrap());
-    again.write_all(b"cd").unwrap();
-    assert_eq!(
-        file.metadata().unwrap().len(),
-        4,
-        "appended, not overwritten"
-    );
 }
 
 #[test]
