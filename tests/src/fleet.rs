@@ -8,62 +8,12 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
+use crate::control_group::Group;
 use crate::paths;
 use crate::wait::wait_for;
 
 /// Generous, because an emulated host on a busy machine is slow.
 const DEADLINE: Duration = Duration::from_secs(180);
-
-/// The control group that is the host; it is removed when dropped.
-#[derive(Debug)]
-pub struct Group(PathBuf);
-
-impl Group {
-    /// Creates a host of this size, above which the kernel kills.
-    ///
-    /// # Errors
-    /// The group cannot be created.
-    pub fn new(bytes: u64) -> Result<Group> {
-        let folder = PathBuf::from(format!("/sys/fs/cgroup/fleet-{}", std::process::id()));
-        fs::create_dir(&folder).with_context(|| folder.display().to_string())?;
-        let group = Group(folder);
-        fs::write(group.0.join("memory.max"), bytes.to_string()).context("memory.max")?;
-        Ok(group)
-    }
-
-    /// The group's name in the agent's settings.
-    fn name(&self) -> String {
-        let name = self.0.file_name().unwrap_or_default();
-        format!("/{}", name.to_string_lossy())
-    }
-
-    /// Moves a process into the group.
-    ///
-    /// # Errors
-    /// There is no such process.
-    pub fn add(&self, pid: u32) -> Result<()> {
-        fs::write(self.0.join("cgroup.procs"), pid.to_string()).context("cgroup.procs")
-    }
-
-    /// Number of processes that the kernel killed because it was out of memory.
-    ///
-    /// # Errors
-    /// The figure cannot be read.
-    pub fn oom_kills(&self) -> Result<u64> {
-        let text = fs::read_to_string(self.0.join("memory.events"))?;
-        let count = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
-        count
-            .and_then(|count| count.parse().ok())
-            .context("no oom_kill in memory.events")
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        // Fails only if guests in the group could not be ended, which has been reported.
-        let _ = fs::remove_dir(&self.0);
-    }
-}
 
 /// The agent; ended when dropped.
 #[derive(Debug)]

@@ -1,38 +1,19 @@
 //! Tests a whole machine whose VMM runs as another user in a root folder of its own.
 
-use std::fs::{self, File};
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::bare_metal::{SCENARIO_DEADLINE, image, kvm_opens};
 use integration_tests::literal_client::Answer;
-use integration_tests::paths;
+use integration_tests::other_user;
 use integration_tests::vmm::Vmm;
 use integration_tests::wait::wait_for;
 use serde_json::json;
 
-const NOBODY: u32 = 65534;
-
-/// Starts the VMM where every user may open `/dev/kvm`, with its socket in a folder of `NOBODY`. Neither the host's
-/// device nor its owner changes.
-const START: &str = r#"#!/bin/sh
-set -e
-folder=$(dirname "$2")
-chown 65534:65534 "$folder"
-mknod -m 666 "$folder/kvm" c 10 232
-exec unshare --mount sh -ec 'mount --bind "$1/kvm" /dev/kvm; shift; exec "$@"' sh "$folder" PROGRAM "$@"
-"#;
-
-fn folder_of_nobody() -> Result<tempfile::TempDir> {
-    let folder = tempfile::tempdir()?;
-    chown(folder.path(), Some(NOBODY), Some(NOBODY))?;
-    Ok(folder)
-}
-
 fn add_disk(vmm: &Vmm, path: &Path) -> Result<Answer> {
-    File::create(path)?.set_len(1 << 20)?;
-    chown(path, Some(NOBODY), Some(NOBODY))?;
+    other_user::file(path, 1 << 20)?;
     let disk = json!({"path": path, "image_type": "Raw"});
     vmm.request("PUT", "vm.add-disk", Some(&disk.to_string()))
 }
@@ -42,21 +23,16 @@ fn machine_of_another_user_in_a_jail_boots_reboots_measures_and_grows() -> Resul
     if !kvm_opens() {
         return Ok(());
     }
-    if fs::metadata("/proc/self")?.uid() != 0 {
+    if !other_user::is_possible()? {
         test_skip::skip("changing the user and the root folder needs root");
         return Ok(());
     }
     let start = tempfile::tempdir()?;
-    let script = start.path().join("start");
-    let program = paths::program("cloud-hypervisor")?;
-    let program = program.to_str().context("path is not UTF-8")?;
-    fs::write(&script, START.replace("PROGRAM", program))?;
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+    let program = other_user::vmm(start.path())?;
 
-    let (shown, outside) = (folder_of_nobody()?, folder_of_nobody()?);
+    let (shown, outside) = (other_user::folder()?, other_user::folder()?);
     let disk = shown.path().join("boot-disk");
-    File::create(&disk)?.set_len(1 << 20)?;
-    chown(&disk, Some(NOBODY), Some(NOBODY))?;
+    other_user::file(&disk, 1 << 20)?;
     let kernel = image()?;
     let arguments = [
         "--user",
@@ -84,7 +60,7 @@ fn machine_of_another_user_in_a_jail_boots_reboots_measures_and_grows() -> Resul
         "--vsock",
         "cid=3,socket=@/vsock",
     ];
-    let mut vmm = Vmm::spawn_program(&script, &arguments, |_| ())?;
+    let mut vmm = Vmm::spawn_program(&program, &arguments, |_| ())?;
     wait_for("the guest", SCENARIO_DEADLINE, || {
         ensure!(!vmm.has_ended()?, "the VMM ended");
         Ok(vmm.text("serial").contains("READY disk").then_some(()))
@@ -112,6 +88,6 @@ fn machine_of_another_user_in_a_jail_boots_reboots_measures_and_grows() -> Resul
         ensure!(!vmm.folder().join(name).exists(), "{name} was left behind");
     }
     let owner = fs::metadata(vmm.folder().join("serial"))?;
-    ensure!(owner.uid() == NOBODY, "{owner:?}");
+    ensure!(owner.uid() == other_user::NOBODY, "{owner:?}");
     Ok(())
 }

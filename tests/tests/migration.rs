@@ -6,12 +6,14 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::bare_metal::{SCENARIO_DEADLINE, expect_all_passed, kvm_opens, start};
+use integration_tests::migration::{
+    EVENTS, forward_until, free_port, send, wait_event, while_receiving,
+};
 use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
 use integration_tests::wait::wait_for;
 use serde_json::{Value, json};
 use tempfile::NamedTempFile;
 
-const EVENTS: &[&str] = &["--event-monitor", "path=@/events"];
 const BALLOON: &[&str] = &["--balloon", "size=0,free_page_reporting=on"];
 /// The balloon's target that ends the guest's scenario.
 const END_BYTES: u64 = 1000 * 4096;
@@ -46,50 +48,6 @@ fn wait_rounds(first: &Vmm, after: u32) -> Result<u32> {
         let numbers = rounds.filter_map(|it| it.split_once(' ')?.0.parse().ok());
         Ok(numbers.max().filter(|newest: &u32| *newest > after))
     })
-}
-
-/// Waits for an event and returns its properties.
-fn wait_event(vmm: &Vmm, name: &str) -> Result<Value> {
-    let quoted = format!(r#""event": "{name}""#);
-    wait_for(name, SCENARIO_DEADLINE, || {
-        let text = vmm.text("events");
-        let event = text.split("\n\n").find(|event| {
-            let event = event.replace(r#""event":""#, r#""event": ""#);
-            event.contains(&quoted)
-        });
-        Ok(event.map(serde_json::from_str::<Value>))
-    })?
-    .map(|event| event["properties"].clone())
-    .context("an event that is JSON")
-}
-
-/// Calls `act` while `target` waits for a VM at `url`; returns the status of the response to that.
-fn while_receiving(
-    target: &Vmm,
-    url: &str,
-    act: impl FnOnce() -> Result<()>,
-) -> Result<(u16, String)> {
-    let body = json!({"receiver_url": url}).to_string();
-    std::thread::scope(|scope| {
-        let waiting = scope.spawn(|| target.request("PUT", "vm.receive-migration", Some(&body)));
-        let acted = wait_event(target, "migration-receive-ready").and_then(|_| act());
-        if acted.is_err() {
-            // Ends the wait.
-            target.put("vm.cancel-migration", None).ok();
-        }
-        let answer = waiting.join().expect("no panic")?;
-        acted?;
-        Ok((answer.status, answer.body.unwrap_or_default()))
-    })
-}
-
-fn send(source: &Vmm, url: &str) -> Result<()> {
-    let body = json!({"destination_url": url}).to_string();
-    source.put("vm.send-migration", Some(&body)).map(drop)
-}
-
-fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
 #[test]
@@ -219,36 +177,6 @@ fn memory_that_was_given_back_is_neither_sent_nor_resident_and_settings_follow()
         }
     }
     Ok(())
-}
-
-/// Forwards a connection to `port` until `bytes` bytes have gone to the target; then calls `cut` and closes it.
-fn forward_until(
-    port: u16,
-    bytes: usize,
-    cut: impl FnOnce() + Send,
-) -> impl FnOnce(TcpStream) -> Result<()> + Send {
-    move |source| {
-        let target = TcpStream::connect(("127.0.0.1", port))?;
-        let (mut from, mut to) = (&source, &target);
-        std::thread::scope(|scope| {
-            scope.spawn(|| std::io::copy(&mut &target, &mut &source).ok());
-            let mut buffer = vec![0; 64 << 10];
-            let mut left = bytes;
-            while left > 0 {
-                let wanted = buffer.len().min(left);
-                match from.read(&mut buffer[..wanted]) {
-                    Ok(count) if count > 0 && to.write_all(&buffer[..count]).is_ok() => {
-                        left -= count;
-                    }
-                    _ => break,
-                }
-            }
-            cut();
-            source.shutdown(Shutdown::Both).ok();
-            target.shutdown(Shutdown::Both).ok();
-        });
-        Ok(())
-    }
 }
 
 /// The VM runs here, and its disk is locked.

@@ -8,7 +8,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use integration_tests::fleet::{Agent, Group};
+use integration_tests::control_group::Group;
+use integration_tests::fleet::Agent;
 use integration_tests::linux::{Guest, Machine};
 use integration_tests::wait::wait_for;
 

@@ -5,7 +5,8 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use integration_tests::fleet::{Agent, Group, vm};
+use integration_tests::control_group::Group;
+use integration_tests::fleet::{Agent, vm};
 use integration_tests::linux::{Guest, Machine};
 use integration_tests::outcome::{Outcome, Test};
 use integration_tests::tests;

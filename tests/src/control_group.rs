@@ -1,0 +1,101 @@
+//! Control groups of version 2: a host of limited memory, or a place for one VMM.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Context, Result};
+
+use crate::paths;
+
+const ROOT: &str = "/sys/fs/cgroup";
+
+/// A control group; it is removed when dropped.
+#[derive(Debug)]
+pub struct Group(PathBuf);
+
+impl Group {
+    /// Whether groups of this host account for memory.
+    #[must_use]
+    pub fn is_possible() -> bool {
+        let controllers = fs::read_to_string(Path::new(ROOT).join("cgroup.subtree_control"));
+        controllers.is_ok_and(|text| text.split_whitespace().any(|name| name == "memory"))
+    }
+
+    /// Creates a group of this size, above which the kernel kills.
+    ///
+    /// # Errors
+    /// The group cannot be created.
+    pub fn new(bytes: u64) -> Result<Group> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("test-{}-{number}", std::process::id());
+        let group = Group(Path::new(ROOT).join(name));
+        fs::create_dir(&group.0).with_context(|| group.0.display().to_string())?;
+        fs::write(group.0.join("memory.max"), bytes.to_string()).context("memory.max")?;
+        Ok(group)
+    }
+
+    /// The group's path below the root, as in `/proc/PID/cgroup`.
+    #[must_use]
+    pub fn name(&self) -> String {
+        let name = self.0.file_name().unwrap_or_default();
+        format!("/{}", name.to_string_lossy())
+    }
+
+    /// Moves a process into the group. The memory that it has stays charged to its former group.
+    ///
+    /// # Errors
+    /// There is no such process.
+    pub fn add(&self, pid: u32) -> Result<()> {
+        fs::write(self.0.join("cgroup.procs"), pid.to_string()).context("cgroup.procs")
+    }
+
+    /// Writes a program into `folder` that starts the VMM in this group.
+    ///
+    /// # Errors
+    /// The program cannot be written.
+    pub fn vmm(&self, folder: &Path) -> Result<PathBuf> {
+        let program = folder.join("vmm-in-group");
+        let script = format!(
+            "#!/bin/sh\nset -e\necho $$ > {}/cgroup.procs\nexec {} \"$@\"\n",
+            self.0.display(),
+            paths::program("cloud-hypervisor")?.display()
+        );
+        fs::write(&program, script)?;
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+        Ok(program)
+    }
+
+    /// A figure of `memory.stat`, bytes.
+    ///
+    /// # Errors
+    /// There is none of this name.
+    pub fn memory_bytes(&self, name: &str) -> Result<u64> {
+        self.figure("memory.stat", name)
+    }
+
+    /// Number of processes that the kernel killed because it was out of memory.
+    ///
+    /// # Errors
+    /// The figure cannot be read.
+    pub fn oom_kills(&self) -> Result<u64> {
+        self.figure("memory.events", "oom_kill")
+    }
+
+    fn figure(&self, file: &str, name: &str) -> Result<u64> {
+        let text = fs::read_to_string(self.0.join(file))?;
+        let mut lines = text.lines();
+        let value = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        let value = value.and_then(|value| value.parse().ok());
+        value.with_context(|| format!("no {name} in {file}"))
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // Fails only if guests in the group could not be ended, which has been reported.
+        let _ = fs::remove_dir(&self.0);
+    }
+}

@@ -1,0 +1,62 @@
+//! A VMM that runs as another user, in a root folder of its own.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::paths;
+
+/// The user and the group of the VMM.
+pub const NOBODY: u32 = 65534;
+
+/// Starts the VMM where every user may open `/dev/kvm`, with its socket in a folder of [`NOBODY`]. Neither the host's
+/// device nor its owner changes.
+const START: &str = r#"#!/bin/sh
+set -e
+folder=$(dirname "$2")
+chown 65534:65534 "$folder"
+mknod -m 666 "$folder/kvm" c 10 232
+exec unshare --mount sh -ec 'mount --bind "$1/kvm" /dev/kvm; shift; exec "$@"' sh "$folder" PROGRAM "$@"
+"#;
+
+/// Whether this process may start it.
+///
+/// # Errors
+/// There is no `/proc`.
+pub fn is_possible() -> Result<bool> {
+    Ok(fs::metadata("/proc/self")?.uid() == 0)
+}
+
+/// Writes a program into `folder` that starts the VMM so that it can change to [`NOBODY`].
+///
+/// # Errors
+/// The program cannot be written.
+pub fn vmm(folder: &Path) -> Result<PathBuf> {
+    let start = folder.join("vmm-of-nobody");
+    let program = paths::program("cloud-hypervisor")?;
+    let program = program.to_str().context("path is not UTF-8")?;
+    fs::write(&start, START.replace("PROGRAM", program))?;
+    fs::set_permissions(&start, fs::Permissions::from_mode(0o755))?;
+    Ok(start)
+}
+
+/// A folder of [`NOBODY`].
+///
+/// # Errors
+/// It cannot be created.
+pub fn folder() -> Result<tempfile::TempDir> {
+    let folder = tempfile::tempdir()?;
+    chown(folder.path(), Some(NOBODY), Some(NOBODY))?;
+    Ok(folder)
+}
+
+/// A file of [`NOBODY`] with this size.
+///
+/// # Errors
+/// It cannot be created.
+pub fn file(path: &Path, bytes: u64) -> Result<()> {
+    fs::File::create(path)?.set_len(bytes)?;
+    Ok(chown(path, Some(NOBODY), Some(NOBODY))?)
+}
