@@ -1,6 +1,6 @@
 //! API clients that change a machine at random, several at once, while its guest verifies memory and disks; and what the
-//! VMM must have again when all changes are undone. The test reboots the machine meanwhile: clients would do so again
-//! before the guest has verified anything.
+//! VMM must have again when all changes are undone. The test reboots the machine meanwhile, and begins to move it: clients
+//! would do so again before the guest has verified anything.
 //!
 //! Each client begins with each of its actions once, so that a short run has all of them. `CHAOS_SEED=N` repeats their
 //! choices, `CHAOS_SECONDS=1800` makes a run longer.
@@ -10,7 +10,7 @@ use std::env;
 use std::fs;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 use strum::VariantArray as _;
 
 use crate::literal_client::request;
+use crate::migration::move_in_vain;
 use crate::random::Random;
 use crate::vmm::Vmm;
 use crate::wait::wait_for;
@@ -25,11 +26,24 @@ use crate::wait::wait_for;
 const CLIENTS: u64 = 3;
 /// Disks that each client plugs and unplugs.
 const DISKS_PER_CLIENT: u64 = 2;
+/// Changes that each client makes while the guest makes one round, after the first of each kind.
+const ACTIONS_PER_ROUND: u64 = 16;
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 const MIB: u64 = 1 << 20;
 /// Time for the guest to release devices and processors.
 const SETTLE_DEADLINE: Duration = Duration::from_secs(300);
+/// Another client may have resumed the machine, and the test may be rebooting or moving it. Upstream's status for that is
+/// 500.
+const REFUSALS: [&str; 3] = [
+    "Invalid VM state transition",
+    "VM is not running",
+    "The VM is being migrated",
+];
 /// Time for threads to end and clients' connections to close.
 const RELEASE_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Data that a migration has sent when it breaks: less than any guest has.
+const MOVED_BYTES_MAX: u64 = 1_000_000;
 
 /// The limits of the changes.
 #[derive(Debug, Clone)]
@@ -99,6 +113,22 @@ pub fn length_and_seed(default: Duration) -> Result<(Duration, u64)> {
     Ok((seconds, seed))
 }
 
+/// What the guest has verified so far, in rounds of its work. Clients make a number of changes for each: otherwise they would
+/// take the processors of a busy machine from the guest, whose work is the purpose.
+#[derive(Debug, Default)]
+pub struct Progress(AtomicU64);
+
+impl Progress {
+    /// The guest has made this many rounds.
+    pub fn set(&self, rounds: u64) {
+        self.0.store(rounds, Ordering::Release);
+    }
+
+    fn actions(&self) -> u64 {
+        ACTIONS_PER_ROUND * self.0.load(Ordering::Acquire)
+    }
+}
+
 /// Lets clients of a VMM with this socket work, with files in `folder`, until `meanwhile`, which is called repeatedly,
 /// returns true.
 ///
@@ -108,6 +138,7 @@ pub fn run_clients(
     (socket, folder): (PathBuf, PathBuf),
     limits: &Limits,
     seed: u64,
+    progress: &Progress,
     mut meanwhile: impl FnMut() -> Result<bool>,
 ) -> Result<Done> {
     let stop = AtomicBool::new(false);
@@ -119,6 +150,7 @@ pub fn run_clients(
                     folder: &folder,
                     limits,
                     number,
+                    progress,
                     random: Random(seed.wrapping_add(number)),
                     done: Done::default(),
                 };
@@ -159,11 +191,62 @@ pub fn run_clients(
     })
 }
 
+/// Reboots the machine, or begins to move it to another process over a connection that breaks: in turn, the first time a
+/// reboot.
+#[derive(Debug)]
+pub struct Upheavals {
+    random: Random,
+    reboots: u64,
+    moves: u64,
+}
+
+impl std::fmt::Display for Upheavals {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} reboots, {} moves in vain", self.reboots, self.moves)
+    }
+}
+
+impl Upheavals {
+    /// None so far.
+    #[must_use]
+    pub const fn new(seed: u64) -> Self {
+        Self {
+            random: Random(seed),
+            reboots: 0,
+            moves: 0,
+        }
+    }
+
+    /// Makes the next one; returns whether it was a reboot.
+    ///
+    /// # Errors
+    /// The VMM refuses it or does not complete it.
+    pub fn next(&mut self, vmm: &Vmm) -> Result<bool> {
+        let reboots = self.reboots == self.moves;
+        if reboots {
+            vmm.put("vm.reboot", None)?;
+            self.reboots += 1;
+        } else {
+            let bytes = 1 + self.random.below(MOVED_BYTES_MAX);
+            move_in_vain(vmm, bytes as usize).with_context(|| format!("{bytes} bytes"))?;
+            self.moves += 1;
+        }
+        Ok(reboots)
+    }
+
+    /// Whether there was at least one of each kind.
+    #[must_use]
+    pub const fn are_of_each_kind(&self) -> bool {
+        self.reboots > 0 && self.moves > 0
+    }
+}
+
 struct Client<'a> {
     socket: &'a Path,
     folder: &'a Path,
     limits: &'a Limits,
     number: u64,
+    progress: &'a Progress,
     random: Random,
     done: Done,
 }
@@ -172,7 +255,12 @@ impl Client<'_> {
     fn work(&mut self, stop: &AtomicBool) -> Result<()> {
         let first = Action::VARIANTS.len() as u64;
         let mut steps = 0;
+        let at_start = self.progress.actions();
         while !stop.load(Ordering::Acquire) {
+            if steps >= first + self.progress.actions() - at_start {
+                std::thread::park_timeout(POLL_INTERVAL);
+                continue;
+            }
             let choice = if steps < first {
                 (steps + self.number * 3) % first
             } else {
@@ -283,10 +371,9 @@ impl Client<'_> {
     fn send(&self, method: &str, endpoint: &str, body: Option<&Value>) -> Result<bool> {
         let text = body.map(Value::to_string);
         let answer = request(self.socket, method, endpoint, text.as_deref())?;
-        // Another client may have resumed the machine, or may be rebooting it. Upstream's status for that is 500.
         let body = answer.body.as_deref().unwrap_or_default();
-        let mut refusals = ["Invalid VM state transition", "VM is not running"].iter();
-        let is_refusal = answer.status < 500 || refusals.any(|text| body.contains(text));
+        let is_refusal =
+            answer.status < 500 || REFUSALS.into_iter().any(|text| body.contains(text));
         ensure!(
             is_refusal,
             "{endpoint} {}: {answer:?}",
