@@ -12,10 +12,11 @@
 mod etcd;
 mod etcd_wire;
 mod measured;
-mod memory;
 
 #[cfg(test)]
 mod conformance;
+#[cfg(test)]
+mod memory;
 #[cfg(test)]
 mod tests;
 
@@ -26,6 +27,7 @@ use thiserror::Error;
 
 pub use etcd::{Endpoint, EndpointError, EtcdStore, Login};
 pub use measured::{Measured, StoreCall, StoreCounters};
+#[cfg(test)]
 pub use memory::{Fault, MemoryStore};
 
 /// Whether these bytes are an answer of etcd's.
