@@ -5,7 +5,7 @@ use crate::model::{
     Bytes, CgroupMemory, FeatureLevel, GuestClaims, HostFacts, InForce, Interlock, Inventory,
     Lessons, Pressure, PriorityClass, ReclaimFigures, VmFacts, VmId, VmPolicy, VmSample,
 };
-use crate::planner::{ActionKind, PlannerMemory, plan};
+use crate::planner::{Action, ActionKind, Block, PlannerMemory, Present, VmMemory, plan};
 use strum::VariantArray as _;
 
 const ROUNDS_MAX: usize = 16;
@@ -13,6 +13,10 @@ const VMS_MAX: usize = 4;
 const HOST: Bytes = Bytes::gib(32);
 /// Times between two rounds, ms.
 const PAUSES_MS: [u64; 4] = [1000, 5000, 60_000, 3_600_000];
+/// The choice by which the agent restarts, and keeps only its lessons.
+const RESTART: u8 = 0x7f;
+/// Orders are late by up to 255 of these, ms.
+const LATE_MS: u64 = 100;
 
 /// Makes the plans; returns the number of their actions.
 ///
@@ -33,12 +37,26 @@ pub(super) fn plans(bytes: &[u8]) -> usize {
         }
         let choice = input.byte();
         now_ms += PAUSES_MS[usize::from(choice % 4)];
+        let mut lessons: Vec<Lessons> = vms.iter().map(|_| Lessons::default()).collect();
+        if choice == RESTART {
+            for (lessons, vm) in lessons.iter_mut().zip(&vms) {
+                *lessons = memory
+                    .vm(vm.id.as_str())
+                    .map(VmMemory::lessons)
+                    .unwrap_or_default();
+            }
+            memory = PlannerMemory::default();
+        }
         let inventory = Inventory {
             now_ms,
             host: host(choice, now_ms, &mut input),
             vms: vms
                 .iter_mut()
-                .map(|vm| vm.facts(now_ms, &mut input))
+                .zip(lessons)
+                .map(|(vm, lessons)| VmFacts {
+                    lessons,
+                    ..vm.facts(now_ms, &mut input)
+                })
                 .collect(),
             promised: input.rarely(),
             wanted: (0..choice >> 6).map(|_| input.part(HOST)).collect(),
@@ -48,17 +66,36 @@ pub(super) fn plans(bytes: &[u8]) -> usize {
         for action in &plan.actions {
             let at = vms.iter().position(|vm| vm.id == action.vm);
             let at = at.expect("actions are about VMs of the inventory");
+            check_order(action, &inventory, &vms[at], u64::from(choice) * LATE_MS);
             if let ActionKind::Balloon { from, to } = action.kind {
                 check(&inventory, &inventory.vms[at], from, to);
                 vms[at].target = to;
             }
         }
+        assert_eq!(plan.headroom().ledger, plan.ledger);
         for explanation in &plan.explanations {
             assert!(!explanation.to_string().is_empty());
         }
         memory = plan.memory;
     }
     actions
+}
+
+/// An order that is carried out after `late_ms`, when nothing else has changed, is about the right machine.
+fn check_order(action: &Action, inventory: &Inventory, vm: &Vm, late_ms: u64) {
+    assert!(!action.to_string().is_empty());
+    let present = Present {
+        epoch: vm.epoch,
+        now_ms: inventory.now_ms + late_ms,
+        host_available: inventory.host.available,
+        balloon_target: vm.target,
+    };
+    assert_ne!(action.check(&present), Err(Block::Replaced));
+    let replaced = Present {
+        epoch: vm.epoch + 1,
+        ..present
+    };
+    assert_eq!(action.check(&replaced), Err(Block::Replaced));
 }
 
 /// A VM keeps its minimum, unless its size is impossible on this host.

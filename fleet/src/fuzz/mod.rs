@@ -16,6 +16,8 @@ use crate::store;
 /// Plans with the same figures.
 const ROUNDS: u64 = 4;
 const ROUND_MS: u64 = 5000;
+/// Memory of a VM for which a configuration has a policy.
+const CONFIGURED: Bytes = Bytes::gib(2);
 
 /// Processes the bytes, the first of which selects their source. Returns whether the input was valid.
 ///
@@ -37,8 +39,23 @@ pub fn run(bytes: &[u8]) -> bool {
         }
         2 => store::reads_answer(rest),
         3 => cluster::reads_record(rest),
-        4 => Config::from_toml(&String::from_utf8_lossy(rest)).is_ok(),
+        4 => reads_config(&String::from_utf8_lossy(rest)),
         _ => history::plans(rest) > 0,
+    }
+}
+
+/// Whether the text is a configuration. The policy of a VM is then possible, and otherwise the error has a message.
+fn reads_config(text: &str) -> bool {
+    match Config::from_toml(text) {
+        Ok(config) => {
+            let policy = config.vm_policy("vm", CONFIGURED);
+            assert!(policy.min <= policy.max && policy.max <= CONFIGURED);
+            true
+        }
+        Err(error) => {
+            assert!(!error.to_string().is_empty());
+            false
+        }
     }
 }
 
