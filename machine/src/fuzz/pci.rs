@@ -130,6 +130,7 @@ struct Host {
 struct Rig {
     mmio: Arc<Bus>,
     ports: Bus,
+    config_ports: Arc<ConfigPorts>,
     segments: PciSegments,
     hotplug: Arc<HotplugController>,
     doorbells: Arc<FakeDoorbells>,
@@ -158,13 +159,15 @@ impl Rig {
         }
         place(HOTPLUG, HOTPLUG_BYTES, Arc::clone(&hotplug) as _);
         let config_ports = Arc::new(ConfigPorts::new(Arc::clone(&segments.buses()[0])));
+        let device = Arc::clone(&config_ports) as Arc<dyn BusDevice>;
         ports
-            .insert(CONFIG_PORT_BASE, CONFIG_PORT_BYTES, config_ports)
+            .insert(CONFIG_PORT_BASE, CONFIG_PORT_BYTES, device)
             .expect("an empty bus");
         let interrupts = Arc::new(FakeBackend::default());
         Self {
             mmio,
             ports,
+            config_ports,
             segments,
             hotplug,
             doorbells,
@@ -203,15 +206,17 @@ impl Rig {
                 let offset = input.number(2) % 0x1000;
                 let bytes = usize::from(input.byte() % 9);
                 self.write(config + offset, input.number(8), bytes);
+                self.mmio.read(config + offset, &mut [0; 8][..bytes]);
             }
             8 => {
                 let address = u64::from(input.byte()) << 24 | input.number(3);
                 self.ports
                     .write(CONFIG_PORT_BASE, &(address as u32).to_le_bytes());
                 let port = CONFIG_PORT_BASE + u64::from(input.byte() % 8);
-                let data = input.number(8).to_le_bytes();
-                self.ports
-                    .write(port, &data[..usize::from(choice >> 4) % 9]);
+                let mut data = input.number(8).to_le_bytes();
+                let data = &mut data[..usize::from(choice >> 4) % 9];
+                self.ports.write(port, data);
+                self.ports.read(port, data);
             }
             9 => {
                 let mut data = [0; 8];
@@ -356,12 +361,16 @@ impl Rig {
 
     /// Checks the bus, at which nothing happens now.
     fn check(&self, host: &Host) {
+        // The guest may have accessed places without devices.
+        let _missed = self.mmio.missed() + self.ports.missed();
         let mapped: BTreeSet<(u64, u64)> = self.mmio.ranges().into_iter().collect();
         let mut explained: BTreeSet<(u64, u64)> =
             ECAM.iter().map(|base| (*base, ECAM_BYTES)).collect();
         explained.insert((HOTPLUG, HOTPLUG_BYTES));
         let mut doorbells = BTreeSet::new();
         for (bdf, function) in self.segments.functions() {
+            let [number, endpoint] = [u32::from(bdf.routing_id()), bdf.endpoint()];
+            assert_eq!(endpoint & 0xffff, number, "{bdf} at an IOMMU");
             let windows = self.segments.buses()[usize::from(bdf.segment)].windows();
             for bar in function.bars().into_iter().filter(|bar| bar.decoded) {
                 let (start, bytes) = (bar.address, bar.size_bytes);
@@ -414,6 +423,13 @@ impl Rig {
             return;
         }
         let other = Self::new(self.ram.clone());
+        let address = self.config_ports.address();
+        other.config_ports.restore_address(address);
+        assert_eq!(other.config_ports.address(), address);
+        for (segment, slot) in saved.slots() {
+            let found = saved.slot(&slot.id).expect("it is there");
+            assert_eq!((found.0, &found.1.id), (segment, &slot.id));
+        }
         other
             .segments
             .restore_reserved(&saved)
