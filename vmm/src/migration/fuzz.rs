@@ -1,36 +1,96 @@
 //! Entry point of the fuzz target `migration`, and of ordinary tests with random bytes.
 
+use std::io::{self, Read as _, Write as _};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+
 use api::VmConfig;
 use api::config::MemoryConfig;
 use machine::memory::GuestMemory;
 
 use super::receive::{Reached, receive_from};
-use super::wire::{Kind, Reader, Writer};
-use super::{Limits, MigrationError, TargetOwner};
+use super::wire::{Kind, MigrationId, Reader, Writer};
+use super::{Address, Cancel, Incoming, Limits, Listener, MigrationError, TargetOwner};
 use crate::snapshot::SnapshotState;
+
+const ID: MigrationId = [0; 16];
 
 /// Receives the bytes as a target does: as they are, or cut into messages with valid headers and checksums, which
 /// random bytes would never have. Returns whether the target took over a machine.
 #[must_use]
 pub fn receive(bytes: &[u8]) -> bool {
     let (choice, bytes) = bytes.split_first().unwrap_or((&0, &[]));
-    let framed = match choice % 2 {
+    let framed = match choice % 4 {
         0 => bytes.to_vec(),
-        _ => framed(bytes),
+        1 => framed(bytes),
+        2 => return receive_from_socket(&framed(bytes), &[]),
+        // A client that is no source comes first.
+        _ => return receive_from_socket(&framed(bytes), bytes),
     };
     let mut owner = Owner { commits: false };
     let mut reached = Reached::NotPrepared;
     let mut answers = Writer::new(std::io::sink());
     let reader = Reader::new(&framed[..]);
     let limits = Limits::default();
-    let id = [0; 16];
-    let received = receive_from(reader, &mut answers, id, &limits, &mut owner, &mut reached);
+    let received = receive_from(reader, &mut answers, ID, &limits, &mut owner, &mut reached);
     assert_eq!(
         received.is_ok(),
         owner.commits,
         "a target that has failed took over the machine, or the other way round"
     );
     owner.commits
+}
+
+/// The same with the introduction of the source, which breaks the connection after its messages and asks for the outcome.
+/// Returns whether the target took over a machine.
+fn receive_from_socket(messages: &[u8], first: &[u8]) -> bool {
+    let any = Address::parse("tcp:127.0.0.1:0").expect("an address");
+    let listener = Listener::bind(&any).expect("a free port");
+    let Address::Tcp(address) = listener.address() else {
+        unreachable!("it is as bound");
+    };
+    let incoming = Incoming {
+        listener,
+        limits: Limits::default(),
+        cancel: Cancel::default(),
+    };
+    let mut owner = Owner { commits: false };
+    let introduced = |kind| {
+        let mut writer = Writer::new(Vec::new());
+        writer.introduce(kind, &ID).expect("no connection can fail");
+        std::mem::take(writer.get_mut())
+    };
+    let answer = std::thread::scope(|scope| {
+        scope.spawn(|| incoming.run(&mut owner));
+        let _answered = first.first().map(|_| exchange(address, first));
+        // Open until the source asks: unread words of the target would otherwise break it.
+        let _connection = send(address, &[&introduced(Kind::Hello), messages].concat());
+        let mut question = Writer::new(introduced(Kind::Ask));
+        question
+            .send(Kind::Released, &[])
+            .expect("no connection can fail");
+        exchange(address, question.get_mut())
+    });
+    let answer = answer.unwrap_or_default();
+    let outcomes = [Kind::Committed, Kind::Abandoned];
+    if let Ok(answer) = Reader::new(&answer[..]).next(&outcomes, "the outcome") {
+        assert_eq!(answer.kind == Kind::Committed, owner.commits, "a lie");
+    }
+    owner.commits
+}
+
+/// A connection over which these bytes were sent, and nothing will follow.
+fn send(address: SocketAddr, bytes: &[u8]) -> io::Result<TcpStream> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.write_all(bytes)?;
+    stream.shutdown(Shutdown::Write)?;
+    Ok(stream)
+}
+
+/// Sends the bytes; returns the answer. The target may have ended before.
+fn exchange(address: SocketAddr, bytes: &[u8]) -> io::Result<Vec<u8>> {
+    let mut answer = Vec::new();
+    send(address, bytes)?.read_to_end(&mut answer)?;
+    Ok(answer)
 }
 
 /// Each message is a byte for its kind, two for its length, and its payload.
@@ -87,7 +147,7 @@ mod tests {
     use super::*;
 
     /// A whole migration in the form that [`framed`] reads.
-    fn whole() -> Vec<u8> {
+    fn whole(choice: u8) -> Vec<u8> {
         let state = r#"{"version":3,"pc":{"version":1},"thresholds":{},"reporting_paused":false,"memory_size_after_reboot":null}"#;
         let config = r#"{"payload":{"kernel":"/k"}}"#;
         let mut pages = vec![0; 16];
@@ -95,7 +155,7 @@ mod tests {
         pages[4] = 64;
         pages.resize(16 + 64 + 4096, 0);
         pages[16] = 1;
-        let mut bytes = vec![1];
+        let mut bytes = vec![choice];
         let kind = |kind| Kind::ALL.iter().position(|it| *it == kind);
         for (it, payload) in [
             (Kind::Config, config.as_bytes()),
@@ -115,14 +175,16 @@ mod tests {
 
     #[test]
     fn whole_migration_is_received() {
-        assert!(receive(&whole()));
+        for choice in [1, 2, 3] {
+            assert!(receive(&whole(choice)), "{choice}");
+        }
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(200))]
         #[test]
-        fn damaged_migration_never_panics(at in 0_usize..4700, byte in any::<u8>(), end in 1_usize..4700) {
-            let mut bytes = whole();
+        fn damaged_migration_never_panics(choice in 1_u8..4, at in 0_usize..4700, byte in any::<u8>(), end in 1_usize..4700) {
+            let mut bytes = whole(choice);
             let at = at % bytes.len();
             bytes[at] = byte;
             bytes.truncate(end);

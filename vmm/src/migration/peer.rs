@@ -171,7 +171,7 @@ impl Listener {
     }
 
     /// The address, with the port that the host has chosen.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn address(&self) -> Address {
         match &self.socket {
             ListenerSocket::Tcp(listener) => Address::Tcp(listener.local_addr().expect("bound")),
