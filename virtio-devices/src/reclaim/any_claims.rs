@@ -7,9 +7,11 @@
 
 use std::sync::OnceLock;
 
+use vm_memory::GuestAddressSpace as _;
+
 use super::guarded_ram::{GuardedRam, HUGE_PAGE_PAGES, Kind, PAGE, RamArea, discard_and_check_on};
 use super::pagemap::Pagemap;
-use super::{DiscardEngine, Expected, GuestRange, ResidencyProbe};
+use super::{DiscardEngine, Expected, GuestRange, ResidencyProbe, smallest_reclaimable_page_bytes};
 use crate::testing::fuzz_input::Input;
 
 const AREAS_MAX: u8 = 4;
@@ -71,6 +73,8 @@ pub fn run(bytes: &[u8]) -> Seen {
         let claims: Vec<_> = (0..input.byte() % CLAIMS_MAX)
             .map(|_| claim(&mut input, pages_end))
             .collect();
+        let smallest = smallest_reclaimable_page_bytes(&guarded.ram.memory(), expected);
+        assert!(smallest.is_none_or(|bytes| bytes >= PAGE as u64));
         let before = held(&probe);
         let outcome = discard_and_check_on(&guarded, &mut engine, &claims, expected, |engine| {
             check_residency(&areas, &before, &held(&probe), engine);

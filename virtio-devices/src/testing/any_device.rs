@@ -1,6 +1,6 @@
 //! One device of each kind, for the guest with arbitrary behaviour.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -13,7 +13,7 @@ use super::any_vsock::{self, Programs};
 use super::fuzz_input::AREAS;
 use super::ram::TestRam;
 use crate::balloon::{Balloon, BalloonParams};
-use crate::block::{Block, BlockParams, EngineChoice, ImageFormat};
+use crate::block::{Block, BlockError, BlockParams, EngineChoice, ImageFormat};
 use crate::console::{Console, ConsoleEndpoint, WindowSize};
 use crate::device::VirtioDevice;
 use crate::dma::DmaEndpoint;
@@ -31,7 +31,7 @@ use crate::vsock::{Vsock, VsockParams};
 use crate::watchdog::Watchdog;
 
 /// The devices that [`make`] creates, by choice.
-pub(super) const NAMES: [&str; 13] = [
+pub(super) const NAMES: [&str; 15] = [
     "block-sync",
     "block",
     "console",
@@ -45,24 +45,33 @@ pub(super) const NAMES: [&str; 13] = [
     "pmem",
     "vhost-user",
     "iommu",
+    "block-direct",
+    "block-qcow2",
 ];
 
+const DISK_BYTES: u64 = 1 << 20;
+/// Less than a unit of direct I/O.
+const TAIL_BYTES: u64 = 100;
+/// Of virtio-mem.
 const BLOCK_BYTES: u64 = 2 << 20;
 const BLOCKS: u64 = 2;
 /// First page of virtio-mem's region.
 const MEM_PAGE: u64 = 1 << 20;
 
+/// Where the host has placed persistent memory.
+const PMEM_START: u64 = 1 << 40;
+
 /// A device and the host resources that it uses.
 pub(super) struct Made {
     pub(super) device: Arc<Mutex<dyn VirtioDevice>>,
-    /// The other end of a network device's frames.
+    /// The other end of a network device's frames, or of a console's input and output.
     pub(super) wire: Option<UnixDatagram>,
     /// The programs of a vsock device.
     pub(super) programs: Option<Programs>,
     _image: Option<NamedTempFile>,
     _folder: Option<TempDir>,
     /// Devices behind it, if it is an IOMMU.
-    _endpoints: Vec<Arc<DmaEndpoint>>,
+    pub(super) endpoints: Vec<Arc<DmaEndpoint>>,
 }
 
 /// The address of a block of virtio-mem's region, or behind it.
@@ -70,7 +79,7 @@ pub(super) fn mem_block(number: u8) -> u64 {
     MEM_PAGE * PAGE as u64 + u64::from(number) * BLOCK_BYTES
 }
 
-fn name(choice: u8) -> &'static str {
+pub(super) fn name(choice: u8) -> &'static str {
     NAMES[usize::from(choice) % NAMES.len()]
 }
 
@@ -104,6 +113,93 @@ fn shared(device: impl VirtioDevice + 'static) -> Arc<Mutex<dyn VirtioDevice>> {
     Arc::new(Mutex::new(device))
 }
 
+fn datagrams() -> (UnixDatagram, UnixDatagram) {
+    let (near, far) = UnixDatagram::pair().expect("sockets");
+    for end in [&near, &far] {
+        end.set_nonblocking(true).expect("sockets can be so");
+    }
+    (near, far)
+}
+
+/// A disk whose image is the file.
+fn disk(name: &str, file: NamedTempFile) -> (Block, NamedTempFile) {
+    let mut params = BlockParams {
+        id: "_disk0".into(),
+        path: file.path().into(),
+        num_queues: 2,
+        queue_size: 128,
+        sparse: true,
+        format: Some(ImageFormat::Raw),
+        ..BlockParams::default()
+    };
+    let mut bytes = DISK_BYTES;
+    match name {
+        "block-sync" => params.engine = EngineChoice::Sync,
+        // Its end is no whole unit of direct I/O, and the guest may not make it an image of another format.
+        "block-direct" => {
+            params.direct = true;
+            params.format = None;
+            bytes += TAIL_BYTES;
+        }
+        "block-qcow2" => {
+            params.format = Some(ImageFormat::Qcow2);
+            let metadata = empty_qcow2(DISK_BYTES);
+            fs::write(file.path(), &metadata).expect("files can be written");
+            bytes = metadata.len() as u64;
+        }
+        _ => {}
+    }
+    file.as_file().set_len(bytes).expect("files can grow");
+    let block = match Block::new(params.clone()) {
+        // Not every file system of a temporary folder has it.
+        Err(BlockError::NoDirectIo { .. }) => {
+            params.direct = false;
+            Block::new(params)
+        }
+        made => made,
+    };
+    (block.expect("a sound image"), file)
+}
+
+/// The metadata of an image without data: header, table of reference counts, reference counts, and table of data, a
+/// cluster each.
+fn empty_qcow2(bytes: u64) -> Vec<u8> {
+    const CLUSTER_BITS: u32 = 16;
+    const CLUSTER: u64 = 1 << CLUSTER_BITS;
+    const HEADER_BYTES: u32 = 104;
+    const CLUSTERS: u64 = 4;
+    let mut image = b"QFI\xfb".to_vec();
+    let mut put = |value: u64, bytes: usize| image.extend(&value.to_be_bytes()[8 - bytes..]);
+    put(3, 4);
+    // No backing file.
+    put(0, 8);
+    put(0, 4);
+    put(u64::from(CLUSTER_BITS), 4);
+    put(bytes, 8);
+    // No encryption; one entry of the table of data.
+    put(0, 4);
+    put(1, 4);
+    put(3 * CLUSTER, 8);
+    put(CLUSTER, 8);
+    put(1, 4);
+    // No snapshots and no features; reference counts of 16 bits.
+    for _ in 0..3 {
+        put(0, 4);
+    }
+    for _ in 0..3 {
+        put(0, 8);
+    }
+    put(4, 4);
+    put(u64::from(HEADER_BYTES), 4);
+    image.resize((CLUSTERS * CLUSTER) as usize, 0);
+    let mut write = |at: u64, value: &[u8]| {
+        image[at as usize..][..value.len()].copy_from_slice(value);
+    };
+    write(CLUSTER, &(2 * CLUSTER).to_be_bytes());
+    write(2 * CLUSTER, &[0, 1].repeat(CLUSTERS as usize));
+    image
+}
+
 /// Makes the device, for a guest with this RAM.
 pub(super) fn make(choice: u8, ram: &TestRam) -> Made {
     let mut image = None;
@@ -116,30 +212,17 @@ pub(super) fn make(choice: u8, ram: &TestRam) -> Made {
         made.path().join(file)
     };
     let device: Arc<Mutex<dyn VirtioDevice>> = match name(choice) {
-        name @ ("block" | "block-sync") => {
+        name if name.starts_with("block") => {
             let file = NamedTempFile::new().expect("files can be made");
-            file.as_file().set_len(1 << 20).expect("they can grow");
-            let params = BlockParams {
-                id: "_disk0".into(),
-                path: file.path().into(),
-                num_queues: 2,
-                queue_size: 128,
-                sparse: true,
-                format: Some(ImageFormat::Raw),
-                engine: match name {
-                    "block" => EngineChoice::Auto,
-                    _ => EngineChoice::Sync,
-                },
-                ..BlockParams::default()
-            };
+            let (block, file) = disk(name, file);
             image = Some(file);
-            shared(Block::new(params).expect("a sound image"))
+            shared(block)
         }
         "console" => {
-            let zero = File::open("/dev/zero").expect("always there");
-            let null = File::options().write(true).open("/dev/null");
-            let null = null.expect("always there");
-            let endpoint = ConsoleEndpoint::new(Some(zero.into()), Some(null.into()));
+            let (near, far) = datagrams();
+            wire = Some(far);
+            let output = near.try_clone().expect("descriptors");
+            let endpoint = ConsoleEndpoint::new(Some(near.into()), Some(output.into()));
             let window = WindowSize {
                 columns: 80,
                 rows: 25,
@@ -169,10 +252,7 @@ pub(super) fn make(choice: u8, ram: &TestRam) -> Made {
             shared(device)
         }
         "net" => {
-            let (near, far) = UnixDatagram::pair().expect("sockets");
-            for end in [&near, &far] {
-                end.set_nonblocking(true).expect("sockets can be so");
-            }
+            let (near, far) = datagrams();
             wire = Some(far);
             let params = NetParams {
                 id: "_net0".into(),
@@ -220,7 +300,9 @@ pub(super) fn make(choice: u8, ram: &TestRam) -> Made {
                 discard_writes: false,
             };
             image = Some(file);
-            shared(Pmem::new(&params).expect("a sound file"))
+            let mut device = Pmem::new(&params).expect("a sound file");
+            device.set_memory_start(PMEM_START);
+            shared(device)
         }
         "vhost-user" => {
             let mut device = VhostUser::new(VhostUserParams {
@@ -261,6 +343,6 @@ pub(super) fn make(choice: u8, ram: &TestRam) -> Made {
         programs,
         _image: image,
         _folder: folder,
-        _endpoints: endpoints,
+        endpoints,
     }
 }

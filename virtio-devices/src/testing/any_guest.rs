@@ -16,9 +16,11 @@ use std::sync::Arc;
 use vm_memory::{GuestAddress, Permissions};
 
 use super::any_device::{self, Made};
+use super::any_request;
 use super::any_vsock;
 use super::fuzz_input::{FORM_START, Input, SOLID_PAGES, SPARE_PFN, driver_ram};
 use super::handler::HandlerHarness;
+use super::interrupt::MockInterrupt;
 use super::queue::{Desc, NEXT, WRITE};
 use super::ram::TestRam;
 use crate::device::QueueHandler;
@@ -31,6 +33,10 @@ const STEPS_MAX: usize = 64;
 const QUEUE_SIZE_MAX: u16 = 32;
 const VERSION_1: u64 = 1 << 32;
 const HEADER_BYTES_MAX: u8 = 56;
+/// The place for a response, behind any header.
+const ANSWER_OFFSET: u64 = 128;
+/// Pieces of one access through an IOMMU.
+const PIECES_MAX: usize = 16;
 /// Number of the device at the virtual IOMMU, and its domain.
 const ENDPOINT: u32 = 1;
 /// A device behind it can write the pages before these, and read these.
@@ -131,6 +137,7 @@ impl Guest {
         let ram = driver_ram(guarded);
         let made = any_device::make(choice, &ram);
         let mut device = made.device.lock().unpoisoned();
+        device.set_interrupt(Arc::new(MockInterrupt::default()));
         let features = device.features() & input.number(8) | VERSION_1;
         let mut harnesses: Vec<Harness> = device
             .take_handlers()
@@ -149,7 +156,16 @@ impl Guest {
             served_by.push(handler);
         }
         drop(device);
-        let is_behind_iommu = input.byte().is_multiple_of(2) && any_device::uses_dma(choice);
+        let circumstances = input.byte();
+        let is_behind_iommu = circumstances.is_multiple_of(2) && any_device::uses_dma(choice);
+        let ram_memory = ram.mem();
+        match circumstances & 2 {
+            // A migration is under way.
+            0 => ram_memory
+                .writes()
+                .start(std::iter::once(0..u64::from(SOLID_PAGES) * PAGE as u64)),
+            _ => ram_memory.writes().stop(),
+        }
         if is_behind_iommu {
             let dma = endpoint();
             for harness in &mut harnesses {
@@ -239,6 +255,7 @@ impl Guest {
             14 => self.save(),
             _ => {
                 self.send_frame(input);
+                self.access_through_iommu(input);
                 if let Some(programs) = &mut self.made.programs {
                     programs.act(input);
                 }
@@ -262,9 +279,67 @@ impl Guest {
         wire.send(&frame).ok();
     }
 
+    /// Lets devices behind the IOMMU, if this is one, access memory.
+    fn access_through_iommu(&self, input: &mut Input<'_>) {
+        for endpoint in &self.made.endpoints {
+            let access = match input.byte() % 3 {
+                0 => Permissions::Read,
+                1 => Permissions::Write,
+                _ => Permissions::ReadWrite,
+            };
+            let address = u64::from(input.byte()) * PAGE as u64;
+            let translated = endpoint
+                .access()
+                .translate(address, PAGE as u64, access, PIECES_MAX);
+            assert!(translated.is_err() || translated.is_ok_and(|pieces| !pieces.is_empty()));
+        }
+    }
+
+    /// Reads everything that the host can, as statistics and logs do.
+    fn look(&self) {
+        let device = self.made.device.lock().unpoisoned();
+        assert!(device.device_type() > 0);
+        let _counters = device.counters();
+        let _memory = device.memory();
+        for harness in &self.harnesses {
+            assert!(!harness.handler.name().is_empty());
+        }
+    }
+
+    /// Offers a request as the device's driver makes it.
+    fn offer_own_request(&mut self, index: u16, input: &mut Input<'_>) -> bool {
+        let Some(request) = any_request::request(any_device::name(self.choice), index, input)
+        else {
+            return false;
+        };
+        self.ram.write(GuestAddress(FORM_START), &request.head);
+        let place = input.byte();
+        // Not always as aligned as direct I/O must be.
+        let data =
+            u64::from(place % SOLID_PAGES) * PAGE as u64 + u64::from(place / SOLID_PAGES) * 4;
+        let answer = FORM_START + ANSWER_OFFSET;
+        let flags = if request.is_data_writable { WRITE } else { 0 };
+        let parts = [
+            (FORM_START, request.head.len() as u32, 0),
+            (data, request.data_bytes, flags),
+            (answer, request.answer_bytes, WRITE),
+        ];
+        self.offer_parts(
+            index,
+            parts
+                .into_iter()
+                .filter(|(_, bytes, _)| *bytes > 0)
+                .collect(),
+        );
+        true
+    }
+
     /// Offers a request with the structure that most devices use: a readable header, data, and space for the response.
     fn offer_request(&mut self, index: u16, input: &mut Input<'_>) {
         let bytes = input.byte();
+        if bytes < 0x60 && self.offer_own_request(index, input) {
+            return;
+        }
         let is_packet = self.made.programs.is_some() && bytes < 0xe0;
         let header: Vec<u8> = if is_packet {
             any_vsock::header(input)
@@ -287,7 +362,7 @@ impl Guest {
             parts.push((page * PAGE as u64, length, if writable { WRITE } else { 0 }));
         }
         if shape & 0x80 == 0 {
-            let answer = FORM_START + u64::from(HEADER_BYTES_MAX) * 2;
+            let answer = FORM_START + ANSWER_OFFSET;
             let length = match shape >> 3 & 7 {
                 length if !is_sound => u32::from(length),
                 // The status of a disk, or another response.
@@ -302,6 +377,11 @@ impl Guest {
             let field = GuestAddress(FORM_START + any_vsock::LEN_OFFSET);
             self.ram.write(field, &len.to_le_bytes());
         }
+        self.offer_parts(index, parts);
+    }
+
+    /// Offers a chain of these parts: address, length and flags.
+    fn offer_parts(&mut self, index: u16, parts: Vec<(u64, u32, u16)>) {
         let harness = self.served_by[usize::from(index)].expect("a queue that is served");
         let queue = self.harnesses[harness].queue(index);
         let count = (parts.len() as u16).min(queue.size());
@@ -354,6 +434,7 @@ impl Guest {
 
     /// Pauses, saves, restores a second device from the saved state, and continues the first one.
     fn save(&mut self) {
+        self.look();
         let second = any_device::make(self.choice, &self.ram);
         let mut other = second.device.lock().unpoisoned();
         for harness in &mut self.harnesses {

@@ -11,6 +11,7 @@ use super::queue::Segment;
 use super::ram::TestRam;
 use crate::pci::PciFunction;
 use crate::transport::TransportError;
+use crate::unpoisoned::Unpoisoned as _;
 
 /// Maximum number of steps per input; further bytes are ignored.
 const STEPS_MAX: usize = 64;
@@ -76,7 +77,7 @@ fn step(driver: &mut MockPciDriver, input: &mut Input<'_>) {
         14 => {
             let state = driver.function.state().expect("its workers live");
             let _saved = Saved::of(&state);
-            return;
+            return look(driver);
         }
         _ => {
             let count = driver.num_queues();
@@ -95,6 +96,16 @@ fn step(driver: &mut MockPciDriver, input: &mut Input<'_>) {
     let offset = offset.min(bar_bytes - bytes as u64);
     driver.write(offset, data);
     driver.read(offset, data);
+}
+
+/// Reads what the host can.
+fn look(driver: &MockPciDriver) {
+    let function = &driver.function;
+    let _counters = function.transport_counters();
+    assert!(!function.id().is_empty());
+    assert!(function.device().lock().unpoisoned().device_type() > 0);
+    let bar_bytes = function.bars()[0].size_bytes;
+    function.with_doorbells(&mut |doorbell| assert!(doorbell.offset < bar_bytes));
 }
 
 /// Restores a device from its own state after changes to it; returns whether the device accepted a changed state.

@@ -15,8 +15,10 @@ const PORT: u32 = 1024;
 const FIRST_PROGRAM_PORT: u32 = 1 << 30;
 /// The first of a few guest ports.
 const GUEST_PORT: u32 = 2000;
-const PORTS: u8 = 4;
+const PORTS: u8 = 2;
 const PROGRAMS_MAX: usize = 4;
+/// Operations of packets: most are those of a connection that is open, and 0 and 8 are none.
+const OPERATIONS: [u8; 16] = [1, 1, 1, 2, 2, 3, 4, 4, 5, 5, 5, 5, 6, 7, 8, 0];
 /// Offset of the field `len` in a header.
 pub(super) const LEN_OFFSET: u64 = 24;
 
@@ -110,10 +112,11 @@ pub(super) fn header(input: &mut Input<'_>) -> Vec<u8> {
     header.extend(host_port.to_le_bytes());
     header.extend(0_u32.to_le_bytes());
     header.extend(kind.to_le_bytes());
-    header.extend(u16::from(input.byte() % 9).to_le_bytes());
-    // Flags; space for data, and the data passed on.
-    for bytes in [1, 3, 2] {
-        header.extend((input.number(bytes) as u32).to_le_bytes());
-    }
+    let operation = OPERATIONS[usize::from(input.byte()) % OPERATIONS.len()];
+    header.extend(u16::from(operation).to_le_bytes());
+    header.extend((u32::from(input.byte()) & 0b111).to_le_bytes());
+    // Space for data, and the data passed on, which is rarely wrong.
+    header.extend((input.number(2) as u32).to_le_bytes());
+    header.extend(u32::from(input.byte().saturating_sub(0xf0)).to_le_bytes());
     header
 }

@@ -11,6 +11,7 @@
 mod any_device;
 pub mod any_guest;
 pub mod any_registers;
+mod any_request;
 mod any_vsock;
 mod blocks;
 mod conformance;

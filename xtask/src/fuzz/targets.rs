@@ -61,8 +61,12 @@ pub(super) const TARGETS: &[Target] = &[
             "virtio-devices/src/watchdog.rs",
         ],
         &[
+            "virtio-devices/src/block/container/chain.rs",
+            "virtio-devices/src/block/container/vhd.rs",
             "virtio-devices/src/block/resize.rs",
+            "virtio-devices/src/console/endpoint.rs",
             "virtio-devices/src/mem/handle.rs",
+            "virtio-devices/src/net/params.rs",
             "virtio-devices/src/net/tap.rs",
             "virtio-devices/src/net/tap_sys.rs",
             "virtio-devices/src/net/tap_watch.rs",
