@@ -66,11 +66,11 @@ fn host(proc: &Path, sys: &Path) -> Vec<Finding> {
     let mut findings = Vec::new();
     let pressure = fs::read_to_string(proc.join("pressure/memory"));
     findings.push(match pressure {
-        Ok(_) => finding(Grade::Good, "pressure", "the kernel tells of memory pressure"),
+        Ok(_) => finding(Grade::Good, "pressure", "the kernel reports memory pressure"),
         Err(error) => finding(
             Grade::Note,
             "pressure",
-            format!("no pressure information ({error}): boot with psi=1; until then only free memory tells the state"),
+            format!("no pressure information ({error}): boot with psi=1; until then, only free memory determines the host's state"),
         ),
     });
     let groups = sys.join("fs/cgroup/cgroup.controllers");
