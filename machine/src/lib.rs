@@ -1,7 +1,7 @@
 //! A PC: memory, vCPUs, buses, PCI, interrupts, ACPI tables, legacy devices, the serial port, and booting.
 //!
-//! The crate knows no configuration text, no HTTP and no control thread. Its owner passes in the parts, and receives
-//! reports through [`signals`], [`threads`] and [`events`].
+//! The crate does not depend on configuration syntax, HTTP or the control thread. Its owner passes in the parts, and
+//! receives reports through [`signals`], [`threads`] and [`events`].
 
 pub mod acpi;
 pub mod assigned;

@@ -1,4 +1,4 @@
-//! One value of every wire type, with every field set, generated from the schemas of the file.
+//! One value of every wire type, with every field set, generated from the schemas of the OpenAPI file.
 
 use api::config::*;
 use api::*;

@@ -547,7 +547,7 @@ fn vm_name(vm: &str, rounds: &VmRounds) -> Result<String, Response> {
 /// A valid name of a VM.
 fn checked_name(name: String) -> Result<String, String> {
     if name.is_empty() || name.len() > NAME_BYTES_MAX || name.chars().any(char::is_control) {
-        return Err(format!("{name:?} is no name for a VM"));
+        return Err(format!("{name:?} is not a valid name for a VM"));
     }
     Ok(name)
 }

@@ -1,5 +1,5 @@
-//! Input of a hostile VMM, guest, store or client: entry point of the fuzz target `fleet`, and of ordinary tests with
-//! random bytes.
+//! Entry point of the fuzz target `fleet`: feeds hostile input from a VMM, guest, store or client. Ordinary tests
+//! call it with random bytes.
 
 mod history;
 

@@ -202,7 +202,7 @@ pub(super) fn read_request(stream: &mut impl Read) -> Result<Request, ReadError>
         let mut head = httparse::Request::new(&mut headers);
         let parsed = head
             .parse(&bytes)
-            .map_err(|error| refuse(400, &format!("This is no HTTP request: {error}")))?;
+            .map_err(|error| refuse(400, &format!("This is not an HTTP request: {error}")))?;
         let httparse::Status::Complete(head_bytes) = parsed else {
             if bytes.len() >= HEAD_BYTES_MAX {
                 return Err(refuse(413, "The headers are too long"));
@@ -216,7 +216,7 @@ pub(super) fn read_request(stream: &mut impl Read) -> Result<Request, ReadError>
         }
         let body_bytes = header("Content-Length")?
             .map_or(Some(0), number)
-            .ok_or_else(|| refuse(400, "Content-Length is no number"))?;
+            .ok_or_else(|| refuse(400, "Content-Length is not a number"))?;
         if body_bytes > BODY_BYTES_MAX {
             return Err(refuse(413, "The body is too long"));
         }
@@ -255,11 +255,11 @@ fn only<'a>(headers: &[httparse::Header<'a>], name: &str) -> Result<Option<&'a s
         return Ok(None);
     };
     if found.next().is_some() {
-        return Err(format!("{name} is there twice"));
+        return Err(format!("{name} occurs twice"));
     }
     std::str::from_utf8(header.value)
         .map(|value| Some(value.trim()))
-        .map_err(|_| format!("{name} is no text"))
+        .map_err(|_| format!("{name} is not text"))
 }
 
 /// Parses a number that consists only of digits.

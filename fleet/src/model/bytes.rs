@@ -191,7 +191,7 @@ impl<'de> Deserialize<'de> for Bytes {
         match NumberOrText::deserialize(deserializer)? {
             NumberOrText::Whole(bytes) => Ok(Self(bytes)),
             NumberOrText::Real(real) => Err(de::Error::custom(format!(
-                "{real} is no whole number of bytes"
+                "{real} is not a whole number of bytes"
             ))),
             NumberOrText::Text(text) => text.parse().map_err(de::Error::custom),
         }

@@ -1,4 +1,4 @@
-//! The parts of a plan.
+//! Data types of a plan.
 
 use std::fmt;
 

@@ -119,7 +119,7 @@ fn encode(bytes: impl AsRef<[u8]>) -> String {
 
 fn decode(text: &str) -> Result<Vec<u8>, StoreError> {
     STANDARD.decode(text).map_err(|error| StoreError::Form {
-        why: format!("{text:?} is no base64: {error}"),
+        why: format!("{text:?} is not base64: {error}"),
     })
 }
 
@@ -153,7 +153,7 @@ pub(super) fn pair(found: &KeyValue) -> Result<Pair, StoreError> {
     let key = decode(&found.key)?;
     Ok(Pair {
         key: String::from_utf8(key).map_err(|error| StoreError::Form {
-            why: format!("a key is no text: {error}"),
+            why: format!("a key is not text: {error}"),
         })?,
         value: decode(&found.value)?,
         changed: Revision(found.mod_revision),

@@ -9,7 +9,7 @@
 //!           DMA       ─► Container: all of guest RAM, pinned
 //! ```
 //! The kernel (vfio-pci) protects the host from whatever the guest writes; this module protects the guest from itself
-//! and keeps addresses and interrupts in the machine's hands.
+//! and keeps addresses and interrupts under the machine's control.
 
 mod config_space;
 mod container;

@@ -1,4 +1,4 @@
-//! The part of guest RAM that the device owns.
+//! The region of guest RAM that virtio-mem plugs and unplugs.
 
 use std::ops::Range;
 

@@ -1,4 +1,4 @@
-//! The queue half, on its own thread.
+//! Queue half of virtio-mem, on its own thread.
 
 use std::io;
 use std::ops::Range;

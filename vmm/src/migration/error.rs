@@ -68,9 +68,9 @@ pub enum MigrationError {
     /// The record of the guest's writes.
     #[error("Cannot track the guest's writes")]
     Track(#[source] MemoryError),
-    /// The guest writes faster than the connection.
+    /// The guest writes faster than the connection transfers.
     #[error(
-        "The guest's memory does not converge: after {seconds} s and {passes} passes, {left_bytes} bytes are left"
+        "The migration timed out after {seconds} s and {passes} passes with {left_bytes} bytes left to send: the connection is too slow, or the guest writes memory too fast"
     )]
     Timeout {
         /// The limit.

@@ -1,4 +1,4 @@
-//! How long the two sides wait for each other.
+//! Time limits of a migration.
 
 use std::time::Duration;
 

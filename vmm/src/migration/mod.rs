@@ -15,7 +15,7 @@
 //! Until it sends Commit, the source owns the VM: after any failure it resumes, and the target, which has received no
 //! Commit, drops its copy. After that, only the target may run the VM. A source without an answer asks on a new
 //! connection; a target answers such questions for a while if it does not know that the source has its answer. A source
-//! that cannot learn the outcome stays paused and says so: never do two machines run.
+//! that cannot learn the outcome stays paused and reports that. Two machines never run.
 //!
 //! Each side runs in a thread of its own. It asks the owner of the machine for each step ([`SourceOwner`],
 //! [`TargetOwner`]).

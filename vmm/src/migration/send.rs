@@ -328,7 +328,7 @@ impl Outgoing {
                 Ok(answer) => return Some(answer),
                 Err(error) => {
                     let error = api::error_line(&error);
-                    log::info!("The target does not tell the outcome: {error}");
+                    log::info!("The target has not reported the outcome: {error}");
                 }
             }
             std::thread::sleep(ASK_INTERVAL);

@@ -119,12 +119,12 @@ pub enum WireError {
         /// Its number.
         kind: u16,
     },
-    /// Not the message that must come now.
-    #[error("The peer sent {got:?} where {expected} must come")]
+    /// A message of a kind that is not valid now.
+    #[error("Unexpected message from the peer: expected {expected}; got {got:?}")]
     Unexpected {
         /// What came.
         got: Kind,
-        /// What may come.
+        /// The valid messages.
         expected: &'static str,
     },
     /// Longer than its kind allows here.

@@ -1,4 +1,4 @@
-//! The parameters of a run, and how its command ends.
+//! The parameters of a run, and the result of its command.
 
 use std::ffi::OsString;
 use std::path::PathBuf;

@@ -1,4 +1,4 @@
-//! Images in which the place of the disk's content has to be looked up: qcow2. The crate imago reads and writes them.
+//! qcow2 images, whose guest data is located through tables. The crate imago reads and writes them.
 //!
 //! Everything that a header states is checked before imago sees the image (`qcow2`). The files that the image refers to
 //! are opened here, not by imago: only if the configuration allows it, only for reading, and locked (`chain`).
