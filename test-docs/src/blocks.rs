@@ -19,9 +19,34 @@ impl Block {
     /// The commands in the block; empty if its language is not a shell's.
     #[must_use]
     pub fn commands(&self) -> Vec<Command> {
-        if !matches!(self.language.as_str(), "" | "sh" | "bash" | "console") {
+        if !self.is_of_a_shell() {
             return Vec::new();
         }
+        self.parsed()
+    }
+
+    /// The commands of a block whose language is not a shell's, without a prompt such as `host$`.
+    #[must_use]
+    pub(crate) fn commands_outside_a_shell(&self) -> Vec<Command> {
+        if self.is_of_a_shell() {
+            return Vec::new();
+        }
+        let mut commands = self.parsed();
+        for command in &mut commands {
+            let has_prompt = command
+                .words
+                .first()
+                .is_some_and(|word| word.ends_with(['$', '#', '>']));
+            command.words.drain(..usize::from(has_prompt));
+        }
+        commands
+    }
+
+    fn is_of_a_shell(&self) -> bool {
+        matches!(self.language.as_str(), "" | "sh" | "bash" | "console")
+    }
+
+    fn parsed(&self) -> Vec<Command> {
         // A line that ends with a backslash continues in the next one.
         let text = self.text.replace("\\\n", " ");
         words::commands(&text)
@@ -142,6 +167,15 @@ mod tests {
         let words: Vec<_> = found[0].commands().into_iter().map(|it| it.words).collect();
         assert_eq!(words, [vec!["a", "b", "c"], vec!["d"]]);
         assert!(found[1].commands().is_empty());
+        let text = blocks("f.md", "```text\nhost$ a b\nc\n```\n");
+        assert!(text[0].commands().is_empty());
+        let words: Vec<_> = text[0]
+            .commands_outside_a_shell()
+            .into_iter()
+            .map(|it| it.words)
+            .collect();
+        assert_eq!(words, [vec!["a", "b"], vec!["c"]]);
+        assert!(found[0].commands_outside_a_shell().is_empty());
         let run = blocks("f.md", "    cargo run --release -p prog -- do it\n");
         assert_eq!(run[0].commands()[0].words, ["prog", "do", "it"]);
     }

@@ -127,17 +127,30 @@ pub fn commands_of(program: &str) -> Vec<Command> {
     found
 }
 
-/// Commands in blocks without a reason that do not belong to a checked program.
+/// Commands that no test checks, although their blocks give no reason: those of other programs, and those of checked
+/// programs in a block whose language is not a shell's.
 ///
 /// # Panics
 /// A document cannot be read.
 #[must_use]
 pub fn unchecked() -> Vec<Command> {
     let all = all_blocks();
-    let checked = all.iter().filter(|block| block.not_run.is_none());
-    checked
-        .flat_map(Block::commands)
-        .filter(|command| !is_checked(&command.words))
+    unchecked_in(&all)
+}
+
+fn unchecked_in(blocks: &[Block]) -> Vec<Command> {
+    let of_checked_program = |command: &Command| {
+        program_of(&command.words).is_some_and(|it| CHECKED_PROGRAMS.contains(&it.as_str()))
+    };
+    let without_reason = blocks.iter().filter(|block| block.not_run.is_none());
+    without_reason
+        .flat_map(|block| {
+            let mut found = block.commands();
+            found.retain(|command| !is_checked(&command.words));
+            let mut hidden = block.commands_outside_a_shell();
+            hidden.retain(of_checked_program);
+            found.into_iter().chain(hidden)
+        })
         .collect()
 }
 
@@ -190,8 +203,20 @@ mod tests {
         let unchecked = unchecked();
         assert!(
             unchecked.is_empty(),
-            "put <!-- not run: REASON --> on the line before the block: {unchecked:#?}"
+            "indent the block instead of using ```text, or put <!-- not run: REASON --> on the line before it: {unchecked:#?}"
         );
+    }
+
+    #[test]
+    fn unchecked_commands_are_found_in_blocks_of_every_language() {
+        let text = "```text\nhost$ ch-remote ping\nguest# mount x\nch-remote, curl\n```\n\n    mount y\n    ch-remote info\n";
+        let words: Vec<_> = unchecked_in(&blocks("f.md", text))
+            .into_iter()
+            .map(|it| it.words)
+            .collect();
+        assert_eq!(words, [vec!["ch-remote", "ping"], vec!["mount", "y"]]);
+        let text = format!("<!-- not run: REASON -->\n{text}");
+        assert_eq!(unchecked_in(&blocks("f.md", &text)).len(), 1);
     }
 
     #[test]
