@@ -2,7 +2,7 @@
 
 use api_macros::section;
 
-use crate::options::{KeyGroup, Keys, OptionError, Options};
+use crate::options::{KeyGroup, Keys, OptionError, OptionValue, Options, ValueError, parse_bytes};
 
 /// Independent limits on bytes and on operations. Unknown fields are refused, as upstream refuses them.
 #[section]
@@ -49,6 +49,7 @@ pub(crate) const RATE_LIMIT_KEYS: RateLimitKeys = RateLimitKeys {
         one_time_burst: "bw_one_time_burst",
         refill_time: "bw_refill_time",
         unit: "<bytes>",
+        count: parse_bytes,
         #[cfg(test)]
         tokens: "Bytes",
     },
@@ -57,6 +58,7 @@ pub(crate) const RATE_LIMIT_KEYS: RateLimitKeys = RateLimitKeys {
         one_time_burst: "ops_one_time_burst",
         refill_time: "ops_refill_time",
         unit: "<io_ops>",
+        count: u64::read,
         #[cfg(test)]
         tokens: "Operations (requests of a disk, frames of a network interface)",
     },
@@ -72,6 +74,8 @@ struct BucketKeys {
     one_time_burst: &'static str,
     refill_time: &'static str,
     unit: &'static str,
+    /// Reads a number of tokens.
+    count: fn(&str) -> Result<u64, ValueError>,
     /// What the bucket limits, as the subject of a sentence.
     #[cfg(test)]
     tokens: &'static str,
@@ -124,8 +128,8 @@ impl BucketKeys {
     }
 
     fn read(&self, options: &Options) -> Result<Option<TokenBucket>, OptionError> {
-        let size = options.get(self.size)?;
-        let one_time_burst = options.get(self.one_time_burst)?;
+        let size = options.read(self.size, self.count)?;
+        let one_time_burst = options.read(self.one_time_burst, self.count)?;
         let refill_time = options.get(self.refill_time)?;
         Ok(size
             .zip(refill_time)

@@ -132,6 +132,14 @@ fn disk_option_reads_image_queues_and_limits() {
     assert_eq!((disk.image_type, disk.sparse), (Some(ImageType::Raw), true));
     assert_eq!(disk.queue_affinity.unwrap()[0].host_cpus, [1, 2]);
 
+    let disk =
+        DiskConfig::parse("path=/d,bw_size=10M,bw_one_time_burst=1kib,bw_refill_time=9").unwrap();
+    let bandwidth = disk.rate_limiter_config.unwrap().bandwidth.unwrap();
+    assert_eq!(
+        (bandwidth.size, bandwidth.one_time_burst),
+        (10 << 20, Some(1024))
+    );
+    assert!(DiskConfig::parse("path=/d,ops_size=10M,ops_refill_time=9").is_err());
     let disk = DiskConfig::parse("path=/d,bw_size=1000,bw_refill_time=100,ops_size=5").unwrap();
     let bandwidth = TokenBucket {
         size: 1000,
