@@ -61,7 +61,7 @@ pub fn write(mut command: Command, folder: &Path) -> io::Result<()> {
     let pages = folder.join("man/man1");
     fs::create_dir_all(&pages)?;
     // Written before completions, which add help commands to the given command.
-    clap_mangen::generate_to(command.clone(), pages)?;
+    clap_mangen::generate_to(for_pages(command.clone()), pages)?;
     for (shell, place, before, after) in SHELLS {
         let place = folder.join(place);
         fs::create_dir_all(&place)?;
@@ -83,7 +83,18 @@ pub fn completions(shell: Shell, command: &mut Command, out: &mut dyn Write) {
 /// # Errors
 /// Writing to `out` fails.
 pub fn manual_page(command: Command, out: &mut dyn Write) -> io::Result<()> {
-    clap_mangen::Man::new(command).render(out)
+    clap_mangen::Man::new(for_pages(command)).render(out)
+}
+
+/// Manual pages show a version behind a `v` of their own.
+fn for_pages(command: Command) -> Command {
+    let version = command
+        .get_version()
+        .map(|it| it.trim_start_matches('v').to_owned());
+    match version {
+        Some(version) => command.long_version(version),
+        None => command,
+    }
 }
 
 /// Makes `program` write its files and checks that each expected file, named by its path in the folder, contains its
@@ -118,6 +129,7 @@ mod tests {
         let size = Arg::new("size").long("size").help("Size in bytes");
         Command::new("sample")
             .about("Shows how it is done")
+            .version("v1.2")
             .arg(Arg::new("socket").long("socket").required(true))
             .subcommand(Command::new("grow").about("Grow it").arg(size))
     }
@@ -128,6 +140,7 @@ mod tests {
         write(sample(), &folder.path().join("new")).unwrap();
         for (file, text) in [
             ("man/man1/sample.1", "Shows how it is done"),
+            ("man/man1/sample.1", ".SH VERSION\nv1.2\n"),
             ("man/man1/sample-grow.1", "Size in bytes"),
             ("bash-completion/completions/sample", "--size"),
             ("zsh/site-functions/_sample", "--size"),
