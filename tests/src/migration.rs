@@ -18,17 +18,28 @@ pub const EVENTS: &[&str] = &["--event-monitor", "path=@/events"];
 /// # Errors
 /// It does not come, or is not JSON.
 pub fn wait_event(vmm: &Vmm, name: &str) -> Result<Value> {
-    let quoted = format!(r#""event": "{name}""#);
+    wait_event_after(vmm, name, 0)
+}
+
+/// The same if the VMM has sent `earlier` events of this name before.
+fn wait_event_after(vmm: &Vmm, name: &str, earlier: usize) -> Result<Value> {
     wait_for(name, SCENARIO_DEADLINE, || {
-        let text = vmm.text("events");
-        let event = text.split("\n\n").find(|event| {
-            let event = event.replace(r#""event":""#, r#""event": ""#);
-            event.contains(&quoted)
-        });
-        Ok(event.map(serde_json::from_str::<Value>))
+        let event = events(vmm, name).into_iter().nth(earlier);
+        Ok(event.map(|event| serde_json::from_str::<Value>(&event)))
     })?
     .map(|event| event["properties"].clone())
     .context("an event that is JSON")
+}
+
+/// The events of this name so far.
+fn events(vmm: &Vmm, name: &str) -> Vec<String> {
+    let quoted = format!(r#""event": "{name}""#);
+    let text = vmm.text("events");
+    let events = text.split("\n\n").filter(|event| {
+        let event = event.replace(r#""event":""#, r#""event": ""#);
+        event.contains(&quoted)
+    });
+    events.map(str::to_owned).collect()
 }
 
 /// Calls `act` while `target` waits for a VM at `url`; returns the status of the response to that.
@@ -43,10 +54,12 @@ pub fn while_receiving(
     url: &str,
     act: impl FnOnce() -> Result<()>,
 ) -> Result<(u16, String)> {
+    const READY: &str = "migration-receive-ready";
     let body = json!({"receiver_url": url}).to_string();
+    let earlier = events(target, READY).len();
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| target.request("PUT", "vm.receive-migration", Some(&body)));
-        let acted = wait_event(target, "migration-receive-ready").and_then(|_| act());
+        let acted = wait_event_after(target, READY, earlier).and_then(|_| act());
         if acted.is_err() {
             // Ends the wait.
             target.put("vm.cancel-migration", None).ok();
