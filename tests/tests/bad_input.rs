@@ -379,6 +379,10 @@ fn bad_devices_end_in_one_chain() -> Result<()> {
             &["_disk0", "fifo"],
         ),
         (
+            "--kernel kernel --device path=missing",
+            &["_vfio", "missing is not the folder", "No such"],
+        ),
+        (
             "--kernel kernel --disk readonly=on",
             &["A path is required"],
         ),

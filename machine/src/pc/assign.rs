@@ -1,6 +1,6 @@
 //! Assigned devices on the bus. Everything else is as for virtio devices.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use virtio_devices::pci::PciFunction;
@@ -23,6 +23,23 @@ pub struct Assignment {
     pub place: Place,
     /// Its folder in sysfs.
     pub path: PathBuf,
+}
+
+impl Assignment {
+    /// Checks what needs neither KVM nor VFIO.
+    ///
+    /// # Errors
+    /// The folder is not that of a PCI device.
+    pub fn check(&self) -> Result<(), PcError> {
+        let vendor = std::fs::metadata(self.path.join("vendor"));
+        vendor.map(drop).map_err(|source| PcError::Assign {
+            id: self.id.clone(),
+            source: AssignError::NotPci {
+                path: self.path.clone(),
+                source,
+            },
+        })
+    }
 }
 
 impl Pc {
@@ -68,8 +85,9 @@ impl Pc {
     }
 
     fn put_assigned(&mut self, assignment: Assignment) -> Result<Plugged, PcError> {
+        assignment.check()?;
         let Assignment { id, place, path } = assignment;
-        let assigned = self.assign(&id, path);
+        let assigned = self.assign(&id, &path);
         let function = assigned.map_err(|source| PcError::Assign {
             id: id.clone(),
             source,
@@ -83,15 +101,12 @@ impl Pc {
         }
     }
 
-    fn assign(&mut self, id: &str, path: PathBuf) -> Result<Arc<dyn PciFunction>, AssignError> {
-        if let Err(source) = std::fs::metadata(path.join("vendor")) {
-            return Err(AssignError::NotPci { path, source });
-        }
+    fn assign(&mut self, id: &str, path: &Path) -> Result<Arc<dyn PciFunction>, AssignError> {
         let container = match self.container.upgrade() {
             Some(container) => container,
             None => Container::new(self.device_slots.vm())?,
         };
-        let device = VfioFunction::open(&path, Arc::clone(&container))?;
+        let device = VfioFunction::open(path, Arc::clone(&container))?;
         container.map_ram(&self.memory.ram().memory())?;
         let slots = Arc::clone(&self.device_slots) as Arc<dyn BarSlots>;
         let router = Arc::clone(&self.chassis.router);

@@ -76,6 +76,11 @@ impl Parts {
         let nets = config.net.iter_mut().flatten();
         let nets = nets.map(|net| handles.net(net));
         let nets = nets.collect::<Result<Vec<_>, _>>()?;
+        let assigned = config.devices.iter().flatten().map(devices::assignment);
+        let assigned: Vec<_> = assigned.collect();
+        for assignment in &assigned {
+            assignment.check().map_err(VmError::Pc)?;
+        }
         let payload = match snapshot {
             Some(_) => None,
             None => {
@@ -139,12 +144,7 @@ impl Parts {
             balloon: balloon_handle,
             mem: mem_handle,
             iommu: iommu_handle,
-            assigned: config
-                .devices
-                .iter()
-                .flatten()
-                .map(devices::assignment)
-                .collect(),
+            assigned,
             handles,
             on_demand,
         })
