@@ -26,3 +26,5 @@ pub mod vm;
 #[cfg(test)]
 #[global_allocator]
 static ALLOCATOR: test_alloc::Recording = test_alloc::Recording;
+
+pub use virtio_devices::Unpoisoned;

@@ -4,10 +4,11 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::Instant;
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
+use vmm::Unpoisoned;
 
 /// The crate that reads virtqueues logs an error whenever a guest breaks a queue, and a guest can do so at any rate.
 /// Our devices count these errors and log them once, so the crate's own messages are only for debugging.
@@ -137,7 +138,7 @@ impl Log for Logger {
             let _ = io::stderr().write_all(line.as_bytes());
             return;
         };
-        let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut file = file.lock().unpoisoned();
         match file.fit(line.len()) {
             Fit::Yes => file.write(&line),
             Fit::First => file
@@ -149,7 +150,7 @@ impl Log for Logger {
     /// Called at the end of the program.
     fn flush(&self) {
         let Some(file) = &self.file else { return };
-        let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut file = file.lock().unpoisoned();
         let lines = file.lines_left_out;
         if lines > 0 {
             file.write(&self.own_line(&format!("{lines} lines were left out")));
