@@ -57,7 +57,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("test-server", &[]),
     ("test-skip", &[]),
     ("guest-programs", &[]),
-    ("xtask", &["api", "device-facts", "test-skip"]),
+    ("xtask", &["test-skip"]),
 ];
 /// The modules of `vmm`, bottom-up: each uses only modules listed before it.
 const VMM_MODULES: &[&str] = &[

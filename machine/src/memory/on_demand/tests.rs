@@ -48,23 +48,23 @@ fn copies(files: &[(File, ZoneContentState)]) -> Vec<(File, ZoneContentState)> {
 }
 
 #[derive(Debug, PartialEq)]
-enum Told {
+enum Sent {
     Filled(FillReport),
     Failed(String),
 }
 
-struct Owner(Sender<Told>);
+struct Owner(Sender<Sent>);
 
 impl FillOwner for Owner {
     fn progress(&self, _bytes: u64) {}
 
     fn filled(&self, report: FillReport) {
-        self.0.send(Told::Filled(report)).unwrap();
+        self.0.send(Sent::Filled(report)).unwrap();
     }
 
     fn failed(&self, error: &FillError) {
         let text = api::error_line(error);
-        self.0.send(Told::Failed(text)).unwrap();
+        self.0.send(Sent::Failed(text)).unwrap();
     }
 }
 
@@ -72,7 +72,7 @@ impl FillOwner for Owner {
 struct Restored {
     on_demand: OnDemand,
     memory: GuestMemory,
-    told: Receiver<Told>,
+    told: Receiver<Sent>,
 }
 
 fn restored(files: &[(File, ZoneContentState)], fills: bool) -> Option<Restored> {
@@ -128,7 +128,7 @@ fn page_comes_when_it_is_touched_and_no_other_does() {
         demanded_pages: PAGES.len() as u64,
         filled_pages: 0,
     };
-    assert_eq!(it.told.recv_timeout(DEADLINE), Ok(Told::Filled(report)));
+    assert_eq!(it.told.recv_timeout(DEADLINE), Ok(Sent::Filled(report)));
 }
 
 #[test]
@@ -138,7 +138,7 @@ fn question_whether_ram_is_complete_fills_it_without_waiting() {
     };
     assert!(!it.on_demand.is_complete());
     let told = it.told.recv_timeout(DEADLINE);
-    assert!(matches!(told, Ok(Told::Filled(_))), "{told:?}");
+    assert!(matches!(told, Ok(Sent::Filled(_))), "{told:?}");
     assert!(it.on_demand.finish());
     assert!(it.on_demand.is_complete());
 }
@@ -153,7 +153,7 @@ fn rest_comes_without_demand_and_holes_stay_absent() {
         demanded_pages: 0,
         filled_pages: PAGES.len() as u64,
     };
-    assert_eq!(told, Told::Filled(report));
+    assert_eq!(told, Sent::Filled(report));
     assert_eq!(it.resident_pages(), PAGES.len() as u64);
     for page in 0..2 * ZONE_PAGES {
         let expected = if PAGES.contains(&page) { mark(page) } else { 0 };
@@ -205,7 +205,7 @@ fn page_discarded_before_or_after_it_came_is_zero_for_good() {
         demanded_pages: 1,
         filled_pages: 6,
     };
-    assert_eq!(it.told.recv_timeout(DEADLINE), Ok(Told::Filled(report)));
+    assert_eq!(it.told.recv_timeout(DEADLINE), Ok(Sent::Filled(report)));
 }
 
 #[test]
@@ -247,7 +247,7 @@ fn memory_that_is_touched_filled_and_discarded_at_once_has_no_wrong_page() {
         }
         assert!(matches!(
             it.told.recv_timeout(DEADLINE),
-            Ok(Told::Filled(_))
+            Ok(Sent::Filled(_))
         ));
     }
 }
@@ -259,7 +259,7 @@ fn failure(files: &[(File, ZoneContentState)], page: u64) -> Option<String> {
     let waits = std::thread::spawn(move || read(&memory, page));
     let told = it.told.recv_timeout(DEADLINE).unwrap();
     assert!(!waits.is_finished(), "nobody gets a page that is not there");
-    let Told::Failed(error) = told else {
+    let Sent::Failed(error) = told else {
         panic!("{told:?}");
     };
     assert!(!it.on_demand.finish());
@@ -305,7 +305,7 @@ fn file_that_was_cut_since_is_refused_by_name() {
     let memory = it.memory.clone();
     let waits = std::thread::spawn(move || read(&memory, 0));
     let told = it.told.recv_timeout(DEADLINE).unwrap();
-    let Told::Failed(error) = &told else {
+    let Sent::Failed(error) = &told else {
         panic!("{told:?}");
     };
     assert!(
