@@ -635,7 +635,7 @@ mod tests {
         expect(Kind::Commit, &[], "neither 0 nor 1");
         let error = first_error(&message(Kind::Committed, &[]), &[Kind::Prepared]);
         assert!(
-            error.contains("Committed where what the test expects"),
+            error.contains("expected what the test expects; got Committed"),
             "{error}"
         );
         let mut unknown = message(Kind::Committed, &[]);
