@@ -27,8 +27,9 @@ pub(super) struct Layer {
     pub(super) cluster_bytes: u64,
 }
 
-/// The files of a disk, the image first. `is_allowed`: whether the image may refer to others.
-pub(super) fn of(top: &Path, is_allowed: bool) -> Result<Vec<Layer>, BlockError> {
+/// The files of a disk, the image first. `is_allowed`: whether the image may refer to others. `writable`: whether it may
+/// be written.
+pub(super) fn of(top: &Path, is_allowed: bool, writable: bool) -> Result<Vec<Layer>, BlockError> {
     let mut layers = Vec::new();
     let mut memory_bytes = 0;
     let mut path = top.to_path_buf();
@@ -40,7 +41,7 @@ pub(super) fn of(top: &Path, is_allowed: bool) -> Result<Vec<Layer>, BlockError>
         if layers.len() == FILES_MAX {
             return Err(rejected(ContainerError::ChainTooLong { max: FILES_MAX }));
         }
-        let header = read(&path)?;
+        let header = read(&path, writable && layers.is_empty())?;
         memory_bytes += header.memory_bytes;
         if memory_bytes > MEMORY_BYTES_MAX {
             return Err(rejected(ContainerError::Memory {
@@ -84,7 +85,7 @@ pub(super) fn of(top: &Path, is_allowed: bool) -> Result<Vec<Layer>, BlockError>
     }
 }
 
-fn read(path: &Path) -> Result<Header, BlockError> {
+fn read(path: &Path, writable: bool) -> Result<Header, BlockError> {
     let inspect = |source| BlockError::Inspect {
         path: path.to_path_buf(),
         source,
@@ -107,6 +108,6 @@ fn read(path: &Path) -> Result<Header, BlockError> {
     if format::detect(&front, &back) != ImageFormat::Qcow2 {
         return Err(rejected(ContainerError::OtherFormat(ImageFormat::Qcow2)));
     }
-    let header = Header::read(&file, bytes).map_err(inspect)?;
+    let header = Header::read(&file, bytes, writable).map_err(inspect)?;
     header.map_err(|error| rejected(error.into()))
 }

@@ -115,6 +115,14 @@ pub enum Qcow2Error {
         /// The file's size.
         file_bytes: u64,
     },
+    /// The table of the blocks of reference counts is damaged.
+    #[error(
+        "the refcount table is damaged: entry {entry:#x} is unaligned, repeated or beyond the end of the file; repair it with \"qemu-img check -r all\""
+    )]
+    Refcounts {
+        /// The entry.
+        entry: u64,
+    },
     /// The first table does not cover the disk.
     #[error("an L1 table of {entries} entries is too short for a disk of {size} bytes")]
     L1TooShort {

@@ -59,7 +59,7 @@ pub(super) struct Container {
 impl Container {
     /// Opens the qcow2 image whose file, opened and locked, is `top`.
     pub(super) fn open(params: &BlockParams, top: &File) -> Result<Self, BlockError> {
-        let layers = chain::of(&params.path, params.backing_files)?;
+        let layers = chain::of(&params.path, params.backing_files, !params.readonly)?;
         let mut backing = Vec::new();
         let mut below: Option<(Access, Arc<LayerFile>)> = None;
         for (depth, layer) in layers.iter().enumerate().rev() {
@@ -220,7 +220,7 @@ impl Drop for Container {
 
 /// The files that the image at `path` refers to. None if one of them cannot be read: opening the image reports that.
 pub fn backing_files(path: &Path) -> Vec<PathBuf> {
-    let layers = chain::of(path, true).unwrap_or_default();
+    let layers = chain::of(path, true, false).unwrap_or_default();
     layers.into_iter().skip(1).map(|layer| layer.path).collect()
 }
 

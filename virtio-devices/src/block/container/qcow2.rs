@@ -69,14 +69,20 @@ pub(super) struct Header {
     pub(super) backing: Option<Backing>,
     /// Where the L1 table is.
     pub(super) l1: Range<u64>,
+    /// Where the table of the blocks of reference counts is.
+    refcounts: Range<u64>,
     pub(super) cluster_bytes: u64,
     /// Memory that the reader may use for the tables of this image.
     pub(super) memory_bytes: u64,
 }
 
 impl Header {
-    /// Reads the header of an image.
-    pub(super) fn read(file: &File, file_bytes: u64) -> io::Result<Result<Self, Qcow2Error>> {
+    /// Reads the header of an image, and checks what only a `writable` one needs.
+    pub(super) fn read(
+        file: &File,
+        file_bytes: u64,
+        writable: bool,
+    ) -> io::Result<Result<Self, Qcow2Error>> {
         let mut front = vec![0; V3_BYTES];
         read_up_to(file, &mut front, 0)?;
         let cluster_bits = be_u32(&front, 20);
@@ -85,7 +91,18 @@ impl Header {
             front.resize(1 << cluster_bits, 0);
             read_up_to(file, &mut front, 0)?;
         }
-        Ok(Self::parse(&front, file_bytes))
+        let header = match Self::parse(&front, file_bytes) {
+            Ok(header) => header,
+            Err(error) => return Ok(Err(error)),
+        };
+        if !writable {
+            return Ok(Ok(header));
+        }
+        let range = &header.refcounts;
+        let mut table = vec![0; (range.end - range.start) as usize];
+        read_up_to(file, &mut table, range.start)?;
+        let checked = check_refcounts(&table, header.cluster_bytes, file_bytes);
+        Ok(checked.map(|()| header))
     }
 
     /// Checks the header in the first cluster of the image. `front` has at least [`V3_BYTES`].
@@ -148,7 +165,8 @@ impl Header {
         let format = backing_format(front, header_bytes, extensions_end, version)?;
         Ok(Self {
             backing: backing_name.map(|path| Backing { path, format }),
-            l1: l1.offset..l1.offset + l1.bytes,
+            l1: l1.range(),
+            refcounts: refcounts.range(),
             cluster_bytes: cluster,
             // The L1 table is kept twice.
             memory_bytes: 2 * l1.bytes + refcounts.bytes + CACHED_CLUSTERS * cluster,
@@ -166,6 +184,10 @@ struct Table {
 }
 
 impl Table {
+    fn range(&self) -> Range<u64> {
+        self.offset..self.offset + self.bytes
+    }
+
     fn check(&self, cluster: u64, file_bytes: u64) -> Result<(), Qcow2Error> {
         if self.bytes > self.max {
             return Err(Qcow2Error::TableTooLarge {
@@ -174,7 +196,8 @@ impl Table {
                 max: self.max,
             });
         }
-        if !self.offset.is_multiple_of(cluster) {
+        // The header is at 0.
+        if self.offset == 0 || !self.offset.is_multiple_of(cluster) {
             return Err(damaged(self.field, self.offset));
         }
         let end = self.offset.saturating_add(self.bytes);
@@ -187,6 +210,25 @@ impl Table {
         }
         Ok(())
     }
+}
+
+/// Checks the table of the blocks of reference counts. The search for a free cluster reads one block after the other: a
+/// small file whose entries all name the same full block would make it last for hours.
+fn check_refcounts(table: &[u8], cluster: u64, file_bytes: u64) -> Result<(), Qcow2Error> {
+    let end = file_bytes.next_multiple_of(cluster);
+    let mut blocks: Vec<u64> = (0..table.len())
+        .step_by(ENTRY_BYTES as usize)
+        .map(|at| be_u64(table, at))
+        .filter(|entry| *entry != 0)
+        .collect();
+    blocks.sort_unstable();
+    for (at, block) in blocks.iter().enumerate() {
+        let is_repeated = at > 0 && blocks[at - 1] == *block;
+        if is_repeated || !block.is_multiple_of(cluster) || *block >= end {
+            return Err(Qcow2Error::Refcounts { entry: *block });
+        }
+    }
+    Ok(())
 }
 
 fn damaged(field: &'static str, value: u64) -> Qcow2Error {
@@ -357,7 +399,9 @@ mod tests {
             (40, &17_u64.to_be_bytes(), "l1_table_offset is 17"),
             (40, &(1_u64 << 60).to_be_bytes(), "beyond the end"),
             (40, &(!0xffff_u64).to_be_bytes(), "beyond the end"),
+            (40, &[0; 8], "l1_table_offset is 0"),
             (48, &17_u64.to_be_bytes(), "refcount_table_offset is 17"),
+            (48, &[0; 8], "refcount_table_offset is 0"),
             (56, &129_u32.to_be_bytes(), "larger than supported"),
             (72, &1_u64.to_be_bytes(), "dirty bit"),
             (72, &2_u64.to_be_bytes(), "corrupt"),
@@ -376,6 +420,21 @@ mod tests {
         }
         let odd = parse(&front(&[(EXTENSION_FEATURE_NAMES, &[0; 49])]));
         assert_eq!(odd, Err(Qcow2Error::Extensions));
+    }
+
+    #[test]
+    fn blocks_of_reference_counts_are_apart_and_in_the_file() {
+        let cluster = CLUSTER as u64;
+        let check = |entries: &[u64]| {
+            let table: Vec<u8> = entries.iter().flat_map(|it| it.to_be_bytes()).collect();
+            check_refcounts(&table, cluster, 3 * cluster + 1)
+        };
+        // The file's last cluster may be incomplete.
+        assert_eq!(check(&[cluster, 0, 3 * cluster, 0, 2 * cluster]), Ok(()));
+        for entry in [cluster, 2 * cluster + 512, 4 * cluster, u64::MAX] {
+            let expected = Err(Qcow2Error::Refcounts { entry });
+            assert_eq!(check(&[cluster, 0, entry]), expected);
+        }
     }
 
     #[test]

@@ -316,6 +316,31 @@ fn images_that_cannot_be_used_are_named_with_the_reason() {
 }
 
 #[test]
+fn image_whose_counts_would_be_searched_for_ever_is_rejected() {
+    let Some(images) = Images::new(SECTORS) else {
+        return;
+    };
+    images.qemu_img("create -q -f qcow2 -o cluster_size=64k disk.qcow2 1G");
+    let bytes = std::fs::read(images.path("disk.qcow2")).unwrap();
+    let at = |field: usize| u64::from_be_bytes(bytes[field..field + 8].try_into().unwrap());
+    let table = at(48);
+    let block = at(table as usize);
+    images.patch("disk.qcow2", block, &[0xff; 64 << 10]);
+    images.patch("disk.qcow2", table, &block.to_be_bytes().repeat(8192));
+    let error = images.refused(images.params("disk.qcow2"));
+    assert!(
+        error.contains("disk.qcow2") && error.contains("qemu-img check"),
+        "{error}"
+    );
+    // Nothing searches the counts of an image that is only read.
+    let mut rig = Rig::new(BlockParams {
+        readonly: true,
+        ..images.params("disk.qcow2")
+    });
+    assert_eq!(rig.read(9, 512), (S_OK, vec![0; 512]));
+}
+
+#[test]
 fn qcow2_that_is_read_only_is_not_changed() {
     let Some(images) = Images::new(SECTORS) else {
         return;
