@@ -25,6 +25,8 @@ pub(super) struct Layer {
     pub(super) l1: Range<u64>,
     /// Size of its clusters; 0 of a raw image.
     pub(super) cluster_bytes: u64,
+    /// Bytes of the disk that one of its L2 tables describes; 0 of a raw image.
+    pub(super) l2_covers: u64,
 }
 
 /// The files of a disk, the image first. `is_allowed`: whether the image may refer to others. `writable`: whether it may
@@ -53,6 +55,7 @@ pub(super) fn of(top: &Path, is_allowed: bool, writable: bool) -> Result<Vec<Lay
             format: ImageFormat::Qcow2,
             l1: header.l1,
             cluster_bytes: header.cluster_bytes,
+            l2_covers: header.l2_covers,
         });
         let Some(backing) = header.backing else {
             return Ok(layers);
@@ -68,6 +71,7 @@ pub(super) fn of(top: &Path, is_allowed: bool, writable: bool) -> Result<Vec<Lay
                     format: ImageFormat::Raw,
                     l1: 0..0,
                     cluster_bytes: 0,
+                    l2_covers: 0,
                 });
                 return Ok(layers);
             }

@@ -5,6 +5,9 @@
 //! Therefore entries are kept in memory until everything that they point to is in the file. What a killed VMM leaves is
 //! then the image as of the last flush, with some clusters allocated in vain.
 //!
+//! imago also writes a new L2 table at once, possibly over a cluster that it has just freed, while the tables in the file
+//! still refer to that cluster. [`LayerFile::lacks_l2`] tells when to flush first.
+//!
 //! The L1 table never moves: it covers the whole disk (checked), which keeps its size.
 
 #![allow(unsafe_code)]
@@ -21,6 +24,10 @@ use imago::storage::drivers::CommonStorageHelper;
 use imago::{Storage, StorageExt};
 
 use crate::Unpoisoned;
+
+/// Bytes of an entry of the L1 table, and its bit for an L2 table that is changed in place.
+const ENTRY_BYTES: usize = 8;
+const ENTRY_COPIED: u64 = 1 << 63;
 
 /// A file, and its L1 table if the image can be written.
 #[derive(Debug)]
@@ -79,7 +86,7 @@ impl LayerFile {
     pub(super) fn flush_all(&self, flush_rest: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         let mut copy = self.l1.copy();
         let was_changed = std::mem::take(&mut copy.is_changed);
-        let entries = copy.entries.clone().filter(|_| was_changed);
+        let entries = was_changed.then(|| copy.entries.clone()).flatten();
         drop(copy);
         let flushed = flush_rest().and_then(|()| {
             let Some(entries) = entries else {
@@ -93,6 +100,28 @@ impl LayerFile {
             self.l1.copy().is_changed = true;
         }
         flushed
+    }
+
+    /// Whether a change of what this entry of the L1 table covers needs a new L2 table.
+    pub(super) fn lacks_l2(&self, index: usize) -> io::Result<bool> {
+        let mut copy = self.l1.copy();
+        let (entries, _) = self.load(&mut copy)?.as_chunks::<ENTRY_BYTES>();
+        let entry = entries.get(index).map(|entry| u64::from_be_bytes(*entry));
+        Ok(entry.is_some_and(|entry| entry & ENTRY_COPIED == 0))
+    }
+
+    /// The entries of the L1 table, read when they are first needed.
+    fn load<'a>(&self, copy: &'a mut L1Copy) -> io::Result<&'a mut [u8]> {
+        let entries = match copy.entries.take() {
+            Some(entries) => entries,
+            None => {
+                let range = &self.l1.range;
+                let mut entries = vec![0; (range.end - range.start) as usize];
+                self.file.read(entries.as_mut_slice(), range.start)?;
+                entries
+            }
+        };
+        Ok(copy.entries.insert(entries))
     }
 
     fn reads(&self, mut into: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
@@ -130,13 +159,7 @@ impl LayerFile {
                 continue;
             }
             let mut copy = self.l1.copy();
-            if copy.entries.is_none() {
-                let mut entries = vec![0; (self.l1.range.end - self.l1.range.start) as usize];
-                self.file
-                    .read(entries.as_mut_slice(), self.l1.range.start)?;
-                copy.entries = Some(entries);
-            }
-            let entries = copy.entries.as_mut().expect("read above");
+            let entries = self.load(&mut copy)?;
             piece.copy_into_slice(&mut entries[self.l1.indexes(&part)]);
             copy.is_changed = true;
         }

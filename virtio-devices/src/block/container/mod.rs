@@ -41,16 +41,27 @@ pub(super) use vhd::fixed_disk_bytes;
 /// The content of an image, wherever it is.
 type Access = FormatAccess<Arc<dyn DynStorage>>;
 
+/// How an operation uses the image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lock {
+    /// Others run at the same time.
+    Shared,
+    /// No other runs.
+    Exclusive,
+}
+
 /// An open image with everything that it refers to.
 #[derive(Debug)]
 pub(super) struct Container {
     path: PathBuf,
-    /// Held for writing while discards give clusters back that other operations may be using.
+    /// Held for writing while discards give clusters back that other operations may be using, and for a new L2 table.
     access: RwLock<Access>,
     /// The image's own file, which `access` uses.
     top: Arc<LayerFile>,
     flushing: Mutex<()>,
     cluster_bytes: u64,
+    /// Bytes of the disk that one L2 table describes.
+    l2_covers: u64,
     /// The files that the image refers to, for their locks.
     backing: Vec<File>,
     has_failed: AtomicBool,
@@ -85,6 +96,7 @@ impl Container {
             top,
             flushing: Mutex::default(),
             cluster_bytes: layers[0].cluster_bytes,
+            l2_covers: layers[0].l2_covers,
             backing,
             has_failed: AtomicBool::new(false),
         })
@@ -126,7 +138,6 @@ impl Container {
     /// # Safety
     /// As [`Container::perform`].
     unsafe fn try_perform(&self, operation: &IoOperation<'_>) -> io::Result<usize> {
-        let shared = || self.access.read().unpoisoned();
         match *operation {
             IoOperation::Read { offset, into } => {
                 // SAFETY: the caller's promise. The guest may change its memory meanwhile; imago takes only bytes from
@@ -137,62 +148,102 @@ impl Container {
                     .collect();
                 let into = IoVectorMut::from(into);
                 let bytes = into.len() as usize;
-                shared().readv(into, offset).map(|()| bytes)
+                let access = self.access.read().unpoisoned();
+                access.readv(into, offset).map(|()| bytes)
             }
             IoOperation::Write { offset, from } => {
                 // SAFETY: as above.
                 let from: Vec<_> = from.iter().map(|piece| unsafe { slice(piece) }).collect();
-                let from = IoVector::from(from);
-                let bytes = from.len() as usize;
-                shared().writev(from, offset).map(|()| bytes)
+                let mut rest = IoVector::from(from);
+                let bytes = rest.len();
+                self.change(offset..offset + bytes, Lock::Shared, |access, part| {
+                    let (piece, after) = std::mem::take(&mut rest).split_at(part.end - part.start);
+                    rest = after;
+                    access.writev(piece, part.start)
+                })?;
+                Ok(bytes as usize)
             }
             IoOperation::WriteZeroBuffer { offset, bytes } => {
-                let zeroes = zeroes(bytes);
-                shared().write(zeroes, offset).map(|()| zeroes.len())
+                let bytes = zeroes(bytes).len();
+                self.write_zeroes(offset..offset + bytes as u64)?;
+                Ok(bytes)
             }
-            IoOperation::ZeroRange { offset, bytes } => self
-                .zero(offset..offset + bytes, |start, bytes| {
-                    shared().write_zeroes(start, bytes)
-                }),
+            IoOperation::ZeroRange { offset, bytes } => {
+                let (before, clusters, after) = self.split(offset..offset + bytes);
+                self.change(clusters, Lock::Shared, |access, part| {
+                    access.write_zeroes(part.start, part.end - part.start)
+                })?;
+                self.write_zeroes(before)?;
+                self.write_zeroes(after)?;
+                Ok(0)
+            }
             IoOperation::PunchHole { offset, bytes } => {
-                self.zero(offset..offset + bytes, |start, bytes| {
-                    let mut access = self.access.write().unpoisoned();
-                    access.discard_to_zero(start, bytes)
-                })
+                let (before, clusters, after) = self.split(offset..offset + bytes);
+                self.change(clusters, Lock::Exclusive, |access, part| {
+                    // SAFETY: the lock excludes all other operations.
+                    unsafe { access.discard_to_zero_unsafe(part.start, part.end - part.start) }
+                })?;
+                self.write_zeroes(before)?;
+                self.write_zeroes(after)?;
+                Ok(0)
             }
             IoOperation::Sync => self.flush().map(|()| 0),
             IoOperation::DeviceDiscard { .. } => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 
-    /// Zeroes a range: whole clusters by `clusters`, and the rest by writing. imago's own code for the rest panics near
-    /// the end of a disk that is smaller than a cluster.
-    fn zero(
+    /// Executes `change` on the parts of `range` that have each their own L2 table.
+    ///
+    /// A new L2 table may take a cluster that was freed since the last flush ([`layer_file`]). Before such a part, the
+    /// tables are written, and nothing else runs in between.
+    fn change(
         &self,
         range: Range<u64>,
-        clusters: impl FnOnce(u64, u64) -> io::Result<()>,
-    ) -> io::Result<usize> {
+        lock: Lock,
+        mut change: impl FnMut(&Access, Range<u64>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut start = range.start;
+        while start < range.end {
+            let index = start / self.l2_covers;
+            let end = range.end.min((index + 1) * self.l2_covers);
+            let lacks_l2 = self.top.lacks_l2(index as usize)?;
+            if lacks_l2 || lock == Lock::Exclusive {
+                let access = self.access.write().unpoisoned();
+                if lacks_l2 {
+                    access.flush()?;
+                }
+                change(&access, start..end)?;
+            } else {
+                change(&self.access.read().unpoisoned(), start..end)?;
+            }
+            start = end;
+        }
+        Ok(())
+    }
+
+    /// The parts of a range before, in and after its whole clusters. imago's own code for the first and the last one panics
+    /// near the end of a disk that is smaller than a cluster.
+    fn split(&self, range: Range<u64>) -> (Range<u64>, Range<u64>, Range<u64>) {
         let start = range.start.next_multiple_of(self.cluster_bytes);
         let end = match range.end == self.bytes() {
             true => range.end,
             false => range.end / self.cluster_bytes * self.cluster_bytes,
         };
         if start >= end {
-            return self.write_zeroes(range);
+            return (range.clone(), range.end..range.end, range.end..range.end);
         }
-        clusters(start, end - start)?;
-        self.write_zeroes(range.start..start)?;
-        self.write_zeroes(end..range.end)
+        (range.start..start, start..end, end..range.end)
     }
 
-    fn write_zeroes(&self, mut range: Range<u64>) -> io::Result<usize> {
-        let access = self.access.read().unpoisoned();
-        while !range.is_empty() {
-            let zeroes = zeroes(range.end - range.start);
-            access.write(zeroes, range.start)?;
-            range.start += zeroes.len() as u64;
-        }
-        Ok(0)
+    fn write_zeroes(&self, range: Range<u64>) -> io::Result<()> {
+        self.change(range, Lock::Shared, |access, mut part| {
+            while !part.is_empty() {
+                let zeroes = zeroes(part.end - part.start);
+                access.write(zeroes, part.start)?;
+                part.start += zeroes.len() as u64;
+            }
+            Ok(())
+        })
     }
 
     /// An error as the jobs know it. The first one that has more to say is logged.

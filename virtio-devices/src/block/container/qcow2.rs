@@ -72,6 +72,8 @@ pub(super) struct Header {
     /// Where the table of the blocks of reference counts is.
     refcounts: Range<u64>,
     pub(super) cluster_bytes: u64,
+    /// Bytes of the disk that one L2 table describes.
+    pub(super) l2_covers: u64,
     /// Memory that the reader may use for the tables of this image.
     pub(super) memory_bytes: u64,
 }
@@ -141,9 +143,9 @@ impl Header {
             max: L1_BYTES_MAX,
         };
         l1.check(cluster, file_bytes)?;
-        // As many bytes as one entry covers; less than 2^40.
-        let covered = (cluster / ENTRY_BYTES) << cluster_bits;
-        if size.div_ceil(covered) > u64::from(l1_entries) {
+        // Less than 2^40.
+        let l2_covers = (cluster / ENTRY_BYTES) << cluster_bits;
+        if size.div_ceil(l2_covers) > u64::from(l1_entries) {
             return Err(Qcow2Error::L1TooShort {
                 entries: l1_entries,
                 size,
@@ -168,6 +170,7 @@ impl Header {
             l1: l1.range(),
             refcounts: refcounts.range(),
             cluster_bytes: cluster,
+            l2_covers,
             // The L1 table is kept twice.
             memory_bytes: 2 * l1.bytes + refcounts.bytes + CACHED_CLUSTERS * cluster,
         })

@@ -395,6 +395,36 @@ fn image_whose_vmm_is_killed_is_sound() {
 }
 
 #[test]
+fn killed_vmm_leaves_the_compressed_data_that_it_was_replacing() {
+    let Some(images) = Images::new(8) else {
+        return;
+    };
+    // One compressed cluster, the last one that the first L2 table describes. The second one does not exist yet.
+    const SECOND: u64 = 4096;
+    let data = std::fs::read(images.path("base.raw")).unwrap();
+    let mut raw = vec![0; 8 << 20];
+    raw[(SECOND as usize - 8) * 512..][..data.len()].copy_from_slice(&data);
+    std::fs::write(images.path("base.raw"), raw).unwrap();
+    let changes: [fn(&mut Rig) -> u8; 4] = [
+        |rig| rig.write(SECOND - 1, &[0xaa; 1024]),
+        |rig| rig.write(SECOND - 1, &[0xaa; 512]) | rig.write(SECOND, &[0xaa; 512]),
+        |rig| rig.write(SECOND - 1, &[0xaa; 512]) | rig.on_range(13, range(SECOND, 8, 0)),
+        |rig| rig.write(SECOND - 1, &[0xaa; 512]) | rig.on_range(13, range(SECOND, 9, 1)),
+    ];
+    for (number, change) in changes.into_iter().enumerate() {
+        images.qemu_img("convert -c -O qcow2 -o cluster_size=4096 base.raw disk.qcow2");
+        let mut rig = images.rig("disk.qcow2");
+        assert_eq!(change(&mut rig), S_OK);
+        std::fs::copy(images.path("disk.qcow2"), images.path("left.qcow2")).unwrap();
+        let content = images.content("left.qcow2");
+        let kept = &content[(SECOND as usize - 8) * 512..][..7 * 512];
+        assert!(kept == &data[..7 * 512], "change {number}");
+        drop(rig);
+        images.qemu_img("check disk.qcow2");
+    }
+}
+
+#[test]
 fn several_queues_use_one_image() {
     let Some(images) = Images::new(SECTORS) else {
         return;
