@@ -45,7 +45,8 @@ pub struct ReclaimStats {
     pub charged_bytes: u64,
     /// How `charged_bytes` was determined. `cgroup`: charge of the VMM's control group, in which it is alone, without page
     /// cache and kernel memory. `process`: resident set of the VMM, which does not include kept memory. The latter is used
-    /// if other processes are in the group, or if guest RAM is in files.
+    /// if other processes are in the group, if guest RAM is in files, or if the VMM was moved to the group with memory that
+    /// is charged to another.
     #[serde(default)]
     pub charged_method: String,
     /// Configured guest RAM that costs the host no memory, bytes: `configured_bytes - charged_bytes`, at least 0. This is

@@ -46,16 +46,25 @@ pub(crate) fn read(without_files: bool) -> io::Result<OwnMemory> {
         }
         group.as_mut()?.charge(std::process::id(), &status)
     });
-    Ok(match charge.flatten() {
-        Some(bytes) => OwnMemory {
-            bytes,
-            method: "cgroup",
-        },
-        None => OwnMemory {
-            bytes: kib(&status, "VmRSS:") + kib(&status, "HugetlbPages:"),
-            method: "process",
-        },
-    })
+    Ok(OwnMemory::of(charge.flatten(), &status))
+}
+
+impl OwnMemory {
+    /// Memory stays charged to the group in which the process was when it touched it. If its group is charged for less
+    /// than it maps, the rest is charged to an earlier one.
+    fn of(charge: Option<u64>, status: &str) -> Self {
+        let mapped = kib(status, "RssAnon:") + kib(status, "RssShmem:");
+        match charge.filter(|bytes| *bytes >= mapped) {
+            Some(bytes) => Self {
+                bytes,
+                method: "cgroup",
+            },
+            None => Self {
+                bytes: kib(status, "VmRSS:") + kib(status, "HugetlbPages:"),
+                method: "process",
+            },
+        }
+    }
 }
 
 fn group() -> MutexGuard<'static, Option<Group>> {
@@ -187,6 +196,20 @@ mod tests {
     fn group_with_other_processes_tells_nothing() {
         for members in ["7\n8\n", "8\n", "0\n", ""] {
             assert_eq!(charge(&files(members, MIB, ""), ""), None, "{members:?}");
+        }
+    }
+
+    #[test]
+    fn charge_below_what_is_mapped_is_that_of_a_group_the_process_has_just_joined() {
+        let status = "VmRSS:\t  307200 kB\nRssAnon:\t  204800 kB\nRssShmem:\t  51200 kB\n";
+        for (charge, bytes, method) in [
+            (Some(600 * MIB), 600 * MIB, "cgroup"),
+            (Some(250 * MIB), 250 * MIB, "cgroup"),
+            (Some(249 * MIB), 300 * MIB, "process"),
+            (Some(0), 300 * MIB, "process"),
+            (None, 300 * MIB, "process"),
+        ] {
+            assert_eq!(OwnMemory::of(charge, status), OwnMemory { bytes, method });
         }
     }
 
