@@ -74,23 +74,10 @@ impl Vm {
     }
 
     pub(super) fn check_addition(&self, device: &NewDevice) -> Result<(), HotplugError> {
-        let mut plugged = self.pc.devices().iter();
-        let only_one = match device {
-            NewDevice::Balloon(_) => Some(DeviceKind::Balloon),
-            NewDevice::Vsock(_) => Some(DeviceKind::Vsock),
-            NewDevice::Disk(_)
-            | NewDevice::Net(_)
-            | NewDevice::Fs(_)
-            | NewDevice::GenericVhostUser(_)
-            | NewDevice::Assigned(_)
-            | NewDevice::Pmem(_) => None,
-        };
-        let in_the_way =
-            |it: &&Plugged| Some(it.id.as_str()) == device.id() || Some(it.kind) == only_one;
-        match plugged.find(in_the_way) {
-            Some(plugged) => Err(HotplugError::StillLeaving {
-                id: plugged.id.clone(),
-            }),
+        let plugged = self.pc.devices().iter();
+        let plugged = plugged.map(|it| (it.id.as_str(), it.kind));
+        match in_the_way(plugged, device, self.balloon.is_some()) {
+            Some(id) => Err(HotplugError::StillLeaving { id: id.to_owned() }),
             None => Ok(()),
         }
     }
@@ -133,5 +120,58 @@ impl Vm {
             }
         }
         Ok(plugged)
+    }
+}
+
+/// The device that has to leave before this one comes. `has_balloon`: there is one that is not leaving.
+fn in_the_way<'a>(
+    mut plugged: impl Iterator<Item = (&'a str, DeviceKind)>,
+    device: &NewDevice,
+    has_balloon: bool,
+) -> Option<&'a str> {
+    let not_beside = match device {
+        NewDevice::Balloon(_) => Some(DeviceKind::Balloon),
+        NewDevice::Vsock(_) => Some(DeviceKind::Vsock),
+        // Nothing can stop a balloon that is leaving from discarding what the guest reports until then.
+        NewDevice::Assigned(_) if !has_balloon => Some(DeviceKind::Balloon),
+        NewDevice::Disk(_)
+        | NewDevice::Net(_)
+        | NewDevice::Fs(_)
+        | NewDevice::GenericVhostUser(_)
+        | NewDevice::Assigned(_)
+        | NewDevice::Pmem(_) => None,
+    };
+    let found = plugged.find(|(id, kind)| Some(*id) == device.id() || Some(*kind) == not_beside);
+    found.map(|(id, _)| id)
+}
+
+#[cfg(test)]
+mod tests {
+    use api::config::{BalloonConfig, VsockConfig};
+
+    use super::*;
+
+    #[test]
+    fn device_waits_for_what_must_not_be_beside_it() {
+        let plugged = [
+            ("_disk0", DeviceKind::Block),
+            ("_balloon", DeviceKind::Balloon),
+        ];
+        let found = |device: &NewDevice, has_balloon| {
+            let plugged = plugged.iter().copied();
+            in_the_way(plugged, device, has_balloon).map(str::to_owned)
+        };
+        let assigned = NewDevice::Assigned(DeviceConfig::default());
+        assert_eq!(found(&assigned, false).as_deref(), Some("_balloon"));
+        assert_eq!(found(&assigned, true), None, "it can be inhibited");
+        let balloon = NewDevice::Balloon(BalloonConfig::default());
+        assert_eq!(found(&balloon, false).as_deref(), Some("_balloon"));
+        let vsock = NewDevice::Vsock(VsockConfig::default());
+        assert_eq!(found(&vsock, false), None);
+        let named = NewDevice::Assigned(DeviceConfig {
+            id: Some("_disk0".to_owned()),
+            ..DeviceConfig::default()
+        });
+        assert_eq!(found(&named, true).as_deref(), Some("_disk0"));
     }
 }
