@@ -33,6 +33,8 @@ impl Vm {
         }
         let Made { plug, counters, .. } = made.connect(self.iommu.as_ref());
         let id = plug.id.clone();
+        // Before the guest can see the balloon, and so report to it.
+        let pin = self.pin_of(balloon.as_ref());
         let plugged = self.pc.add(plug).map_err(|error| {
             self.handles.remove(&id);
             VmError::Pc(error)
@@ -40,9 +42,8 @@ impl Vm {
         self.observer.add(plugged, Some(counters), balloon.clone());
         let info = info(plugged);
         if balloon.is_some() {
-            self.pin = None;
+            (self.balloon, self.pin) = (balloon, pin);
         }
-        self.balloon = balloon.or(self.balloon.take());
         self.pin_or_unpin();
         Ok(info)
     }

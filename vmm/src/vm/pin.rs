@@ -42,8 +42,13 @@ impl Vm {
         Ok(())
     }
 
-    /// After a device was assigned or removed, or the balloon was replaced. Discarding resumes when no device has RAM
-    /// pinned.
+    /// What keeps this balloon from discarding, if RAM is pinned.
+    pub(super) fn pin_of(&self, balloon: Option<&BalloonHandle>) -> Option<InhibitGuard> {
+        let balloon = balloon.filter(|_| self.pc.has_pinned_memory());
+        balloon.map(|balloon| balloon.inhibit(InhibitReason::PinnedMemory))
+    }
+
+    /// After a device was added or removed. Discarding resumes when no device has RAM pinned.
     pub(super) fn pin_or_unpin(&mut self) {
         if !self.pc.has_pinned_memory() {
             if self.pin.take().is_some()
@@ -53,8 +58,7 @@ impl Vm {
                 balloon.report_now(true).ok();
             }
         } else if self.pin.is_none() {
-            let balloon = self.balloon.as_ref();
-            self.pin = balloon.map(|balloon| balloon.inhibit(InhibitReason::PinnedMemory));
+            self.pin = self.pin_of(self.balloon.as_ref());
         }
     }
 }
