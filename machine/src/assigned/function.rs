@@ -298,6 +298,8 @@ impl PciFunction for AssignedFunction {
         if let Some(msix) = &mut registers.msix {
             msix.reset();
         }
+        drop(registers);
+        // May take seconds; meanwhile others may read the BARs.
         self.host.reset();
         self.host.config_write(COMMAND, &[COMMAND_MEMORY]);
     }

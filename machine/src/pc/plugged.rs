@@ -36,14 +36,16 @@ impl Plug {
     }
 }
 
-/// The BARs of a function, for as long as it exists.
+/// The BARs of a function, for as long as it exists. Whoever drops the function must make sure that nobody reads them
+/// at that moment: the reader would drop it.
 #[derive(Clone)]
 pub struct BarView(Weak<dyn PciFunction>);
 
 virtio_devices::debug_fields!(BarView {});
 
 impl BarView {
-    pub(super) fn new(function: Weak<dyn PciFunction>) -> Self {
+    /// Those of `function`.
+    pub fn new(function: Weak<dyn PciFunction>) -> Self {
         Self(function)
     }
 

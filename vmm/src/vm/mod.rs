@@ -228,6 +228,13 @@ pub struct Vm {
     on_demand: Option<OnDemand>,
 }
 
+impl Drop for Vm {
+    fn drop(&mut self) {
+        // Otherwise an API thread that looks at a function could be the one that drops it.
+        self.observer.forget_bars();
+    }
+}
+
 impl Vm {
     /// Loads what a restored machine has not loaded yet: it would count as never touched.
     fn complete_memory(&self) -> Result<(), VmError> {

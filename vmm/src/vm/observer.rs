@@ -87,7 +87,8 @@ impl Observed {
     }
 }
 
-/// Data that is read without waiting for measurements; the lock is held for microseconds.
+/// Data that is read without waiting for measurements; the lock is held for microseconds. Functions are dropped only
+/// after their BARs have been removed here.
 #[derive(Default)]
 struct Published {
     /// RAM except for what the guest plugs through virtio-mem.
@@ -298,6 +299,11 @@ impl OwnObserver {
         }
     }
 
+    /// Returns when nobody looks at the functions of the machine any more. Called before they are dropped.
+    pub(super) fn forget_bars(&self) {
+        self.0.write_published().bars.clear();
+    }
+
     fn change(&self, change: impl FnOnce(&mut Observed)) {
         let observed = self.0.observed.write();
         let mut observed = observed.unpoisoned();
@@ -438,11 +444,9 @@ impl MachineObserver for VmObserver {
     fn device_tree(&self) -> BTreeMap<String, DeviceNode> {
         let published = self.published.read().unpoisoned();
         let mut tree = published.device_tree.clone();
-        let bars = published.bars.clone();
-        drop(published);
         for (id, node) in &mut tree {
-            // The guest may have moved them.
-            let bars = bars.get(id).map_or(Vec::new(), BarView::bars);
+            // The guest may have moved them. The lock keeps the function: this thread must not be the one that drops it.
+            let bars = published.bars.get(id).map_or(Vec::new(), BarView::bars);
             node.resources = bars.iter().map(resource).collect();
         }
         tree
@@ -453,6 +457,7 @@ impl MachineObserver for VmObserver {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
+    use virtio_devices::pci::{DoorbellRegister, PciFunction};
     use virtio_devices::{GuestRam, QueueHandler};
     use vm_memory::{GuestAddress, GuestMemoryMmap};
 
@@ -522,5 +527,74 @@ mod tests {
         ));
         assert!(handle.balloon_figures().is_err());
         assert_eq!(handle.memory_actual_size_bytes(), 1 << 20);
+    }
+
+    /// A function that is looked at only while it cannot be dropped.
+    struct Function(std::sync::OnceLock<Arc<RwLock<Published>>>);
+
+    impl PciFunction for Function {
+        fn id(&self) -> &str {
+            PVPANIC_ID
+        }
+
+        fn bars(&self) -> Vec<Bar> {
+            assert!(self.0.get().unwrap().try_write().is_err());
+            vec![Bar {
+                index: 0,
+                size_bytes: 4096,
+                is_64bit: false,
+                address: 0xe000_0000,
+                decoded: true,
+            }]
+        }
+
+        fn config_read(&self, _offset: u16, _data: &mut [u8]) {}
+
+        fn config_write(&self, _offset: u16, _data: &[u8]) -> bool {
+            false
+        }
+
+        fn set_bar_address(&self, _index: u8, _address: u64) {}
+
+        fn bar_read(&self, _index: u8, _offset: u64, _data: &mut [u8]) {}
+
+        fn bar_write(&self, _index: u8, _offset: u64, _data: &[u8]) {}
+
+        fn with_doorbells(&self, _visit: &mut dyn FnMut(DoorbellRegister<'_>)) {}
+
+        fn pause(&self) {}
+
+        fn resume(&self) {}
+
+        fn reset(&self) {}
+    }
+
+    #[test]
+    fn reader_of_bars_never_drops_their_function() {
+        let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let observed = Observed {
+            zones: Vec::new(),
+            residency: ResidencyProbe::new(GuestRam::new(ram)).unwrap(),
+            balloon: None,
+            mem: None,
+            counters: Vec::new(),
+        };
+        let function = Arc::new(Function(std::sync::OnceLock::new()));
+        let weak = Arc::downgrade(&function);
+        let place = Bdf {
+            segment: 0,
+            slot: 1,
+        };
+        let view = (place, BarView::new(weak));
+        let own = OwnObserver::new(observed, 1 << 20, &[], Some(&view));
+        let handle = own.handle();
+        function.0.set(Arc::clone(&handle.published)).ok().unwrap();
+        let resources = || handle.device_tree()[PVPANIC_ID].resources.len();
+        assert_eq!(resources(), 1);
+
+        own.forget_bars();
+
+        assert_eq!(resources(), 0);
+        assert_eq!(Arc::strong_count(&function), 1);
     }
 }
