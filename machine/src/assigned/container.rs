@@ -2,17 +2,20 @@
 #![allow(unsafe_code)]
 // UNSAFETY: gives guest RAM to devices.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use vfio_ioctls::{VfioContainer, VfioDeviceFd};
 use virtio_devices::Unpoisoned;
 use vm_memory::GuestMemoryMmap;
 
+use super::claims::{Claim, Claims};
 use super::error::AssignError;
 
 /// The container of all assigned devices of a machine. It exists as long as one of them.
 pub(crate) struct Container {
     vfio: Arc<VfioContainer>,
+    claims: Arc<Claims>,
     has_ram: Mutex<bool>,
 }
 
@@ -28,12 +31,21 @@ impl Container {
         let vfio = VfioContainer::new(Some(Arc::new(VfioDeviceFd::new_from_kvm(in_kvm))));
         Ok(Arc::new(Self {
             vfio: Arc::new(vfio.map_err(AssignError::Container)?),
+            claims: Arc::default(),
             has_ram: Mutex::new(false),
         }))
     }
 
     pub(super) fn vfio(&self) -> Arc<VfioContainer> {
         Arc::clone(&self.vfio)
+    }
+
+    /// Before a device is opened; kept until it is closed.
+    ///
+    /// # Errors
+    /// As for [`Claims::claim`].
+    pub(super) fn claim(&self, path: &Path) -> Result<Claim, AssignError> {
+        self.claims.claim(path)
     }
 
     /// Maps guest RAM, and so pins every page of it, unless it is mapped already. The first device is in the container

@@ -33,6 +33,24 @@ pub enum AssignError {
         #[source]
         source: VfioError,
     },
+    /// The guest has it, or has not released it yet.
+    #[error("{} is already assigned to this VM", path.display())]
+    IsAssigned {
+        /// The device.
+        path: PathBuf,
+    },
+    /// A group is taken and given back as a whole.
+    #[error(
+        "{} is in the IOMMU group of {}, which is assigned to this VM: only one device of a group can be assigned",
+        path.display(),
+        other.display()
+    )]
+    GroupIsAssigned {
+        /// The device.
+        path: PathBuf,
+        /// The device that the guest has.
+        other: PathBuf,
+    },
     /// The IOMMU, or the limit of locked memory.
     #[error("cannot map guest RAM for the device: is the limit of locked memory as large as RAM?")]
     MapRam(#[source] VfioError),

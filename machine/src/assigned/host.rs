@@ -19,6 +19,7 @@ use vfio_bindings::bindings::vfio::{
 use vfio_ioctls::{VfioDevice, VfioError, VfioRegionInfoCap};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::claims::Claim;
 use super::container::Container;
 use super::error::AssignError;
 
@@ -125,6 +126,8 @@ pub(crate) struct VfioFunction {
     file: ManuallyDrop<File>,
     /// Releases the group when it is dropped.
     device: ManuallyDrop<VfioDevice>,
+    /// Given back after `device` was closed.
+    _claim: Claim,
     /// The mappings of guest RAM, for as long as the device can access it.
     _container: Arc<Container>,
     /// Accesses that the device did not answer.
@@ -137,8 +140,9 @@ impl VfioFunction {
     /// Opens the device whose folder in sysfs is `path`.
     ///
     /// # Errors
-    /// It or its group is not bound to vfio-pci.
+    /// It or its group is not bound to vfio-pci, or is assigned already.
     pub(crate) fn open(path: &Path, container: Arc<Container>) -> Result<Self, AssignError> {
+        let claim = container.claim(path)?;
         let opened = VfioDevice::new(path, container.vfio(), false);
         let device = opened.map_err(|source| AssignError::Open {
             path: path.to_owned(),
@@ -151,6 +155,7 @@ impl VfioFunction {
             path: path.to_owned(),
             file: ManuallyDrop::new(file.into()),
             device: ManuallyDrop::new(device),
+            _claim: claim,
             _container: container,
             failures: AtomicU64::new(0),
         })

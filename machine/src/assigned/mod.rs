@@ -11,6 +11,7 @@
 //! The kernel (vfio-pci) protects the host from whatever the guest writes; this module protects the guest from itself
 //! and keeps addresses and interrupts under the machine's control.
 
+mod claims;
 mod config_space;
 mod container;
 mod error;

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::symlink;
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
@@ -12,6 +13,7 @@ use vfio_ioctls::VfioError;
 use virtio_devices::pci::{Bar, MsiMessage, PciFunction};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::claims::Claims;
 use super::function::{AssignedFunction, BarSlots};
 use super::host::{HostDevice, HostMapping, InterruptKind};
 use super::{AssignError, VfioFunction};
@@ -469,4 +471,34 @@ fn vfio_device_is_named_if_it_cannot_be_opened() {
         error.contains("VFIO") || error.contains("vfio-pci"),
         "{error}"
     );
+}
+
+#[test]
+fn device_is_open_once_and_alone_in_its_group() {
+    let sysfs = tempfile::tempdir().unwrap();
+    let at = |name: &str| sysfs.path().join(name);
+    for group in ["1", "2"] {
+        std::fs::create_dir(at(group)).unwrap();
+    }
+    for (device, group) in [("a", "1"), ("b", "1"), ("c", "2")] {
+        std::fs::create_dir(at(device)).unwrap();
+        symlink(at(group), at(device).join("iommu_group")).unwrap();
+    }
+    symlink(at("a"), at("same")).unwrap();
+    std::fs::create_dir(at("no-group")).unwrap();
+    let claims = Arc::new(Claims::default());
+    let refused = |name: &str| claims.claim(&at(name)).unwrap_err().to_string();
+    let first = claims.claim(&at("a")).unwrap();
+    let _other = claims.claim(&at("c")).unwrap();
+    let path = at("a").canonicalize().unwrap();
+    for name in ["a", "same"] {
+        let expected = format!("{} is already assigned to this VM", path.display());
+        assert_eq!(refused(name), expected);
+    }
+    let group = refused("b");
+    assert!(group.contains("/b is in the IOMMU group of"), "{group}");
+    assert!(refused("no-group").contains("IOMMU group"));
+    drop(first);
+    let _second = claims.claim(&at("b")).unwrap();
+    assert!(refused("a").contains("is in the IOMMU group of"));
 }
