@@ -50,7 +50,7 @@ pub struct PlatformConfig {
     /// Use iommufd for assigned devices.
     #[key]
     pub iommufd: bool,
-    /// Let assigned devices reach each other's memory.
+    /// Has no effect: the memory of an assigned device is never mapped for another one.
     #[key(default = true)]
     pub vfio_p2p_dma: bool,
     /// Intel TDX. Recognised only to be rejected by name.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use virtio_devices::Unpoisoned;
@@ -49,6 +50,19 @@ struct Window {
 /// A window that the guest sees: the number of its slot, and what keeps it mapped.
 type ShownWindow = (u32, Arc<HostMapping>);
 
+/// The level of a message that the guest can cause any number of times: a warning the first time.
+#[derive(Debug, Default)]
+pub(super) struct WarnOnce(AtomicBool);
+
+impl WarnOnce {
+    pub(super) fn level(&self) -> log::Level {
+        match self.0.swap(true, Ordering::Relaxed) {
+            false => log::Level::Warn,
+            true => log::Level::Debug,
+        }
+    }
+}
+
 struct Registers {
     config: ConfigSpace,
     msix: Option<MsixTable>,
@@ -70,6 +84,9 @@ pub(crate) struct AssignedFunction {
     windows: Vec<Window>,
     /// The slots of the windows of each mapped BAR.
     shown: Mutex<BTreeMap<u8, Vec<ShownWindow>>>,
+    slow_bars: WarnOnce,
+    stuck_bars: WarnOnce,
+    refused_interrupts: WarnOnce,
     /// Dropped last: the windows are parts of it.
     host: Arc<dyn HostDevice>,
 }
@@ -135,6 +152,9 @@ impl AssignedFunction {
             slots,
             windows,
             shown: Mutex::default(),
+            slow_bars: WarnOnce::default(),
+            stuck_bars: WarnOnce::default(),
+            refused_interrupts: WarnOnce::default(),
             host,
         }))
     }
@@ -166,21 +186,26 @@ impl AssignedFunction {
         if let Some(msix) = &mut registers.msix {
             if wants_msix != registers.msix_is_on {
                 let events: &[EventFd] = if wants_msix { &self.events } else { &[] };
-                self.set_interrupts(InterruptKind::Msix, events);
-                registers.msix_is_on = wants_msix;
+                // Otherwise it is tried again at the guest's next change.
+                if self.set_interrupts(InterruptKind::Msix, events) {
+                    registers.msix_is_on = wants_msix;
+                }
             }
             msix.set_control(view.msix_control);
         }
     }
 
-    fn set_interrupts(&self, kind: InterruptKind, events: &[EventFd]) {
-        if let Err(error) = self.host.set_interrupts(kind, events) {
-            log::debug!(
-                "{}: {kind:?} with {} vectors: {error}",
-                self.id,
-                events.len()
+    /// Returns false if the host refuses.
+    fn set_interrupts(&self, kind: InterruptKind, events: &[EventFd]) -> bool {
+        let set = self.host.set_interrupts(kind, events);
+        if let Err(error) = &set {
+            let (id, count) = (&self.id, events.len());
+            log::log!(
+                self.refused_interrupts.level(),
+                "{id}: cannot set {count} vectors of {kind:?}: {error}"
             );
         }
+        set.is_ok()
     }
 
     fn note(&self, result: io::Result<()>) {
@@ -196,7 +221,8 @@ impl AssignedFunction {
         for (number, mapping) in shown.remove(&index).unwrap_or_default() {
             if let Err(error) = self.slots.remove(number) {
                 // The guest may still use the range: it stays mapped forever, so that it accesses nothing else.
-                log::error!("{}: cannot hide BAR {index}: {error}", self.id);
+                let level = self.stuck_bars.level();
+                log::log!(level, "{}: cannot hide BAR {index}: {error}", self.id);
                 std::mem::forget(mapping);
             }
         }
@@ -211,7 +237,10 @@ impl AssignedFunction {
                     let shown = shown.entry(index).or_default();
                     shown.push((number, Arc::clone(mapping)));
                 }
-                Err(error) => log::warn!("{}: BAR {index} remains slow: {error}", self.id),
+                Err(error) => {
+                    let level = self.slow_bars.level();
+                    log::log!(level, "{}: BAR {index} remains slow: {error}", self.id);
+                }
             }
         }
     }

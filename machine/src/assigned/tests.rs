@@ -6,6 +6,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::symlink;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
@@ -14,7 +15,7 @@ use virtio_devices::pci::{Bar, MsiMessage, PciFunction};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::claims::Claims;
-use super::function::{AssignedFunction, BarSlots};
+use super::function::{AssignedFunction, BarSlots, WarnOnce};
 use super::host::{HostDevice, HostMapping, InterruptKind};
 use super::{AssignError, VfioFunction};
 use crate::interrupt::fake::FakeBackend;
@@ -42,6 +43,7 @@ struct Device {
     config: [u8; 256],
     file: File,
     seen: Mutex<Seen>,
+    refuses_interrupts: AtomicBool,
 }
 
 impl Device {
@@ -81,6 +83,7 @@ impl Device {
             config,
             file,
             seen: Mutex::default(),
+            refuses_interrupts: AtomicBool::new(false),
         }
     }
 }
@@ -129,7 +132,10 @@ impl HostDevice for Device {
         let events = events.iter().map(AsRawFd::as_raw_fd).collect();
         let mut seen = self.seen.lock().unwrap();
         seen.interrupts.push((kind == InterruptKind::Msix, events));
-        Ok(())
+        match self.refuses_interrupts.load(Ordering::Relaxed) {
+            true => Err(VfioError::InvalidPath),
+            false => Ok(()),
+        }
     }
 
     fn reset(&self) {
@@ -329,6 +335,32 @@ fn msix_is_signalled_by_the_device_and_routed_when_unmasked() {
     enable(false);
     assert_eq!(rig.take_seen().interrupts, [(true, Vec::new())]);
     assert!(rig.backend.notes().irqfds.is_empty());
+}
+
+#[test]
+fn msix_that_the_host_refuses_is_tried_again() {
+    let rig = rig();
+    let attempts = |control| {
+        rig.write(MSIX + 2, control, 2);
+        let seen = rig.take_seen().interrupts.into_iter();
+        let attempts: Vec<_> = seen.map(|(_, events)| events.len()).collect();
+        attempts
+    };
+    rig.device.refuses_interrupts.store(true, Ordering::Relaxed);
+    assert_eq!(attempts(0x8000), [usize::from(VECTORS)]);
+    rig.device
+        .refuses_interrupts
+        .store(false, Ordering::Relaxed);
+    assert_eq!(attempts(0xc000), [usize::from(VECTORS)]);
+    assert!(attempts(0x8000).is_empty(), "it is on");
+}
+
+#[test]
+fn guest_causes_one_warning_of_a_kind() {
+    let once = WarnOnce::default();
+    let levels = [once.level(), once.level(), once.level()];
+    let expected = [log::Level::Warn, log::Level::Debug, log::Level::Debug];
+    assert_eq!(levels, expected);
 }
 
 #[test]
