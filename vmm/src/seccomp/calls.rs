@@ -233,6 +233,8 @@ const MACHINE: &[Call] = calls![
     SYS_dup,
     SYS_epoll_create1,
     SYS_eventfd2,
+    // Resolves a path that ends with a slash.
+    SYS_faccessat2,
     SYS_flock,
     SYS_fstatfs,
     SYS_ftruncate,

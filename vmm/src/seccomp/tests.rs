@@ -148,6 +148,13 @@ fn starts_a_query(hook: &ThreadStart) -> bool {
     query.unwrap().join().unwrap()
 }
 
+/// As the path of an assigned device.
+fn resolves_any_path() -> bool {
+    ["/proc/self", "/proc/self/", "."]
+        .into_iter()
+        .all(|path| std::fs::canonicalize(path).is_ok())
+}
+
 /// Makes the calls that `--console pty` needs.
 fn makes_a_terminal() -> bool {
     let hook = Arc::new(Seccomp::new(SeccompMode::Off).unwrap()).hook();
@@ -398,6 +405,7 @@ fn case_runner() {
                 starts_a_query(&hook)
             })
         }
+        "path" => confined(SeccompMode::Trap, ThreadKind::Control, resolves_any_path),
         "socket" => removes_its_socket(),
         "terminal" => confined(SeccompMode::Trap, ThreadKind::Control, makes_a_terminal),
         "forbidden" => forbidden_is_refused(),
@@ -435,7 +443,7 @@ fn thread_of_each_kind_is_refused_what_it_must_not_do() {
 
 #[test]
 fn threads_live_under_their_filters_and_start_their_children() {
-    for case in ["query", "discard", "terminal", "socket", "live"] {
+    for case in ["query", "discard", "terminal", "path", "socket", "live"] {
         let output = play(case);
         assert!(output.status.success(), "{case}: {output:?}");
     }
