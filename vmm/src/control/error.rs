@@ -101,6 +101,11 @@ pub enum LifecycleError {
     /// A migration is under way.
     #[error("The VM is being migrated")]
     Migrating,
+    /// After a migration that failed, another process may have them.
+    #[error(
+        "The VM has not taken its disks again since a migration failed: wait until it runs, or use vm.resume"
+    )]
+    DisksReleased,
     /// The machine would be paused until its RAM is complete.
     #[error("RAM is still being restored: send the VM after the event memory-filled")]
     MemoryIncomplete,

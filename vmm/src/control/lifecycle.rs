@@ -380,6 +380,14 @@ impl Lifecycle {
         Ok(())
     }
 
+    /// Rejects what needs the disks while they are released.
+    pub(super) fn check_disks(&self) -> Result<(), LifecycleError> {
+        match self.disks_released {
+            true => Err(LifecycleError::DisksReleased),
+            false => Ok(()),
+        }
+    }
+
     /// `vm.snapshot`: saves the paused machine. Returns when all files are on stable storage.
     ///
     /// # Errors
@@ -639,11 +647,12 @@ impl Lifecycle {
     /// `vm.resize-disk`
     ///
     /// # Errors
-    /// There is no running machine, no such disk, or the disk cannot have this size.
+    /// There is no running machine, no such disk, the disk cannot have this size, or it is released.
     pub fn resize_disk(&mut self, resize: &VmResizeDisk) -> Result<(), LifecycleError> {
         if self.config.is_none() {
             return Err(LifecycleError::VmNotCreated);
         }
+        self.check_disks()?;
         self.on_machine(|machine| machine.resize_disk(&resize.id, resize.desired_size))
     }
 

@@ -69,6 +69,7 @@ impl Lifecycle {
         let Some(machine) = self.machine_number() else {
             return Err(LifecycleError::VmNotRunning);
         };
+        self.check_disks()?;
         check_send(request)?;
         let address =
             Address::parse(&request.destination_url).map_err(LifecycleError::Migration)?;

@@ -37,12 +37,21 @@ pub enum VmError {
         #[source]
         source: std::io::Error,
     },
-    /// The image of a disk or of persistent memory is in use elsewhere.
-    #[error("Cannot lock or release the image of {id}")]
+    /// Another process uses the image of a disk or of persistent memory.
+    #[error("Cannot lock the image of {id}: another process uses it")]
     ImageLock {
         /// Name of the device.
         id: String,
         /// The error from fcntl.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The image of a disk or of persistent memory cannot be locked, read again or released.
+    #[error("Cannot take over or release the image of {id}")]
+    ImageHold {
+        /// Name of the device.
+        id: String,
+        /// The reason.
         #[source]
         source: std::io::Error,
     },

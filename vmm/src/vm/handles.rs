@@ -1,6 +1,7 @@
 //! Handles on a machine's devices, by name, for requests while it runs.
 
 use std::collections::BTreeMap;
+use std::io;
 
 use api::config::{DiskConfig, NetConfig, PmemConfig, RateLimitGroupConfig};
 use virtio_devices::block::DiskHandle;
@@ -93,14 +94,10 @@ impl Handles {
 
     fn hold_each(&self, hold: bool) -> Result<(), VmError> {
         for (id, disk) in &self.disks {
-            let id = id.clone();
-            disk.hold(hold)
-                .map_err(|source| VmError::ImageLock { id, source })?;
+            disk.hold(hold).map_err(|error| not_held(id, error))?;
         }
         for (id, pmem) in &self.pmems {
-            let id = id.clone();
-            pmem.hold(hold)
-                .map_err(|source| VmError::ImageLock { id, source })?;
+            pmem.hold(hold).map_err(|error| not_held(id, error))?;
         }
         Ok(())
     }
@@ -121,5 +118,33 @@ impl Handles {
                 .map_err(|source| VmError::PmemSync { id, source })?;
         }
         Ok(())
+    }
+}
+
+/// Of all errors, only that of a lock goes away by waiting. fcntl has two numbers for it.
+fn not_held(id: &str, source: io::Error) -> VmError {
+    let id = id.to_owned();
+    match source.raw_os_error() {
+        Some(libc::EAGAIN | libc::EACCES) => VmError::ImageLock { id, source },
+        _ => VmError::ImageHold { id, source },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_lock_of_another_process_is_worth_waiting_for() {
+        for (error, is_lock) in [
+            (io::Error::from_raw_os_error(libc::EAGAIN), true),
+            (io::Error::from_raw_os_error(libc::EACCES), true),
+            (io::Error::from_raw_os_error(libc::EIO), false),
+            (io::ErrorKind::InvalidData.into(), false),
+        ] {
+            let text = error.to_string();
+            let made = not_held("_disk0", error);
+            assert_eq!(matches!(made, VmError::ImageLock { .. }), is_lock, "{text}");
+        }
     }
 }
