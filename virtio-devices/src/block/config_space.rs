@@ -86,7 +86,7 @@ pub(super) fn bytes(
     put(WRITEBACK_AT, &[u8::from(writeback)]);
     put(34, &params.num_queues.to_le_bytes());
     if !params.readonly {
-        let alignment_sectors = topology.physical / SECTOR_BYTES as u32;
+        let alignment_sectors = topology.discard / SECTOR_BYTES as u32;
         if params.sparse {
             put(36, &DISCARD_SECTORS_MAX.to_le_bytes());
             put(40, &RANGES_MAX.to_le_bytes());

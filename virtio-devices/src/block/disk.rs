@@ -59,8 +59,8 @@ impl DiskState {
         self.interrupt.signal();
     }
 
-    pub(super) fn is_block_device(&self) -> bool {
-        self.image.is_block_device()
+    pub(super) fn has_own_discard(&self) -> bool {
+        self.image.has_own_discard()
     }
 
     pub(super) fn writeback(&self) -> bool {

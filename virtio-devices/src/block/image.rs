@@ -31,6 +31,8 @@ pub(super) struct Topology {
     pub(super) physical: u32,
     pub(super) io_min: u32,
     pub(super) io_opt: u32,
+    /// What discards should be aligned to.
+    pub(super) discard: u32,
 }
 
 /// The end of an image whose size is no multiple of what one transfer must have.
@@ -107,12 +109,16 @@ impl Image {
             true => None,
             false => Some(Tail::open(params, bytes / unit_bytes * unit_bytes)?),
         };
-        let topology = topology(&file, block_device, params.direct, bytes).map_err(|source| {
-            BlockError::Inspect {
-                path: path.clone(),
-                source,
-            }
-        })?;
+        let mut topology =
+            topology(&file, block_device, params.direct, bytes).map_err(|source| {
+                BlockError::Inspect {
+                    path: path.clone(),
+                    source,
+                }
+            })?;
+        if let Some(container) = &container {
+            topology.discard = container.cluster_bytes();
+        }
         let is_allocated = params.sparse || params.readonly || block_device || bytes == 0;
         if !(is_allocated || container.is_some())
             && let Err(error) = disk_sys::allocate(&file, bytes)
@@ -203,6 +209,11 @@ impl Image {
 
     pub(super) fn fd(&self) -> RawFd {
         self.file.as_raw_fd()
+    }
+
+    /// Whether discarding is something else than punching a hole into a file.
+    pub(super) fn has_own_discard(&self) -> bool {
+        self.block_device || self.container.is_some()
     }
 
     pub(super) fn is_block_device(&self) -> bool {
@@ -332,6 +343,7 @@ fn topology(file: &File, block_device: bool, direct: bool, bytes: u64) -> io::Re
             physical: sizes.physical.max(sizes.logical),
             io_min: sizes.io_min,
             io_opt: sizes.io_opt,
+            discard: sizes.physical.max(sizes.logical),
         });
     }
     let sector = SECTOR_BYTES as u32;
@@ -343,6 +355,7 @@ fn topology(file: &File, block_device: bool, direct: bool, bytes: u64) -> io::Re
         physical,
         io_min: physical,
         io_opt: 0,
+        discard: physical,
     })
 }
 

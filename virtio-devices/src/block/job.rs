@@ -3,7 +3,7 @@
 //! ```text
 //!   Read ───────────────────────────────────► done
 //!   Write ──(cache is write-through)─► Sync ─► done
-//!   Discard ─► PunchHole / DeviceDiscard ────► done
+//!   Discard ─► PunchHole / OwnDiscard ────► done
 //!   WriteZeroes ─► PunchHole ─► ZeroRange ─► WriteZeroBuffer … ─► (Sync) ─► done
 //!                  each only if the previous one is not supported
 //! ```
@@ -123,10 +123,10 @@ pub(super) enum Step {
     Read(Transfer),
     Write(Transfer),
     Sync,
-    /// Punches a hole or, on a block `device`, sends a discard command.
+    /// Punches a hole, unless the image has its `own` way of discarding.
     Discard {
         range: Range,
-        device: bool,
+        own: bool,
     },
     PunchHole(Range),
     ZeroRange(Range),
@@ -207,10 +207,10 @@ impl Job {
                 from: transfer.piece.iovecs(),
             },
             Step::Sync => IoOperation::Sync,
-            Step::Discard { device, .. } => {
+            Step::Discard { own, .. } => {
                 let Range { offset, bytes } = self.piece();
-                if *device {
-                    IoOperation::DeviceDiscard { offset, bytes }
+                if *own {
+                    IoOperation::OwnDiscard { offset, bytes }
                 } else {
                     IoOperation::PunchHole { offset, bytes }
                 }

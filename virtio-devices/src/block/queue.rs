@@ -248,7 +248,7 @@ impl BlockQueue {
                 Kind::Discard(bytes),
                 Step::Discard {
                     range: Range { offset, bytes },
-                    device: self.disk.is_block_device(),
+                    own: self.disk.has_own_discard(),
                 },
             ),
             Operation::WriteZeroes {

@@ -107,6 +107,12 @@ impl Container {
         self.access.read().unpoisoned().size()
     }
 
+    /// Size of a cluster.
+    pub(super) fn cluster_bytes(&self) -> u32 {
+        // At most 2 MiB (checked).
+        self.cluster_bytes as u32
+    }
+
     /// The files to lock besides the image.
     pub(super) fn backing(&self) -> &[File] {
         &self.backing
@@ -179,16 +185,17 @@ impl Container {
             }
             IoOperation::PunchHole { offset, bytes } => {
                 let (before, clusters, after) = self.split(offset..offset + bytes);
-                self.change(clusters, Lock::Exclusive, |access, part| {
-                    // SAFETY: the lock excludes all other operations.
-                    unsafe { access.discard_to_zero_unsafe(part.start, part.end - part.start) }
-                })?;
+                self.discard(clusters)?;
                 self.write_zeroes(before)?;
                 self.write_zeroes(after)?;
                 Ok(0)
             }
+            // Zeroes for the rest would take space, where the guest gives some back.
+            IoOperation::OwnDiscard { offset, bytes } => {
+                let (_, clusters, _) = self.split(offset..offset + bytes);
+                self.discard(clusters).map(|()| 0)
+            }
             IoOperation::Sync => self.flush().map(|()| 0),
-            IoOperation::DeviceDiscard { .. } => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 
@@ -219,6 +226,14 @@ impl Container {
             start = end;
         }
         Ok(())
+    }
+
+    /// Discards whole clusters.
+    fn discard(&self, clusters: Range<u64>) -> io::Result<()> {
+        self.change(clusters, Lock::Exclusive, |access, part| {
+            // SAFETY: the lock excludes all other operations.
+            unsafe { access.discard_to_zero_unsafe(part.start, part.end - part.start) }
+        })
     }
 
     /// The parts of a range before, in and after its whole clusters. imago's own code for the first and the last one panics

@@ -43,7 +43,7 @@ impl Calls {
     /// and ioctls.
     pub(super) fn must_perform(&self, operation: &IoOperation<'_>) -> bool {
         match (operation, &self.bounce) {
-            (IoOperation::DeviceDiscard { .. }, _) => true,
+            (IoOperation::OwnDiscard { .. }, _) => true,
             (IoOperation::Read { offset, into: v } | IoOperation::Write { offset, from: v }, _)
                 if self.is_in_tail(*offset, v) =>
             {
@@ -110,7 +110,7 @@ impl Calls {
             IoOperation::Sync => self.image.file().sync_data().map(|()| 0),
             IoOperation::PunchHole { offset, bytes } => fallocate(fd, PUNCH_HOLE, offset, bytes),
             IoOperation::ZeroRange { offset, bytes } => fallocate(fd, ZERO_RANGE, offset, bytes),
-            IoOperation::DeviceDiscard { offset, bytes } => {
+            IoOperation::OwnDiscard { offset, bytes } => {
                 disk_sys::block_device_discard(fd, offset, bytes).map(|()| 0)
             }
         }

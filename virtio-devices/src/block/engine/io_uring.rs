@@ -126,7 +126,7 @@ fn entry(image: types::Fd, operation: &IoOperation<'_>) -> Option<squeue::Entry>
             .offset(offset)
             .mode(ZERO_RANGE)
             .build(),
-        IoOperation::DeviceDiscard { .. } => return None,
+        IoOperation::OwnDiscard { .. } => return None,
     })
 }
 

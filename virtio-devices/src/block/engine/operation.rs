@@ -25,8 +25,8 @@ pub(in crate::block) enum IoOperation<'a> {
     PunchHole { offset: u64, bytes: u64 },
     /// Zeroes the range and keeps it allocated.
     ZeroRange { offset: u64, bytes: u64 },
-    /// BLKDISCARD on a block device; the content is undefined afterwards.
-    DeviceDiscard { offset: u64, bytes: u64 },
+    /// BLKDISCARD on a block device; the whole clusters of a qcow2 image. The content is undefined afterwards.
+    OwnDiscard { offset: u64, bytes: u64 },
 }
 
 /// The end of an operation.

@@ -68,7 +68,7 @@ fn play(actions: &[Action], engine: EngineChoice, direct: bool) {
         direct,
         ..params(&file)
     }) {
-        Ok(block) => play_on(actions, block, &mut model),
+        Ok(block) => play_on(actions, block, &mut model, 512),
         Err(BlockError::NoDirectIo { .. }) => {
             test_skip::skip("the temporary directory has no direct I/O");
             return;
@@ -92,7 +92,7 @@ fn play_on_qcow2(actions: &[Action], direct: bool, cluster_bytes: usize) {
         ..images.params("disk.qcow2")
     };
     match Block::new(params) {
-        Ok(block) => play_on(actions, block, &mut model),
+        Ok(block) => play_on(actions, block, &mut model, cluster_bytes),
         Err(BlockError::NoDirectIo { .. }) => return,
         Err(error) => panic!("{error}"),
     }
@@ -100,7 +100,8 @@ fn play_on_qcow2(actions: &[Action], direct: bool, cluster_bytes: usize) {
     assert!(images.content("disk.qcow2") == model, "image differs");
 }
 
-fn play_on(actions: &[Action], block: Block, model: &mut [u8]) {
+/// A discard leaves parts of `unit` bytes as they are.
+fn play_on(actions: &[Action], block: Block, model: &mut [u8], unit: usize) {
     let features = crate::VirtioDevice::features(&block);
     let mut rig = Rig::with_features(block, features);
     let status_of = |range: &Option<_>| if range.is_some() { S_OK } else { S_IOERR };
@@ -134,7 +135,14 @@ fn play_on(actions: &[Action], block: Block, model: &mut [u8]) {
                 assert_eq!(rig.on_range(11, wire), status_of(&range));
                 if let Some(range) = range {
                     // In files, unlike devices, punched ranges read as zeroes.
-                    model[range].fill(0);
+                    let start = range.start.next_multiple_of(unit);
+                    let end = match range.end == model.len() {
+                        true => range.end,
+                        false => range.end / unit * unit,
+                    };
+                    if start < end {
+                        model[start..end].fill(0);
+                    }
                 }
             }
             Action::WriteZeroes {
