@@ -123,6 +123,11 @@ pub enum Qcow2Error {
         /// The entry.
         entry: u64,
     },
+    /// Writing an image with internal snapshots is not supported.
+    #[error(
+        "the image has internal snapshots ({0}) and can only be read (readonly=on); to write it, delete them with \"qemu-img snapshot -d\""
+    )]
+    Snapshots(u32),
     /// The first table does not cover the disk.
     #[error("an L1 table of {entries} entries is too short for a disk of {size} bytes")]
     L1TooShort {

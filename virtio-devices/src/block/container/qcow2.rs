@@ -71,6 +71,8 @@ pub(super) struct Header {
     pub(super) l1: Range<u64>,
     /// Where the table of the blocks of reference counts is.
     refcounts: Range<u64>,
+    /// Number of internal snapshots.
+    snapshots: u32,
     pub(super) cluster_bytes: u64,
     /// Bytes of the disk that one L2 table describes.
     pub(super) l2_covers: u64,
@@ -99,6 +101,9 @@ impl Header {
         };
         if !writable {
             return Ok(Ok(header));
+        }
+        if header.snapshots != 0 {
+            return Ok(Err(Qcow2Error::Snapshots(header.snapshots)));
         }
         let range = &header.refcounts;
         let mut table = vec![0; (range.end - range.start) as usize];
@@ -169,6 +174,7 @@ impl Header {
             backing: backing_name.map(|path| Backing { path, format }),
             l1: l1.range(),
             refcounts: refcounts.range(),
+            snapshots: be_u32(front, 60),
             cluster_bytes: cluster,
             l2_covers,
             // The L1 table is kept twice.

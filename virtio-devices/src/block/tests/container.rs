@@ -342,6 +342,26 @@ fn image_whose_counts_would_be_searched_for_ever_is_rejected() {
 }
 
 #[test]
+fn image_with_internal_snapshots_is_only_read() {
+    let Some(images) = Images::new(SECTORS) else {
+        return;
+    };
+    images.qemu_img("convert -O qcow2 base.raw disk.qcow2");
+    images.qemu_img("snapshot -c before disk.qcow2");
+    let error = images.refused(images.params("disk.qcow2"));
+    assert!(error.contains("internal snapshots (1)"), "{error}");
+    let mut rig = Rig::new(BlockParams {
+        readonly: true,
+        ..images.params("disk.qcow2")
+    });
+    assert_eq!(rig.read(9, 512), (S_OK, vec![9; 512]));
+    drop(rig);
+    images.qemu_img("snapshot -d before disk.qcow2");
+    assert_eq!(images.rig("disk.qcow2").write(9, &[1; 512]), S_OK);
+    images.qemu_img("check disk.qcow2");
+}
+
+#[test]
 fn qcow2_that_is_read_only_is_not_changed() {
     let Some(images) = Images::new(SECTORS) else {
         return;
