@@ -142,7 +142,7 @@ pub(crate) fn reporting_gives_back(guest: &mut Guest) -> Result<(u64, u64)> {
 }
 
 /// Memory is reported while a load in the guest takes free pages of ever new blocks. What stays on the host is up to the
-/// load, so it can be asked for only after the load.
+/// load, which also leaves free memory in blocks that are too small for a report.
 pub(crate) fn reporting_goes_on_under_load(guest: &mut Guest) -> Result<()> {
     touch(guest)?;
     let before = figure(guest, "/report/discarded_bytes")?;
