@@ -3,18 +3,15 @@
 use virtio_devices::pci::MsiMessage;
 
 use super::host::{BARS, HostDevice};
-use super::layout::{BarLayout, Layout, MsiLayout, SPACE_BYTES};
+use super::layout::{
+    BAR0, BarLayout, CAPABILITY_POINTER, COMMAND, COMMAND_BUS_MASTER, COMMAND_MEMORY, HEADER_TYPE,
+    Layout, MsiLayout, SPACE_BYTES,
+};
 
-const COMMAND: usize = 0x04;
 const STATUS: usize = 0x06;
 const CACHE_LINE_SIZE: usize = 0x0c;
-const HEADER_TYPE: usize = 0x0e;
-const BAR0: usize = 0x10;
-const CAPABILITY_POINTER: usize = 0x34;
 const INTERRUPT_LINE: usize = 0x3c;
 
-const COMMAND_MEMORY: u8 = 1 << 1;
-const COMMAND_BUS_MASTER: u8 = 1 << 2;
 /// In the upper byte of the register.
 const COMMAND_INTX_DISABLE: u8 = 1 << 2;
 const STATUS_CAPABILITIES: u8 = 1 << 4;
@@ -66,10 +63,11 @@ impl ConfigSpace {
         space.writable[CACHE_LINE_SIZE] = 0xff;
         space.writable[INTERRUPT_LINE] = 0xff;
         for bar in &layout.bars {
-            let (at, bytes) = (register(bar.index), if bar.is_64bit { 8 } else { 4 });
+            let registers = bar.registers();
             let address_bits = !(bar.bytes - 1);
-            space.bytes[at] = bar.kind;
-            space.writable[at..at + bytes].copy_from_slice(&address_bits.to_le_bytes()[..bytes]);
+            space.bytes[registers.start] = bar.kind;
+            let bytes = registers.len();
+            space.writable[registers].copy_from_slice(&address_bits.to_le_bytes()[..bytes]);
         }
         let mut link = CAPABILITY_POINTER;
         for capability in &layout.capabilities {
@@ -130,9 +128,14 @@ impl ConfigSpace {
             if self.passed[at] {
                 host.config_write(at as u16, &[*value]);
             }
-            let mask = self.writable[at];
-            self.bytes[at] = self.bytes[at] & !mask | value & mask;
+            self.change(at, *value);
         }
+    }
+
+    /// Changes the bits of a byte that the guest may change.
+    fn change(&mut self, at: usize, value: u8) {
+        let mask = self.writable[at];
+        self.bytes[at] = self.bytes[at] & !mask | value & mask;
     }
 
     pub(super) fn view(&self) -> View {
@@ -162,10 +165,9 @@ impl ConfigSpace {
 
     /// The address programmed into a BAR.
     pub(super) fn bar_address(&self, bar: &BarLayout) -> u64 {
-        let at = register(bar.index);
-        let bytes = if bar.is_64bit { 8 } else { 4 };
+        let registers = bar.registers();
         let mut address = [0; 8];
-        address[..bytes].copy_from_slice(&self.bytes[at..at + bytes]);
+        address[..registers.len()].copy_from_slice(&self.bytes[registers]);
         u64::from_le_bytes(address) & !(bar.bytes - 1)
     }
 
@@ -173,10 +175,8 @@ impl ConfigSpace {
         let Some(bar) = self.bars.iter().find(|bar| bar.index == index) else {
             return;
         };
-        let (at, bytes) = (register(index), if bar.is_64bit { 8 } else { 4 });
-        for (at, value) in (at..).zip(&address.to_le_bytes()[..bytes]) {
-            let mask = self.writable[at];
-            self.bytes[at] = self.bytes[at] & !mask | value & mask;
+        for (at, value) in bar.registers().zip(address.to_le_bytes()) {
+            self.change(at, value);
         }
     }
 
@@ -187,8 +187,4 @@ impl ConfigSpace {
             self.bytes[at] &= !self.writable[at];
         }
     }
-}
-
-fn register(bar: u8) -> usize {
-    BAR0 + 4 * usize::from(bar)
 }

@@ -14,14 +14,10 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::config_space::ConfigSpace;
 use super::error::AssignError;
 use super::host::{HostDevice, HostMapping, InterruptKind};
-use super::layout::{BarLayout, Layout};
+use super::layout::{BarLayout, COMMAND, COMMAND_BUS_MASTER, COMMAND_MEMORY, Layout};
 
 /// The unit of mappings.
 const PAGE_BYTES: u64 = 4096;
-/// Command register: the device may access memory, and responds at its BARs.
-const COMMAND: u16 = 0x04;
-const COMMAND_MEMORY: u8 = 1 << 1;
-const COMMAND_BUS_MASTER: u8 = 1 << 2;
 /// MSI-X message control: enabled.
 const MSIX_ENABLE: u16 = 1 << 15;
 
@@ -113,7 +109,7 @@ impl AssignedFunction {
         let layout = Layout::read(&*host)?;
         // BARs respond from now on. The guest's own bit only decides whether they are on the bus: an access to a mapped
         // BAR that does not respond would end the virtual machine.
-        host.config_write(COMMAND, &[COMMAND_MEMORY]);
+        set_command(&*host, COMMAND_MEMORY);
         let count = layout.msix.map_or(1, |msix| msix.vectors);
         let events = || -> io::Result<Vec<EventFd>> {
             (0..count).map(|_| EventFd::new(EFD_NONBLOCK)).collect()
@@ -272,8 +268,7 @@ impl PciFunction for AssignedFunction {
             } else {
                 0
             };
-            self.host
-                .config_write(COMMAND, &[COMMAND_MEMORY | bus_master]);
+            set_command(&*self.host, COMMAND_MEMORY | bus_master);
         }
         if before.0 != after.0 {
             self.apply_interrupts(&mut registers);
@@ -330,7 +325,7 @@ impl PciFunction for AssignedFunction {
         drop(registers);
         // May take seconds; meanwhile others may read the BARs.
         self.host.reset();
-        self.host.config_write(COMMAND, &[COMMAND_MEMORY]);
+        set_command(&*self.host, COMMAND_MEMORY);
     }
 }
 
@@ -355,12 +350,16 @@ impl Drop for AssignedFunction {
             self.show(index, None);
         }
         // No access to RAM follows, whatever becomes of the group.
-        self.host.config_write(COMMAND, &[0]);
+        set_command(&*self.host, 0);
         for kind in [InterruptKind::Msi, InterruptKind::Msix] {
             // An error: the device does not have this kind, or it is off.
             self.host.set_interrupts(kind, &[]).ok();
         }
     }
+}
+
+fn set_command(host: &dyn HostDevice, command: u8) {
+    host.config_write(COMMAND as u16, &[command]);
 }
 
 /// The parts of a BAR that the guest accesses directly: what can be mapped, without the pages of the MSI-X structures.

@@ -13,9 +13,14 @@ const FIRST_CAPABILITY: u8 = 0x40;
 /// One for each dword behind the header.
 const CAPABILITIES_MAX: usize = (SPACE_BYTES - FIRST_CAPABILITY as usize) / 4;
 
-const HEADER_TYPE: usize = 0x0e;
-const BAR0: usize = 0x10;
-const CAPABILITY_POINTER: usize = 0x34;
+pub(super) const COMMAND: usize = 0x04;
+pub(super) const HEADER_TYPE: usize = 0x0e;
+pub(super) const BAR0: usize = 0x10;
+pub(super) const CAPABILITY_POINTER: usize = 0x34;
+
+/// Command register: the device responds at its BARs, and may access memory.
+pub(super) const COMMAND_MEMORY: u8 = 1 << 1;
+pub(super) const COMMAND_BUS_MASTER: u8 = 1 << 2;
 
 const CAP_MSI: u8 = 0x05;
 const CAP_VENDOR: u8 = 0x09;
@@ -45,6 +50,14 @@ pub(super) struct BarLayout {
     pub(super) is_64bit: bool,
     /// The lowest bits of the register.
     pub(super) kind: u8,
+}
+
+impl BarLayout {
+    /// The bytes of its registers in configuration space.
+    pub(super) fn registers(&self) -> Range<usize> {
+        let start = BAR0 + 4 * usize::from(self.index);
+        start..start + if self.is_64bit { 8 } else { 4 }
+    }
 }
 
 /// MSI with one vector.
