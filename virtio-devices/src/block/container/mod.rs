@@ -7,6 +7,7 @@
 // UNSAFETY: guest memory behind raw vectors becomes slices for imago, as long as one operation runs; discards rely on
 // the lock that no other operation uses the image meanwhile.
 
+mod big_endian;
 mod chain;
 mod error;
 mod layer_file;
@@ -175,20 +176,14 @@ impl Container {
                 Ok(bytes)
             }
             IoOperation::ZeroRange { offset, bytes } => {
-                let (before, clusters, after) = self.split(offset..offset + bytes);
-                self.change(clusters, Lock::Shared, |access, part| {
-                    access.write_zeroes(part.start, part.end - part.start)
-                })?;
-                self.write_zeroes(before)?;
-                self.write_zeroes(after)?;
-                Ok(0)
+                self.zero(offset..offset + bytes, |clusters| {
+                    self.change(clusters, Lock::Shared, |access, part| {
+                        access.write_zeroes(part.start, part.end - part.start)
+                    })
+                })
             }
             IoOperation::PunchHole { offset, bytes } => {
-                let (before, clusters, after) = self.split(offset..offset + bytes);
-                self.discard(clusters)?;
-                self.write_zeroes(before)?;
-                self.write_zeroes(after)?;
-                Ok(0)
+                self.zero(offset..offset + bytes, |clusters| self.discard(clusters))
             }
             // Zeroes for the rest would take space, where the guest gives some back.
             IoOperation::OwnDiscard { offset, bytes } => {
@@ -226,6 +221,20 @@ impl Container {
             start = end;
         }
         Ok(())
+    }
+
+    /// Makes the whole clusters of `range` zero by `zero_clusters`, and the rest of it by zeroes. Returns the number of
+    /// bytes moved: none.
+    fn zero(
+        &self,
+        range: Range<u64>,
+        zero_clusters: impl FnOnce(Range<u64>) -> io::Result<()>,
+    ) -> io::Result<usize> {
+        let (before, clusters, after) = self.split(range);
+        zero_clusters(clusters)?;
+        self.write_zeroes(before)?;
+        self.write_zeroes(after)?;
+        Ok(0)
     }
 
     /// Discards whole clusters.

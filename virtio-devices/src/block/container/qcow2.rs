@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
+use super::big_endian::{be_u32, be_u64};
 use super::error::Qcow2Error;
 use crate::block::SECTOR_BYTES;
 use crate::block::image_file::read_up_to;
@@ -316,18 +317,6 @@ fn backing_format(
         }
         at += 8 + bytes.next_multiple_of(8);
     }
-}
-
-fn be_u32(bytes: &[u8], at: usize) -> u32 {
-    let mut value = [0; 4];
-    value.copy_from_slice(&bytes[at..at + 4]);
-    u32::from_be_bytes(value)
-}
-
-fn be_u64(bytes: &[u8], at: usize) -> u64 {
-    let mut value = [0; 8];
-    value.copy_from_slice(&bytes[at..at + 8]);
-    u64::from_be_bytes(value)
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! The footer of a fixed VHD: the file is the disk, followed by one sector that describes it.
 
+use super::big_endian::{be_u32, be_u64};
 use super::error::VhdError;
 use crate::block::SECTOR_BYTES;
 
@@ -22,18 +23,12 @@ pub(in crate::block) fn fixed_disk_bytes(footer: &[u8], file_bytes: u64) -> Resu
     if be_u32(footer, 60) != FIXED {
         return Err(VhdError::NotFixed);
     }
-    let stated = u64::from(be_u32(footer, 48)) << 32 | u64::from(be_u32(footer, 52));
+    let stated = be_u64(footer, 48);
     let actual = file_bytes.saturating_sub(SECTOR_BYTES);
     match stated == actual {
         true => Ok(actual),
         false => Err(VhdError::Size { stated, actual }),
     }
-}
-
-fn be_u32(bytes: &[u8; SECTOR_BYTES as usize], at: usize) -> u32 {
-    let mut value = [0; 4];
-    value.copy_from_slice(&bytes[at..at + 4]);
-    u32::from_be_bytes(value)
 }
 
 #[cfg(test)]
