@@ -1,13 +1,10 @@
-//! Control groups of version 2: a host of limited memory, or a place for one VMM.
+//! Control groups of version 2: a host of limited memory.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result};
-
-use crate::paths;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
@@ -52,39 +49,12 @@ impl Group {
         fs::write(self.0.join("cgroup.procs"), pid.to_string()).context("cgroup.procs")
     }
 
-    /// Writes a program into `folder` that starts the VMM in this group.
-    ///
-    /// # Errors
-    /// The program cannot be written.
-    pub fn vmm(&self, folder: &Path) -> Result<PathBuf> {
-        let program = folder.join("vmm-in-group");
-        let script = format!(
-            "#!/bin/sh\nset -e\necho $$ > {}/cgroup.procs\nexec {} \"$@\"\n",
-            self.0.display(),
-            paths::program("cloud-hypervisor")?.display()
-        );
-        fs::write(&program, script)?;
-        fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
-        Ok(program)
-    }
-
-    /// A figure of `memory.stat`, bytes.
-    ///
-    /// # Errors
-    /// There is none of this name.
-    pub fn memory_bytes(&self, name: &str) -> Result<u64> {
-        self.figure("memory.stat", name)
-    }
-
     /// Number of processes that the kernel killed because it was out of memory.
     ///
     /// # Errors
     /// The figure cannot be read.
     pub fn oom_kills(&self) -> Result<u64> {
-        self.figure("memory.events", "oom_kill")
-    }
-
-    fn figure(&self, file: &str, name: &str) -> Result<u64> {
+        let (file, name) = ("memory.events", "oom_kill");
         let text = fs::read_to_string(self.0.join(file))?;
         let mut lines = text.lines();
         let value = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
