@@ -253,6 +253,17 @@ impl Guest {
         Ok(self.serial.text()[before..].to_owned())
     }
 
+    /// Has the guest try a shell command until it succeeds, for what the guest finds only after the
+    /// VMM has answered: hot-added devices, processors and memory. Returns what all tries printed.
+    ///
+    /// # Errors
+    /// It did not succeed within a minute.
+    pub fn shell_until(&mut self, condition: &str) -> Result<String> {
+        self.shell(&format!(
+            "for i in $(seq 600); do {{ {condition}; }} && exit; sleep 0.1; done; exit 1"
+        ))
+    }
+
     /// One figure in bytes from the guest's response to `mem`: `total`, `free` or `available`.
     ///
     /// # Errors

@@ -258,8 +258,10 @@ impl Booted {
         if self.virtiofsd.is_none() {
             return Ok(());
         }
-        let script = format!("mkdir -p /mnt && mount -t virtiofs {tag} /mnt && cat /mnt/greeting");
-        let text = self.guest.shell(&script)?;
+        // A folder added to a running guest takes its time to be known there.
+        let text = self.guest.shell_until(&format!(
+            "mkdir -p /mnt && mount -t virtiofs {tag} /mnt && cat /mnt/greeting"
+        ))?;
         ensure!(text.contains("from the host"), "{text}");
         self.guest.shell("umount /mnt").map(drop)
     }
@@ -368,9 +370,7 @@ fn kata_go_boots_grows_and_gets_a_disk() -> Result<Outcome> {
     });
     let (id, slot) = slot_of(&put(guest, "vm.add-disk", &disk)?)?;
     let block = format!("/sys/bus/pci/devices/0000:00:{slot:02x}.0/virtio*/block/vdb");
-    guest.shell(&format!(
-        "for i in $(seq 600); do [ -e {block} ] && exit; sleep 0.1; done; exit 1"
-    ))?;
+    guest.shell_until(&format!("[ -e {block} ]"))?;
     guest.command("disk-fill /dev/vdb 8M 7")?;
     guest.command("disk-verify /dev/vdb 8M 7")?;
     put(guest, "vm.remove-device", &json!({"id": id}))?;
@@ -414,16 +414,16 @@ fn kata_rust_boots_and_gets_its_devices_later() -> Result<Outcome> {
 
     let disk = json!({"path": folder.join("data.img"), "readonly": false, "direct": false, "image_type": "Raw"});
     let (id, _) = slot_of(&put(guest, "vm.add-disk", &disk)?)?;
-    guest.shell("for i in $(seq 600); do [ -b /dev/vdb ] && exit; sleep 0.1; done; exit 1")?;
+    guest.shell_until("[ -b /dev/vdb ]")?;
     guest.command("disk-fill /dev/vdb 8M 7")?;
     guest.command("disk-verify /dev/vdb 8M 7")?;
     put(guest, "vm.remove-device", &json!({"id": id}))?;
 
     let vsock = json!({"cid": 3, "socket": folder.join("ch-vm.sock"), "iommu": false, "id": null, "pci_segment": 0});
     slot_of(&put(guest, "vm.add-vsock", &vsock)?)?;
+    guest.shell_until("[ -e /sys/bus/virtio/drivers/vmw_vsock_virtio_transport/virtio* ]")?;
     guest.shell(&format!(
-        "for i in $(seq 600); do [ -e /sys/bus/virtio/drivers/vmw_vsock_virtio_transport/virtio* ] && break; \
-         sleep 0.1; done; {} > /dev/null 2>&1 < /dev/null &",
+        "{} > /dev/null 2>&1 < /dev/null &",
         Agent::Vsock("").script()
     ))?;
     let agent = wait_for("agent in the guest", GUEST_DEADLINE, || {
@@ -508,7 +508,7 @@ fn kuasar_boots_from_persistent_memory() -> Result<Outcome> {
         "path": path, "readonly": false, "direct": true, "vhost_user": false, "vhost_socket": null, "id": "blk1",
     });
     let (id, _) = slot_of(&put(guest, "vm.add-disk", &disk)?)?;
-    guest.shell("for i in $(seq 600); do [ -b /dev/vdb ] && exit; sleep 0.1; done; exit 1")?;
+    guest.shell_until("[ -b /dev/vdb ]")?;
     guest.command("disk-fill /dev/vdb 8M 7")?;
     guest.command("disk-verify /dev/vdb 8M 7")?;
     put(guest, "vm.remove-device", &json!({"id": id}))?;

@@ -137,15 +137,15 @@ fn vcpus_come_and_go_with_their_topology() -> Result<Outcome> {
     for count in [3_u32, 2, 1, 4] {
         expect(&guest, "vm.resize", &json!({"desired_vcpus": count}), 204)?;
         let last = count - 1;
-        let script = format!(
-            "cd /sys/devices/system/cpu; \
-             for i in $(seq 600); do [ -d cpu{last} ] && ! [ -d cpu{count} ] && break; sleep 0.1; done; \
+        guest.shell_until(&format!(
+            "cd /sys/devices/system/cpu && [ -d cpu{last} ] && ! [ -d cpu{count} ]"
+        ))?;
+        let script = "cd /sys/devices/system/cpu; \
              for cpu in cpu[1-3]; do \
                  [ ! -d $cpu ] || [ $(cat $cpu/online) = 1 ] || echo 1 > $cpu/online || exit 1; \
              done; \
-             grep -c ^processor /proc/cpuinfo"
-        );
-        let online = guest.shell(&script)?;
+             grep -c ^processor /proc/cpuinfo";
+        let online = guest.shell(script)?;
         ensure!(
             online.lines().any(|line| line.trim() == count.to_string()),
             "{count} vCPUs: {online}"
@@ -172,8 +172,10 @@ fn vcpus_come_and_go_with_their_topology() -> Result<Outcome> {
 }
 
 pub(crate) fn wait_disk(guest: &mut Guest) -> Result<()> {
-    let script = "for i in $(seq 600); do [ -b /dev/vda ] && exit; sleep 0.1; done; exit 1";
-    guest.shell(script).context("no /dev/vda").map(drop)
+    guest
+        .shell_until("[ -b /dev/vda ]")
+        .context("no /dev/vda")
+        .map(drop)
 }
 
 fn disk_added_to_a_running_guest_keeps_data_and_goes() -> Result<Outcome> {
@@ -223,14 +225,14 @@ fn memory_devices_are_used_reported_and_part_of_ram_after_a_reboot() -> Result<O
         resize(&guest, "desired_ram", total)?;
         ensure!(sizes(&guest)? == [Some(total); 2], "{:?}", sizes(&guest)?);
         let blocks = total / 128;
-        let script = format!(
-            "cd /sys/devices/system/memory; \
-             for i in $(seq 600); do [ $(ls -d memory[0-9]* | wc -l) -ge {blocks} ] && break; sleep 0.1; done; \
+        guest.shell_until(&format!(
+            "cd /sys/devices/system/memory && [ $(ls -d memory[0-9]* | wc -l) -ge {blocks} ]"
+        ))?;
+        let script = "cd /sys/devices/system/memory; \
              for block in memory[0-9]*; do \
                  [ $(cat $block/state) = online ] || echo online > $block/state || exit 1; \
-             done"
-        );
-        guest.shell(&script)?;
+             done";
+        guest.shell(script)?;
         let now = guest.memory_bytes("total")?;
         let least = before + (total - 512) * MIB * 9 / 10;
         ensure!(now >= least, "{total} MiB: {before} became {now}");

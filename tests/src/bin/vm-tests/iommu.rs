@@ -88,8 +88,9 @@ fn debian_6_12_disks_behind_the_iommu_keep_data_come_and_go_and_are_saved() -> R
     ensure!(refused.contains("iommu_segments"), "{refused}");
     for seed in [8, 9] {
         expect(&guest, "vm.add-disk", &add(1), 200)?;
-        let script = "for i in $(seq 600); do [ -b /dev/vdb ] && exit; sleep 0.1; done; exit 1";
-        guest.shell(script).context("no /dev/vdb")?;
+        guest
+            .shell_until("[ -b /dev/vdb ]")
+            .context("no /dev/vdb")?;
         ensure_translated(&mut guest, "vdb")?;
         write_and_verify(&mut guest, "vdb", seed)?;
         expect(&guest, "vm.remove-device", &json!({"id": "later"}), 204)?;

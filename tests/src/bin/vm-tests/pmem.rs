@@ -33,8 +33,10 @@ fn expect(guest: &Guest, endpoint: &str, body: &Value, status: u16) -> Result<()
 }
 
 fn wait_pmem(guest: &mut Guest) -> Result<()> {
-    let script = "for i in $(seq 600); do [ -b /dev/pmem0 ] && exit; sleep 0.1; done; exit 1";
-    guest.shell(script).context("no /dev/pmem0").map(drop)
+    guest
+        .shell_until("[ -b /dev/pmem0 ]")
+        .context("no /dev/pmem0")
+        .map(drop)
 }
 
 fn wait_gone(guest: &Guest, id: &str) -> Result<()> {
