@@ -255,7 +255,7 @@ pub trait VirtioDevice: Send {
     /// The state cannot belong to this device; the caller then drops the device.
     fn restore(&mut self, state: &Saved) -> Result<(), StateError>;
 
-    /// Counters for `vm.counters`; an empty map omits the device.
+    /// Counters for `vm.counters`, beside those of the transport.
     fn counters(&self) -> Counters {
         Counters::new()
     }

@@ -43,7 +43,10 @@ pub(crate) fn schemas() -> BTreeMap<String, Value> {
     let mut counters = generator.subschema_for::<VmCounters>();
     counters.insert(
         "description".to_owned(),
-        json!("Device id, then counter name, then value."),
+        json!(
+            "Device id, then counter name, then value. A virtio device has the counters of its transport in addition to \
+             its own."
+        ),
     );
     counters.insert(
         "example".to_owned(),

@@ -49,7 +49,7 @@ use pvpanic::Pvpanic;
 pub use assign::Assignment;
 pub use error::{CoreError, PcError};
 pub use params::PcParams;
-pub use plugged::{BarView, Plug, Plugged};
+pub use plugged::{FunctionView, Plug, Plugged};
 pub use pvpanic::PVPANIC_ID;
 pub use state::PcState;
 
@@ -186,11 +186,11 @@ impl Pc {
         })
     }
 
-    /// The BARs of that device, if there is one.
-    pub fn pvpanic_bar_view(&self) -> Option<BarView> {
+    /// A view of that device, if there is one.
+    pub fn pvpanic_view(&self) -> Option<FunctionView> {
         let pvpanic = self.pvpanic.as_ref()?;
         let function: Weak<Pvpanic> = Arc::downgrade(pvpanic);
-        Some(BarView::new(function))
+        Some(FunctionView::new(function))
     }
 
     fn new_pvpanic(&self) -> Arc<Pvpanic> {

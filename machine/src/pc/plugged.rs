@@ -2,10 +2,10 @@
 
 use std::sync::{Arc, Mutex, Weak};
 
-use virtio_devices::VirtioDevice;
 use virtio_devices::dma::DmaEndpoint;
 use virtio_devices::pci::{Bar, PciFunction};
 use virtio_devices::transport::VirtioPciFunction;
+use virtio_devices::{Counters, VirtioDevice};
 
 use super::device_memory::MappedMemory;
 use crate::pci::{Bdf, Place};
@@ -36,23 +36,29 @@ impl Plug {
     }
 }
 
-/// The BARs of a function, for as long as it exists. Whoever drops the function must make sure that nobody reads them
-/// at that moment: the reader would drop it.
+/// What an observer sees of a function, for as long as it exists. Whoever drops the function must make sure that nobody
+/// observes it at that moment: the observer would drop it.
 #[derive(Clone)]
-pub struct BarView(Weak<dyn PciFunction>);
+pub struct FunctionView(Weak<dyn PciFunction>);
 
-virtio_devices::debug_fields!(BarView {});
+virtio_devices::debug_fields!(FunctionView {});
 
-impl BarView {
-    /// Those of `function`.
+impl FunctionView {
+    /// A view of `function`.
     pub fn new(function: Weak<dyn PciFunction>) -> Self {
         Self(function)
     }
 
-    /// With their present addresses.
+    /// Its BARs with their present addresses.
     pub fn bars(&self) -> Vec<Bar> {
         let function = self.0.upgrade();
         function.map_or(Vec::new(), |function| function.bars())
+    }
+
+    /// The identifier and the counters of its device. Takes microseconds.
+    pub fn counters(&self) -> Option<(String, Counters)> {
+        let function = self.0.upgrade()?;
+        Some((function.id().to_owned(), function.counters()))
     }
 }
 
@@ -107,8 +113,8 @@ impl Plugged {
         }
     }
 
-    /// Its BARs.
-    pub fn bar_view(&self) -> BarView {
-        BarView::new(Arc::downgrade(&self.function))
+    /// A view for observers.
+    pub fn view(&self) -> FunctionView {
+        FunctionView::new(Arc::downgrade(&self.function))
     }
 }

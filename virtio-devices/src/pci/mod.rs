@@ -15,6 +15,8 @@ pub use msix::{
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::counters::Counters;
+
 /// A message-signalled interrupt as the driver programmed it (PCI 3.0 §6.8.2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct MsiMessage {
@@ -93,6 +95,10 @@ pub trait PciFunction: Send + Sync {
     fn bar_mapped(&self, _index: u8, _address: Option<u64>) {}
     /// The doorbells, for the bus to register with KVM wherever the BAR is mapped.
     fn with_doorbells(&self, visit: &mut dyn FnMut(DoorbellRegister<'_>));
+    /// Counters of the device and of the function, for `vm.counters`; an empty map omits the device.
+    fn counters(&self) -> Counters {
+        Counters::new()
+    }
     /// Stops device threads from accessing guest RAM; returns when they have stopped.
     fn pause(&self);
     /// Undoes [`PciFunction::pause`].

@@ -101,7 +101,7 @@ fn step(driver: &mut MockPciDriver, input: &mut Input<'_>) {
 /// Reads what the host can.
 fn look(driver: &MockPciDriver) {
     let function = &driver.function;
-    let _counters = function.transport_counters();
+    let _counters = function.counters();
     assert!(!function.id().is_empty());
     assert!(function.device().lock().unpoisoned().device_type() > 0);
     let bar_bytes = function.bars()[0].size_bytes;

@@ -53,6 +53,8 @@ fn identity_is_virtio(driver: &mut MockPciDriver) {
     let id = driver.pci_read_u32(0);
     assert_eq!(id & 0xffff, 0x1af4);
     assert_eq!(id >> 16, 0x1040 + device_type);
+    // Fails if two counters have the same name.
+    assert_eq!(driver.function.counters()["activations"], 0);
     assert_ne!(driver.num_queues(), 0);
 }
 

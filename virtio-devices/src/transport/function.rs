@@ -168,15 +168,6 @@ impl VirtioPciFunction {
         &self.device
     }
 
-    /// The transport's counters; the device's own counters are in [`VirtioDevice::counters`].
-    pub fn transport_counters(&self) -> Counters {
-        let mut counters = self.counters.read();
-        let failures = self.workers.iter().map(WorkerHandle::failures).sum();
-        counters.insert("worker_failures", failures);
-        counters.insert("undelivered_interrupts", self.lines.undelivered());
-        counters
-    }
-
     /// Whether every worker thread is still running.
     #[cfg(any(test, feature = "test-utils"))]
     pub(crate) fn workers_live(&self) -> bool {
@@ -410,6 +401,18 @@ impl PciFunction for VirtioPciFunction {
                 event: doorbell,
             });
         }
+    }
+
+    fn counters(&self) -> Counters {
+        let mut counters = self.counters.read();
+        let failures = self.workers.iter().map(WorkerHandle::failures).sum();
+        counters.insert("worker_failures", failures);
+        counters.insert("undelivered_interrupts", self.lines.undelivered());
+        for (name, value) in lock(&self.device).counters() {
+            let same = counters.insert(name, value);
+            debug_assert!(same.is_none(), "two counters are called {name}");
+        }
+        counters
     }
 
     fn pause(&self) {

@@ -195,7 +195,7 @@ fn rig() -> (MockPciDriver, Arc<Seen>, Signal) {
 }
 
 fn count(driver: &MockPciDriver, counter: &str) -> u64 {
-    driver.function.transport_counters()[counter]
+    driver.function.counters()[counter]
 }
 
 #[test]

@@ -30,7 +30,7 @@ use super::consoles::DebugConsole;
 use super::context::VmContext;
 use super::devices::{self, Made};
 use super::handles::Handles;
-use super::observer::{CounterSource, Observed, OwnObserver};
+use super::observer::{Observed, OwnObserver};
 use super::{Vm, VmError, consoles, pin};
 use crate::config::{iommu_segments, pci_segments, wished_slots};
 use crate::device_ids::{DEBUG_CONSOLE_ID, SERIAL_ID};
@@ -176,16 +176,13 @@ impl Parts {
         };
         let mut pc =
             Pc::new(kvm, self.memory, params, context.of_machine()).map_err(VmError::Pc)?;
-        let mut counters = Vec::new();
-        let mut count = |id: &str, output| {
-            counters.push((id.to_owned(), CounterSource::Output(output)));
-        };
+        let mut outputs = Vec::new();
         if let Some(endpoint) = self.serial {
-            count(SERIAL_ID, endpoint.output());
+            outputs.push((SERIAL_ID.to_owned(), endpoint.output()));
             pc.plug_serial(endpoint).map_err(VmError::Pc)?;
         }
         if let Some(DebugConsole { port, output }) = self.debug_console {
-            count(DEBUG_CONSOLE_ID, output.clone());
+            outputs.push((DEBUG_CONSOLE_ID.to_owned(), output.clone()));
             pc.plug_debug_console(port, output).map_err(VmError::Pc)?;
         }
         if saved.is_some() {
@@ -200,7 +197,7 @@ impl Parts {
                 None => pc.plug(made.plug),
             };
             let plugged = plugged.map_err(VmError::Pc)?;
-            counters.push((plugged.id.clone(), made.counters));
+            outputs.extend(made.output.map(|it| (plugged.id.clone(), it)));
         }
         let pin = match self.assigned.is_empty() {
             true => None,
@@ -223,9 +220,9 @@ impl Parts {
             residency,
             balloon: self.balloon.clone(),
             mem: self.mem.clone(),
-            counters,
+            outputs,
         };
-        let pvpanic = pvpanic.zip(pc.pvpanic_bar_view());
+        let pvpanic = pvpanic.zip(pc.pvpanic_view());
         let observer = OwnObserver::new(observed, ram_bytes, pc.devices(), pvpanic.as_ref());
         Ok(Vm {
             pc,

@@ -130,11 +130,11 @@ pub(super) fn open_console(
         .map_err(|source| VmError::device(id, source))?;
     let device = Console::new(id, streams, None).map_err(|source| VmError::device(id, source))?;
     let place = place!(console);
-    let made = Made {
+    Ok(Some(Made {
+        output: Some(endpoint.output()),
         is_behind_iommu: console.iommu,
         ..Made::new(id, DeviceKind::Console, place, device)
-    };
-    Ok(Some(made.with_output(endpoint.output())))
+    }))
 }
 
 /// The debug console's port and output.

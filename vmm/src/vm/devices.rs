@@ -34,7 +34,6 @@ use virtio_devices::vsock::{Vsock, VsockParams};
 use virtio_devices::watchdog::{self, Watchdog};
 
 use super::VmError;
-use super::observer::CounterSource;
 use crate::config::{has_iommu, iommu_address_width_bits};
 use crate::device_ids::{BALLOON_ID, IOMMU_ID, RNG_ID, WATCHDOG_ID};
 
@@ -52,30 +51,29 @@ pub(super) use place;
 /// A device that has no slot yet.
 pub(super) struct Made {
     pub(super) plug: Plug,
-    /// The source of its counters.
-    pub(super) counters: CounterSource,
+    /// What follows the queue of a console.
+    pub(super) output: Option<Output>,
     /// It is behind the virtual IOMMU.
     pub(super) is_behind_iommu: bool,
 }
 
 impl Made {
-    /// A device with its own counters.
+    /// A device that is not behind the IOMMU.
     pub(super) fn new(
         id: &str,
         kind: DeviceKind,
         place: Place,
         device: impl VirtioDevice + 'static,
     ) -> Self {
-        let device: Arc<Mutex<dyn VirtioDevice>> = Arc::new(Mutex::new(device));
         Self {
-            counters: CounterSource::Device(Arc::clone(&device)),
             plug: Plug {
                 id: id.to_owned(),
                 kind,
                 place,
-                device,
+                device: Arc::new(Mutex::new(device)),
                 dma: None,
             },
+            output: None,
             is_behind_iommu: false,
         }
     }
@@ -85,14 +83,6 @@ impl Made {
         let iommu = iommu.filter(|_| self.is_behind_iommu);
         self.plug.dma = iommu.map(IommuHandle::endpoint);
         self
-    }
-
-    /// Bytes that `output` drops count as dropped by the device.
-    pub(super) fn with_output(self, output: Output) -> Self {
-        Self {
-            counters: CounterSource::DeviceAndOutput(Arc::clone(&self.plug.device), output),
-            ..self
-        }
     }
 }
 
@@ -213,10 +203,7 @@ pub(super) fn balloon(
     let (balloon, handle) =
         Balloon::with_engine(params, engine).map_err(|source| VmError::device(id, source))?;
     handle.set_stats_poll(Duration::from_millis(config.stats_poll_ms));
-    let made = Made {
-        counters: CounterSource::Balloon(handle.clone()),
-        ..Made::new(id, DeviceKind::Balloon, place!(config), balloon)
-    };
+    let made = Made::new(id, DeviceKind::Balloon, place!(config), balloon);
     Ok((made, handle))
 }
 

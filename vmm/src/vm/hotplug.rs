@@ -31,7 +31,7 @@ impl Vm {
             self.handles.remove(&made.plug.id);
             return Err(VmError::Hotplug(error));
         }
-        let Made { plug, counters, .. } = made.connect(self.iommu.as_ref());
+        let Made { plug, .. } = made.connect(self.iommu.as_ref());
         let id = plug.id.clone();
         // Before the guest can see the balloon, and so report to it.
         let pin = self.pin_of(balloon.as_ref());
@@ -39,7 +39,7 @@ impl Vm {
             self.handles.remove(&id);
             VmError::Pc(error)
         })?;
-        self.observer.add(plugged, Some(counters), balloon.clone());
+        self.observer.add(plugged, balloon.clone());
         let info = info(plugged);
         if balloon.is_some() {
             (self.balloon, self.pin) = (balloon, pin);
@@ -53,7 +53,7 @@ impl Vm {
         let assignment = devices::assignment(device);
         self.pin()?;
         let added = self.pc.add_assigned(assignment).map(|plugged| {
-            self.observer.add(plugged, None, None);
+            self.observer.add(plugged, None);
             info(plugged)
         });
         self.pin_or_unpin();

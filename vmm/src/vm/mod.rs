@@ -231,7 +231,7 @@ pub struct Vm {
 impl Drop for Vm {
     fn drop(&mut self) {
         // Otherwise an API thread that looks at a function could be the one that drops it.
-        self.observer.forget_bars();
+        self.observer.forget_functions();
     }
 }
 

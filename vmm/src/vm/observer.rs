@@ -1,12 +1,12 @@
 //! Read-only access to a running machine for API threads.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, RwLock, RwLockWriteGuard};
+use std::sync::{Arc, RwLock, RwLockWriteGuard};
 use std::time::{Instant, SystemTime};
 
 use api::{BalloonStatsResponse, DeviceNode, ReclaimStats, ReportingStatus, VmCounters};
 use machine::memory::Zone;
-use machine::pc::{BarView, PVPANIC_ID, Plugged};
+use machine::pc::{FunctionView, PVPANIC_ID, Plugged};
 use machine::pci::Bdf;
 use machine::serial::Output;
 use machine::threads::DeviceKind;
@@ -16,7 +16,6 @@ use virtio_devices::balloon::{BalloonHandle, StatsError};
 use virtio_devices::mem::MemHandle;
 use virtio_devices::pci::Bar;
 use virtio_devices::reclaim::{ResidencyError, ResidencyProbe};
-use virtio_devices::{Counters, VirtioDevice};
 
 use super::reclaim_report::{self, ConfiguredRam};
 use super::reporting;
@@ -40,33 +39,8 @@ pub enum BalloonStatsError {
     Residency(#[source] ResidencyError),
 }
 
-/// The source of one device's counters.
-pub(super) enum CounterSource {
-    Balloon(BalloonHandle),
-    Device(Arc<Mutex<dyn VirtioDevice>>),
-    /// A console, and what follows its queue.
-    DeviceAndOutput(Arc<Mutex<dyn VirtioDevice>>, Output),
-    /// A device without a queue.
-    Output(Output),
-}
-
 /// The counter of output that is lost.
 const DROPPED: &str = "tx_dropped_bytes";
-
-impl CounterSource {
-    fn read(&self) -> Counters {
-        match self {
-            Self::Balloon(balloon) => balloon.counters(),
-            Self::Device(device) => device.lock().unpoisoned().counters(),
-            Self::DeviceAndOutput(device, output) => {
-                let mut counters = device.lock().unpoisoned().counters();
-                *counters.entry(DROPPED).or_default() += output.dropped_bytes();
-                counters
-            }
-            Self::Output(output) => Counters::from([(DROPPED, output.dropped_bytes())]),
-        }
-    }
-}
 
 /// The parts that an observer reads; created once when the machine is built.
 pub(super) struct Observed {
@@ -74,7 +48,8 @@ pub(super) struct Observed {
     pub(super) residency: ResidencyProbe,
     pub(super) balloon: Option<BalloonHandle>,
     pub(super) mem: Option<MemHandle>,
-    pub(super) counters: Vec<(String, CounterSource)>,
+    /// What follows the queue of a console, or a device without a queue, by the device's identifier.
+    pub(super) outputs: Vec<(String, Output)>,
 }
 
 impl Observed {
@@ -88,14 +63,14 @@ impl Observed {
 }
 
 /// Data that is read without waiting for measurements; the lock is held for microseconds. Functions are dropped only
-/// after their BARs have been removed here.
+/// after they have been removed here.
 #[derive(Default)]
 struct Published {
     /// RAM except for what the guest plugs through virtio-mem.
     ram_bytes: u64,
     device_tree: BTreeMap<String, DeviceNode>,
-    /// By the name of the node that has them.
-    bars: BTreeMap<String, BarView>,
+    /// By the name of the node that has their BARs.
+    functions: BTreeMap<String, FunctionView>,
     balloon: Option<BalloonHandle>,
     mem: Option<MemHandle>,
 }
@@ -212,16 +187,16 @@ virtio_devices::debug_fields!(VmObserver {});
 pub(super) struct OwnObserver(VmObserver);
 
 impl OwnObserver {
-    /// `pvpanic`: where the device is that reports panics, and its BARs, if there is one.
+    /// `pvpanic`: where the device is that reports panics, and its function, if there is one.
     pub(super) fn new(
         observed: Observed,
         ram_bytes: u64,
         devices: &[Plugged],
-        pvpanic: Option<&(Bdf, BarView)>,
+        pvpanic: Option<&(Bdf, FunctionView)>,
     ) -> Self {
         let functions = devices.iter();
-        let functions = functions.map(|it| (bar_node(it), it.bar_view()));
-        let others = pvpanic.map(|(_, bars)| (PVPANIC_ID.to_owned(), bars.clone()));
+        let functions = functions.map(|it| (bar_node(it), it.view()));
+        let others = pvpanic.map(|(_, view)| (PVPANIC_ID.to_owned(), view.clone()));
         Self(VmObserver {
             published: Arc::new(RwLock::new(Published {
                 ram_bytes,
@@ -230,7 +205,7 @@ impl OwnObserver {
                     .flat_map(nodes)
                     .chain(pvpanic.map(|(bdf, _)| function_node(PVPANIC_ID, *bdf)))
                     .collect(),
-                bars: functions.chain(others).collect(),
+                functions: functions.chain(others).collect(),
                 balloon: observed.balloon.clone(),
                 mem: observed.mem.clone(),
             })),
@@ -243,28 +218,19 @@ impl OwnObserver {
     }
 
     /// Adds a new device. Waits for reads in progress, as dropping does.
-    pub(super) fn add(
-        &self,
-        plugged: &Plugged,
-        counters: Option<CounterSource>,
-        balloon: Option<BalloonHandle>,
-    ) {
+    pub(super) fn add(&self, plugged: &Plugged, balloon: Option<BalloonHandle>) {
         {
             let mut published = self.0.write_published();
             published.device_tree.extend(nodes(plugged));
-            let bars = plugged.bar_view();
-            published.bars.insert(bar_node(plugged), bars);
+            let function = plugged.view();
+            published.functions.insert(bar_node(plugged), function);
             if balloon.is_some() {
                 published.balloon.clone_from(&balloon);
             }
         }
-        self.change(|observed| {
-            let counters = counters.map(|counters| (plugged.id.clone(), counters));
-            observed.counters.extend(counters);
-            if balloon.is_some() {
-                observed.balloon = balloon;
-            }
-        });
+        if balloon.is_some() {
+            self.change(|observed| observed.balloon = balloon);
+        }
     }
 
     /// Adds RAM of the running guest.
@@ -273,26 +239,17 @@ impl OwnObserver {
         self.change(|observed| observed.zones.push(zone));
     }
 
-    /// Removes and drops a device. Waits for reads in progress, as dropping does.
+    /// Removes a device, which may be dropped then. Waits for reads in progress, as dropping does.
     pub(super) fn remove(&self, id: &str, is_balloon: bool) {
-        let mut gone = Vec::new();
-        self.change(|observed| {
-            let (go, stay) = std::mem::take(&mut observed.counters)
-                .into_iter()
-                .partition(|(known, _)| known == id);
-            (gone, observed.counters) = (go, stay);
-            if is_balloon {
-                observed.balloon = None;
-            }
-        });
-        // Dropped without the lock, because closing a disk may take time.
-        drop(gone);
+        if is_balloon {
+            self.change(|observed| observed.balloon = None);
+        }
         let mut published = self.0.write_published();
-        published.bars.remove(id);
+        published.functions.remove(id);
         let node = published.device_tree.remove(id);
         if let Some(parent) = node.and_then(|node| node.parent) {
             published.device_tree.remove(&parent);
-            published.bars.remove(&parent);
+            published.functions.remove(&parent);
         }
         if is_balloon {
             published.balloon = None;
@@ -300,8 +257,8 @@ impl OwnObserver {
     }
 
     /// Returns when nobody looks at the functions of the machine any more. Called before they are dropped.
-    pub(super) fn forget_bars(&self) {
-        self.0.write_published().bars.clear();
+    pub(super) fn forget_functions(&self) {
+        self.0.write_published().functions.clear();
     }
 
     fn change(&self, change: impl FnOnce(&mut Observed)) {
@@ -347,22 +304,27 @@ impl MachineObserver for VmObserver {
     }
 
     fn counters(&self) -> VmCounters {
+        let mut all = VmCounters::new();
+        // The lock keeps the functions: this thread must not be the one that drops one.
+        let published = self.published.read().unpoisoned();
+        for (id, counters) in published
+            .functions
+            .values()
+            .filter_map(FunctionView::counters)
+        {
+            let named = counters.into_iter();
+            let named = named.map(|(name, value)| (name.to_owned(), value));
+            all.entry(id).or_default().extend(named);
+        }
+        drop(published);
         self.look(|observed| {
-            observed
-                .counters
-                .iter()
-                .map(|(id, source)| (id.clone(), source.read()))
-                .filter(|(_, counters)| !counters.is_empty())
-                .map(|(id, counters)| {
-                    let named = counters
-                        .into_iter()
-                        .map(|(name, value)| (name.to_owned(), value))
-                        .collect();
-                    (id, named)
-                })
-                .collect()
-        })
-        .unwrap_or_default()
+            for (id, output) in &observed.outputs {
+                let counters = all.entry(id.clone()).or_default();
+                *counters.entry(DROPPED.to_owned()).or_default() += output.dropped_bytes();
+            }
+        });
+        all.retain(|_, counters| !counters.is_empty());
+        all
     }
 
     fn balloon_stats(&self, deadline: Instant) -> Result<BalloonStatsResponse, BalloonStatsError> {
@@ -446,7 +408,8 @@ impl MachineObserver for VmObserver {
         let mut tree = published.device_tree.clone();
         for (id, node) in &mut tree {
             // The guest may have moved them. The lock keeps the function: this thread must not be the one that drops it.
-            let bars = published.bars.get(id).map_or(Vec::new(), BarView::bars);
+            let function = published.functions.get(id);
+            let bars = function.map_or(Vec::new(), FunctionView::bars);
             node.resources = bars.iter().map(resource).collect();
         }
         tree
@@ -457,80 +420,24 @@ impl MachineObserver for VmObserver {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
-    use virtio_devices::pci::{DoorbellRegister, PciFunction};
-    use virtio_devices::{GuestRam, QueueHandler};
-    use vm_memory::{GuestAddress, GuestMemoryMmap};
+    use std::sync::OnceLock;
 
-    use state::{Saved, StateError};
+    use machine::serial::{Endpoint, EndpointMode, SerialManager};
+    use virtio_devices::pci::{DoorbellRegister, PciFunction};
+    use virtio_devices::{Counters, GuestRam};
+    use vm_memory::{GuestAddress, GuestMemoryMmap};
 
     use super::*;
 
-    struct Device;
-
-    impl VirtioDevice for Device {
-        fn device_type(&self) -> u32 {
-            2
-        }
-
-        fn queue_sizes(&self) -> &[u16] {
-            &[]
-        }
-
-        fn features(&self) -> u64 {
-            0
-        }
-
-        fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
-
-        fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
-            Vec::new()
-        }
-
-        fn state(&self) -> Saved {
-            unreachable!("the observer saves nothing")
-        }
-
-        fn restore(&mut self, _state: &Saved) -> Result<(), StateError> {
-            unreachable!("the observer restores nothing")
-        }
-
-        fn counters(&self) -> Counters {
-            Counters::from([("read_ops", 1)])
-        }
-    }
-
-    #[test]
-    fn observer_of_a_machine_that_went_holds_nothing_of_it() {
-        let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
-        let device: Arc<Mutex<dyn VirtioDevice>> = Arc::new(Mutex::new(Device));
-        let alive = Arc::downgrade(&device);
-        let observed = Observed {
-            zones: Vec::new(),
-            residency: ResidencyProbe::new(GuestRam::new(ram)).unwrap(),
-            balloon: None,
-            mem: None,
-            counters: vec![("_disk0".to_owned(), CounterSource::Device(device))],
-        };
-        let own = OwnObserver::new(observed, 1 << 20, &[], None);
-        let handle = own.handle();
-        assert_eq!(handle.counters()["_disk0"]["read_ops"], 1);
-        assert!(handle.reclaim_stats().is_ok());
-        assert_eq!(handle.balloon_figures().unwrap().configured_bytes, 0);
-
-        drop(own);
-
-        assert!(alive.upgrade().is_none());
-        assert!(handle.counters().is_empty());
-        assert!(matches!(
-            handle.reclaim_stats(),
-            Err(BalloonStatsError::MachineGone)
-        ));
-        assert!(handle.balloon_figures().is_err());
-        assert_eq!(handle.memory_actual_size_bytes(), 1 << 20);
-    }
-
     /// A function that is looked at only while it cannot be dropped.
-    struct Function(std::sync::OnceLock<Arc<RwLock<Published>>>);
+    #[derive(Default)]
+    struct Function(OnceLock<Arc<RwLock<Published>>>);
+
+    impl Function {
+        fn assert_kept(&self) {
+            assert!(self.0.get().unwrap().try_write().is_err());
+        }
+    }
 
     impl PciFunction for Function {
         fn id(&self) -> &str {
@@ -538,7 +445,7 @@ mod tests {
         }
 
         fn bars(&self) -> Vec<Bar> {
-            assert!(self.0.get().unwrap().try_write().is_err());
+            self.assert_kept();
             vec![Bar {
                 index: 0,
                 size_bytes: 4096,
@@ -560,6 +467,11 @@ mod tests {
 
         fn bar_write(&self, _index: u8, _offset: u64, _data: &[u8]) {}
 
+        fn counters(&self) -> Counters {
+            self.assert_kept();
+            Counters::from([("resets", 1)])
+        }
+
         fn with_doorbells(&self, _visit: &mut dyn FnMut(DoorbellRegister<'_>)) {}
 
         fn pause(&self) {}
@@ -569,32 +481,64 @@ mod tests {
         fn reset(&self) {}
     }
 
-    #[test]
-    fn reader_of_bars_never_drops_their_function() {
+    /// The observer of a machine with one function.
+    fn observer(function: &Arc<Function>) -> OwnObserver {
         let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let manager = SerialManager::new(Arc::new(|_| {})).unwrap();
+        let endpoint = Endpoint::open(&EndpointMode::Null, &manager).unwrap();
         let observed = Observed {
             zones: Vec::new(),
             residency: ResidencyProbe::new(GuestRam::new(ram)).unwrap(),
             balloon: None,
             mem: None,
-            counters: Vec::new(),
+            outputs: vec![("__serial".to_owned(), endpoint.output())],
         };
-        let function = Arc::new(Function(std::sync::OnceLock::new()));
-        let weak = Arc::downgrade(&function);
+        let weak = Arc::downgrade(function);
         let place = Bdf {
             segment: 0,
             slot: 1,
         };
-        let view = (place, BarView::new(weak));
+        let view = (place, FunctionView::new(weak));
         let own = OwnObserver::new(observed, 1 << 20, &[], Some(&view));
+        let published = Arc::clone(&own.0.published);
+        function.0.set(published).ok().unwrap();
+        own
+    }
+
+    #[test]
+    fn observer_of_a_machine_that_went_holds_nothing_of_it() {
+        let function = Arc::default();
+        let own = observer(&function);
         let handle = own.handle();
-        function.0.set(Arc::clone(&handle.published)).ok().unwrap();
+        assert_eq!(handle.counters()["__serial"][DROPPED], 0);
+        assert!(handle.reclaim_stats().is_ok());
+        assert_eq!(handle.balloon_figures().unwrap().configured_bytes, 0);
+        own.forget_functions();
+
+        drop(own);
+
+        assert!(handle.counters().is_empty());
+        assert!(matches!(
+            handle.reclaim_stats(),
+            Err(BalloonStatsError::MachineGone)
+        ));
+        assert!(handle.balloon_figures().is_err());
+        assert_eq!(handle.memory_actual_size_bytes(), 1 << 20);
+    }
+
+    #[test]
+    fn reader_of_functions_never_drops_one() {
+        let function = Arc::default();
+        let own = observer(&function);
+        let handle = own.handle();
         let resources = || handle.device_tree()[PVPANIC_ID].resources.len();
         assert_eq!(resources(), 1);
+        assert_eq!(handle.counters()[PVPANIC_ID]["resets"], 1);
 
-        own.forget_bars();
+        own.forget_functions();
 
         assert_eq!(resources(), 0);
+        assert!(!handle.counters().contains_key(PVPANIC_ID));
         assert_eq!(Arc::strong_count(&function), 1);
     }
 }

@@ -181,8 +181,7 @@ fn function_offers_access_platform_and_checks_rings_as_the_device_sees_them() {
     // Bypass: as without an IOMMU.
     driver.start(u64::MAX);
     assert!(!driver.needs_reset());
-    let bad_rings =
-        |driver: &MockPciDriver| driver.function.transport_counters()["bad_queue_rings"];
+    let bad_rings = |driver: &MockPciDriver| driver.function.counters()["bad_queue_rings"];
     assert_eq!(bad_rings(&driver), 0);
     // A domain without mappings: the rings are nowhere.
     shared.change(|tables| tables.attach(DOMAIN, ENDPOINT, false).unwrap());
