@@ -163,7 +163,7 @@ fn disk(name: &str, file: NamedTempFile) -> (Block, NamedTempFile) {
 
 /// The metadata of an image without data: header, table of reference counts, reference counts, and table of data, a
 /// cluster each.
-fn empty_qcow2(bytes: u64) -> Vec<u8> {
+pub(super) fn empty_qcow2(bytes: u64) -> Vec<u8> {
     const CLUSTER_BITS: u32 = 16;
     const CLUSTER: u64 = 1 << CLUSTER_BITS;
     const HEADER_BYTES: u32 = 104;

@@ -1,10 +1,13 @@
 //! Runs [`conformance`] for the devices whose creation takes more than a line.
 
+use std::fs;
 use std::sync::{Arc, Mutex};
 
 use tempfile::NamedTempFile;
 
+use super::any_device::empty_qcow2;
 use super::conformance;
+use super::disk_images::{qcow2_over, vhd_footer};
 use crate::balloon::{Balloon, BalloonParams};
 use crate::block::{Block, BlockParams, EngineChoice, ImageFormat};
 use crate::fs::{Fs, FsParams};
@@ -25,32 +28,71 @@ fn balloon_conforms() {
     });
 }
 
-fn block_conforms(engine: EngineChoice, num_queues: u16) {
-    let image = NamedTempFile::new().unwrap();
-    image.as_file().set_len(1 << 20).unwrap();
-    conformance(&format!("block-{num_queues}"), |_| {
+const DISK_BYTES: u64 = 1 << 20;
+
+/// Runs a disk with this image.
+fn block_conforms(name: &str, image: &[u8], params: &BlockParams) {
+    let file = NamedTempFile::new().unwrap();
+    fs::write(file.path(), image).unwrap();
+    conformance(name, |_| {
         let block = Block::new(BlockParams {
             id: "_disk0".into(),
-            path: image.path().into(),
-            num_queues,
+            path: file.path().into(),
             queue_size: 128,
             sparse: true,
-            format: Some(ImageFormat::Raw),
-            engine,
-            ..BlockParams::default()
+            ..params.clone()
         });
         Arc::new(Mutex::new(block.unwrap()))
     });
 }
 
+fn params(format: ImageFormat, num_queues: u16) -> BlockParams {
+    BlockParams {
+        format: Some(format),
+        num_queues,
+        ..BlockParams::default()
+    }
+}
+
 #[test]
 fn block_with_system_calls_conforms() {
-    block_conforms(EngineChoice::Sync, 1);
+    let params = BlockParams {
+        engine: EngineChoice::Sync,
+        ..params(ImageFormat::Raw, 1)
+    };
+    block_conforms("block-1", &[0; DISK_BYTES as usize], &params);
 }
 
 #[test]
 fn block_with_the_best_engine_and_two_queues_conforms() {
-    block_conforms(EngineChoice::Auto, 2);
+    let params = params(ImageFormat::Raw, 2);
+    block_conforms("block-2", &[0; DISK_BYTES as usize], &params);
+}
+
+#[test]
+fn qcow2_with_two_queues_conforms() {
+    let params = params(ImageFormat::Qcow2, 2);
+    block_conforms("block-qcow2", &empty_qcow2(DISK_BYTES), &params);
+}
+
+#[test]
+fn qcow2_over_a_backing_file_conforms() {
+    let backing = NamedTempFile::new().unwrap();
+    fs::write(backing.path(), [0xbb; DISK_BYTES as usize]).unwrap();
+    let params = BlockParams {
+        backing_files: true,
+        ..params(ImageFormat::Qcow2, 1)
+    };
+    let image = qcow2_over(backing.path(), DISK_BYTES);
+    block_conforms("block-qcow2-over", &image, &params);
+}
+
+#[test]
+fn fixed_vhd_conforms() {
+    const FIXED: u32 = 2;
+    let mut image = vec![0; DISK_BYTES as usize];
+    image.extend(vhd_footer(FIXED, DISK_BYTES));
+    block_conforms("block-vhd", &image, &params(ImageFormat::Vhd, 1));
 }
 
 /// Another process serves its queues. The device must conform even if that process does not exist.

@@ -34,16 +34,7 @@ pub(in crate::block) fn fixed_disk_bytes(footer: &[u8], file_bytes: u64) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn footer(disk_type: u32, size: u64) -> [u8; 512] {
-        let mut footer = [0; 512];
-        footer[..8].copy_from_slice(b"conectix");
-        footer[48..56].copy_from_slice(&size.to_be_bytes());
-        footer[60..64].copy_from_slice(&disk_type.to_be_bytes());
-        let sum: u32 = footer.iter().map(|byte| u32::from(*byte)).sum();
-        footer[CHECKSUM].copy_from_slice(&(!sum).to_be_bytes());
-        footer
-    }
+    use crate::testing::disk_images::vhd_footer as footer;
 
     #[test]
     fn fixed_disk_is_the_file_without_its_footer() {
