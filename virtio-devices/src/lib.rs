@@ -12,7 +12,7 @@ pub mod balloon;
 pub mod block;
 mod config_interrupt;
 pub mod console;
-mod counters;
+pub mod counters;
 mod debug_fields;
 pub mod device;
 pub mod dma;

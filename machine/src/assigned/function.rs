@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use virtio_devices::Unpoisoned;
+use virtio_devices::counters::counters;
 use virtio_devices::pci::{Bar, DoorbellRegister, MsiMessage, MsiVectors, MsixTable, PciFunction};
+use virtio_devices::{Counters, Unpoisoned};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::config_space::ConfigSpace;
@@ -46,16 +46,15 @@ struct Window {
 /// A window that the guest sees: the number of its slot, and what keeps it mapped.
 type ShownWindow = (u32, Arc<HostMapping>);
 
-/// The level of a message that the guest can cause any number of times: a warning the first time.
-#[derive(Debug, Default)]
-pub(super) struct WarnOnce(AtomicBool);
-
-impl WarnOnce {
-    pub(super) fn level(&self) -> log::Level {
-        match self.0.swap(true, Ordering::Relaxed) {
-            false => log::Level::Warn,
-            true => log::Level::Debug,
-        }
+counters! {
+    /// Counters of an assigned device, each of which the guest can increase at will.
+    AssignedCounters {
+        /// Parts of BARs that cannot be mapped, so that each access leaves the guest.
+        slow_bars,
+        /// Parts of BARs that cannot be unmapped.
+        stuck_bars,
+        /// Changes of the interrupts that the host refused.
+        refused_interrupts,
     }
 }
 
@@ -80,9 +79,7 @@ pub(crate) struct AssignedFunction {
     windows: Vec<Window>,
     /// The slots of the windows of each mapped BAR.
     shown: Mutex<BTreeMap<u8, Vec<ShownWindow>>>,
-    slow_bars: WarnOnce,
-    stuck_bars: WarnOnce,
-    refused_interrupts: WarnOnce,
+    counters: AssignedCounters,
     /// Dropped last: the windows are parts of it.
     host: Arc<dyn HostDevice>,
 }
@@ -148,9 +145,7 @@ impl AssignedFunction {
             slots,
             windows,
             shown: Mutex::default(),
-            slow_bars: WarnOnce::default(),
-            stuck_bars: WarnOnce::default(),
-            refused_interrupts: WarnOnce::default(),
+            counters: AssignedCounters::default(),
             host,
         }))
     }
@@ -194,12 +189,11 @@ impl AssignedFunction {
     /// Returns false if the host refuses.
     fn set_interrupts(&self, kind: InterruptKind, events: &[EventFd]) -> bool {
         let set = self.host.set_interrupts(kind, events);
-        if let Err(error) = &set {
+        if let Err(error) = &set
+            && self.counters.refused_interrupts.count_loudly()
+        {
             let (id, count) = (&self.id, events.len());
-            log::log!(
-                self.refused_interrupts.level(),
-                "{id}: cannot set {count} vectors of {kind:?}: {error}"
-            );
+            log::warn!("{id}: cannot set {count} vectors of {kind:?}: {error}");
         }
         set.is_ok()
     }
@@ -217,8 +211,9 @@ impl AssignedFunction {
         for (number, mapping) in shown.remove(&index).unwrap_or_default() {
             if let Err(error) = self.slots.remove(number) {
                 // The guest may still use the range: it stays mapped forever, so that it accesses nothing else.
-                let level = self.stuck_bars.level();
-                log::log!(level, "{}: cannot hide BAR {index}: {error}", self.id);
+                if self.counters.stuck_bars.count_loudly() {
+                    log::warn!("{}: cannot hide BAR {index}: {error}", self.id);
+                }
                 std::mem::forget(mapping);
             }
         }
@@ -234,8 +229,9 @@ impl AssignedFunction {
                     shown.push((number, Arc::clone(mapping)));
                 }
                 Err(error) => {
-                    let level = self.slow_bars.level();
-                    log::log!(level, "{}: BAR {index} remains slow: {error}", self.id);
+                    if self.counters.slow_bars.count_loudly() {
+                        log::warn!("{}: BAR {index} remains slow: {error}", self.id);
+                    }
                 }
             }
         }
@@ -309,6 +305,12 @@ impl PciFunction for AssignedFunction {
     }
 
     fn with_doorbells(&self, _visit: &mut dyn FnMut(DoorbellRegister<'_>)) {}
+
+    fn counters(&self) -> Counters {
+        let mut counters = self.counters.read();
+        counters.insert("unanswered_accesses", self.host.unanswered_accesses());
+        counters
+    }
 
     /// Nobody but the guest can stop the device.
     fn pause(&self) {}

@@ -10,13 +10,13 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use vfio_bindings::bindings::vfio::{
     VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX,
     VFIO_REGION_INFO_FLAG_MMAP,
 };
 use vfio_ioctls::{VfioDevice, VfioError, VfioRegionInfoCap};
+use virtio_devices::counters::Count;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::claims::Claim;
@@ -59,6 +59,8 @@ pub(crate) trait HostDevice: Send + Sync {
     fn set_interrupts(&self, kind: InterruptKind, events: &[EventFd]) -> Result<(), VfioError>;
     /// Resets the device, if it can be reset.
     fn reset(&self);
+    /// Number of accesses that the device did not answer.
+    fn unanswered_accesses(&self) -> u64;
 }
 
 /// Registers of a device, mapped into this process.
@@ -131,10 +133,10 @@ pub(crate) struct VfioFunction {
     /// The mappings of guest RAM, for as long as the device can access it.
     _container: Arc<Container>,
     /// Accesses that the device did not answer.
-    failures: AtomicU64,
+    unanswered: Count,
 }
 
-virtio_devices::debug_fields!(VfioFunction { path, failures });
+virtio_devices::debug_fields!(VfioFunction { path, unanswered });
 
 impl VfioFunction {
     /// Opens the device whose folder in sysfs is `path`.
@@ -157,7 +159,7 @@ impl VfioFunction {
             device: ManuallyDrop::new(device),
             _claim: claim,
             _container: container,
-            failures: AtomicU64::new(0),
+            unanswered: Count::default(),
         })
     }
 
@@ -186,8 +188,7 @@ impl VfioFunction {
     }
 
     fn count_failure(&self) {
-        // The guest can cause any number of them.
-        if self.failures.fetch_add(1, Ordering::Relaxed) == 0 {
+        if self.unanswered.count_loudly() {
             log::warn!("{} does not answer", self.path.display());
         }
     }
@@ -268,5 +269,9 @@ impl HostDevice for VfioFunction {
 
     fn reset(&self) {
         self.device.reset();
+    }
+
+    fn unanswered_accesses(&self) -> u64 {
+        self.unanswered.get()
     }
 }

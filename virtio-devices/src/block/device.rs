@@ -8,6 +8,7 @@ use state::{Fields, Part, Saved, State, StateError, parts, require};
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 
 use super::config_space::{self, CONFIG_BYTES, WRITEBACK_AT};
+use super::container::Container;
 use super::counters::BlockCounters;
 use super::disk::{DiskState, SERIAL_BYTES};
 use super::engine::new_engine;
@@ -71,7 +72,7 @@ impl Block {
             serial: padded(serial),
             capacity_sectors: AtomicU64::new(image.sectors()),
             writeback: AtomicBool::new(true),
-            counters: BlockCounters::new(),
+            counters: BlockCounters::default(),
             interrupt: ConfigInterrupt::default(),
             image,
             params,
@@ -184,7 +185,7 @@ impl VirtioDevice for Block {
                 self.disk.writeback.store(*value == 1, Ordering::Release);
             }
             _ => {
-                self.disk.counters.add_bad_request();
+                self.disk.counters.counts.bad_requests.count();
             }
         }
     }
@@ -230,6 +231,9 @@ impl VirtioDevice for Block {
     }
 
     fn counters(&self) -> Counters {
-        self.disk.counters.snapshot()
+        let mut counters = self.disk.counters.snapshot();
+        let errors = self.disk.image.container().map_or(0, Container::errors);
+        counters.insert("image_errors", errors);
+        counters
     }
 }

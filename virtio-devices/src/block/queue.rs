@@ -10,6 +10,7 @@ use virtio_bindings::bindings::virtio_blk::{
 use vm_memory::GuestAddressSpace;
 
 use super::config_space::has;
+use super::counters::BlockCounters;
 use super::disk::DiskState;
 use super::flights::{Flights, Landed};
 use super::job::{Job, Kind, Range, Step, Transfer};
@@ -23,11 +24,6 @@ use crate::worker::{EventSources, Throttle, Turn};
 const COMPLETIONS: u32 = 0;
 /// Event source: the rate limit allows requests again.
 const TOKENS: u32 = 1;
-
-/// Whether to log a fault: the first of its kind, then at growing intervals.
-fn worth_logging(seen_before: u64) -> bool {
-    seen_before == 0 || seen_before.is_multiple_of(1 << 20)
-}
 
 /// One queue of a disk.
 pub(super) struct BlockQueue {
@@ -167,7 +163,7 @@ impl BlockQueue {
         let waited = self.throttle.is_waiting();
         let admits = self.throttle.admits();
         if !admits && !waited {
-            self.disk.counters().add_throttled();
+            self.disk.counters().counts.throttled.count();
         }
         admits
     }
@@ -314,7 +310,13 @@ impl BlockQueue {
 
     /// The guest may be right and the image meant to be raw, which only the operator knows.
     fn signature_refused(&self, why: &Refusal) {
-        if worth_logging(self.disk.counters().add_refused_signature()) {
+        if self
+            .disk
+            .counters()
+            .counts
+            .refused_signatures
+            .count_loudly()
+        {
             log::warn!(
                 "Disk {}, {}: {why}. The disk has no image_type, so the write was rejected. To allow it, set \
                  image_type=raw",
@@ -325,16 +327,20 @@ impl BlockQueue {
     }
 
     fn bad_request(&self, why: &dyn std::error::Error) {
-        if worth_logging(self.disk.counters().add_bad_request()) {
+        if self.disk.counters().counts.bad_requests.count_loudly() {
             log::warn!("{}: guest sent a bad request: {why}", self.name);
         }
     }
 }
 
 fn account(disk: &DiskState, job: &Job, status: u8, host_errno: Option<i32>) {
-    let counters = disk.counters();
+    let BlockCounters {
+        read,
+        write,
+        counts,
+    } = disk.counters();
     if let Some(errno) = host_errno
-        && worth_logging(counters.add_io_error())
+        && counts.io_errors.count_loudly()
     {
         let error = std::io::Error::from_raw_os_error(errno);
         log::error!("{}: disk I/O failed: {error}", disk.path().display());
@@ -343,11 +349,11 @@ fn account(disk: &DiskState, job: &Job, status: u8, host_errno: Option<i32>) {
         return;
     }
     match job.kind {
-        Kind::Read(bytes) => counters.add_read(bytes, job.started.elapsed()),
-        Kind::Write(bytes) => counters.add_write(bytes, job.started.elapsed()),
-        Kind::Flush => counters.add_flush(),
-        Kind::Discard(bytes) => counters.add_discard(bytes),
-        Kind::WriteZeroes(bytes) => counters.add_write_zeroes(bytes),
+        Kind::Read(bytes) => read.add(bytes, job.started.elapsed()),
+        Kind::Write(bytes) => write.add(bytes, job.started.elapsed()),
+        Kind::Flush => counts.flush_ops.count(),
+        Kind::Discard(bytes) => counts.discard_bytes.add(bytes),
+        Kind::WriteZeroes(bytes) => counts.write_zeroes_bytes.add(bytes),
     }
 }
 

@@ -4,6 +4,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::SyncSender;
 
 use super::turn::CommandsPending;
+use crate::counters::Count;
 use crate::device::{Activation, HandlerState};
 
 /// The commands of a worker thread. Each `SyncSender<()>` acknowledges its command.
@@ -27,7 +28,7 @@ pub(super) struct Progress {
     /// Number of resets finished; equal to `resets_requested` when no reset is pending.
     pub(super) resets_done: AtomicU64,
     /// Number of handler failures.
-    pub(super) failures: AtomicU64,
+    pub(super) failures: Count,
     /// The signal that makes a handler stop.
     pub(super) pending: CommandsPending,
 }

@@ -188,7 +188,7 @@ impl WorkerHandle {
 
     /// Number of times the handler failed and stopped serving its device until a reset.
     pub fn failures(&self) -> u64 {
-        self.progress.failures.load(Ordering::Relaxed)
+        self.progress.failures.get()
     }
 
     fn name(&self) -> &str {

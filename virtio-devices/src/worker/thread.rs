@@ -245,21 +245,15 @@ impl WorkerThread {
     /// Stops until the next reset.
     fn fail(&mut self, error: &WorkerError) {
         self.sources.clear();
-        let before = self.progress.failures.fetch_add(1, Ordering::Relaxed);
-        let cause = error
-            .source()
-            .map_or_else(String::new, |source| format!(": {source}"));
-        // A guest can cause this repeatedly by resetting its device.
-        let level = if before == 0 {
-            log::Level::Error
-        } else {
-            log::Level::Debug
-        };
-        log::log!(
-            level,
-            "{}: device stands still until the driver resets it: {error}{cause}",
-            self.name
-        );
+        if self.progress.failures.count_loudly() {
+            let cause = error
+                .source()
+                .map_or_else(String::new, |source| format!(": {source}"));
+            log::error!(
+                "{}: device stands still until the driver resets it: {error}{cause}",
+                self.name
+            );
+        }
         if let Some(interrupt) = self.interrupt.take() {
             interrupt.signal_needs_reset();
         }

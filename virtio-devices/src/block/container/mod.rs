@@ -18,7 +18,6 @@ use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
 use chain::Layer;
@@ -35,6 +34,7 @@ use super::format::ImageFormat;
 use super::image_file::{is_disk, lock, open_file};
 use super::{BlockError, BlockParams};
 use crate::Unpoisoned;
+use crate::counters::Count;
 pub use error::{ContainerError, Qcow2Error, VhdError};
 use layer_file::LayerFile;
 pub(super) use vhd::fixed_disk_bytes;
@@ -65,7 +65,8 @@ pub(super) struct Container {
     l2_covers: u64,
     /// The files that the image refers to, for their locks.
     backing: Vec<File>,
-    has_failed: AtomicBool,
+    /// Errors in the content of the image.
+    errors: Count,
 }
 
 impl Container {
@@ -99,7 +100,7 @@ impl Container {
             cluster_bytes: layers[0].cluster_bytes,
             l2_covers: layers[0].l2_covers,
             backing,
-            has_failed: AtomicBool::new(false),
+            errors: Count::default(),
         })
     }
 
@@ -270,7 +271,12 @@ impl Container {
         })
     }
 
-    /// An error as the jobs know it. The first one that has more to say is logged.
+    /// Number of errors in the content of the image.
+    pub(super) fn errors(&self) -> u64 {
+        self.errors.get()
+    }
+
+    /// An error as the jobs know it. One that has more to say is logged.
     fn errno(&self, error: &io::Error) -> io::Error {
         if let Some(errno) = error.raw_os_error() {
             return io::Error::from_raw_os_error(errno);
@@ -278,7 +284,7 @@ impl Container {
         if error.kind() == io::ErrorKind::Unsupported {
             return io::Error::from_raw_os_error(libc::EOPNOTSUPP);
         }
-        if !self.has_failed.swap(true, Ordering::Relaxed) {
+        if self.errors.count_loudly() {
             log::error!("{}: {error}", self.path.display());
         }
         io::Error::from_raw_os_error(libc::EIO)
