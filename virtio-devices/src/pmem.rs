@@ -154,7 +154,7 @@ impl PmemHandle {
     /// other readers.
     ///
     /// # Errors
-    /// Another process has a conflicting lock.
+    /// `WouldBlock`: another process has a conflicting lock.
     pub fn hold(&self, hold: bool) -> io::Result<()> {
         match (&self.file, hold) {
             (Some(file), true) => lock_image(file, true, 0),

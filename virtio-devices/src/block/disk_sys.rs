@@ -139,7 +139,36 @@ fn set_lock(file: &File, kind: libc::c_int, bytes: u64) -> io::Result<()> {
     // SAFETY: F_OFD_SETLK reads one `struct flock` with `l_pid` 0.
     let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) };
     if result < 0 {
-        return Err(io::Error::last_os_error());
+        return Err(of_fcntl(io::Error::last_os_error()));
     }
     Ok(())
+}
+
+/// fcntl has two numbers for the lock of another process.
+fn of_fcntl(error: io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(libc::EACCES) => io::Error::from_raw_os_error(libc::EAGAIN),
+        _ => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lock_of_another_process_is_one_kind_of_error() {
+        for (errno, is_lock) in [
+            (libc::EAGAIN, true),
+            (libc::EACCES, true),
+            (libc::EIO, false),
+        ] {
+            let error = of_fcntl(io::Error::from_raw_os_error(errno));
+            assert_eq!(
+                error.kind() == io::ErrorKind::WouldBlock,
+                is_lock,
+                "{error}"
+            );
+        }
+    }
 }

@@ -63,8 +63,8 @@ pub(super) fn lock(file: &File, params: &BlockParams) -> Result<(), BlockError> 
     };
     disk_sys::lock(file, !params.readonly, bytes).map_err(|source| {
         let path = params.path.clone();
-        match source.raw_os_error() {
-            Some(libc::EAGAIN | libc::EACCES) => BlockError::Locked {
+        match source.kind() {
+            io::ErrorKind::WouldBlock => BlockError::Locked {
                 path,
                 access: if params.readonly {
                     "reading"

@@ -101,7 +101,7 @@ impl DiskHandle {
     /// Releases the lock of the image, or takes it again. The caller must have paused the disk.
     ///
     /// # Errors
-    /// Another process has a conflicting lock.
+    /// `WouldBlock`: another process has a conflicting lock.
     pub fn hold(&self, hold: bool) -> io::Result<()> {
         self.disk.image().hold(hold)
     }

