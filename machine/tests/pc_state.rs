@@ -120,6 +120,19 @@ impl Rig {
         pc.boot(&payload, None).unwrap();
         pc
     }
+
+    /// Another machine in this state and with the memory of `from`, paused.
+    fn restored(&self, from: &Pc, state: &PcState, output: &Path, is_moved: bool) -> Pc {
+        let memory = self.memory();
+        copy(from.memory(), &memory);
+        let mut pc = self.pc(memory, output);
+        // In a different order than at boot: the state determines the slots.
+        pc.plug_restored(rng("_other", 1, None), state).unwrap();
+        pc.plug_restored(rng("_rng", 0, None), state).unwrap();
+        pc.restore_pvpanic(state).unwrap();
+        pc.restore(state, is_moved).unwrap();
+        pc
+    }
 }
 
 fn rng(id: &str, segment: u16, slot: Option<u8>) -> Plug {
@@ -169,22 +182,13 @@ fn guest_saved_at_work_finishes_in_another_pc() {
     assert!(matches!(first.state(), Err(PcError::Cpu(_))), "not paused");
     first.pause().unwrap();
     let state = through_text(&first.state().unwrap());
-    let memory = rig.memory();
     let map: MemoryState = state.memory.read().unwrap();
-    memory.check_state(&map).unwrap();
-    copy(first.memory(), &memory);
+    rig.memory().check_state(&map).unwrap();
+    let mut second = rig.restored(&first, &state, &outputs[1], false);
     drop(first);
     let written = std::fs::read(&outputs[0]).unwrap();
     assert!(written.len() < LAST as usize, "saved in the middle");
 
-    let mut second = rig.pc(memory, &outputs[1]);
-    // In a different order than at boot: the state determines the slots.
-    second
-        .plug_restored(rng("_other", 1, None), &state)
-        .unwrap();
-    second.plug_restored(rng("_rng", 0, None), &state).unwrap();
-    second.restore_pvpanic(&state).unwrap();
-    second.restore(&state, false).unwrap();
     let again = second.state().unwrap();
     let without_time = |state: &PcState| PcState {
         // The time stamp counter and the timer count on, and the guest has a new generation.
@@ -256,13 +260,7 @@ fn time_passes_for_a_guest_between_its_save_and_its_restore_but_not_during_a_pau
     assert!(tsc_again.abs_diff(tsc) <= SLACK_NS / 1_000_000 * khz);
 
     let now_of = |state: &PcState| {
-        let memory = rig.memory();
-        copy(first.memory(), &memory);
-        let mut pc = rig.pc(memory, &outputs[1]);
-        pc.plug_restored(rng("_rng", 0, None), state).unwrap();
-        pc.plug_restored(rng("_other", 1, None), state).unwrap();
-        pc.restore_pvpanic(state).unwrap();
-        pc.restore(state, true).unwrap();
+        let mut pc = rig.restored(&first, state, &outputs[1], true);
         pc.resume().unwrap();
         pc.pause().unwrap();
         times(&pc.state().unwrap())
@@ -311,13 +309,7 @@ fn guest_restored_twice_has_two_new_generations_and_is_notified() {
     assert_ne!(seen[0], [0; 16]);
     assert!(!event_is_pending(&state));
     let restored = |state: &PcState| {
-        let memory = rig.memory();
-        copy(first.memory(), &memory);
-        let mut pc = rig.pc(memory, &outputs[1]);
-        pc.plug_restored(rng("_rng", 0, None), state).unwrap();
-        pc.plug_restored(rng("_other", 0, None), state).unwrap();
-        pc.restore_pvpanic(state).unwrap();
-        pc.restore(state, false).unwrap();
+        let pc = rig.restored(&first, state, &outputs[1], false);
         let id = generation_id(&pc);
         let state = pc.state().unwrap();
         let events: GedState = state.ged.read().unwrap();
