@@ -1,10 +1,15 @@
 //! The control thread: owns the VM, runs every change, and publishes the state.
 
 mod current_migration;
+mod devices;
 mod error;
 mod lifecycle;
 mod migration;
+mod reporting;
+mod resize;
+mod saving;
 mod take_back;
+mod taps;
 mod thread;
 
 pub use error::{LifecycleError, RequestError};

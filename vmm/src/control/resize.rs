@@ -1,0 +1,149 @@
+//! Requests that change sizes and rate limits.
+
+use api::config::{HotplugMethod, MemoryConfig};
+use api::{VmConfig, VmResize, VmResizeDisk, VmUpdateRateLimiter};
+
+use super::error::LifecycleError;
+use super::lifecycle::Lifecycle;
+use crate::config;
+use crate::events::EventKind;
+
+impl Lifecycle {
+    /// `vm.resize`: changes the stored configuration, or the running machine.
+    ///
+    /// # Errors
+    /// There is no VM, or the size is invalid.
+    pub fn resize(&mut self, resize: VmResize) -> Result<(), LifecycleError> {
+        let config = self.config.as_mut().ok_or(LifecycleError::VmNotCreated)?;
+        let Some(machine) = &mut self.machine else {
+            let mut wanted = config.clone();
+            resize_stored(&mut wanted, resize);
+            config::validate_balloon(&wanted).map_err(LifecycleError::ConfigValidation)?;
+            *config = wanted;
+            return Ok(());
+        };
+        (self.context.events)(&EventKind::Resizing.into());
+        let max = config.cpus.max_vcpus;
+        if let Some(desired) = resize.desired_vcpus
+            && !(1..=max).contains(&desired)
+        {
+            return Err(LifecycleError::VcpusOutOfRange { desired, max });
+        }
+        let vcpus = resize
+            .desired_vcpus
+            .filter(|desired| *desired != config.cpus.boot_vcpus);
+        let ram = resize
+            .desired_ram
+            .filter(|desired| Some(*desired) != config.memory.total_bytes());
+        let mut wanted = config.clone();
+        if let Some(desired) = ram {
+            wanted.memory = resized_memory(&config.memory, desired)?;
+        }
+        if let (Some(bytes), Some(balloon)) = (resize.desired_balloon, &mut wanted.balloon) {
+            balloon.size = bytes;
+        }
+        // A size with which the VM could not boot is rejected before anything changes.
+        config::validate_sizes(&wanted).map_err(LifecycleError::ConfigValidation)?;
+        if let Some(desired) = vcpus {
+            machine
+                .resize_vcpus(desired)
+                .map_err(LifecycleError::Machine)?;
+            // The requested count is stored at once: the guest may take time to comply, and a reboot uses the new
+            // count.
+            config.cpus.boot_vcpus = desired;
+        }
+        if let Some(desired) = ram {
+            match wanted.memory.hotplug_method {
+                HotplugMethod::Acpi => machine.grow_memory(desired),
+                HotplugMethod::VirtioMem => {
+                    machine.resize_memory(wanted.memory.hotplugged_size.unwrap_or(0))
+                }
+            }
+            .map_err(LifecycleError::Machine)?;
+            // The requested size is stored at once: the guest may take time to comply, and a reboot uses the new size.
+            config.memory = wanted.memory;
+        }
+        if let Some(desired) = resize.desired_balloon {
+            machine
+                .resize_balloon(desired)
+                .map_err(LifecycleError::Machine)?;
+            if let Some(balloon) = &mut config.balloon {
+                balloon.size = desired;
+            }
+        }
+        (self.context.events)(&EventKind::Resized.into());
+        Ok(())
+    }
+
+    /// `vm.resize-disk`
+    ///
+    /// # Errors
+    /// There is no running machine, no such disk, the disk cannot have this size, or it is released.
+    pub fn resize_disk(&mut self, resize: &VmResizeDisk) -> Result<(), LifecycleError> {
+        if self.config.is_none() {
+            return Err(LifecycleError::VmNotCreated);
+        }
+        self.check_disks()?;
+        self.on_machine(|machine| machine.resize_disk(&resize.id, resize.desired_size))
+    }
+
+    /// `vm.update-rate-limiter`
+    ///
+    /// # Errors
+    /// There is no VM, nothing of this name, or the limit is invalid; in this case nothing has changed.
+    pub fn update_rate_limiter(
+        &mut self,
+        update: &VmUpdateRateLimiter,
+    ) -> Result<(), LifecycleError> {
+        let config = self.config.as_ref().ok_or(LifecycleError::VmNotCreated)?;
+        let limit = update.rate_limiter_config;
+        let wanted = config::with_rate_limit(config, &update.id, limit)
+            .map_err(LifecycleError::RateLimiter)?;
+        config::validate_rate_limits(&wanted).map_err(LifecycleError::ConfigValidation)?;
+        if let Some(machine) = &self.machine {
+            machine
+                .set_rate_limit(&update.id, limit.as_ref())
+                .map_err(LifecycleError::Machine)?;
+        }
+        self.config = Some(wanted);
+        Ok(())
+    }
+}
+
+/// The configuration of a guest that has `desired` bytes of RAM.
+fn resized_memory(memory: &MemoryConfig, desired: u64) -> Result<MemoryConfig, LifecycleError> {
+    let has_zones = memory.zones.iter().flatten().next().is_some();
+    let room = memory.room_bytes(HotplugMethod::VirtioMem);
+    let mut resized = memory.clone();
+    match memory.hotplug_method {
+        HotplugMethod::Acpi if !has_zones => resized.size = desired,
+        HotplugMethod::VirtioMem if room > 0 => {
+            let added = desired.checked_sub(memory.size);
+            let added = added.filter(|added| *added <= room);
+            let added = added.ok_or(LifecycleError::MemoryOutOfRange {
+                desired,
+                least: memory.size,
+                most: memory.size.saturating_add(room),
+            })?;
+            resized.hotplugged_size = (added > 0).then_some(added);
+        }
+        _ => {
+            let current = memory.total_bytes().unwrap_or(memory.size);
+            return Err(LifecycleError::MemoryHotplug { current, desired });
+        }
+    }
+    Ok(resized)
+}
+
+/// Before boot only the configuration changes; it is validated at boot.
+fn resize_stored(config: &mut VmConfig, resize: VmResize) {
+    if let Some(vcpus) = resize.desired_vcpus {
+        config.cpus.boot_vcpus = vcpus;
+    }
+    if let Some(bytes) = resize.desired_ram {
+        config.memory.size = bytes;
+    }
+    if let (Some(bytes), Some(balloon)) = (resize.desired_balloon, &mut config.balloon) {
+        balloon.size = bytes;
+    }
+}
