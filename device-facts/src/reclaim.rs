@@ -31,6 +31,8 @@ pub enum SkipReason {
     HintNotHeld,
     /// Reported while reporting is paused.
     ReportingPaused,
+    /// An assigned device can access it: the guest has mapped it through the virtual IOMMU.
+    DmaMapped,
 }
 
 impl SkipReason {

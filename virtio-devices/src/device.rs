@@ -24,6 +24,7 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap, MmapRegion};
 
 pub use crate::counters::Counters;
 use crate::dma::DmaEndpoint;
+use crate::dma_mapped::DmaMapped;
 pub use crate::worker::{Doorbell, WorkerError};
 use crate::worker::{EventSources, Turn};
 use crate::write_log::WriteLog;
@@ -34,6 +35,7 @@ use crate::write_log::WriteLog;
 pub struct GuestRam {
     map: GuestMemoryAtomic<GuestMemoryMmap<()>>,
     writes: Arc<WriteLog>,
+    dma_mapped: Arc<DmaMapped>,
 }
 
 impl GuestRam {
@@ -43,15 +45,18 @@ impl GuestRam {
         Self {
             map: GuestMemoryAtomic::new(map),
             writes: Arc::default(),
+            dma_mapped: Arc::default(),
         }
     }
 
-    /// Another map of the same RAM: writes through both are in one log.
+    /// Another map of the same RAM: writes through both are in one log, and memory that assigned devices can access is
+    /// not discarded through either.
     #[must_use]
     pub fn other_map(&self, map: GuestMemoryMmap<()>) -> Self {
         Self {
             map: GuestMemoryAtomic::new(map),
             writes: Arc::clone(&self.writes),
+            dma_mapped: Arc::clone(&self.dma_mapped),
         }
     }
 
@@ -59,6 +64,12 @@ impl GuestRam {
     #[must_use]
     pub fn writes(&self) -> &Arc<WriteLog> {
         &self.writes
+    }
+
+    /// What assigned devices can access through the virtual IOMMU.
+    #[must_use]
+    pub fn dma_mapped(&self) -> &DmaMapped {
+        &self.dma_mapped
     }
 }
 

@@ -16,6 +16,7 @@ pub mod counters;
 mod debug_fields;
 pub mod device;
 pub mod dma;
+mod dma_mapped;
 mod empty_state;
 pub mod fs;
 pub mod iommu;
@@ -45,6 +46,7 @@ pub use device::{
     Activation, ActiveQueue, Counters, DeviceIdentity, GuestRam, HandlerState, Interrupt,
     QueueHandler, QueuePosition, VirtioDevice, WorkerError,
 };
+pub use dma_mapped::DmaMapped;
 pub use listening_socket::ListeningSocket;
 pub use unpoisoned::Unpoisoned;
 

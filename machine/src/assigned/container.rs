@@ -1,4 +1,5 @@
-//! What assigned devices can access: all of guest RAM, at its guest addresses.
+//! What assigned devices can access: all of guest RAM, at its guest addresses; or for a device behind the virtual IOMMU,
+//! what the guest maps ([`super::dma`]).
 #![allow(unsafe_code)]
 // UNSAFETY: gives guest RAM to devices.
 
@@ -12,7 +13,7 @@ use vm_memory::GuestMemoryMmap;
 use super::claims::{Claim, Claims};
 use super::error::AssignError;
 
-/// The container of all assigned devices of a machine. It exists as long as one of them.
+/// A container. It exists as long as one of its devices.
 pub(crate) struct Container {
     vfio: Arc<VfioContainer>,
     claims: Arc<Claims>,
@@ -26,12 +27,14 @@ impl Container {
     ///
     /// # Errors
     /// The host has no VFIO.
-    pub(crate) fn new(vm: &hypervisor::Vm) -> Result<Arc<Self>, AssignError> {
-        let in_kvm = vm.create_vfio_device().map_err(AssignError::Kvm)?;
-        let vfio = VfioContainer::new(Some(Arc::new(VfioDeviceFd::new_from_kvm(in_kvm))));
+    pub(super) fn new(
+        kvm: Arc<VfioDeviceFd>,
+        claims: Arc<Claims>,
+    ) -> Result<Arc<Self>, AssignError> {
+        let vfio = VfioContainer::new(Some(kvm));
         Ok(Arc::new(Self {
             vfio: Arc::new(vfio.map_err(AssignError::Container)?),
-            claims: Arc::default(),
+            claims,
             has_ram: Mutex::new(false),
         }))
     }

@@ -54,6 +54,12 @@ pub enum AssignError {
     /// The IOMMU, or the limit of locked memory.
     #[error("cannot map guest RAM for the device: is the limit of locked memory as large as RAM?")]
     MapRam(#[source] VfioError),
+    /// The guest maps memory in smaller units.
+    #[error("the IOMMU of the host has no pages of 4 KiB: its page sizes are {page_sizes:#x}")]
+    IommuPages {
+        /// One bit for each size.
+        page_sizes: u64,
+    },
     /// A bridge, for example.
     #[error("the device has a header of type {header_type:#x}; only type 0 can be assigned")]
     HeaderType {

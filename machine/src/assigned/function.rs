@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use virtio_devices::counters::counters;
+use virtio_devices::dma::DmaEndpoint;
 use virtio_devices::pci::{Bar, DoorbellRegister, MsiMessage, MsiVectors, MsixTable, PciFunction};
 use virtio_devices::{Counters, Unpoisoned};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -80,7 +81,9 @@ pub(crate) struct AssignedFunction {
     /// The slots of the windows of each mapped BAR.
     shown: Mutex<BTreeMap<u8, Vec<ShownWindow>>>,
     counters: AssignedCounters,
-    /// Dropped last: the windows are parts of it.
+    /// Behind the virtual IOMMU: its end takes all memory away from the device.
+    _dma: Option<Arc<DmaEndpoint>>,
+    /// Dropped last: the windows are parts of it, and its container has the mappings of the endpoint.
     host: Arc<dyn HostDevice>,
 }
 
@@ -92,13 +95,13 @@ impl fmt::Debug for AssignedFunction {
 }
 
 impl AssignedFunction {
-    /// Reads and resets the device. `vectors` makes the interrupts of the guest from one event for each vector.
+    /// Reads and resets the device. `dma` is its connection to the virtual IOMMU, if it is behind it. `vectors` makes the interrupts of the guest from one event for each vector.
     ///
     /// # Errors
     /// The device cannot be presented, or the host has no descriptors or address space left.
     pub(crate) fn new<V: MsiVectors + 'static>(
         id: &str,
-        host: Arc<dyn HostDevice>,
+        (host, dma): (Arc<dyn HostDevice>, Option<Arc<DmaEndpoint>>),
         slots: Arc<dyn BarSlots>,
         vectors: impl FnOnce(Vec<EventFd>) -> V,
     ) -> Result<Arc<Self>, AssignError> {
@@ -146,6 +149,7 @@ impl AssignedFunction {
             windows,
             shown: Mutex::default(),
             counters: AssignedCounters::default(),
+            _dma: dma,
             host,
         }))
     }

@@ -7,6 +7,7 @@
 //!          rest of a BAR        ─► Function ─► device; the MSI-X table is emulated
 //!   device: interrupt ─► eventfd ─► irqfd ─► guest
 //!           DMA       ─► Container: all of guest RAM, pinned
+//!                        DeviceIommu, behind the virtual IOMMU: what the guest maps, pinned
 //! ```
 //! The kernel (vfio-pci) protects the host from whatever the guest writes; this module protects the guest from itself
 //! and keeps addresses and interrupts under the machine's control.
@@ -14,6 +15,8 @@
 mod claims;
 mod config_space;
 mod container;
+mod containers;
+mod dma;
 mod error;
 mod function;
 mod host;
@@ -21,7 +24,8 @@ mod layout;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use container::Container;
+pub(crate) use containers::Containers;
+pub(crate) use dma::DeviceIommu;
 pub use error::AssignError;
 pub(crate) use function::{AssignedFunction, BarSlots};
 pub(crate) use host::{HostMapping, VfioFunction};

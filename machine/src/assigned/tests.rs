@@ -176,7 +176,7 @@ fn assign(device: Device) -> Result<Rig, AssignError> {
     let backend = Arc::new(FakeBackend::default());
     let router = Arc::new(GsiRouter::new(backend.clone()));
     let vectors = |events| FunctionVectors::of_events(router, events);
-    let function = AssignedFunction::new("_vfio0", device.clone(), slots.clone(), vectors)?;
+    let function = AssignedFunction::new("_vfio0", (device.clone(), None), slots.clone(), vectors)?;
     Ok(Rig {
         device,
         slots,
@@ -488,7 +488,7 @@ fn vfio_device_is_named_if_it_cannot_be_opened() {
         return;
     };
     let vm = kvm.create_vm().unwrap();
-    let error = match super::Container::new(&vm) {
+    let error = match super::Containers::default().shared(&vm) {
         Err(error) => error.to_string(),
         Ok(container) => {
             let path = tempfile::tempdir().unwrap();

@@ -3,19 +3,21 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use virtio_devices::dma::DmaEndpoint;
+use virtio_devices::iommu::IommuHandle;
 use virtio_devices::pci::PciFunction;
 use vm_memory::GuestAddressSpace;
 
 use super::Pc;
 use super::error::PcError;
 use super::plugged::Plugged;
-use crate::assigned::{AssignError, AssignedFunction, BarSlots, Container, VfioFunction};
+use crate::assigned::{AssignError, AssignedFunction, BarSlots, DeviceIommu, VfioFunction};
 use crate::interrupt::FunctionVectors;
 use crate::pci::Place;
 use crate::threads::DeviceKind;
 
 /// A device of the host for the guest.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Assignment {
     /// Its identifier.
     pub id: String,
@@ -23,6 +25,8 @@ pub struct Assignment {
     pub place: Place,
     /// Its folder in sysfs.
     pub path: PathBuf,
+    /// The virtual IOMMU, if the device is behind it.
+    pub iommu: Option<IommuHandle>,
 }
 
 impl Assignment {
@@ -42,9 +46,16 @@ impl Assignment {
     }
 }
 
+/// An open device, and its connection to the virtual IOMMU if it is behind it.
+struct Assigned {
+    function: Arc<dyn PciFunction>,
+    dma: Option<Arc<DmaEndpoint>>,
+}
+
 impl Pc {
-    /// Adds a device of the host to the bus of a machine that has not booted. The caller has stopped discarding: until
-    /// [`Pc::has_pinned_memory`] returns false, no page of RAM may be replaced.
+    /// Adds a device of the host to the bus of a machine that has not booted. Unless the device is behind the virtual
+    /// IOMMU, the caller has stopped discarding: until [`Pc::has_pinned_memory`] returns false, no page of RAM may be
+    /// replaced.
     ///
     /// # Errors
     /// The host does not give the device away, or there is no free slot.
@@ -62,9 +73,9 @@ impl Pc {
         self.announce(plugged)
     }
 
-    /// Whether devices have RAM pinned.
+    /// Whether devices have all of RAM pinned.
     pub fn has_pinned_memory(&self) -> bool {
-        self.container.strong_count() > 0
+        self.containers.have_pinned_all()
     }
 
     /// An assigned device, if there is one.
@@ -86,14 +97,25 @@ impl Pc {
 
     fn put_assigned(&mut self, assignment: Assignment) -> Result<Plugged, PcError> {
         assignment.check()?;
-        let Assignment { id, place, path } = assignment;
-        let assigned = self.assign(&id, &path);
-        let function = assigned.map_err(|source| PcError::Assign {
+        let Assignment {
+            id,
+            place,
+            path,
+            iommu,
+        } = assignment;
+        let assigned = self.assign(&id, &path, iommu.as_ref());
+        let Assigned { function, dma } = assigned.map_err(|source| PcError::Assign {
             id: id.clone(),
             source,
         })?;
         match self.chassis.pci.add(function.clone(), place) {
-            Ok(bdf) => Ok(Plugged::assigned(id, bdf, function)),
+            Ok(bdf) => {
+                // Until here, the device has no access.
+                if let Some(dma) = &dma {
+                    dma.place(bdf.endpoint());
+                }
+                Ok(Plugged::assigned(id, bdf, function, dma.is_some()))
+            }
             Err(source) => Err(PcError::Device {
                 id,
                 source: source.into(),
@@ -101,18 +123,33 @@ impl Pc {
         }
     }
 
-    fn assign(&mut self, id: &str, path: &Path) -> Result<Arc<dyn PciFunction>, AssignError> {
-        let container = match self.container.upgrade() {
-            Some(container) => container,
-            None => Container::new(self.device_slots.vm())?,
+    fn assign(
+        &mut self,
+        id: &str,
+        path: &Path,
+        iommu: Option<&IommuHandle>,
+    ) -> Result<Assigned, AssignError> {
+        let vm = self.device_slots.vm();
+        let container = match iommu {
+            Some(_) => self.containers.own(vm)?,
+            None => self.containers.shared(vm)?,
         };
         let device = VfioFunction::open(path, Arc::clone(&container))?;
-        container.map_ram(&self.memory.ram().memory())?;
+        let dma = match iommu {
+            Some(iommu) => {
+                let own = Arc::new(DeviceIommu::new(container)?);
+                Some(iommu.endpoint_of_host(own, self.memory.device_ram().clone()))
+            }
+            None => {
+                container.map_ram(&self.memory.ram().memory())?;
+                None
+            }
+        };
         let slots = Arc::clone(&self.device_slots) as Arc<dyn BarSlots>;
         let router = Arc::clone(&self.chassis.router);
         let vectors = |events| FunctionVectors::of_events(router, events);
-        let function = AssignedFunction::new(id, Arc::new(device), slots, vectors)?;
-        self.container = Arc::downgrade(&container);
-        Ok(function)
+        let device = (Arc::new(device) as _, dma.clone());
+        let function = AssignedFunction::new(id, device, slots, vectors)?;
+        Ok(Assigned { function, dma })
     }
 }

@@ -5,7 +5,7 @@
 //! ```
 //! No step waits for the guest. The back end of a vhost-user device can delay this by at most one second.
 
-use super::{Pc, PcError};
+use super::{Pc, PcError, Plugged};
 use crate::memory::Zone;
 use crate::threads::DeviceKind;
 
@@ -16,8 +16,14 @@ impl Pc {
     /// # Errors
     /// There is no room for such a device, or the host lacks the memory; in this case nothing has changed.
     pub fn grow_memory(&mut self, total_bytes: u64) -> Result<Option<Zone>, PcError> {
-        // The device could not access it.
-        self.check_copyable()?;
+        // The device could not access it. One behind the virtual IOMMU can, as soon as the guest maps it.
+        let mut plugged = self.plugged.iter();
+        let pins_all = |it: &&Plugged| it.kind == DeviceKind::Assigned && !it.is_behind_iommu;
+        if let Some(plugged) = plugged.find(pins_all) {
+            return Err(PcError::IsAssigned {
+                id: plugged.id.clone(),
+            });
+        }
         let mapped = self.memory.map_dimm(total_bytes).map_err(PcError::Grow)?;
         let Some(dimm) = mapped else {
             return Ok(None);

@@ -28,7 +28,7 @@ use hypervisor::Kvm;
 use vm_memory::GuestAddressSpace;
 
 use crate::acpi::{self, AcpiParams, IommuEntry, NumaNode, PciSegmentEntry, VcpuEntry};
-use crate::assigned::Container;
+use crate::assigned::Containers;
 use crate::boot::Payload;
 use crate::bus::BusDevice;
 use crate::cpu::{GuestEvent, Vcpus, VcpusContext};
@@ -81,8 +81,8 @@ pub struct Pc {
     has_generation_id: bool,
     chassis: Chassis,
     device_slots: Arc<DeviceSlots>,
-    /// What assigned devices can access, if there are any.
-    container: Weak<Container>,
+    /// What assigned devices can access.
+    containers: Containers,
     params: PcParams,
     /// Needed for devices that are hot-plugged.
     context: PcContext,
@@ -132,7 +132,7 @@ impl Pc {
             has_generation_id: false,
             chassis,
             device_slots,
-            container: Weak::new(),
+            containers: Containers::default(),
             params,
             context,
             slots,

@@ -101,12 +101,17 @@ impl Plugged {
     }
 
     /// A device of the host that is on the bus.
-    pub(super) fn assigned(id: String, bdf: Bdf, function: Arc<dyn PciFunction>) -> Self {
+    pub(super) fn assigned(
+        id: String,
+        bdf: Bdf,
+        function: Arc<dyn PciFunction>,
+        is_behind_iommu: bool,
+    ) -> Self {
         Self {
             id,
             kind: DeviceKind::Assigned,
             bdf,
-            is_behind_iommu: false,
+            is_behind_iommu,
             function,
             virtio: None,
             _memory: None,

@@ -5,8 +5,9 @@ use std::sync::{Arc, OnceLock};
 use vm_memory::Permissions;
 
 use super::eras::{Era, Eras};
+use super::mapping::HostMappings;
 use super::shared::{DmaError, Shared};
-use super::tables::Piece;
+use super::tables::{Piece, Tables};
 
 /// A device's connection to the IOMMU in front of it. Dropping it detaches the device.
 #[derive(Debug)]
@@ -15,14 +16,17 @@ pub struct DmaEndpoint {
     /// The endpoint's id, and the device's key to it.
     place: OnceLock<(u32, u64)>,
     eras: Arc<Eras>,
+    host: Option<Arc<dyn HostMappings>>,
 }
 
 impl DmaEndpoint {
-    pub(crate) fn new(shared: Arc<Shared>) -> Self {
+    /// With `host`, of a device that accesses memory through the IOMMU of the host.
+    pub(crate) fn new(shared: Arc<Shared>, host: Option<Arc<dyn HostMappings>>) -> Self {
         Self {
             shared,
             place: OnceLock::new(),
             eras: Arc::default(),
+            host,
         }
     }
 
@@ -30,8 +34,9 @@ impl DmaEndpoint {
     /// once; later calls have no effect.
     pub fn place(&self, endpoint: u32) {
         self.place.get_or_init(|| {
-            let eras = Arc::clone(&self.eras);
-            let owner = self.shared.change(|tables| tables.plug(endpoint, eras));
+            let (eras, host) = (Arc::clone(&self.eras), self.host.clone());
+            let plug = |tables: &mut Tables| tables.plug(endpoint, eras, host);
+            let owner = self.shared.change(plug);
             (endpoint, owner)
         });
     }

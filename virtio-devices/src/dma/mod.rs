@@ -12,19 +12,24 @@
 //! resolved, through the endpoint of their device. A translated address is guest RAM like any other, so a mapping can
 //! never lead outside of guest RAM.
 //!
+//! A device of the host translates for itself: the IOMMU of the host contains the mappings of its endpoint
+//! ([`HostMappings`]).
+//!
 //! A buffer is translated when its chain is taken, and holds its [`Access`] until the device no longer uses it. The
 //! answer to a request that removes a mapping waits for the accesses that began before it. Between turns, a device may
 //! therefore keep only buffers that are part of host I/O in flight.
 
 mod endpoint;
 mod eras;
+mod mapping;
 mod shared;
 mod tables;
 
 pub(crate) use endpoint::Access;
 pub use endpoint::DmaEndpoint;
+pub(crate) use mapping::{HostMappings, Mapping, Refusal};
 #[cfg(test)]
 pub(crate) use shared::FAULTS_MAX;
 pub(crate) use shared::{DmaError, Fault, Shared};
-pub(crate) use tables::{FaultReason, GRANULE, Mapping, Piece, Refusal, Tables};
+pub(crate) use tables::{FaultReason, GRANULE, Piece, Tables};
 pub use tables::{MAPPINGS_MAX, MSI_RANGE};

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use vm_memory::Permissions;
 
 use super::eras::{EndedEra, Eras};
+use super::mapping::{HostMappings, Mapping, Refusal};
 
 /// Smallest unit of a mapping.
 pub(crate) const GRANULE: u64 = 4 << 10;
@@ -15,19 +16,6 @@ pub(crate) const GRANULE: u64 = 4 << 10;
 pub const MAPPINGS_MAX: usize = 1 << 18;
 /// Writes to these addresses are interrupts on x86. They are not translated, so the guest may not map them.
 pub const MSI_RANGE: RangeInclusive<u64> = 0xfee0_0000..=0xfeef_ffff;
-
-/// The status of a request (virtio 1.2 §5.13.6), if it is not OK.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Refusal {
-    /// The request contradicts the specification or the state of the domain.
-    Invalid,
-    /// An address is misaligned or outside of the input range, or an unmapping would split a mapping.
-    Range,
-    /// There is no such endpoint or domain.
-    NoEntry,
-    /// [`MAPPINGS_MAX`] is reached.
-    NoMemory,
-}
 
 /// Why an access was not translated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,16 +32,6 @@ pub(crate) struct Piece {
     /// Guest address.
     pub(crate) address: u64,
     pub(crate) bytes: u64,
-}
-
-/// One mapping, without the input address at which it starts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Mapping {
-    /// Last input address.
-    pub(crate) last: u64,
-    /// Guest address of the first byte.
-    pub(crate) to: u64,
-    pub(crate) allows: Permissions,
 }
 
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -77,11 +55,17 @@ struct Attachment {
 struct Owner {
     key: u64,
     eras: Arc<Eras>,
+    /// For a device of the host, which accesses memory without asking us.
+    host: Option<Arc<dyn HostMappings>>,
 }
 
 impl Attachment {
     fn is_of(&self, key: u64) -> bool {
         self.owner.as_ref().is_some_and(|owner| owner.key == key)
+    }
+
+    fn host(&self) -> Option<&Arc<dyn HostMappings>> {
+        self.owner.as_ref()?.host.as_ref()
     }
 }
 
@@ -113,17 +97,23 @@ impl Tables {
         }
     }
 
-    /// Adds the endpoint of a device and returns the device's key to it. A restored attachment stays; one of an earlier
-    /// device in the same slot does not.
-    pub(crate) fn plug(&mut self, endpoint: u32, eras: Arc<Eras>) -> u64 {
+    /// Adds the endpoint of a device and returns the device's key to it. A restored attachment stays, unless the device is
+    /// one of the host, which was not saved; one of an earlier device in the same slot does not.
+    pub(crate) fn plug(
+        &mut self,
+        endpoint: u32,
+        eras: Arc<Eras>,
+        host: Option<Arc<dyn HostMappings>>,
+    ) -> u64 {
         self.owners += 1;
         let key = self.owners;
         let known = self.endpoints.get(&endpoint);
-        if known.is_some_and(|known| known.owner.is_some()) {
-            self.leave(endpoint);
+        if known.is_some_and(|known| known.owner.is_some() || host.is_some()) {
+            // An earlier device in the slot has gone, whatever the host says.
+            self.leave(endpoint).ok();
         }
         let attachment = self.endpoints.entry(endpoint).or_default();
-        attachment.owner = Some(Owner { key, eras });
+        attachment.owner = Some(Owner { key, eras, host });
         key
     }
 
@@ -131,7 +121,8 @@ impl Tables {
     pub(crate) fn unplug(&mut self, endpoint: u32, owner: u64) {
         let known = self.endpoints.get(&endpoint);
         if known.is_some_and(|known| known.is_of(owner)) {
-            self.leave(endpoint);
+            // What the host keeps mapped stays pinned; it has been logged.
+            self.leave(endpoint).ok();
             self.endpoints.remove(&endpoint);
         }
     }
@@ -142,16 +133,22 @@ impl Tables {
 
     /// Detaches every endpoint, as a reset of the device does.
     pub(crate) fn clear(&mut self) {
+        for attachment in self.endpoints.values_mut() {
+            let Some(left) = attachment.domain.take() else {
+                continue;
+            };
+            if let (Some(host), Some(domain)) = (attachment.host(), self.domains.get(&left)) {
+                // What the host keeps mapped stays pinned; it has been logged.
+                unmap_all(&**host, domain).ok();
+            }
+            end_era(attachment, &mut self.ended);
+        }
         self.domains.clear();
         self.mappings = 0;
-        for attachment in self.endpoints.values_mut() {
-            if attachment.domain.take().is_some() {
-                end_era(attachment, &mut self.ended);
-            }
-        }
     }
 
-    /// Attaches an endpoint to a domain, which is created if there is none; detaches it from its former one.
+    /// Attaches an endpoint to a domain, which is created if there is none; detaches it from its former one. If the host
+    /// does not accept the mappings of the domain, the endpoint has no domain afterwards.
     pub(crate) fn attach(
         &mut self,
         domain: u32,
@@ -163,10 +160,19 @@ impl Tables {
         if present.is_some_and(|present| present.bypass != bypass) {
             return Err(Refusal::Invalid);
         }
+        if bypass && attachment.host().is_some() {
+            return Err(Refusal::Unsupported);
+        }
         if attachment.domain == Some(domain) {
             return Ok(());
         }
-        self.leave(endpoint);
+        self.leave(endpoint)?;
+        if let (Some(host), Some(present)) = (
+            self.endpoints.get(&endpoint).and_then(Attachment::host),
+            self.domains.get(&domain),
+        ) {
+            map_all(&**host, present)?;
+        }
         let joined = self.domains.entry(domain).or_insert(Domain {
             bypass,
             ..Domain::default()
@@ -184,20 +190,19 @@ impl Tables {
         if attachment.domain != Some(domain) {
             return Err(Refusal::Invalid);
         }
-        self.leave(endpoint);
-        Ok(())
+        self.leave(endpoint)
     }
 
     /// Maps `input` to guest addresses from `to` on.
     pub(crate) fn map(
         &mut self,
-        domain: u32,
+        id: u32,
         input: RangeInclusive<u64>,
         to: u64,
         allows: Permissions,
     ) -> Result<(), Refusal> {
         let (first, last) = (*input.start(), *input.end());
-        let domain = self.domains.get_mut(&domain).ok_or(Refusal::NoEntry)?;
+        let domain = self.domains.get_mut(&id).ok_or(Refusal::NoEntry)?;
         if domain.bypass || input.is_empty() {
             return Err(Refusal::Invalid);
         }
@@ -218,12 +223,23 @@ impl Tables {
             return Err(Refusal::NoMemory);
         }
         let mapping = Mapping { last, to, allows };
+        let hosts = || hosts_of(&self.endpoints, id);
+        for (done, host) in hosts().enumerate() {
+            if let Err(refusal) = host.map(first, &mapping) {
+                hosts().take(done).for_each(|host| {
+                    // What the host keeps mapped stays pinned; it has been logged.
+                    host.unmap(first, &mapping).ok();
+                });
+                return Err(refusal);
+            }
+        }
         domain.mappings.insert(first, mapping);
         self.mappings += 1;
         Ok(())
     }
 
-    /// Removes the mappings in `input`; none, if one of them is only partly inside.
+    /// Removes the mappings in `input`; none, if one of them is only partly inside. [`Refusal::Device`]: they are removed,
+    /// but the IOMMU of the host failed, and a device may still have access.
     pub(crate) fn unmap(&mut self, id: u32, input: RangeInclusive<u64>) -> Result<(), Refusal> {
         let (first, last) = (*input.start(), *input.end());
         let domain = self.domains.get_mut(&id).ok_or(Refusal::NoEntry)?;
@@ -240,8 +256,14 @@ impl Tables {
         // One by one: splitting the map would take time for all that stay. Each mapping that goes was one request, so
         // this is not more work than the guest has done.
         let removed: Vec<u64> = domain.mappings.range(input).map(|(at, _)| *at).collect();
+        let mut result = Ok(());
         for at in &removed {
-            domain.mappings.remove(at);
+            let Some(mapping) = domain.mappings.remove(at) else {
+                continue;
+            };
+            for host in hosts_of(&self.endpoints, id) {
+                result = result.and(host.unmap(*at, &mapping));
+            }
         }
         self.mappings -= removed.len();
         if !removed.is_empty() {
@@ -249,7 +271,7 @@ impl Tables {
             let attached = endpoints.filter(|attachment| attachment.domain == Some(id));
             attached.for_each(|attachment| end_era(attachment, &mut self.ended));
         }
-        Ok(())
+        result
     }
 
     /// The guest addresses of `bytes` bytes from `input` on, as at most `pieces_max` pieces; `None` if there are more.
@@ -302,22 +324,44 @@ impl Tables {
     }
 
     /// Detaches the endpoint. A domain without endpoints ends, and its mappings with it.
-    fn leave(&mut self, endpoint: u32) {
+    fn leave(&mut self, endpoint: u32) -> Result<(), Refusal> {
         let Some(attachment) = self.endpoints.get_mut(&endpoint) else {
-            return;
+            return Ok(());
         };
         let Some(left) = attachment.domain.take() else {
-            return;
+            return Ok(());
         };
         end_era(attachment, &mut self.ended);
         let Some(domain) = self.domains.get_mut(&left) else {
-            return;
+            return Ok(());
         };
+        let host = attachment.host();
+        let unmapped = host.map_or(Ok(()), |host| unmap_all(&**host, domain));
         domain.endpoints -= 1;
         if domain.endpoints == 0 {
             self.mappings -= domain.mappings.len();
             self.domains.remove(&left);
         }
+        unmapped
+    }
+
+    /// Addresses that an endpoint cannot map, without those of interrupts.
+    pub(crate) fn reserved(&self, endpoint: u32) -> Vec<RangeInclusive<u64>> {
+        let host = self.endpoints.get(&endpoint).and_then(Attachment::host);
+        host.map_or_else(Vec::new, |host| host.reserved())
+    }
+
+    /// Bytes mapped in the IOMMU of the host, counted for each assigned device.
+    pub(crate) fn host_mapped_bytes(&self) -> u64 {
+        let attached = self.endpoints.values();
+        let hosts = attached.filter(|it| it.host().is_some());
+        let domains = hosts.filter_map(|it| self.domains.get(&it.domain?));
+        let mappings = domains.flat_map(|domain| &domain.mappings);
+        mappings
+            .filter(|(_, mapping)| mapping.allows != Permissions::No)
+            .fold(0, |sum: u64, (first, mapping)| {
+                sum.saturating_add((mapping.last - first).saturating_add(1))
+            })
     }
 
     /// The attached endpoints and their domains.
@@ -351,6 +395,36 @@ impl Tables {
 /// Ends the era of an endpoint that has lost access to memory.
 fn end_era(attachment: &Attachment, ended: &mut Vec<EndedEra>) {
     ended.extend(attachment.owner.iter().map(|owner| owner.eras.end()));
+}
+
+/// The host's part of the endpoints in a domain.
+fn hosts_of(
+    endpoints: &BTreeMap<u32, Attachment>,
+    domain: u32,
+) -> impl Iterator<Item = &dyn HostMappings> {
+    let attached = endpoints
+        .values()
+        .filter(move |it| it.domain == Some(domain));
+    attached.filter_map(|it| Some(&**it.host()?))
+}
+
+/// Gives a device all mappings of a domain, or none.
+fn map_all(host: &dyn HostMappings, domain: &Domain) -> Result<(), Refusal> {
+    for (done, (first, mapping)) in domain.mappings.iter().enumerate() {
+        if let Err(refusal) = host.map(*first, mapping) {
+            let mapped = domain.mappings.iter().take(done);
+            let undone = mapped.map(|(first, mapping)| host.unmap(*first, mapping));
+            return undone.fold(Ok(()), Result::and).and(Err(refusal));
+        }
+    }
+    Ok(())
+}
+
+/// Takes all mappings of a domain away from a device, as far as the host can.
+fn unmap_all(host: &dyn HostMappings, domain: &Domain) -> Result<(), Refusal> {
+    let mappings = domain.mappings.iter();
+    let unmapped = mappings.map(|(first, mapping)| host.unmap(*first, mapping));
+    unmapped.fold(Ok(()), Result::and)
 }
 
 fn is_aligned(first: u64, last: u64) -> bool {

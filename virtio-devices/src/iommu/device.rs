@@ -8,6 +8,7 @@ use state::{Saved, StateError};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_memory::GuestAddressSpace;
 
+use super::pinned::{HostIommu, PinnedMappings};
 use super::request::{
     F_BYPASS_CONFIG, F_MAP_UNMAP, FAULT_BYTES, PROBE_BYTES, REQUEST_BYTES_MAX, Request,
 };
@@ -58,7 +59,15 @@ pub struct IommuHandle(Arc<Shared>);
 impl IommuHandle {
     /// The endpoint of a new device.
     pub fn endpoint(&self) -> Arc<DmaEndpoint> {
-        Arc::new(DmaEndpoint::new(Arc::clone(&self.0)))
+        Arc::new(DmaEndpoint::new(Arc::clone(&self.0), None))
+    }
+
+    /// The endpoint of a device of the host, which gets access to exactly the parts of `ram` that the guest maps for it.
+    /// Until the guest has attached it to a domain, it has no access at all.
+    pub fn endpoint_of_host(&self, iommu: Arc<dyn HostIommu>, ram: GuestRam) -> Arc<DmaEndpoint> {
+        let mappings = PinnedMappings::new(iommu, ram);
+        let shared = Arc::clone(&self.0);
+        Arc::new(DmaEndpoint::new(shared, Some(Arc::new(mappings))))
     }
 }
 
@@ -173,8 +182,10 @@ impl VirtioDevice for Iommu {
 
     fn counters(&self) -> Counters {
         let mut counters = self.shared.stats.read();
-        let mappings = self.shared.read(|tables| tables.mappings());
+        let figures = |tables: &Tables| (tables.mappings(), tables.host_mapped_bytes());
+        let (mappings, host_mapped_bytes) = self.shared.read(figures);
         counters.insert("mappings", mappings as u64);
+        counters.insert("host_mapped_bytes", host_mapped_bytes);
         counters
     }
 }

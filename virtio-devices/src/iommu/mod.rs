@@ -3,10 +3,12 @@
 //! the translation for other devices, are in [`crate::dma`].
 
 mod device;
+mod pinned;
 mod request;
 mod state;
 #[cfg(test)]
 mod tests;
 
 pub use device::{ADDRESS_WIDTH_BITS_MAX, ADDRESS_WIDTH_BITS_MIN, Iommu, IommuHandle, IommuParams};
+pub use pinned::HostIommu;
 pub use state::IommuState;

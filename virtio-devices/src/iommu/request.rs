@@ -13,8 +13,12 @@ pub(super) const F_BYPASS_CONFIG: u64 = 1 << 6;
 pub(super) const REQUEST_BYTES_MAX: usize = 72;
 /// Bytes of a request's result: status, reserved.
 const TAIL_BYTES: usize = 4;
-/// Bytes of properties in the result of a probe: one reserved range.
-pub(super) const PROBE_BYTES: usize = 24;
+/// Bytes of a property in the result of a probe: a reserved range.
+const PROPERTY_BYTES: usize = 24;
+/// The range of interrupts, and what an assigned device cannot map.
+const PROPERTIES_MAX: usize = 8;
+/// Bytes of properties in the result of a probe.
+pub(super) const PROBE_BYTES: usize = PROPERTIES_MAX * PROPERTY_BYTES;
 pub(super) const FAULT_BYTES: usize = 24;
 
 const HEAD_BYTES: usize = 4;
@@ -31,12 +35,15 @@ const MAP_F_READ: u32 = 1 << 0;
 const MAP_F_WRITE: u32 = 1 << 1;
 
 const S_OK: u8 = 0;
+const S_UNSUPP: u8 = 2;
+const S_DEVERR: u8 = 3;
 const S_INVAL: u8 = 4;
 const S_RANGE: u8 = 5;
 const S_NOENT: u8 = 6;
 const S_NOMEM: u8 = 8;
 
 const PROBE_T_RESV_MEM: u16 = 1;
+const RESV_MEM_T_RESERVED: u8 = 0;
 const RESV_MEM_T_MSI: u8 = 1;
 
 const FAULT_R_DOMAIN: u8 = 1;
@@ -128,17 +135,18 @@ impl Request {
             Self::Probe { bytes, .. } => vec![0; bytes],
             _ => Vec::new(),
         };
-        let is_probe = !bytes.is_empty();
-        let result = self.apply(tables, features);
-        if is_probe && result.is_ok() {
-            bytes.copy_from_slice(&msi_property());
-        }
+        let result = match self {
+            Self::Probe { endpoint, .. } => probe(tables, endpoint, &mut bytes),
+            request => request.apply(tables, features),
+        };
         let status = match result {
             Ok(()) => S_OK,
             Err(Refusal::Invalid) => S_INVAL,
             Err(Refusal::Range) => S_RANGE,
             Err(Refusal::NoEntry) => S_NOENT,
             Err(Refusal::NoMemory) => S_NOMEM,
+            Err(Refusal::Unsupported) => S_UNSUPP,
+            Err(Refusal::Device) => S_DEVERR,
         };
         bytes.extend([status, 0, 0, 0]);
         (bytes, result.is_ok())
@@ -176,22 +184,46 @@ impl Request {
                 tables.map(domain, input, to, allows)
             }
             Self::Unmap { domain, input } => tables.unmap(domain, input),
-            Self::Probe { endpoint, .. } if !tables.has_endpoint(endpoint) => Err(Refusal::NoEntry),
-            Self::Probe { bytes, .. } if bytes < PROBE_BYTES => Err(Refusal::Invalid),
-            Self::Probe { .. } => Ok(()),
+            // Needs space for its result.
+            Self::Probe { .. } => Err(Refusal::Invalid),
         }
     }
 }
 
-/// The property of every endpoint: the range of message-signalled interrupts.
-fn msi_property() -> [u8; PROBE_BYTES] {
-    let mut bytes = [0; PROBE_BYTES];
+/// Writes the properties of an endpoint: the range of message-signalled interrupts, and what an assigned device cannot
+/// map. The first zeros end them.
+fn probe(tables: &Tables, endpoint: u32, bytes: &mut [u8]) -> Result<(), Refusal> {
+    if !tables.has_endpoint(endpoint) {
+        return Err(Refusal::NoEntry);
+    }
+    let mut reserved = tables.reserved(endpoint);
+    // A host with more gaps than there is space for: the last one reaches to the end.
+    if let Some(end) = reserved.last().map(|last| *last.end())
+        && reserved.len() >= PROPERTIES_MAX
+    {
+        reserved.truncate(PROPERTIES_MAX - 1);
+        if let Some(last) = reserved.last_mut() {
+            *last = *last.start()..=end;
+        }
+    }
+    let all = std::iter::once((RESV_MEM_T_MSI, MSI_RANGE))
+        .chain(reserved.into_iter().map(|it| (RESV_MEM_T_RESERVED, it)));
+    let all: Vec<u8> = all
+        .flat_map(|(kind, range)| property(kind, &range))
+        .collect();
+    let room = bytes.get_mut(..all.len()).ok_or(Refusal::Invalid)?;
+    room.copy_from_slice(&all);
+    Ok(())
+}
+
+fn property(kind: u8, range: &RangeInclusive<u64>) -> [u8; PROPERTY_BYTES] {
+    let mut bytes = [0; PROPERTY_BYTES];
     bytes[0..2].copy_from_slice(&PROBE_T_RESV_MEM.to_le_bytes());
-    let length = PROBE_BYTES as u16 - 4;
+    let length = PROPERTY_BYTES as u16 - 4;
     bytes[2..4].copy_from_slice(&length.to_le_bytes());
-    bytes[4] = RESV_MEM_T_MSI;
-    bytes[8..16].copy_from_slice(&MSI_RANGE.start().to_le_bytes());
-    bytes[16..24].copy_from_slice(&MSI_RANGE.end().to_le_bytes());
+    bytes[4] = kind;
+    bytes[8..16].copy_from_slice(&range.start().to_le_bytes());
+    bytes[16..24].copy_from_slice(&range.end().to_le_bytes());
     bytes
 }
 

@@ -23,7 +23,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use super::backing::{Backing, Expected, RegionLayout, layout_of};
 use super::huge::Remainders;
 use super::overlay::{Hidden, Overlay};
-use super::ranges::{GuestRange, Piece, SkippedBytes, plan};
+use super::ranges::{GuestRange, Piece, SkippedBytes, leave_out, plan};
 use super::switch::DiscardSwitch;
 use super::sys::{self, HostSpan, VECTOR_SPANS_MAX};
 use crate::device::GuestRam;
@@ -170,6 +170,15 @@ impl DiscardEngine {
         let mem = ram.memory().into_inner();
         self.refresh(&mem);
         outcome.skipped = plan(&self.regions, claims, expected, &mut self.pieces);
+        // Until the last system call, no device gets access to what is left.
+        let _discards = ram.dma_mapped().begin(|mapped| {
+            let skipped = leave_out(&self.regions, &mut self.pieces, mapped);
+            outcome.skipped.add(SkipReason::DmaMapped, skipped);
+            let regions = &self.regions;
+            let left = self.pieces.iter();
+            left.map(|piece| regions[piece.region].guest_range(piece))
+                .collect()
+        });
         self.hide_files(&mut outcome, turn);
         let is_whole = self.carry_out(&mut outcome, turn);
         self.log(ram);

@@ -5,9 +5,12 @@
 //! Merging comes before trimming, so 512 adjacent 4 KiB claims free one 2 MiB page. A claim that crosses a region
 //! boundary is served in both regions.
 
+use std::ops::Range;
+
 use device_facts::SkipReason;
 
 use super::backing::{Backing, Expected, RegionLayout};
+use crate::dma_mapped::MappedRanges;
 
 /// A range of guest physical memory that is claimed to be free. It is not checked: it may be empty, wrap around or be
 /// outside of RAM.
@@ -114,6 +117,51 @@ pub(super) fn plan(
         planner.place(start, end);
     }
     planner.skipped
+}
+
+/// Takes the backing pages that devices can access, even in part, out of the pieces. Returns their bytes.
+pub(super) fn leave_out(
+    regions: &[RegionLayout],
+    pieces: &mut Vec<Piece>,
+    mapped: &MappedRanges,
+) -> u64 {
+    let mut left_out = 0;
+    let cut = |piece: Piece| {
+        let region = &regions[piece.region];
+        let page = region.page_bytes;
+        let end = piece.offset + piece.bytes;
+        let mut left = Vec::new();
+        let mut at = piece.offset;
+        let mut keep = |from: u64, to: u64| {
+            if from < to {
+                left.push(Piece {
+                    offset: from,
+                    bytes: to - from,
+                    ..piece
+                });
+            }
+        };
+        for part in mapped.within(region.guest_range(&piece)) {
+            // The piece is whole pages, so these stay inside. A page can contain several parts.
+            let first = (part.start - region.guest_start) / page * page;
+            let last = (part.end - region.guest_start).next_multiple_of(page);
+            keep(at, first);
+            left_out += last - first.max(at);
+            at = last;
+        }
+        keep(at, end);
+        left
+    };
+    *pieces = std::mem::take(pieces).into_iter().flat_map(cut).collect();
+    left_out
+}
+
+impl RegionLayout {
+    /// The guest addresses of a piece of this region.
+    pub(super) fn guest_range(&self, piece: &Piece) -> Range<u64> {
+        let start = self.guest_start + piece.offset;
+        start..start + piece.bytes
+    }
 }
 
 /// One pass over the regions, in parallel with ascending ranges.

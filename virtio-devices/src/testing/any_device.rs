@@ -8,10 +8,10 @@ use std::time::Duration;
 use state::Saved;
 use tempfile::{NamedTempFile, TempDir};
 
-use super::TestBlocks;
 use super::any_vsock::{self, Programs};
 use super::fuzz_input::AREAS;
 use super::ram::TestRam;
+use super::{MockHostIommu, TestBlocks};
 use crate::balloon::{Balloon, BalloonParams};
 use crate::block::{Block, BlockError, BlockParams, EngineChoice, ImageFormat};
 use crate::console::{Console, ConsoleEndpoint, WindowSize};
@@ -57,6 +57,9 @@ const BLOCK_BYTES: u64 = 2 << 20;
 const BLOCKS: u64 = 2;
 /// First page of virtio-mem's region.
 const MEM_PAGE: u64 = 1 << 20;
+
+/// Mappings of a device of the host behind the virtual IOMMU.
+const HOST_MAPPINGS_MAX: usize = 16;
 
 /// Where the host has placed persistent memory.
 const PMEM_START: u64 = 1 << 40;
@@ -330,8 +333,14 @@ pub(super) fn make(choice: u8, ram: &TestRam) -> Made {
                 address_width_bits: 48,
             })
             .expect("descriptors");
-            // Numbers that a driver finds by chance.
-            endpoints = (0..4).map(|_| handle.endpoint()).collect();
+            // Numbers that a driver finds by chance. Some devices are the host's.
+            let host = || Arc::new(MockHostIommu::new(HOST_MAPPINGS_MAX));
+            endpoints = (0..4)
+                .map(|at| match at % 2 {
+                    0 => handle.endpoint(),
+                    _ => handle.endpoint_of_host(host(), ram.mem()),
+                })
+                .collect();
             (0..).zip(&endpoints).for_each(|(at, it)| it.place(at));
             shared(device)
         }

@@ -114,7 +114,7 @@ struct Guest {
 /// The connection of a device behind an IOMMU, with its mappings.
 fn endpoint() -> Arc<DmaEndpoint> {
     let shared = Arc::new(Shared::new(u64::MAX).expect("descriptors"));
-    let endpoint = DmaEndpoint::new(Arc::clone(&shared));
+    let endpoint = DmaEndpoint::new(Arc::clone(&shared), None);
     endpoint.place(ENDPOINT);
     let mapped = shared.change(|tables| {
         tables.attach(ENDPOINT, ENDPOINT, false)?;

@@ -29,7 +29,7 @@ pub(super) fn run(make: impl Fn(&TestRam) -> Arc<Mutex<dyn VirtioDevice>>) {
         println!("conformance: behind an IOMMU: {name}");
         let shared = Arc::new(Shared::new(u64::MAX).expect("descriptors"));
         shared.set_bypass(false);
-        let endpoint = Arc::new(DmaEndpoint::new(Arc::clone(&shared)));
+        let endpoint = Arc::new(DmaEndpoint::new(Arc::clone(&shared), None));
         endpoint.place(ENDPOINT);
         shared.change(map_all);
         let ram = TestRam::new(RAM_BYTES);

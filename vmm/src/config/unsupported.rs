@@ -87,23 +87,22 @@ fn platform(platform: &PlatformConfig) -> Vec<String> {
     .collect()
 }
 
-/// An assigned device has all of RAM pinned, so that no memory can be plugged in or out under it.
+/// An assigned device that is not behind the virtual IOMMU has all of RAM pinned, so that no memory can be plugged in or
+/// out under it.
 fn assigned(config: &VmConfig) -> Vec<String> {
     let mut devices = config.devices.iter().flatten();
     let memory = &config.memory;
+    let has_pinned_all = devices.clone().any(|device| !device.iommu);
     let with_virtio_mem = memory.hotplug_method == HotplugMethod::VirtioMem
         && memory.hotplug_size.is_some_and(|bytes| bytes > 0);
     [
-        asked("devices.iommu", devices.clone().any(|device| device.iommu)),
         asked(
             "devices.x_nv_gpudirect_clique",
-            devices
-                .clone()
-                .any(|device| device.x_nv_gpudirect_clique.is_some()),
+            devices.any(|device| device.x_nv_gpudirect_clique.is_some()),
         ),
         asked(
-            "devices with memory.hotplug_method VirtioMem",
-            with_virtio_mem && devices.next().is_some(),
+            "devices without iommu=on, with memory.hotplug_method VirtioMem",
+            with_virtio_mem && has_pinned_all,
         ),
     ]
     .into_iter()

@@ -74,10 +74,13 @@ const VFIO: &[Request] = requests![
     VFIO_DEVICE_GET_REGION_INFO = 0x3b6c,
     VFIO_DEVICE_GET_IRQ_INFO = 0x3b6d,
     VFIO_DEVICE_RESET = 0x3b6f,
-    VFIO_IOMMU_MAP_DMA = 0x3b71,
+    VFIO_IOMMU_GET_INFO = 0x3b70,
     KVM_CREATE_DEVICE = 0xc00c_aee0,
     KVM_SET_DEVICE_ATTR = 0x4018_aee1,
 ];
+
+/// Maps guest memory for assigned devices.
+const VFIO_MAP: &[Request] = requests![VFIO_IOMMU_MAP_DMA = 0x3b71, VFIO_IOMMU_UNMAP_DMA = 0x3b72];
 
 /// Requests of linux/kvm.h that create a machine, save its state and restore it.
 const KVM_OF_MACHINE: &[Request] = requests![
@@ -186,6 +189,7 @@ pub(super) fn own(kind: ThreadKind) -> Vec<Request> {
             KVM_OF_MACHINE,
             VFIO_OF_VCPU,
             VFIO,
+            VFIO_MAP,
             TERMINAL,
             TERMINAL_SIZE,
             NEW_TERMINAL,
@@ -224,12 +228,9 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [Request]] {
         MachineThread::Worker(DeviceKind::Block) => &[DISK],
         MachineThread::Worker(DeviceKind::Net) => &[TAP],
         MachineThread::Worker(DeviceKind::Mem) => &[SLOTS],
+        MachineThread::Worker(DeviceKind::Iommu) => &[VFIO_MAP],
         MachineThread::Worker(
-            DeviceKind::Rng
-            | DeviceKind::Watchdog
-            | DeviceKind::Pmem
-            | DeviceKind::Iommu
-            | DeviceKind::Assigned,
+            DeviceKind::Rng | DeviceKind::Watchdog | DeviceKind::Pmem | DeviceKind::Assigned,
         ) => &[],
     }
 }

@@ -76,7 +76,9 @@ impl Parts {
         let nets = config.net.iter_mut().flatten();
         let nets = nets.map(|net| handles.net(net));
         let nets = nets.collect::<Result<Vec<_>, _>>()?;
-        let assigned = config.devices.iter().flatten().map(devices::assignment);
+        let (iommu, iommu_handle) = devices::iommu(config)?.unzip();
+        let assigned = config.devices.iter().flatten();
+        let assigned = assigned.map(|it| devices::assignment(it, iommu_handle.as_ref()));
         let assigned: Vec<_> = assigned.collect();
         for assignment in &assigned {
             assignment.check().map_err(VmError::Pc)?;
@@ -109,7 +111,6 @@ impl Parts {
         let balloon = balloon.map(|balloon| devices::balloon(balloon, &memory));
         let (balloon, balloon_handle) = balloon.transpose()?.unzip();
         let (mem, mem_handle) = devices::mem(config, &memory)?.unzip();
-        let (iommu, iommu_handle) = devices::iommu(config)?.unzip();
         // Last, because an output file is emptied and an old socket replaced.
         let serial = consoles::open_serial(config, context)?;
         let console = consoles::open_console(config, context)?;
@@ -199,9 +200,10 @@ impl Parts {
             let plugged = plugged.map_err(VmError::Pc)?;
             outputs.extend(made.output.map(|it| (plugged.id.clone(), it)));
         }
-        let pin = match self.assigned.is_empty() {
-            true => None,
-            false => pin::settled(self.balloon.as_ref())?,
+        let pins_all = self.assigned.iter().any(|it| it.iommu.is_none());
+        let pin = match pins_all {
+            true => pin::settled(self.balloon.as_ref())?,
+            false => None,
         };
         for assignment in self.assigned {
             pc.plug_assigned(assignment).map_err(VmError::Pc)?;

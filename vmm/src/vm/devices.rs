@@ -315,11 +315,12 @@ pub(super) fn pmem(config: &PmemConfig) -> Result<(Made, PmemHandle), VmError> {
 }
 
 /// A device of the host, which is opened when it is plugged in.
-pub(super) fn assignment(config: &DeviceConfig) -> Assignment {
+pub(super) fn assignment(config: &DeviceConfig, iommu: Option<&IommuHandle>) -> Assignment {
     Assignment {
         id: assigned(&config.id).to_owned(),
         place: place!(config),
         path: config.path.clone(),
+        iommu: iommu.filter(|_| config.iommu).cloned(),
     }
 }
 

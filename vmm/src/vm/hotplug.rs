@@ -4,7 +4,7 @@
 
 use api::PciDeviceInfo;
 use api::config::DeviceConfig;
-use machine::pc::Plugged;
+use machine::pc::{Assignment, Plugged};
 use machine::threads::DeviceKind;
 
 use super::devices::{self, Made};
@@ -27,7 +27,13 @@ impl Vm {
                 (made, Some(handle))
             }
         };
-        if let Err(error) = self.check_iommu(&made) {
+        let Made {
+            plug,
+            is_behind_iommu,
+            ..
+        } = &made;
+        let fits = self.check_iommu(&plug.id, plug.place.segment, *is_behind_iommu);
+        if let Err(error) = fits {
             self.handles.remove(&made.plug.id);
             return Err(VmError::Hotplug(error));
         }
@@ -48,10 +54,16 @@ impl Vm {
         Ok(info)
     }
 
-    /// Gives a device of the host to the guest. No page may be discarded from now on.
+    /// Gives a device of the host to the guest. Unless it is behind the virtual IOMMU, no page may be discarded from now
+    /// on.
     fn plug_assigned(&mut self, device: &DeviceConfig) -> Result<PciDeviceInfo, VmError> {
-        let assignment = devices::assignment(device);
-        self.pin()?;
+        let assignment = devices::assignment(device, self.iommu.as_ref());
+        let Assignment { id, place, .. } = &assignment;
+        self.check_iommu(id, place.segment, device.iommu)
+            .map_err(VmError::Hotplug)?;
+        if assignment.iommu.is_none() {
+            self.pin()?;
+        }
         let added = self.pc.add_assigned(assignment).map(|plugged| {
             self.observer.add(plugged, None);
             info(plugged)
@@ -61,13 +73,17 @@ impl Vm {
     }
 
     /// A guest looks only at segments for devices that are behind the IOMMU later.
-    fn check_iommu(&self, made: &Made) -> Result<(), HotplugError> {
-        let segment = made.plug.place.segment;
+    fn check_iommu(
+        &self,
+        id: &str,
+        segment: u16,
+        is_behind_iommu: bool,
+    ) -> Result<(), HotplugError> {
         let platform = self.platform.as_ref();
         let segments = platform.and_then(|it| it.iommu_segments.as_deref());
-        match made.is_behind_iommu && !segments.is_some_and(|it| it.contains(&segment)) {
+        match is_behind_iommu && !segments.is_some_and(|it| it.contains(&segment)) {
             true => Err(HotplugError::NotIommuSegment {
-                id: made.plug.id.clone(),
+                id: id.to_owned(),
                 segment,
             }),
             false => Ok(()),
@@ -134,7 +150,7 @@ fn in_the_way<'a>(
         NewDevice::Balloon(_) => Some(DeviceKind::Balloon),
         NewDevice::Vsock(_) => Some(DeviceKind::Vsock),
         // Nothing can stop a balloon that is leaving from discarding what the guest reports until then.
-        NewDevice::Assigned(_) if !has_balloon => Some(DeviceKind::Balloon),
+        NewDevice::Assigned(device) if !has_balloon && !device.iommu => Some(DeviceKind::Balloon),
         NewDevice::Disk(_)
         | NewDevice::Net(_)
         | NewDevice::Fs(_)
@@ -165,6 +181,15 @@ mod tests {
         let assigned = NewDevice::Assigned(DeviceConfig::default());
         assert_eq!(found(&assigned, false).as_deref(), Some("_balloon"));
         assert_eq!(found(&assigned, true), None, "it can be inhibited");
+        let behind_iommu = NewDevice::Assigned(DeviceConfig {
+            iommu: true,
+            ..DeviceConfig::default()
+        });
+        assert_eq!(
+            found(&behind_iommu, false),
+            None,
+            "the balloon sees what is mapped"
+        );
         let balloon = NewDevice::Balloon(BalloonConfig::default());
         assert_eq!(found(&balloon, false).as_deref(), Some("_balloon"));
         let vsock = NewDevice::Vsock(VsockConfig::default());

@@ -145,8 +145,8 @@ fn handler_is_handed_out_once() {
 fn counters_carry_every_figure_under_a_name_of_its_own() {
     let rig = Rig::new();
     let counters = rig.balloon.counters();
-    // 6 of the balloon, 24 for each of 3 paths, plus the faults.
+    // 6 of the balloon, 25 for each of 3 paths, plus the faults.
     let faults = rig.snapshot().faults.iter().count();
-    assert_eq!(counters.len(), 6 + 3 * 24 + faults);
+    assert_eq!(counters.len(), 6 + 3 * 25 + faults);
     assert_eq!(counters["report_discarded_bytes"], 0);
 }

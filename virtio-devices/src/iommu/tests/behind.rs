@@ -219,7 +219,7 @@ fn device_whose_ring_is_unmapped_can_be_saved_and_restored() {
     shared.change(|tables| tables.unmap(DOMAIN, 0..=u64::MAX).unwrap());
     assert!(!driver.needs_reset());
     let (saved, moving) = driver.save();
-    let endpoint = Arc::new(DmaEndpoint::new(Arc::clone(&shared)));
+    let endpoint = Arc::new(DmaEndpoint::new(Arc::clone(&shared), None));
     endpoint.place(ENDPOINT);
     shared.change(|tables| tables.attach(DOMAIN, ENDPOINT, false).unwrap());
     let rng = Rng::new("__rng", File::open("/dev/zero").unwrap());

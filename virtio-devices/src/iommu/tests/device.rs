@@ -83,7 +83,7 @@ fn configuration_has_page_sizes_range_and_probe_size() {
     assert_eq!(space[8..16], [0; 8]);
     assert_eq!(space[16..24], ((1_u64 << 40) - 1).to_le_bytes());
     assert_eq!(space[24..32], [0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]);
-    assert_eq!(space[32..36], 24_u32.to_le_bytes());
+    assert_eq!(space[32..36], 192_u32.to_le_bytes());
     assert_eq!(space[36..40], [1, 0, 0, 0]);
     assert_eq!(narrow.features() & 0x7f, 0b101_0101);
     assert_eq!(iommu(64).0.features() & 0x7f, 0b101_0100);
@@ -177,7 +177,7 @@ fn requests_that_are_wrong_get_the_status_of_their_fault() {
     for room in [0, 3, 5] {
         assert!(rig.send(&attach(1, ENDPOINT, 0), room).is_empty());
     }
-    assert!(rig.send(&probe(ENDPOINT), 29).is_empty());
+    assert!(rig.send(&probe(ENDPOINT), 197).is_empty());
     assert_eq!(rig.counter("bad_requests"), 10);
 }
 

@@ -1,7 +1,8 @@
-//! Tests the tables against a model, the device with a mock driver, and devices behind it.
+//! Tests the tables against a model, the device with a mock driver, devices behind it, and devices of the host.
 
 mod behind;
 mod device;
+mod pinned;
 mod tables;
 
 use super::{Iommu, IommuHandle, IommuParams};

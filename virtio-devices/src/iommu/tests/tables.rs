@@ -17,7 +17,7 @@ const DOMAIN: u32 = 5;
 /// Tables with one endpoint in a domain, and the device's key to it.
 fn attached() -> (Tables, u64) {
     let mut tables = Tables::new(u64::MAX);
-    let owner = tables.plug(ENDPOINT, Arc::default());
+    let owner = tables.plug(ENDPOINT, Arc::default(), None);
     tables.attach(DOMAIN, ENDPOINT, false).unwrap();
     (tables, owner)
 }
@@ -89,8 +89,8 @@ fn translation_reaches_the_last_address_and_does_not_wrap() {
 #[test]
 fn mapping_that_cannot_be_is_refused_and_changes_nothing() {
     let mut tables = Tables::new((1 << 32) - 1);
-    tables.plug(ENDPOINT, Arc::default());
-    tables.plug(0x20, Arc::default());
+    tables.plug(ENDPOINT, Arc::default(), None);
+    tables.plug(0x20, Arc::default(), None);
     tables.attach(DOMAIN, ENDPOINT, false).unwrap();
     tables.attach(6, 0x20, true).unwrap();
     tables.map(DOMAIN, 0x4000..=0x5fff, 0, BOTH).unwrap();
@@ -137,7 +137,7 @@ fn mapping_that_cannot_be_is_refused_and_changes_nothing() {
 #[test]
 fn mappings_are_bounded_over_all_domains() {
     let (mut tables, _) = attached();
-    tables.plug(0x20, Arc::default());
+    tables.plug(0x20, Arc::default(), None);
     tables.attach(6, 0x20, false).unwrap();
     let page = |number: usize| {
         let first = (1 << 40) + number as u64 * GRANULE;
@@ -167,7 +167,7 @@ fn domain_lives_as_long_as_it_has_endpoints() {
     assert_eq!(tables.attach(DOMAIN, ENDPOINT, true), Err(Refusal::Invalid));
     assert_eq!(tables.attach(DOMAIN, ENDPOINT, false), Ok(()), "again");
     tables.map(DOMAIN, 0..=0xfff, 0x9000, READ).unwrap();
-    let other = tables.plug(0x20, Arc::default());
+    let other = tables.plug(0x20, Arc::default(), None);
     tables.attach(DOMAIN, 0x20, false).unwrap();
     // Moving the first one to another domain leaves the second one its mappings.
     tables.attach(6, ENDPOINT, false).unwrap();
@@ -197,7 +197,7 @@ fn domain_lives_as_long_as_it_has_endpoints() {
 fn device_in_the_slot_of_an_earlier_one_has_none_of_its_mappings() {
     let (mut tables, first) = attached();
     tables.map(DOMAIN, 0..=0xfff, 0x9000, READ).unwrap();
-    let second = tables.plug(ENDPOINT, Arc::default());
+    let second = tables.plug(ENDPOINT, Arc::default(), None);
     for owner in [first, second] {
         assert_eq!(
             translate(&tables, owner, 0, 4),
@@ -214,7 +214,7 @@ fn device_in_the_slot_of_an_earlier_one_has_none_of_its_mappings() {
 #[test]
 fn endpoint_without_a_domain_passes_only_with_bypass() {
     let mut tables = Tables::new(u64::MAX);
-    let owner = tables.plug(ENDPOINT, Arc::default());
+    let owner = tables.plug(ENDPOINT, Arc::default(), None);
     let pass = |tables: &Tables, bypass| {
         tables.translate((ENDPOINT, owner), (0x1234, 8), WRITE, (bypass, 8))
     };

@@ -244,6 +244,33 @@ fn inhibited_engine_discards_nothing_until_the_guard_goes() {
 }
 
 #[test]
+fn memory_that_a_device_can_access_stays() {
+    for mut engine in engines() {
+        for kind in [Kind::Anonymous, Kind::Memfd] {
+            let guarded = GuardedRam::new(&[area(0, 8, kind)]);
+            let mapped = [
+                2 * PAGE_BYTES..3 * PAGE_BYTES,
+                5 * PAGE_BYTES..20 * PAGE_BYTES,
+            ];
+            mapped
+                .iter()
+                .for_each(|it| guarded.ram.dma_mapped().hold(it));
+            let outcome = engine.discard(&guarded.ram, &mut [pages(0, 6)], Expected::Zeros);
+            assert_balanced(&outcome);
+            assert_eq!(outcome.skipped.get(SkipReason::DmaMapped), 2 * PAGE_BYTES);
+            assert_eq!(outcome.discarded.bytes, 4 * PAGE_BYTES);
+            assert_eq!(guarded.discarded(), [(0, 0), (0, 1), (0, 3), (0, 4)]);
+            // After the device has lost access, the same claim frees it.
+            mapped
+                .iter()
+                .for_each(|it| guarded.ram.dma_mapped().release(it));
+            let outcome = engine.discard(&guarded.ram, &mut [pages(0, 8)], Expected::Zeros);
+            assert_eq!(outcome.discarded.bytes, 8 * PAGE_BYTES);
+        }
+    }
+}
+
+#[test]
 fn engine_follows_a_memory_map_that_changes() {
     let first = GuardedRam::new(&[area(0, 4, Kind::Anonymous)]);
     let second = GuardedRam::new(&[area(0, 8, Kind::Anonymous)]);

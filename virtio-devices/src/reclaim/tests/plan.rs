@@ -5,8 +5,9 @@ use proptest::prelude::*;
 
 use device_facts::SkipReason;
 
+use crate::dma_mapped::MappedRanges;
 use crate::reclaim::backing::{Backing, Expected, RegionLayout};
-use crate::reclaim::ranges::{GuestRange, Piece, SkippedBytes, plan};
+use crate::reclaim::ranges::{GuestRange, Piece, SkippedBytes, leave_out, plan};
 
 /// The granularity of the model; every generated address is a multiple of it.
 const UNIT: u64 = 512;
@@ -131,6 +132,29 @@ proptest! {
         let skipped = plan(&regions, &mut claims, expected, &mut pieces);
         prop_assert_eq!(units_of(&regions, &pieces), discarded);
         prop_assert_eq!(skipped, skips);
+    }
+
+    /// Exactly the backing pages that are mapped, even in part, are left out.
+    #[test]
+    fn mapped_pages_are_left_out_as_in_the_model(
+        regions in layouts(),
+        mut claims in claim_lists(),
+        mapped in vec((0..120_u64, 1..12_u64), 0..12),
+    ) {
+        let mapped: Vec<_> = mapped.into_iter().map(|(at, len)| at * PAGE..(at + len) * PAGE).collect();
+        let mut pieces = Vec::new();
+        plan(&regions, &mut claims, Expected::Anything, &mut pieces);
+        let before = units_of(&regions, &pieces);
+        let left_out = leave_out(&regions, &mut pieces, &MappedRanges::of(&mapped));
+        let is_mapped = |unit: &u64| {
+            let region = regions.iter().find(|r| (r.guest_start..r.guest_end()).contains(unit)).unwrap();
+            let first = unit - (unit - region.guest_start) % region.page_bytes;
+            mapped.iter().any(|it| it.start < first + region.page_bytes && it.end > first)
+        };
+        let (gone, left): (Vec<u64>, Vec<u64>) = before.into_iter().partition(is_mapped);
+        prop_assert_eq!(units_of(&regions, &pieces), left);
+        prop_assert_eq!(left_out, gone.len() as u64 * UNIT);
+        prop_assert!(pieces.iter().all(|piece| piece.bytes > 0));
     }
 
     #[test]

@@ -1,0 +1,167 @@
+//! The mappings of an assigned device, in the IOMMU of the host.
+//!
+//! The host pins what it maps. The order of each mapping is therefore: the range counts as mapped, so that no discard
+//! begins ([`crate::dma_mapped`]); the discards of it that had begun are over; its memory is looked up, so that
+//! memory that was plugged out meanwhile is not found; the host maps it.
+
+use std::fmt;
+use std::io;
+use std::ops::{Range, RangeInclusive};
+use std::sync::Arc;
+
+use vm_memory::{
+    GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, Permissions,
+    VolatileSlice,
+};
+
+use crate::counters::Count;
+use crate::device::GuestRam;
+use crate::dma::{HostMappings, MSI_RANGE, Mapping, Refusal};
+
+/// The part of the host's IOMMU in front of one device.
+pub trait HostIommu: Send + Sync {
+    /// The input addresses that it can map, ascending.
+    fn usable(&self) -> &[RangeInclusive<u64>];
+
+    /// Gives the device access to `memory` from the input address `input` on, and pins it. The memory is guest RAM, and
+    /// stays mapped in this process longer than this value exists.
+    ///
+    /// # Errors
+    /// The host refuses.
+    fn map(&self, input: u64, memory: &VolatileSlice<'_>, allows: Permissions) -> io::Result<()>;
+
+    /// Undoes all mappings from `input` to `input + bytes`. None of them is only partly inside. The device has no access
+    /// when this returns.
+    ///
+    /// # Errors
+    /// The host fails. The device may still have access.
+    fn unmap(&self, input: u64, bytes: u64) -> io::Result<()>;
+}
+
+/// Maps guest RAM for one device.
+pub(crate) struct PinnedMappings {
+    iommu: Arc<dyn HostIommu>,
+    ram: GuestRam,
+    /// Mappings that the host refused.
+    refused: Count,
+}
+
+impl fmt::Debug for PinnedMappings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PinnedMappings").finish_non_exhaustive()
+    }
+}
+
+impl PinnedMappings {
+    pub(crate) fn new(iommu: Arc<dyn HostIommu>, ram: GuestRam) -> Self {
+        Self {
+            iommu,
+            ram,
+            refused: Count::default(),
+        }
+    }
+
+    /// Maps the parts of `range`, which can be in several regions of RAM. An error is returned with whether the host has
+    /// some of them mapped nevertheless.
+    fn map_parts(
+        &self,
+        ram: &GuestMemoryMmap<()>,
+        input: u64,
+        range: &Range<u64>,
+        allows: Permissions,
+    ) -> Result<(), (Refusal, bool)> {
+        let no_ram = (Refusal::Invalid, false);
+        let bytes = usize::try_from(range.end - range.start).map_err(|_| no_ram)?;
+        let slices = || ram.get_slices(GuestAddress(range.start), bytes);
+        if slices().any(|slice| slice.is_err()) {
+            return Err(no_ram);
+        }
+        let mut done = 0;
+        for slice in slices().flatten() {
+            if let Err(error) = self.iommu.map(input + done, &slice, allows) {
+                let is_left = done > 0 && self.unmap_range(input, done).is_err();
+                return Err((self.refused(&error), is_left));
+            }
+            done += slice.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn refused(&self, error: &io::Error) -> Refusal {
+        if self.refused.count_loudly() {
+            log::warn!(
+                "Virtual IOMMU: the host does not map memory for an assigned device: {error}"
+            );
+        }
+        match error.raw_os_error() {
+            // The limit of locked memory, and that of mappings.
+            Some(libc::ENOMEM | libc::ENOSPC) => Refusal::NoMemory,
+            Some(libc::EINVAL | libc::EEXIST) => Refusal::Invalid,
+            _ => Refusal::Device,
+        }
+    }
+
+    fn unmap_range(&self, input: u64, bytes: u64) -> Result<(), Refusal> {
+        self.iommu.unmap(input, bytes).map_err(|error| {
+            log::error!(
+                "Virtual IOMMU: the host does not unmap {bytes:#x} bytes at {input:#x}: {error}"
+            );
+            Refusal::Device
+        })
+    }
+}
+
+/// The guest addresses of a mapping; `None` if it would need more than there are.
+fn target(first: u64, mapping: &Mapping) -> Option<Range<u64>> {
+    let bytes = (mapping.last - first).checked_add(1)?;
+    Some(mapping.to..mapping.to.checked_add(bytes)?)
+}
+
+impl HostMappings for PinnedMappings {
+    fn map(&self, first: u64, mapping: &Mapping) -> Result<(), Refusal> {
+        if mapping.allows == Permissions::No {
+            return Ok(());
+        }
+        let mut usable = self.iommu.usable().iter();
+        if !usable.any(|it| it.contains(&first) && it.contains(&mapping.last)) {
+            return Err(Refusal::Range);
+        }
+        let range = target(first, mapping).ok_or(Refusal::Invalid)?;
+        let dma_mapped = self.ram.dma_mapped();
+        dma_mapped.hold(&range);
+        let mapped = self.map_parts(&self.ram.memory(), first, &range, mapping.allows);
+        mapped.map_err(|(refusal, is_left)| {
+            // What the host has pinned and does not release is never discarded.
+            if !is_left {
+                dma_mapped.release(&range);
+            }
+            refusal
+        })
+    }
+
+    fn unmap(&self, first: u64, mapping: &Mapping) -> Result<(), Refusal> {
+        if mapping.allows == Permissions::No {
+            return Ok(());
+        }
+        let range = target(first, mapping).ok_or(Refusal::Invalid)?;
+        self.unmap_range(first, range.end - range.start)?;
+        self.ram.dma_mapped().release(&range);
+        Ok(())
+    }
+
+    fn reserved(&self) -> Vec<RangeInclusive<u64>> {
+        let msi = std::iter::once(&MSI_RANGE);
+        let mut usable: Vec<_> = self.iommu.usable().iter().chain(msi).collect();
+        usable.sort_by_key(|range| *range.start());
+        let mut reserved = Vec::new();
+        let mut at = Some(0);
+        for range in usable {
+            if let Some(first) = at.filter(|first| first < range.start()) {
+                reserved.push(first..=range.start() - 1);
+            }
+            at = at.and_then(|at| Some(at.max(range.end().checked_add(1)?)));
+        }
+        reserved.extend(at.map(|first| first..=u64::MAX));
+        reserved
+    }
+}
