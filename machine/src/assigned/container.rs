@@ -1,17 +1,21 @@
 //! What assigned devices can access: all of guest RAM, at its guest addresses; or for a device behind the virtual IOMMU,
 //! what the guest maps ([`super::dma`]).
-#![allow(unsafe_code)]
-// UNSAFETY: gives guest RAM to devices.
 
+use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use vfio_ioctls::{VfioContainer, VfioDeviceFd};
 use virtio_devices::Unpoisoned;
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{
+    GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, Permissions,
+    VolatileSlice,
+};
 
 use super::claims::{Claim, Claims};
 use super::error::AssignError;
+use super::iommu_calls::{map, unmap};
+use crate::memory::{GuestMemory, PinnedBlocks};
 
 /// A container. It exists as long as one of its devices.
 pub(crate) struct Container {
@@ -52,18 +56,55 @@ impl Container {
     }
 
     /// Maps guest RAM, and so pins every page of it, unless it is mapped already. The first device is in the container
-    /// by now: without one it has no IOMMU.
+    /// by now: without one it has no IOMMU. Of memory for hot-plug, only plugged blocks are mapped, now and later.
     ///
     /// # Errors
     /// The IOMMU rejects it, or a limit of locked memory does. The caller drops its device, and with it the mappings.
-    pub(crate) fn map_ram(&self, ram: &GuestMemoryMmap<()>) -> Result<(), AssignError> {
+    pub(crate) fn map_ram(self: &Arc<Self>, memory: &GuestMemory) -> Result<(), AssignError> {
         let mut has_ram = self.has_ram.lock().unpoisoned();
-        if !*has_ram {
-            // SAFETY: guest RAM is accessed through raw pointers and volatile accesses only, because vCPUs change it at
-            // any time, too. The machine drops its devices before RAM.
-            unsafe { self.vfio.vfio_map_guest_memory(ram) }.map_err(AssignError::MapRam)?;
-            *has_ram = true;
+        if *has_ram {
+            return Ok(());
         }
+        let hotplug = memory.hotplug_ram();
+        let is_hotplug = |start: u64| hotplug.is_some_and(|it| it.range().contains(&start));
+        let ram = memory.ram().memory();
+        for region in ram.iter().filter(|it| !is_hotplug(it.start_addr().0)) {
+            self.map_region(region)?;
+        }
+        if let Some(hotplug) = hotplug {
+            let blocks = Arc::clone(self) as Arc<dyn PinnedBlocks>;
+            hotplug.pin_with(&blocks).map_err(AssignError::MapRam)?;
+        }
+        *has_ram = true;
         Ok(())
+    }
+
+    /// Maps a region of guest RAM.
+    ///
+    /// # Errors
+    /// As for [`Container::map_ram`].
+    pub(crate) fn map_region(&self, region: &GuestRegionMmap<()>) -> Result<(), AssignError> {
+        let whole = region.as_volatile_slice().map_err(io::Error::other);
+        let mapped = whole.and_then(|whole| self.pin(region.start_addr().0, &whole));
+        mapped.map_err(AssignError::MapRam)
+    }
+
+    /// Undoes that, before the region is unmapped.
+    pub(crate) fn unmap_region(&self, region: &GuestRegionMmap<()>) {
+        let (start, bytes) = (region.start_addr().0, region.len());
+        if let Err(error) = self.unpin(start, bytes) {
+            // Devices that know no address in it do no harm.
+            log::error!("RAM at {start:#x} stays pinned: {error}");
+        }
+    }
+}
+
+impl PinnedBlocks for Container {
+    fn pin(&self, guest_address: u64, block: &VolatileSlice<'_>) -> io::Result<()> {
+        map(&self.vfio, guest_address, block, Permissions::ReadWrite)
+    }
+
+    fn unpin(&self, guest_address: u64, bytes: u64) -> io::Result<()> {
+        unmap(&self.vfio, guest_address, bytes)
     }
 }

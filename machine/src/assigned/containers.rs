@@ -24,7 +24,12 @@ impl Containers {
         self.shared.strong_count() > 0
     }
 
-    /// The container that maps all of RAM, as long as it has a device.
+    /// The container that maps all of RAM, if it has a device.
+    pub(crate) fn of_all(&self) -> Option<Arc<Container>> {
+        self.shared.upgrade()
+    }
+
+    /// The container that maps all of RAM, or a new one.
     ///
     /// # Errors
     /// The host has no VFIO.

@@ -1,93 +1,15 @@
 //! The IOMMU of the host in front of one device: a container that has no mappings but those of the guest.
-#![allow(unsafe_code)]
-// UNSAFETY: gives guest RAM to devices, and calls VFIO for what the crate vfio-ioctls lacks: mappings that the device
-// may only read, and the properties of the IOMMU.
 
 use std::io;
-use std::mem::{offset_of, size_of};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_IOMMU_INFO_CAPS,
-    VFIO_IOMMU_INFO_PGSIZES, VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE, VFIO_TYPE, vfio_info_cap_header,
-    vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap, vfio_iommu_type1_info, vfio_iova_range,
-};
 use virtio_devices::iommu::HostIommu;
 use vm_memory::{Permissions, VolatileSlice};
-use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ref};
-use vmm_sys_util::ioctl_io_nr;
 
 use super::container::Container;
 use super::error::AssignError;
-
-ioctl_io_nr!(VFIO_IOMMU_GET_INFO, VFIO_TYPE as u32, VFIO_BASE + 12);
-ioctl_io_nr!(VFIO_IOMMU_MAP_DMA, VFIO_TYPE as u32, VFIO_BASE + 13);
-ioctl_io_nr!(VFIO_IOMMU_UNMAP_DMA, VFIO_TYPE as u32, VFIO_BASE + 14);
-
-/// The unit in which guests map memory.
-const PAGE_BYTES: u64 = 4096;
-/// Maximum size of the properties. The kernel needs some hundred bytes.
-const INFO_BYTES_MAX: usize = 64 << 10;
-
-/// The properties of an IOMMU.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct IommuInfo {
-    /// Sizes of pages, one bit each.
-    page_sizes: u64,
-    /// Input addresses that can be mapped, ascending.
-    usable: Vec<RangeInclusive<u64>>,
-}
-
-impl IommuInfo {
-    /// Reads what the kernel has written. A kernel that names no ranges can map every address.
-    pub(super) fn parse(bytes: &[u8]) -> Self {
-        let flags = u32_at(bytes, offset_of!(vfio_iommu_type1_info, flags)).unwrap_or(0);
-        let page_sizes = u64_at(bytes, offset_of!(vfio_iommu_type1_info, iova_pgsizes));
-        let page_sizes = page_sizes.filter(|_| flags & VFIO_IOMMU_INFO_PGSIZES != 0);
-        let first = u32_at(bytes, offset_of!(vfio_iommu_type1_info, cap_offset));
-        let first = first.filter(|_| flags & VFIO_IOMMU_INFO_CAPS != 0);
-        let ranges = iova_ranges(bytes, first.unwrap_or(0));
-        Self {
-            page_sizes: page_sizes.unwrap_or(PAGE_BYTES),
-            usable: ranges.unwrap_or_else(|| vec![0..=u64::MAX]),
-        }
-    }
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    let number = bytes.get(at..)?.first_chunk()?;
-    Some(u32::from_ne_bytes(*number))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
-    let number = bytes.get(at..)?.first_chunk()?;
-    Some(u64::from_ne_bytes(*number))
-}
-
-/// The ranges in the list of capabilities whose first element is at offset `at`.
-fn iova_ranges(bytes: &[u8], at: u32) -> Option<Vec<RangeInclusive<u64>>> {
-    let mut at = at as usize;
-    // Offsets ascend in a sound list; another one ends.
-    while at >= size_of::<vfio_iommu_type1_info>() {
-        let id = u32_at(bytes, at)? & u32::from(u16::MAX);
-        if id == VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE {
-            let count_at = at + size_of::<vfio_info_cap_header>();
-            let count = u32_at(bytes, count_at)? as usize;
-            let ranges = bytes.get(count_at + 8..)?;
-            let ranges = ranges
-                .chunks_exact(size_of::<vfio_iova_range>())
-                .take(count);
-            let ranges = ranges.filter_map(|it| Some(u64_at(it, 0)?..=u64_at(it, 8)?));
-            let mut ranges: Vec<_> = ranges.filter(|it| !it.is_empty()).collect();
-            ranges.sort_by_key(|it| *it.start());
-            return Some(ranges);
-        }
-        let next = u32_at(bytes, at + offset_of!(vfio_info_cap_header, next))? as usize;
-        at = if next > at { next } else { 0 };
-    }
-    None
-}
+use super::iommu_calls::{PAGE_BYTES, map, read_info, unmap};
 
 /// The container of a device that is behind the virtual IOMMU.
 #[derive(Debug)]
@@ -102,7 +24,7 @@ impl DeviceIommu {
     /// # Errors
     /// The kernel does not answer, or the IOMMU has larger pages than the guest.
     pub(crate) fn new(container: Arc<Container>) -> Result<Self, AssignError> {
-        let info = read_info(&container).map_err(AssignError::Host)?;
+        let info = read_info(&container.vfio()).map_err(AssignError::Host)?;
         if info.page_sizes & PAGE_BYTES == 0 {
             return Err(AssignError::IommuPages {
                 page_sizes: info.page_sizes,
@@ -115,155 +37,16 @@ impl DeviceIommu {
     }
 }
 
-fn read_info(container: &Container) -> io::Result<IommuInfo> {
-    let mut bytes = size_of::<vfio_iommu_type1_info>();
-    loop {
-        // Eight bytes each, so that it is aligned.
-        let mut buffer = vec![0_u64; bytes.div_ceil(8)];
-        let head = vfio_iommu_type1_info {
-            argsz: bytes as u32,
-            ..Default::default()
-        };
-        let place = buffer.as_mut_ptr().cast::<vfio_iommu_type1_info>();
-        // SAFETY: the buffer is at least as large as the structure, and aligned for it.
-        unsafe { place.write(head) };
-        // SAFETY: the kernel writes at most `argsz` bytes, which the buffer has.
-        let done = unsafe { ioctl_with_mut_ptr(&*container.vfio(), VFIO_IOMMU_GET_INFO(), place) };
-        if done != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        let read: Vec<u8> = buffer.iter().flat_map(|it| it.to_ne_bytes()).collect();
-        // What the kernel needs for all of it.
-        let needed = u32_at(&read, 0).unwrap_or(0) as usize;
-        if needed <= bytes || needed > INFO_BYTES_MAX {
-            return Ok(IommuInfo::parse(&read));
-        }
-        bytes = needed;
-    }
-}
-
 impl HostIommu for DeviceIommu {
     fn usable(&self) -> &[RangeInclusive<u64>] {
         &self.usable
     }
 
     fn map(&self, input: u64, memory: &VolatileSlice<'_>, allows: Permissions) -> io::Result<()> {
-        let mut flags = 0;
-        if allows.allow(Permissions::Read) {
-            flags |= VFIO_DMA_MAP_FLAG_READ;
-        }
-        if allows.has_write() {
-            flags |= VFIO_DMA_MAP_FLAG_WRITE;
-        }
-        let guard = memory.ptr_guard_mut();
-        if !allows.has_write() {
-            // Kernels before 6.2 would pin the page of zeros, and give the guest another page when it writes. It fails
-            // on kernels before 5.14, and then the guest must have written before.
-            // SAFETY: makes guest RAM resident, and changes no content.
-            unsafe {
-                libc::madvise(
-                    guard.as_ptr().cast(),
-                    memory.len(),
-                    libc::MADV_POPULATE_WRITE,
-                )
-            };
-        }
-        let map = vfio_iommu_type1_dma_map {
-            argsz: size_of::<vfio_iommu_type1_dma_map>() as u32,
-            flags,
-            vaddr: guard.as_ptr() as u64,
-            iova: input,
-            size: memory.len() as u64,
-        };
-        // SAFETY: guest RAM is accessed through raw pointers and volatile accesses only, because vCPUs change it at any
-        // time, too. The machine drops its devices before RAM.
-        match unsafe { ioctl_with_ref(&*self.container.vfio(), VFIO_IOMMU_MAP_DMA(), &map) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
+        map(&self.container.vfio(), input, memory, allows)
     }
 
     fn unmap(&self, input: u64, bytes: u64) -> io::Result<()> {
-        let mut unmap = vfio_iommu_type1_dma_unmap {
-            argsz: size_of::<vfio_iommu_type1_dma_unmap>() as u32,
-            iova: input,
-            size: bytes,
-            ..Default::default()
-        };
-        let vfio = self.container.vfio();
-        // SAFETY: takes memory away from a device; the kernel writes only to the structure.
-        match unsafe { ioctl_with_mut_ref(&*vfio, VFIO_IOMMU_UNMAP_DMA(), &mut unmap) } {
-            0 if unmap.size == bytes => Ok(()),
-            0 => Err(io::Error::other(format!("only {:#x} bytes", unmap.size))),
-            _ => Err(io::Error::last_os_error()),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Properties with these flags and capabilities: the number, and what follows the header.
-    fn info(flags: u32, capabilities: &[(u16, Vec<u8>)]) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        bytes.extend(0_u32.to_ne_bytes());
-        bytes.extend(flags.to_ne_bytes());
-        bytes.extend(0x4020_1000_u64.to_ne_bytes());
-        bytes.extend(24_u32.to_ne_bytes());
-        bytes.extend([0; 4]);
-        for (at, (id, body)) in capabilities.iter().enumerate() {
-            let next = bytes.len() + 8 + body.len();
-            let next = if at + 1 < capabilities.len() { next } else { 0 };
-            bytes.extend(id.to_ne_bytes());
-            bytes.extend(1_u16.to_ne_bytes());
-            bytes.extend((next as u32).to_ne_bytes());
-            bytes.extend(body);
-        }
-        bytes
-    }
-
-    fn ranges(count: u32, ranges: &[(u64, u64)]) -> Vec<u8> {
-        let mut body = count.to_ne_bytes().to_vec();
-        body.extend([0; 4]);
-        for (start, end) in ranges {
-            body.extend(start.to_ne_bytes());
-            body.extend(end.to_ne_bytes());
-        }
-        body
-    }
-
-    #[test]
-    fn properties_have_the_ranges_that_can_be_mapped() {
-        let both = [(0xfef0_0000, (1 << 39) - 1), (0, 0xfedf_ffff)];
-        let bytes = info(3, &[(3, vec![0; 8]), (1, ranges(2, &both))]);
-        let expected = IommuInfo {
-            page_sizes: 0x4020_1000,
-            usable: vec![0..=0xfedf_ffff, 0xfef0_0000..=(1 << 39) - 1],
-        };
-        assert_eq!(IommuInfo::parse(&bytes), expected);
-        // Without flags, nothing behind them counts.
-        let without = IommuInfo::parse(&info(0, &[(1, ranges(1, &both))]));
-        assert_eq!(
-            (without.page_sizes, without.usable),
-            (4096, vec![0..=u64::MAX])
-        );
-    }
-
-    #[test]
-    fn damaged_properties_do_no_harm() {
-        let whole = info(3, &[(3, vec![0; 8]), (1, ranges(2, &[(0, 0xfff), (7, 3)]))]);
-        for end in 0..whole.len() {
-            IommuInfo::parse(&whole[..end]);
-        }
-        // More ranges than there are, and one that is empty.
-        let many = info(3, &[(1, ranges(u32::MAX, &[(0, 0xfff), (7, 3)]))]);
-        assert_eq!(IommuInfo::parse(&many).usable, [0..=0xfff]);
-        // A list that leads to itself, and one that leads outside.
-        for next in [24_u32, 8, 4000, u32::MAX] {
-            let mut bytes = info(3, &[(3, vec![0; 8])]);
-            bytes[28..32].copy_from_slice(&next.to_ne_bytes());
-            assert_eq!(IommuInfo::parse(&bytes).usable, [0..=u64::MAX]);
-        }
+        unmap(&self.container.vfio(), input, bytes)
     }
 }

@@ -53,7 +53,7 @@ pub enum AssignError {
     },
     /// The IOMMU, or the limit of locked memory.
     #[error("cannot map guest RAM for the device: is the limit of locked memory as large as RAM?")]
-    MapRam(#[source] VfioError),
+    MapRam(#[source] io::Error),
     /// The guest maps memory in smaller units.
     #[error("the IOMMU of the host has no pages of 4 KiB: its page sizes are {page_sizes:#x}")]
     IommuPages {

@@ -20,6 +20,7 @@ mod dma;
 mod error;
 mod function;
 mod host;
+mod iommu_calls;
 mod layout;
 #[cfg(test)]
 mod tests;

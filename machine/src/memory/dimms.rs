@@ -62,7 +62,7 @@ pub struct Dimm {
 }
 
 impl Dimm {
-    pub(super) fn region(&self) -> &Arc<GuestRegionMmap<()>> {
+    pub(crate) fn region(&self) -> &Arc<GuestRegionMmap<()>> {
         &self.region
     }
 

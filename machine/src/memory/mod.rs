@@ -41,6 +41,7 @@ pub use faults::{MemoryFailure, MemoryFault, MemoryFaults};
 pub use guest_ram::GuestMemory;
 pub use hotplug::{MEMORY_HOTPLUG_BYTES, MemoryHotplug, MemoryHotplugState};
 pub use numa_policy::HOST_NUMA_NODE_MAX;
+pub(crate) use plugged::PinnedBlocks;
 pub use plugged::{HotplugRam, hotplug_block_bytes};
 pub use ram_slots::RamSlots;
 pub use state::{MemoryRangeState, MemoryState, ZoneState};

@@ -5,6 +5,7 @@
 //!   VMM           ├──────────── one mapping ────────────┤
 //!   KVM           │      slot  slot        slot           one slot per open block
 //!   devices       │      ├─ region ─┤      ├ region ┤     one region per run of them
+//!   assigned      │      pinned pinned      pinned         one mapping per open block, without a virtual IOMMU
 //! ```
 //!
 //! A slot is never changed, only added or removed, because KVM would drop and add it: the guest may be using the blocks
@@ -25,6 +26,7 @@ use virtio_devices::{GuestRam, Unpoisoned};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+    VolatileSlice,
 };
 
 use super::MemoryError;
@@ -43,6 +45,21 @@ pub fn hotplug_block_bytes(bytes: u64, page_bytes: u64) -> u64 {
     let for_slots = bytes.div_ceil(BLOCKS_MAX).checked_next_power_of_two();
     let for_slots = for_slots.unwrap_or(1 << 63);
     for_slots.max(page_bytes).max(BLOCK_BYTES_MIN)
+}
+
+/// What accesses RAM outside of this process's view: the assigned devices that have all of RAM pinned.
+pub(crate) trait PinnedBlocks: Send + Sync {
+    /// Gives the devices access to an open block, which stays mapped until [`PinnedBlocks::unpin`].
+    ///
+    /// # Errors
+    /// The IOMMU rejects it, or a limit of locked memory does.
+    fn pin(&self, guest_address: u64, block: &VolatileSlice<'_>) -> io::Result<()>;
+
+    /// Undoes that. The devices have no access when this returns.
+    ///
+    /// # Errors
+    /// The IOMMU fails; the devices may still have access.
+    fn unpin(&self, guest_address: u64, bytes: u64) -> io::Result<()>;
 }
 
 /// The region.
@@ -72,6 +89,19 @@ struct Blocks {
     handed: Vec<Weak<MmapRegion<()>>>,
     /// No block is opened or closed: the guest's writes are recorded per slot.
     frozen: bool,
+    pinned: Pinned,
+}
+
+/// Who pins the open blocks, as long as it exists.
+#[derive(Default)]
+struct Pinned(Option<Weak<dyn PinnedBlocks>>);
+
+virtio_devices::debug_fields!(Pinned {});
+
+impl Pinned {
+    fn get(&self) -> Option<Arc<dyn PinnedBlocks>> {
+        self.0.as_ref()?.upgrade()
+    }
 }
 
 #[derive(Debug)]
@@ -208,6 +238,68 @@ impl HotplugRam {
         }
     }
 
+    /// Pins all open blocks, and from now on each block as long as it is open.
+    ///
+    /// # Errors
+    /// A block cannot be pinned. The caller drops what has pinned others.
+    pub(crate) fn pin_with(&self, pinned: &Arc<dyn PinnedBlocks>) -> io::Result<()> {
+        let mut blocks = self.blocks.lock().unpoisoned();
+        let mut open = blocks.open.iter();
+        open.try_for_each(|block| self.pin(&**pinned, *block))?;
+        blocks.pinned = Pinned(Some(Arc::downgrade(pinned)));
+        Ok(())
+    }
+
+    fn pin(&self, pinned: &dyn PinnedBlocks, block: u64) -> io::Result<()> {
+        let offset = block * self.block_bytes;
+        let in_mapping = |bytes| usize::try_from(bytes).expect("a part of a mapping");
+        let whole = self.whole.as_volatile_slice().map_err(io::Error::other)?;
+        let part = whole.subslice(in_mapping(offset), in_mapping(self.block_bytes));
+        pinned.pin(
+            self.range().start + offset,
+            &part.map_err(io::Error::other)?,
+        )
+    }
+
+    fn unpin(&self, pinned: &dyn PinnedBlocks, block: u64) -> io::Result<()> {
+        pinned.unpin(
+            self.range().start + block * self.block_bytes,
+            self.block_bytes,
+        )
+    }
+
+    /// Opens a block for assigned devices and the guest.
+    fn open_block(&self, blocks: &Blocks, block: u64) -> io::Result<()> {
+        let pinned = blocks.pinned.get();
+        if let Some(pinned) = &pinned {
+            self.pin(&**pinned, block)?;
+        }
+        let slots = blocks.slots.as_ref();
+        let opened = slots.map_or(Ok(()), |slots| self.open_for_guest(slots, block));
+        if let (Err(_), Some(pinned)) = (&opened, pinned)
+            && let Err(error) = self.unpin(&*pinned, block)
+        {
+            log::error!("Hot-plugged block {block} stays pinned: {error}");
+        }
+        opened
+    }
+
+    /// Closes a block for the guest and assigned devices. On an error it is open.
+    fn close_block(&self, blocks: &Blocks, block: u64) -> io::Result<()> {
+        if let Some(slots) = &blocks.slots {
+            let removed = slots.vm.remove_memory_slot(slots.number(block));
+            removed.map_err(|error| refused(&error))?;
+        }
+        let unpinned = blocks.pinned.get();
+        let unpinned = unpinned.map_or(Ok(()), |pinned| self.unpin(&*pinned, block));
+        if unpinned.is_err()
+            && let Some(slots) = &blocks.slots
+        {
+            self.open_for_guest(slots, block)?;
+        }
+        unpinned
+    }
+
     fn open_for_guest(&self, slots: &Slots, block: u64) -> io::Result<()> {
         let slot = self.slot_of(slots, block);
         // SAFETY: the range is a part of `whole`, which is readable and writable and for the guest alone. `whole` stays
@@ -271,44 +363,32 @@ impl BlockAccess for HotplugRam {
             let reason = "the VM is being migrated";
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, reason));
         }
-        let Blocks {
-            open: opened,
-            slots,
-            ..
-        } = blocks;
         if open {
             let mut result = Ok(());
             for block in change {
-                result = slots
-                    .as_ref()
-                    .map_or(Ok(()), |slots| self.open_for_guest(slots, block));
+                result = self.open_block(blocks, block);
                 if result.is_err() {
                     break;
                 }
-                opened.insert(block);
+                blocks.open.insert(block);
             }
             self.show(blocks);
             return result;
         }
         // Devices first: they must not start an access that the guest can no longer see.
         change.iter().for_each(|block| {
-            opened.remove(block);
+            blocks.open.remove(block);
         });
         self.show(blocks);
         let mut left = change.iter();
-        let result = left.try_for_each(|block| {
-            let slots = blocks.slots.as_ref();
-            slots.map_or(Ok(()), |slots| {
-                slots.vm.remove_memory_slot(slots.number(*block))
-            })
-        });
+        let result = left.try_for_each(|block| self.close_block(blocks, *block));
         if result.is_err() {
             // The block that failed, and those behind it.
             let kept = change.len() - left.len() - 1;
             blocks.open.extend(&change[kept..]);
             self.show(blocks);
         }
-        result.map_err(|error| refused(&error))
+        result
     }
 
     fn is_bypassed(&self) -> bool {
@@ -413,6 +493,75 @@ mod tests {
                     .is_ok()
         };
         (0..64).filter(writes).collect()
+    }
+
+    /// The IOMMU in front of assigned devices: the pinned blocks.
+    #[derive(Default)]
+    struct Iommu {
+        pinned: Mutex<BTreeMap<u64, usize>>,
+        fails: AtomicBool,
+    }
+
+    impl Iommu {
+        fn blocks(&self) -> Vec<u64> {
+            let pinned = self.pinned.lock().unwrap();
+            pinned.keys().map(|start| (start - START) / BLOCK).collect()
+        }
+
+        fn check(&self) -> io::Result<()> {
+            match self.fails.load(Ordering::Relaxed) {
+                true => Err(io::Error::from_raw_os_error(libc::ENOMEM)),
+                false => Ok(()),
+            }
+        }
+    }
+
+    impl PinnedBlocks for Iommu {
+        fn pin(&self, guest_address: u64, block: &VolatileSlice<'_>) -> io::Result<()> {
+            self.check()?;
+            let mut pinned = self.pinned.lock().unwrap();
+            assert_eq!(block.len() as u64, BLOCK);
+            let before = pinned.insert(guest_address, block.ptr_guard_mut().as_ptr() as usize);
+            assert!(before.is_none(), "{guest_address:#x} is pinned");
+            Ok(())
+        }
+
+        fn unpin(&self, guest_address: u64, bytes: u64) -> io::Result<()> {
+            self.check()?;
+            assert_eq!(bytes, BLOCK);
+            let removed = self.pinned.lock().unwrap().remove(&guest_address);
+            assert!(removed.is_some(), "{guest_address:#x} is not pinned");
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn assigned_devices_have_exactly_the_open_blocks_pinned() {
+        let memory = memory(false);
+        set(&memory, 1..3, true).unwrap();
+        let iommu = Arc::new(Iommu::default());
+        let pinned = iommu.clone() as Arc<dyn PinnedBlocks>;
+        memory.hotplug_ram().unwrap().pin_with(&pinned).unwrap();
+        assert_eq!(iommu.blocks(), [1, 2]);
+        set(&memory, 0..6, true).unwrap();
+        assert_eq!(iommu.blocks(), [0, 1, 2, 3, 4, 5]);
+        set(&memory, 2..4, false).unwrap();
+        assert_eq!(iommu.blocks(), [0, 1, 4, 5]);
+        // The IOMMU fails: nothing changes.
+        iommu.fails.store(true, Ordering::Relaxed);
+        set(&memory, 0..2, false).unwrap_err();
+        set(&memory, 3..4, true).unwrap_err();
+        assert_eq!(iommu.blocks(), [0, 1, 4, 5]);
+        assert_eq!(reachable(&memory), [0, 1, 4, 5]);
+        iommu.fails.store(false, Ordering::Relaxed);
+        // The last device goes, and another one comes.
+        drop(pinned);
+        drop(iommu);
+        set(&memory, 0..1, false).unwrap();
+        let iommu = Arc::new(Iommu::default());
+        let pinned = iommu.clone() as Arc<dyn PinnedBlocks>;
+        memory.hotplug_ram().unwrap().pin_with(&pinned).unwrap();
+        assert_eq!(iommu.blocks(), [1, 4, 5]);
     }
 
     #[test]

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use virtio_devices::dma::DmaEndpoint;
 use virtio_devices::iommu::IommuHandle;
 use virtio_devices::pci::PciFunction;
-use vm_memory::GuestAddressSpace;
 
 use super::Pc;
 use super::error::PcError;
@@ -141,7 +140,7 @@ impl Pc {
                 Some(iommu.endpoint_of_host(own, self.memory.device_ram().clone()))
             }
             None => {
-                container.map_ram(&self.memory.ram().memory())?;
+                container.map_ram(&self.memory)?;
                 None
             }
         };

@@ -98,6 +98,9 @@ pub enum PcError {
     /// A memory device cannot be added.
     #[error("Cannot change the size of RAM")]
     Grow(#[source] DimmError),
+    /// The assigned devices cannot access added memory.
+    #[error("Cannot add memory beside an assigned device")]
+    PinMemory(#[source] AssignError),
     /// The guest cannot be notified that memory was added.
     #[error("Cannot notify the guest about its memory")]
     AnnounceMemory(#[source] io::Error),
@@ -123,7 +126,9 @@ impl PcError {
             Self::Memory(error) | Self::Grow(DimmError::Memory(error)) => {
                 error.is_of_configuration()
             }
-            Self::Grow(_) | Self::Assign { .. } | Self::IsAssigned { .. } => true,
+            Self::Grow(_) | Self::PinMemory(_) | Self::Assign { .. } | Self::IsAssigned { .. } => {
+                true
+            }
             _ => false,
         }
     }

@@ -1,11 +1,11 @@
 //! Adds RAM to a running machine.
 //!
 //! ```text
-//! map ─► KVM slot ─► stop vhost-user devices ─► make it part of RAM ─► start them ─► interrupt the guest
+//! map ─► pin for assigned devices ─► KVM slot ─► stop vhost-user devices ─► make it part of RAM ─► start them ─► interrupt the guest
 //! ```
 //! No step waits for the guest. The back end of a vhost-user device can delay this by at most one second.
 
-use super::{Pc, PcError, Plugged};
+use super::{Pc, PcError};
 use crate::memory::Zone;
 use crate::threads::DeviceKind;
 
@@ -16,19 +16,22 @@ impl Pc {
     /// # Errors
     /// There is no room for such a device, or the host lacks the memory; in this case nothing has changed.
     pub fn grow_memory(&mut self, total_bytes: u64) -> Result<Option<Zone>, PcError> {
-        // The device could not access it. One behind the virtual IOMMU can, as soon as the guest maps it.
-        let mut plugged = self.plugged.iter();
-        let pins_all = |it: &&Plugged| it.kind == DeviceKind::Assigned && !it.is_behind_iommu;
-        if let Some(plugged) = plugged.find(pins_all) {
-            return Err(PcError::IsAssigned {
-                id: plugged.id.clone(),
-            });
-        }
         let mapped = self.memory.map_dimm(total_bytes).map_err(PcError::Grow)?;
         let Some(dimm) = mapped else {
             return Ok(None);
         };
-        self.slots.add(&dimm).map_err(PcError::Memory)?;
+        // Assigned devices have all of RAM, before the guest gives them addresses in it.
+        let devices = self.containers.of_all();
+        if let Some(devices) = &devices {
+            let pinned = devices.map_region(dimm.region());
+            pinned.map_err(PcError::PinMemory)?;
+        }
+        if let Err(error) = self.slots.add(&dimm) {
+            if let Some(devices) = devices {
+                devices.unmap_region(dimm.region());
+            }
+            return Err(PcError::Memory(error));
+        }
         let zone = dimm.zone().clone();
         // A back end must map the memory before the guest puts buffers there. It does so when its queues start.
         let vhost_user = self

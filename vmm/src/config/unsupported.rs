@@ -87,27 +87,12 @@ fn platform(platform: &PlatformConfig) -> Vec<String> {
     .collect()
 }
 
-/// An assigned device that is not behind the virtual IOMMU has all of RAM pinned, so that no memory can be plugged in or
-/// out under it.
-fn assigned(config: &VmConfig) -> Vec<String> {
+fn assigned(config: &VmConfig) -> Option<String> {
     let mut devices = config.devices.iter().flatten();
-    let memory = &config.memory;
-    let has_pinned_all = devices.clone().any(|device| !device.iommu);
-    let with_virtio_mem = memory.hotplug_method == HotplugMethod::VirtioMem
-        && memory.hotplug_size.is_some_and(|bytes| bytes > 0);
-    [
-        asked(
-            "devices.x_nv_gpudirect_clique",
-            devices.any(|device| device.x_nv_gpudirect_clique.is_some()),
-        ),
-        asked(
-            "devices without iommu=on, with memory.hotplug_method VirtioMem",
-            with_virtio_mem && has_pinned_all,
-        ),
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
+    asked(
+        "devices.x_nv_gpudirect_clique",
+        devices.any(|device| device.x_nv_gpudirect_clique.is_some()),
+    )
 }
 
 /// Devices that cannot be behind the virtual IOMMU: the balloon's driver passes guest addresses, and back ends translate

@@ -227,7 +227,7 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [Request]] {
         MachineThread::Worker(DeviceKind::Balloon) => &[PAGEMAP],
         MachineThread::Worker(DeviceKind::Block) => &[DISK],
         MachineThread::Worker(DeviceKind::Net) => &[TAP],
-        MachineThread::Worker(DeviceKind::Mem) => &[SLOTS],
+        MachineThread::Worker(DeviceKind::Mem) => &[SLOTS, VFIO_MAP],
         MachineThread::Worker(DeviceKind::Iommu) => &[VFIO_MAP],
         MachineThread::Worker(
             DeviceKind::Rng | DeviceKind::Watchdog | DeviceKind::Pmem | DeviceKind::Assigned,
