@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 
 use libfuzzer_sys::fuzz_target;
 use machine::fuzz::{legacy, pci};
+use virtio_devices::block::any_image;
 use virtio_devices::reclaim::any_claims;
 use virtio_devices::testing::{any_guest, any_registers};
 use virtio_devices::vhost_user::any_back_end;
@@ -37,6 +38,11 @@ fn refutes(target: &str, bytes: &[u8]) -> bool {
         "fleet" => bytes.len() > BYTES_MIN && fleet::fuzz::run(bytes),
         // No bytes are a request.
         "http" => vmm::api::fuzz::run(bytes).0 > 0,
+        // No damaged image is accepted, and then fails.
+        "image" => {
+            let seen = any_image::run(bytes);
+            seen.opened && seen.damaged && seen.done > 1 && seen.failed > 0
+        }
         // No guest is interrupted and ejects a vCPU.
         "legacy" => {
             let seen = legacy::run(bytes);

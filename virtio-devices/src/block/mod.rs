@@ -17,6 +17,8 @@
 //! of completed writes is in the page cache or on the device, and the flush is an `fdatasync` of the one file behind
 //! all queues.
 
+#[cfg(any(test, feature = "test-utils"))]
+pub mod any_image;
 mod config_space;
 mod container;
 mod counters;

@@ -9,6 +9,7 @@ use state::Saved;
 use tempfile::{NamedTempFile, TempDir};
 
 use super::any_vsock::{self, Programs};
+use super::disk_images::empty_qcow2;
 use super::fuzz_input::AREAS;
 use super::ram::TestRam;
 use super::{MockHostIommu, TestBlocks};
@@ -162,45 +163,6 @@ fn disk(name: &str, file: NamedTempFile) -> (Block, NamedTempFile) {
         made => made,
     };
     (block.expect("a sound image"), file)
-}
-
-/// The metadata of an image without data: header, table of reference counts, reference counts, and table of data, a
-/// cluster each.
-pub(super) fn empty_qcow2(bytes: u64) -> Vec<u8> {
-    const CLUSTER_BITS: u32 = 16;
-    const CLUSTER: u64 = 1 << CLUSTER_BITS;
-    const HEADER_BYTES: u32 = 104;
-    const CLUSTERS: u64 = 4;
-    let mut image = b"QFI\xfb".to_vec();
-    let mut put = |value: u64, bytes: usize| image.extend(&value.to_be_bytes()[8 - bytes..]);
-    put(3, 4);
-    // No backing file.
-    put(0, 8);
-    put(0, 4);
-    put(u64::from(CLUSTER_BITS), 4);
-    put(bytes, 8);
-    // No encryption; one entry of the table of data.
-    put(0, 4);
-    put(1, 4);
-    put(3 * CLUSTER, 8);
-    put(CLUSTER, 8);
-    put(1, 4);
-    // No snapshots and no features; reference counts of 16 bits.
-    for _ in 0..3 {
-        put(0, 4);
-    }
-    for _ in 0..3 {
-        put(0, 8);
-    }
-    put(4, 4);
-    put(u64::from(HEADER_BYTES), 4);
-    image.resize((CLUSTERS * CLUSTER) as usize, 0);
-    let mut write = |at: u64, value: &[u8]| {
-        image[at as usize..][..value.len()].copy_from_slice(value);
-    };
-    write(CLUSTER, &(2 * CLUSTER).to_be_bytes());
-    write(2 * CLUSTER, &[0, 1].repeat(CLUSTERS as usize));
-    image
 }
 
 /// Makes the device, for a guest with this RAM.

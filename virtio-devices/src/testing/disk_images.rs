@@ -2,23 +2,33 @@
 
 use std::path::Path;
 
-use super::any_device::empty_qcow2;
+use super::qcow2::Qcow2;
+
+/// The usual image, without data.
+fn usual(bytes: u64) -> Qcow2<'static> {
+    Qcow2 {
+        version: 3,
+        cluster_bits: 16,
+        refcount_order: 4,
+        disk_bytes: bytes,
+        backing: None,
+        clusters: &[],
+    }
+}
+
+/// A qcow2 image without data.
+pub(super) fn empty_qcow2(bytes: u64) -> Vec<u8> {
+    usual(bytes).file()
+}
 
 /// A qcow2 image without data over a raw file at an absolute path.
-pub(crate) fn qcow2_over(backing: &Path, bytes: u64) -> Vec<u8> {
-    const FORMAT: u32 = 0xe279_2aca;
-    const NAME_AT: usize = 4096;
-    let mut image = empty_qcow2(bytes);
-    let name = backing.as_os_str().as_encoded_bytes();
-    let mut write = |at: usize, value: &[u8]| image[at..][..value.len()].copy_from_slice(value);
-    write(8, &(NAME_AT as u64).to_be_bytes());
-    write(16, &(name.len() as u32).to_be_bytes());
-    // The header's only extension.
-    write(104, &FORMAT.to_be_bytes());
-    write(108, &3_u32.to_be_bytes());
-    write(112, b"raw");
-    write(NAME_AT, name);
-    image
+pub(super) fn qcow2_over(backing: &Path, bytes: u64) -> Vec<u8> {
+    let path = backing.to_str().expect("temporary paths are UTF-8");
+    let image = Qcow2 {
+        backing: Some((path, "raw")),
+        ..usual(bytes)
+    };
+    image.file()
 }
 
 /// The footer of a VHD for a disk of this size.

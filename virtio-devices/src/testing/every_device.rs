@@ -5,9 +5,8 @@ use std::sync::{Arc, Mutex};
 
 use tempfile::NamedTempFile;
 
-use super::any_device::empty_qcow2;
 use super::conformance;
-use super::disk_images::{qcow2_over, vhd_footer};
+use super::disk_images::{empty_qcow2, qcow2_over, vhd_footer};
 use crate::balloon::{Balloon, BalloonParams};
 use crate::block::{Block, BlockParams, EngineChoice, ImageFormat};
 use crate::fs::{Fs, FsParams};

@@ -61,8 +61,8 @@ pub(super) const TARGETS: &[Target] = &[
             "virtio-devices/src/watchdog.rs",
         ],
         &[
-            "virtio-devices/src/block/container/chain.rs",
-            "virtio-devices/src/block/container/vhd.rs",
+            "virtio-devices/src/block/any_image.rs",
+            "virtio-devices/src/block/container/",
             "virtio-devices/src/block/resize.rs",
             "virtio-devices/src/console/endpoint.rs",
             "virtio-devices/src/mem/handle.rs",
@@ -98,6 +98,17 @@ pub(super) const TARGETS: &[Target] = &[
             "vmm/src/api/body.rs",
             "vmm/src/api/http/framing.rs",
             "vmm/src/config/",
+        ],
+        &[],
+    ),
+    target(
+        "image",
+        &[
+            "virtio-devices/src/block/container/",
+            "virtio-devices/src/block/engine/calls.rs",
+            "virtio-devices/src/block/engine/sync.rs",
+            "virtio-devices/src/block/format.rs",
+            "virtio-devices/src/block/image.rs",
         ],
         &[],
     ),

@@ -123,6 +123,14 @@ pub enum Qcow2Error {
         /// The entry.
         entry: u64,
     },
+    /// The header or a table is not counted as used.
+    #[error(
+        "the reference counts take the header or a table at byte {offset:#x} for free space; repair them with \"qemu-img check -r all\""
+    )]
+    Uncounted {
+        /// The cluster that is not counted.
+        offset: u64,
+    },
     /// Writing an image with internal snapshots is not supported.
     #[error(
         "the image has internal snapshots ({0}) and can only be read (readonly=on); to write it, delete them with \"qemu-img snapshot -d\""

@@ -25,6 +25,8 @@ const L1_BYTES_MAX: u64 = 32 << 20;
 const REFCOUNT_TABLE_BYTES_MAX: u64 = 8 << 20;
 const BACKING_NAME_BYTES_MAX: u32 = 1023;
 const REFCOUNT_ORDER_MAX: u32 = 6;
+/// Counts of version 2 have 16 bits.
+const V2_REFCOUNT_ORDER: u32 = 4;
 /// The reader keeps so many clusters of L2 tables and reference counts in memory.
 const CACHED_CLUSTERS: u64 = 128 + 32;
 /// Bytes of an entry of both tables.
@@ -72,6 +74,8 @@ pub(super) struct Header {
     pub(super) l1: Range<u64>,
     /// Where the table of the blocks of reference counts is.
     refcounts: Range<u64>,
+    /// Bits of each count.
+    refcount_bits: u64,
     /// Number of internal snapshots.
     snapshots: u32,
     pub(super) cluster_bytes: u64,
@@ -109,8 +113,42 @@ impl Header {
         let range = &header.refcounts;
         let mut table = vec![0; (range.end - range.start) as usize];
         read_up_to(file, &mut table, range.start)?;
-        let checked = check_refcounts(&table, header.cluster_bytes, file_bytes);
-        Ok(checked.map(|()| header))
+        if let Err(error) = check_refcounts(&table, header.cluster_bytes, file_bytes) {
+            return Ok(Err(error));
+        }
+        let uncounted = header.uncounted(file, &table)?;
+        Ok(match uncounted {
+            Some(offset) => Err(Qcow2Error::Uncounted { offset }),
+            None => Ok(header),
+        })
+    }
+
+    /// The first cluster of the header or of a table that is not counted as used. It would be taken for free space and
+    /// overwritten.
+    fn uncounted(&self, file: &File, table: &[u8]) -> io::Result<Option<u64>> {
+        let cluster = self.cluster_bytes;
+        let per_block = cluster * 8 / self.refcount_bits;
+        for range in [0..cluster, self.l1.clone(), self.refcounts.clone()] {
+            for number in range.start / cluster..range.end.div_ceil(cluster) {
+                let entry = (number / per_block) as usize * ENTRY_BYTES as usize;
+                let block = match table.get(entry..entry + ENTRY_BYTES as usize) {
+                    Some(entry) => be_u64(entry, 0),
+                    None => 0,
+                };
+                let bit = number % per_block * self.refcount_bits;
+                let mut count = [0; size_of::<u64>()];
+                let count = &mut count[..self.refcount_bits.div_ceil(8) as usize];
+                read_up_to(file, count, block + bit / 8)?;
+                if self.refcount_bits < 8 {
+                    // Several counts in a byte, the first one at its low end.
+                    count[0] &= ((1 << self.refcount_bits) - 1) << (bit % 8);
+                }
+                if block == 0 || count.iter().all(|byte| *byte == 0) {
+                    return Ok(Some(number * cluster));
+                }
+            }
+        }
+        Ok(None)
     }
 
     /// Checks the header in the first cluster of the image. `front` has at least [`V3_BYTES`].
@@ -127,9 +165,10 @@ impl Header {
             return Err(Qcow2Error::Encrypted);
         }
         let mut header_bytes = V2_BYTES;
+        let mut refcount_order = V2_REFCOUNT_ORDER;
         if version == 3 {
             incompatible(be_u64(front, 72))?;
-            field(front, 96, "refcount_order", |order| {
+            refcount_order = field(front, 96, "refcount_order", |order| {
                 order <= REFCOUNT_ORDER_MAX
             })?;
             header_bytes = field(front, 100, "header_length", |bytes| {
@@ -175,6 +214,7 @@ impl Header {
             backing: backing_name.map(|path| Backing { path, format }),
             l1: l1.range(),
             refcounts: refcounts.range(),
+            refcount_bits: 1 << refcount_order,
             snapshots: be_u32(front, 60),
             cluster_bytes: cluster,
             l2_covers,
@@ -432,6 +472,52 @@ mod tests {
         for entry in [cluster, 2 * cluster + 512, 4 * cluster, u64::MAX] {
             let expected = Err(Qcow2Error::Refcounts { entry });
             assert_eq!(check(&[cluster, 0, entry]), expected);
+        }
+    }
+
+    /// The search for free clusters would never end, or take the header for free space.
+    #[test]
+    fn header_and_tables_that_are_not_counted_are_rejected() {
+        const CLUSTER: u64 = 512;
+        let read = |bytes: &[u8], writable| {
+            let mut file = tempfile::tempfile().unwrap();
+            std::io::Write::write_all(&mut file, bytes).unwrap();
+            Header::read(&file, bytes.len() as u64, writable).unwrap()
+        };
+        for refcount_order in 0..=REFCOUNT_ORDER_MAX {
+            let image = crate::testing::qcow2::Qcow2 {
+                version: 3,
+                cluster_bits: 9,
+                refcount_order,
+                disk_bytes: 64 << 10,
+                backing: None,
+                clusters: &[],
+            };
+            let sound = image.file();
+            let header = read(&sound, true).expect("it is sound");
+            // The first entry of the table, and the count of each cluster.
+            let mut without_block = sound.clone();
+            without_block[CLUSTER as usize..][..8].fill(0);
+            assert_eq!(
+                read(&without_block, true),
+                Err(Qcow2Error::Uncounted { offset: 0 })
+            );
+            assert_eq!(read(&without_block, false), Ok(header.clone()));
+            for cluster in [0, 1, header.l1.start / CLUSTER] {
+                let mut damaged = sound.clone();
+                let bit = cluster << refcount_order;
+                let byte = match refcount_order {
+                    0..3 => bit / 8,
+                    _ => ((cluster + 1) << refcount_order) / 8 - 1,
+                };
+                damaged[(2 * CLUSTER + byte) as usize] ^= 1 << (bit % 8);
+                let offset = cluster * CLUSTER;
+                assert_eq!(
+                    read(&damaged, true),
+                    Err(Qcow2Error::Uncounted { offset }),
+                    "{refcount_order}"
+                );
+            }
         }
     }
 

@@ -1,0 +1,9 @@
+//! Any disk image, with damage or without, and any operations on it.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use virtio_devices::block::any_image::run;
+
+fuzz_target!(|bytes: &[u8]| {
+    let _seen = run(bytes);
+});
