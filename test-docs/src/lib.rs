@@ -7,6 +7,8 @@ mod blocks;
 #[cfg(test)]
 mod figures;
 mod links;
+#[cfg(test)]
+mod named_tests;
 mod words;
 
 use std::fs;

@@ -138,6 +138,17 @@ mod tests {
     }
 
     #[test]
+    fn release_builds_check_arithmetic() {
+        let manifest = crate::paths::workspace().join("Cargo.toml");
+        let text = std::fs::read_to_string(manifest).unwrap();
+        let profile = text
+            .split("\n[")
+            .find(|part| part.starts_with("profile.release]"));
+        let mut lines = profile.expect("a profile").lines();
+        assert!(lines.any(|line| line == "overflow-checks = true"));
+    }
+
+    #[test]
     fn package_that_is_compiled_is_read_from_cargos_messages() {
         let line = r#"{"reason":"compiler-artifact","package_id":"a#1.0","fresh":true}"#;
         assert_eq!(finished_package(line), Some("a#1.0".into()));

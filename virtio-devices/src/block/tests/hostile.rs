@@ -4,6 +4,7 @@
 use super::*;
 use crate::WorkerError;
 use crate::testing::{Desc, NEXT, WRITE};
+use vm_memory::GuestAddress;
 
 /// Sends a raw chain and checks that a valid request works afterwards.
 fn survive(descs: &[Desc], expect_used_len: u32) {
@@ -195,5 +196,47 @@ fn image_that_shrinks_is_an_io_error_not_a_hang() {
         file.as_file().set_len(512).unwrap();
         assert_eq!(rig.read(8, 4096).0, S_IOERR);
         assert_eq!(rig.counter("io_errors"), 1);
+    }
+}
+
+/// Another process has truncated the image in the middle of a read.
+#[test]
+fn read_of_a_truncated_image_is_an_error_and_fills_nothing() {
+    for engine in ENGINES {
+        for direct in [false, true] {
+            let file = image(16);
+            let block = Block::new(BlockParams {
+                engine,
+                direct,
+                ..params(&file)
+            });
+            let block = match block {
+                Err(BlockError::NoDirectIo { .. }) => {
+                    test_skip::skip("the temporary directory has no direct I/O");
+                    continue;
+                }
+                block => block.expect("a sound image"),
+            };
+            let features = crate::VirtioDevice::features(&block);
+            let mut rig = Rig::with_features(block, features);
+            let ram = rig.harness.ram.clone();
+            let aligned = ram.alloc(8192, 4096);
+            file.as_file().set_len(12 * 512).expect("files can shrink");
+            // Aligned for direct I/O, and not.
+            for skew in [0, 3] {
+                let buffer = GuestAddress(aligned.0 + skew);
+                ram.write(buffer, &[0xee; 8 * 512]);
+                let (_, _, status) = rig.send(&[
+                    Segment::Readable(&header(0, 8)),
+                    Segment::WritableAt(buffer, 8 * 512),
+                ]);
+                assert_eq!(status, S_IOERR, "{engine:?}, direct: {direct}, {skew}");
+                let rest = ram.read(GuestAddress(buffer.0 + 4 * 512), 4 * 512);
+                // The kernel reads whole blocks of the file system into an aligned buffer.
+                let is_kernels = direct && skew == 0;
+                let is_unchanged = rest.iter().all(|byte| *byte == 0xee);
+                assert!(is_kernels || is_unchanged, "filled with zeros");
+            }
+        }
     }
 }
