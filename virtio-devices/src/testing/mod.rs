@@ -27,6 +27,7 @@ pub mod fuzz_input;
 mod handler;
 mod host_iommu;
 mod interrupt;
+pub mod pauses;
 pub(crate) mod qcow2;
 mod queue;
 mod ram;

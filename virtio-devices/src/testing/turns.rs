@@ -5,17 +5,17 @@ use std::sync::{Arc, Mutex};
 use vm_memory::GuestAddress;
 
 use super::handler::HandlerHarness;
-use super::queue::{Desc, INDIRECT, NEXT, WRITE};
+use super::queue::{Desc, DriverQueue, INDIRECT, NEXT, WRITE};
 use super::ram::TestRam;
 use crate::device::{QueueHandler, VirtioDevice};
 use crate::worker::Work;
 
-const RAM_BYTES: usize = 64 << 20;
+pub(super) const RAM_BYTES: usize = 64 << 20;
 /// Descriptors of the longest possible indirect table.
-const TABLE_ENTRIES: u16 = u16::MAX;
+pub(super) const TABLE_ENTRIES: u16 = u16::MAX;
 /// Address of a worst-case table, and of its buffers. Rings are below.
 const TABLE_AT: u64 = 32 << 20;
-const DATA_AT: u64 = 34 << 20;
+pub(super) const DATA_AT: u64 = 34 << 20;
 const DATA_BYTES: u64 = 16 << 20;
 /// Number of chains on each queue: their length matters, not their number.
 const CHAINS: u16 = 8;
@@ -38,8 +38,8 @@ const ALLOCATION_BYTES_MAX: usize = 8 << 20;
 
 /// The content of the driver's rings.
 #[derive(Debug, Clone, Copy)]
-struct Ring {
-    name: &'static str,
+pub(super) struct Ring {
+    pub(super) name: &'static str,
     /// Length of each descriptor but the first.
     len: u32,
     /// Flag of the second half of the table, if any: the first half is readable.
@@ -48,7 +48,7 @@ struct Ring {
     stride: u64,
 }
 
-const RINGS: [Ring; 5] = [
+pub(super) const RINGS: [Ring; 5] = [
     Ring {
         name: "empty readable descriptors",
         len: 0,
@@ -202,7 +202,7 @@ fn used(harness: &mut HandlerHarness<Box<dyn QueueHandler>>, queues: &[u16]) -> 
     used.collect()
 }
 
-fn write_table(ram: &TestRam, ring: Ring, entries: u16) {
+pub(super) fn write_table(ram: &TestRam, ring: Ring, entries: u16) {
     let descs = (0..entries).flat_map(|at| {
         let last = at + 1 == entries;
         let later = at >= entries / 2;
@@ -220,11 +220,16 @@ fn write_table(ram: &TestRam, ring: Ring, entries: u16) {
 fn fill(harness: &mut HandlerHarness<Box<dyn QueueHandler>>, index: u16, entries: u16) {
     let queue = harness.queue(index);
     for _ in 0..queue.size() {
-        queue.push_raw(&[Desc {
-            addr: TABLE_AT,
-            len: u32::from(entries) * Desc::BYTES as u32,
-            flags: INDIRECT,
-            next: 0,
-        }]);
+        push_table(queue, entries);
     }
+}
+
+/// Offers the table as a chain.
+pub(super) fn push_table(queue: &mut DriverQueue, entries: u16) {
+    queue.push_raw(&[Desc {
+        addr: TABLE_AT,
+        len: u32::from(entries) * Desc::BYTES as u32,
+        flags: INDIRECT,
+        next: 0,
+    }]);
 }

@@ -1,0 +1,23 @@
+//! Prints the longest pause of each device behind the worst rings that it takes.
+//!
+//! `cargo bench -p virtio-devices --features test-utils --bench pause`
+
+use virtio_devices::testing::pauses::measure;
+
+/// By how much a device may delay a pause, in addition to one system call.
+const LIMIT_MS: f64 = 50.0;
+
+fn main() {
+    let mut longest_ms: f64 = 0.0;
+    measure(|pause| {
+        let ms = pause.longest.as_secs_f64() * 1e3;
+        let mark = if ms > LIMIT_MS {
+            "  <-- above 50 ms"
+        } else {
+            ""
+        };
+        println!("{ms:8.2} ms  {}, {}{mark}", pause.device, pause.ring);
+        longest_ms = longest_ms.max(ms);
+    });
+    println!("{longest_ms:8.2} ms  at most");
+}
