@@ -1,7 +1,5 @@
 //! Disk images in other formats than raw, made without QEMU.
 
-use std::path::Path;
-
 use super::qcow2::Qcow2;
 
 /// The usual image, without data.
@@ -22,7 +20,8 @@ pub(super) fn empty_qcow2(bytes: u64) -> Vec<u8> {
 }
 
 /// A qcow2 image without data over a raw file at an absolute path.
-pub(super) fn qcow2_over(backing: &Path, bytes: u64) -> Vec<u8> {
+#[cfg(test)]
+pub(super) fn qcow2_over(backing: &std::path::Path, bytes: u64) -> Vec<u8> {
     let path = backing.to_str().expect("temporary paths are UTF-8");
     let image = Qcow2 {
         backing: Some((path, "raw")),

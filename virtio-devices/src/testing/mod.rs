@@ -18,7 +18,6 @@ mod conformance;
 mod conformance_checks;
 mod conformance_iommu;
 mod conformance_state;
-#[cfg(test)]
 pub(crate) mod disk_images;
 mod driver;
 #[cfg(test)]
