@@ -1,6 +1,7 @@
 //! Code blocks of a Markdown file.
 
-use crate::{Command, words};
+use crate::command::Command;
+use crate::words;
 
 /// A fenced or indented code block.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -4,6 +4,7 @@
 //! covers. A code block whose commands cannot be checked has `<!-- not run: REASON -->` on the line before it.
 
 mod blocks;
+mod command;
 #[cfg(test)]
 mod figures;
 mod links;
@@ -15,6 +16,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 pub use blocks::{Block, blocks};
+pub use command::Command;
 pub use links::{anchors, links};
 
 /// Programs whose tests parse every command in the documentation.
@@ -25,42 +27,6 @@ pub const CHECKED_PROGRAMS: &[&str] = &[
     "ch-remote",
     "cloud-hypervisor",
 ];
-
-/// A command in the documentation.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Command {
-    /// File and line.
-    pub place: String,
-    /// Its words, without quotes; the first one is the program.
-    pub words: Vec<String>,
-}
-
-impl Command {
-    /// The command with placeholders filled in: `off|mainline` becomes `off`, `N` becomes `1`, text in brackets is
-    /// removed, a variable gets some value, and `…` becomes `omitted`.
-    #[must_use]
-    pub fn filled_in(&self, omitted: &[&str]) -> Vec<String> {
-        let mut filled = Vec::new();
-        let mut in_brackets = false;
-        for word in &self.words {
-            in_brackets |= word.starts_with('[');
-            if in_brackets {
-                in_brackets = !word.ends_with(']');
-                continue;
-            }
-            match word.as_str() {
-                "…" => filled.extend(omitted.iter().map(|&it| it.to_owned())),
-                "N" => filled.push("1".to_owned()),
-                _ if word.starts_with('$') => filled.push("value".to_owned()),
-                _ => {
-                    let first = word.split('|').next().unwrap_or_default();
-                    filled.push(first.trim_end_matches('…').to_owned());
-                }
-            }
-        }
-        filled
-    }
-}
 
 /// The root of the repository.
 #[must_use]

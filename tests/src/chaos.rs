@@ -17,6 +17,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use strum::VariantArray as _;
 
+use crate::MIB;
 use crate::literal_client::request;
 use crate::migration::move_in_vain;
 use crate::random::Random;
@@ -29,7 +30,6 @@ const DISKS_PER_CLIENT: u64 = 2;
 /// Changes that each client makes while the guest makes one round, after the first of each kind.
 const ACTIONS_PER_ROUND: u64 = 16;
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
-const MIB: u64 = 1 << 20;
 /// Time for the guest to release devices and processors.
 const SETTLE_DEADLINE: Duration = Duration::from_secs(300);
 /// Another client may have resumed the machine, and the test may be rebooting or moving it. Upstream's status for that is

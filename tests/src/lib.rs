@@ -10,6 +10,7 @@ pub mod descriptors;
 pub mod ended;
 pub mod fleet;
 pub mod huge_pages;
+mod idle;
 pub mod linux;
 pub mod literal_client;
 pub mod mappings;
@@ -24,3 +25,6 @@ pub mod serial;
 pub mod shared;
 pub mod vmm;
 pub mod wait;
+
+/// A mebibyte, in bytes.
+pub const MIB: u64 = 1 << 20;

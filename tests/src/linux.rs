@@ -9,9 +9,18 @@ use anyhow::{Context, Result, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
+use crate::idle::Idle;
+use crate::paths;
 use crate::serial::Serial;
 use crate::vmm::{PROCESS_DEADLINE, Vmm};
-use crate::{paths, shared};
+
+/// The guest that no test uses now.
+pub(crate) static IDLE: Idle<Guest> = Idle::new();
+
+/// Ends the idle guest.
+pub fn end_idle() {
+    IDLE.end();
+}
 
 /// Time from the start of the VMM to the guest's init, under emulation on a busy machine.
 pub const BOOT_DEADLINE: Duration = Duration::from_secs(120);
@@ -119,7 +128,7 @@ impl Machine<'_> {
     /// # Errors
     /// The VMM did not come up.
     pub fn start_with(&self, set_up: impl FnOnce(&mut Command)) -> Result<Vmm> {
-        shared::end_idle();
+        end_idle();
         let arguments = self.vmm_arguments()?;
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         let mut vmm = match self.vmm {

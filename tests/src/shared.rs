@@ -5,11 +5,9 @@
 //! form a group, see [`crate::outcome::group`].
 
 use anyhow::{Context, Result, ensure};
-use parking_lot::Mutex;
 
-use crate::linux::{Guest, Machine};
-
-static IDLE: Idle<Guest> = Idle::new();
+pub use crate::linux::end_idle;
+use crate::linux::{Guest, IDLE, Machine};
 
 impl Machine<'_> {
     /// Runs `work` with a booted guest. `work` must leave the guest as it found it, because the next test may get the same
@@ -46,67 +44,5 @@ impl Machine<'_> {
 
     fn as_text(&self) -> String {
         format!("{self:?}")
-    }
-}
-
-/// Ends the idle guest.
-pub fn end_idle() {
-    IDLE.end();
-}
-
-/// At most one idle guest, and the machine that it runs on as text. Guests are dropped without the lock, because ending a
-/// VMM takes time.
-#[derive(Debug)]
-struct Idle<T>(Mutex<Option<(String, T)>>);
-
-impl<T> Idle<T> {
-    const fn new() -> Self {
-        Self(Mutex::new(None))
-    }
-
-    /// The idle guest, if it runs on this machine. Any other is ended.
-    fn take(&self, machine: &str) -> Option<T> {
-        let idle = self.0.lock().take();
-        let same = idle.filter(|(other, _)| other == machine);
-        same.map(|(_, guest)| guest)
-    }
-
-    /// Keeps a guest instead of the one that is idle.
-    fn put(&self, machine: String, guest: T) {
-        let replaced = self.0.lock().replace((machine, guest));
-        drop(replaced);
-    }
-
-    fn end(&self) {
-        let idle = self.0.lock().take();
-        drop(idle);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::rc::Rc;
-
-    use super::Idle;
-
-    #[test]
-    fn idle_guest_is_for_its_machine_and_ends_before_another_starts() {
-        let guest = Rc::new(());
-        let is_ended = || Rc::strong_count(&guest) == 1;
-        let idle = Idle::new();
-        idle.put("plain".to_owned(), Rc::clone(&guest));
-        assert!(idle.take("plain").is_some_and(|it| Rc::ptr_eq(&it, &guest)));
-        assert!(idle.take("plain").is_none());
-
-        idle.put("plain".to_owned(), Rc::clone(&guest));
-        assert!(idle.take("balloon").is_none());
-        assert!(is_ended());
-
-        idle.put("plain".to_owned(), Rc::clone(&guest));
-        idle.put("balloon".to_owned(), Rc::default());
-        assert!(is_ended());
-        idle.put("plain".to_owned(), Rc::clone(&guest));
-        idle.end();
-        assert!(is_ended());
     }
 }

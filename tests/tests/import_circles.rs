@@ -15,22 +15,10 @@ use quote::ToTokens as _;
 use serde_json::Value;
 use syn::{Attribute, Item, UseTree, Visibility};
 
-use crate::crate_borders::{metadata, package_name};
+use crate::crate_borders::metadata;
 
 /// Maximum number of imports that are followed from one name; some import each other with `*`.
 const IMPORTS_MAX: usize = 16;
-
-/// Crates that are not part of the product.
-const TOOLS: &[&str] = &[
-    "integration-tests",
-    "generated-client",
-    "guest-programs",
-    "test-alloc",
-    "test-docs",
-    "test-server",
-    "test-skip",
-    "xtask",
-];
 
 /// A path as it is written: `crate::queue::Chain` is three names.
 type Names = Vec<String>;
@@ -383,19 +371,16 @@ fn describe_circles(root: &Path) -> Result<String> {
     Ok(text)
 }
 
-/// The first file of every library and program of the product.
+/// The first file of every library and program of the workspace.
 fn roots() -> Result<Vec<PathBuf>> {
     let metadata = metadata()?;
-    let packages = metadata["packages"].as_array().context("packages")?;
-    let packages = packages
-        .iter()
-        .filter(|it| !TOOLS.contains(&package_name(it).as_str()));
+    let packages = metadata["packages"].as_array().context("packages")?.iter();
     let targets = packages.filter_map(|it| it["targets"].as_array()).flatten();
-    let is_product = |target: &&Value| {
+    let is_code = |target: &&Value| {
         let mut kinds = target["kind"].as_array().into_iter().flatten();
         kinds.any(|kind| kind == "lib" || kind == "bin" || kind == "proc-macro")
     };
-    let roots = targets.filter(is_product);
+    let roots = targets.filter(is_code);
     let roots = roots.filter_map(|it| it["src_path"].as_str());
     Ok(roots.map(PathBuf::from).collect())
 }

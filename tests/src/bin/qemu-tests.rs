@@ -6,13 +6,13 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use integration_tests::MIB;
 use integration_tests::outcome::{self, Outcome};
 use integration_tests::qemu::QemuGuest;
 use integration_tests::wait::wait_for;
 use integration_tests::{paths, tests};
 use serde_json::{Value, json};
 
-const MIB: u64 = 1 << 20;
 /// Generous, because mainline's tracker needs seconds, and machines are busy.
 const DEADLINE: Duration = Duration::from_secs(180);
 

@@ -10,8 +10,9 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
+use super::build::{TRIPLE, build, corpus};
+use super::seeds;
 use super::targets::Target;
-use super::{TRIPLE, build, corpus, seeds};
 use crate::apt::{self, Need};
 use crate::paths;
 

@@ -7,23 +7,23 @@
 //! A canary runs before each target: a false assertion about the same code, with the same committed inputs. If the
 //! fuzzer does not refute it, the target reaches too little code, and its silence means nothing.
 
+mod build;
 mod coverage;
 mod seeds;
 mod targets;
 
-use std::fs;
 use std::io::{BufRead as _, BufReader};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 
 use crate::apt::{self, Need};
-use crate::{cargo, paths};
+use crate::paths;
+use build::{build, corpus};
 use targets::{TARGETS, Target};
 
-const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 /// The flags of cargo-fuzz, except those that need nightly. Debug assertions are enabled, because they are checks as
 /// well.
 const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module \
@@ -117,39 +117,6 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
-}
-
-/// Builds programs in a folder of the target directory; returns their locations.
-fn build<'a>(
-    folder: &str,
-    flags: &str,
-    optimize: bool,
-    programs: impl Iterator<Item = &'a str>,
-) -> Result<PathBuf> {
-    let folder = paths::target().join(folder);
-    let mut command = cargo::command(["build", "--target", TRIPLE]);
-    command.args(optimize.then_some("--release"));
-    for program in programs {
-        command.args(["--bin", program]);
-    }
-    let status = command
-        .arg("--manifest-path")
-        .arg(paths::workspace().join("fuzz/Cargo.toml"))
-        .arg("--target-dir")
-        .arg(&folder)
-        .env("RUSTFLAGS", flags)
-        .status()
-        .context("starting cargo")?;
-    ensure!(status.success(), "the fuzz targets do not build");
-    let profile = if optimize { "release" } else { "debug" };
-    Ok(folder.join(TRIPLE).join(profile))
-}
-
-/// The folder with the inputs that runs on this machine have found.
-fn corpus(target: &str) -> Result<PathBuf> {
-    let folder = paths::target().join("fuzz/corpus").join(target);
-    fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
-    Ok(folder)
 }
 
 /// Whether the false assertion was refuted, from the committed inputs and for the right reason.

@@ -1,10 +1,10 @@
 //! The demonstration as a chart: one line per sample in the terminal, and an SVG at the end.
 
+use integration_tests::MIB;
 use integration_tests::chart::Chart;
 
 use crate::recording::{Outcome, Phase, Recording, Sample};
 
-const MIB: u64 = 1 << 20;
 const BAR_COLUMNS: u64 = 50;
 
 /// One sample as a bar of host memory in use.

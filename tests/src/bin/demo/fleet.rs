@@ -8,12 +8,12 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use integration_tests::MIB;
 use integration_tests::control_group::Group;
 use integration_tests::fleet::Agent;
 use integration_tests::linux::{Guest, Machine};
 use integration_tests::wait::wait_for;
 
-const MIB: u64 = 1 << 20;
 const NAMES: [&str; 3] = ["web", "build", "database"];
 /// Memory of each guest; 1536 MiB together.
 const GUEST_MIB: u64 = 512;

@@ -15,13 +15,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use fleet::Then;
+use integration_tests::MIB;
 use integration_tests::linux::{Guest, Machine};
 use integration_tests::paths;
 use integration_tests::vmm::Vmm;
 use recording::{Phase, Recording, Sample};
 use screen::Screen;
 
-const MIB: u64 = 1 << 20;
 /// Memory of the guest, and memory that it touches and frees.
 const GUEST_BYTES: u64 = 1024 * MIB;
 const TOUCH_BYTES: u64 = 700 * MIB;

@@ -9,16 +9,17 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use integration_tests::MIB;
 use serde::Serialize;
 use serde_json::json;
 
+use crate::chart;
 use crate::host::Host;
+use crate::outcome::Outcome;
 use crate::plan::Burst;
 use crate::recorder::{Recorder, Sample};
 use crate::turns::{Progress, Turner};
-use crate::{Outcome, chart};
 
-const MIB: u64 = 1 << 20;
 /// Range of intervals in which the shortest is searched, and precision of the search.
 const INTERVAL_MS_MIN: f64 = 500.0;
 const INTERVAL_MS_MAX: f64 = 32_000.0;

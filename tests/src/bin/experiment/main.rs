@@ -8,17 +8,16 @@
 mod burst;
 mod chart;
 mod host;
+mod outcome;
 mod overcommit;
 mod patience;
 mod plan;
 mod recorder;
 mod turns;
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use serde_json::Value;
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -35,31 +34,5 @@ fn main() -> Result<()> {
     match outcome.fault {
         Some(fault) => bail!("{fault}"),
         None => Ok(()),
-    }
-}
-
-/// The outcome of an experiment.
-struct Outcome {
-    /// File name without extension.
-    name: String,
-    /// The figures.
-    figures: Value,
-    /// The curves.
-    svg: String,
-    /// The closing line.
-    sentence: String,
-    /// The reason, if it failed.
-    fault: Option<String>,
-}
-
-impl Outcome {
-    fn write(&self, folder: &Path) -> Result<()> {
-        fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-        let json = serde_json::to_string_pretty(&self.figures)?;
-        for (extension, text) in [("json", &json), ("svg", &self.svg)] {
-            let path = folder.join(format!("{}.{extension}", self.name));
-            fs::write(&path, text).with_context(|| path.display().to_string())?;
-        }
-        Ok(())
     }
 }

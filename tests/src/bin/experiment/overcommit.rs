@@ -8,16 +8,16 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Error, Result};
+use integration_tests::MIB;
 use integration_tests::linux::Guest;
 use serde::Serialize;
 use serde_json::json;
 
 use crate::host::{Host, OOM_SCORE_ADJ_DEFAULT};
+use crate::outcome::Outcome;
 use crate::plan::Overcommit;
 use crate::recorder::Recorder;
-use crate::{Outcome, chart, patience};
-
-const MIB: u64 = 1 << 20;
+use crate::{chart, patience};
 
 /// A host with less than this share available has no memory for the next guest.
 const SHORT_SHARE: u64 = 32;

@@ -6,7 +6,8 @@ use integration_tests::wait::wait_for;
 use serde_json::Value;
 
 use super::fake_vm::FakeVm;
-use super::fleet::{Answer, DEADLINE, Fleet, HOSTS, MEMBERS, PLACES};
+use super::fleet::{Answer, Fleet, HOSTS, MEMBERS, PLACES};
+use super::node::DEADLINE;
 
 /// Time limit of a placer that must succeed, seconds.
 const PATIENT: u64 = 60;

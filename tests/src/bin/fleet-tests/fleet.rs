@@ -4,7 +4,6 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use integration_tests::wait::wait_for;
@@ -12,10 +11,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use super::network::Network;
-use super::node::Node;
+use super::node::{DEADLINE, Node};
 
-/// Generous, because test machines are shared.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(150);
 /// Members of the store.
 pub(crate) const MEMBERS: usize = 3;
 /// Hosts.

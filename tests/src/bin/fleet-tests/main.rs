@@ -18,10 +18,7 @@ use anyhow::{Context as _, Result, anyhow};
 use integration_tests::outcome::{self, Outcome, Test};
 
 use fleet::Fleet;
-use network::Network;
-
-/// Set for the copy of this program that runs in its own network namespace.
-const INSIDE: &str = "FLEET_TESTS_INSIDE";
+use network::{INSIDE, Network};
 
 type Case = fn(&mut Fleet) -> Result<Outcome>;
 

@@ -4,6 +4,8 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
+/// Set for the copy of this program that runs in its own network namespace.
+pub(crate) const INSIDE: &str = "FLEET_TESTS_INSIDE";
 /// The bridge's own address, in this program's namespace.
 const HERE: &str = "10.77.0.1/24";
 
@@ -16,7 +18,7 @@ pub(crate) struct Network {
 impl Network {
     /// Creates the bridge in the namespace of this program.
     pub(crate) fn new() -> Result<Self> {
-        if std::env::var_os(super::INSIDE).is_none() {
+        if std::env::var_os(INSIDE).is_none() {
             bail!("unshare --net is not allowed");
         }
         ip("link set lo up")?;

@@ -4,10 +4,14 @@ use std::fs::File;
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
 use super::network::{Network, run, set_link};
+
+/// Generous, because test machines are shared.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(150);
 
 /// A member or an agent.
 #[derive(Debug)]
@@ -99,7 +103,7 @@ impl Drop for Node {
 fn own_namespace(pid: u32) -> Result<()> {
     let of = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net"));
     let here = of("self").context("reading the namespace")?;
-    integration_tests::wait::wait_for("a namespace", super::fleet::DEADLINE, || {
+    integration_tests::wait::wait_for("a namespace", DEADLINE, || {
         let there = of(&pid.to_string()).context("reading the namespace")?;
         Ok((there != here).then_some(()))
     })

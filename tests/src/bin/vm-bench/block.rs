@@ -1,10 +1,10 @@
 //! Throughput of a disk: direct I/O of the guest on an image in TMPDIR, which is in memory in an emulated host.
 
 use anyhow::Result;
+use integration_tests::MIB;
 use integration_tests::linux::Machine;
 use serde_json::{Value, json};
 
-use crate::MIB;
 use crate::cases::Cases;
 use crate::subject::Subject;
 use crate::timed_work::TimedWork;

@@ -27,8 +27,6 @@ use serde_json::{Value, json};
 use options::{Asked, Options};
 use subject::Subject;
 
-const MIB: u64 = 1 << 20;
-
 /// A figure that a name on the command line selects.
 struct Figure {
     name: &'static str,

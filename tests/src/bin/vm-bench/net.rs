@@ -6,10 +6,10 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use integration_tests::MIB;
 use integration_tests::linux::{Guest, Machine};
 use serde_json::{Value, json};
 
-use crate::MIB;
 use crate::cases::Cases;
 use crate::subject::Subject;
 use crate::timed_work::TimedWork;

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use api::Client;
+use integration_tests::MIB;
 use integration_tests::adopters::{Conversation, Request};
 use integration_tests::descriptors::{inherit, open_tap, open_terminal};
 use integration_tests::linux::{BOOT_DEADLINE, Guest, Machine};
@@ -42,7 +43,6 @@ pub(crate) fn tests() -> Vec<Test> {
     ]
 }
 
-const MIB: u64 = 1 << 20;
 const GUEST_DEADLINE: Duration = Duration::from_secs(120);
 /// The port of the agent.
 const AGENT_PORT: u32 = 1024;

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use integration_tests::MIB;
 use integration_tests::linux::{Guest, Machine};
 use integration_tests::outcome::{Outcome, Test};
 use integration_tests::tests;
@@ -57,7 +58,6 @@ pub(crate) const REPORTING_PAIR: Machine<'_> = Machine {
     ..REPORTING
 };
 
-const MIB: u64 = 1 << 20;
 /// Mainline reports two seconds after a free, then a sixteenth every two seconds.
 pub(crate) const RECLAIM_DEADLINE: Duration = Duration::from_secs(120);
 

@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use integration_tests::MIB;
 use integration_tests::linux::{COMMAND_DEADLINE, Guest, Machine};
 use integration_tests::outcome::{Outcome, Test};
 use integration_tests::paths;
@@ -25,7 +26,6 @@ pub(crate) fn tests() -> Vec<Test> {
     ]
 }
 
-const MIB: u64 = 1 << 20;
 /// Memory that a guest touches and frees.
 const TOUCHED_BYTES: u64 = 200 * MIB;
 /// Time for a kernel with many drivers to start, and for systemd to start its services, under emulation on a busy

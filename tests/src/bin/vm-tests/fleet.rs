@@ -5,6 +5,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use integration_tests::MIB;
 use integration_tests::control_group::Group;
 use integration_tests::fleet::{Agent, vm};
 use integration_tests::linux::{Guest, Machine};
@@ -19,7 +20,6 @@ pub(crate) fn tests() -> Vec<Test> {
     ]
 }
 
-const MIB: u64 = 1 << 20;
 /// Six guests of 512 MiB, 3 GiB together.
 const GUESTS: usize = 6;
 /// Memory that each touches and frees, and memory that it then keeps: 2.4 GiB and 0.5 GiB together.

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use integration_tests::MIB;
 use integration_tests::linux::{Guest, Machine};
 use integration_tests::outcome::{Outcome, Test};
 use integration_tests::tests;
@@ -27,7 +28,6 @@ pub(crate) fn sharing() -> Vec<Test> {
     ]
 }
 
-const MIB: u64 = 1 << 20;
 /// Time for asynchronous actions of Linux: probing, reporting, releasing.
 const GUEST_DEADLINE: Duration = Duration::from_secs(120);
 

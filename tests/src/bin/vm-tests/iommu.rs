@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use integration_tests::MIB;
 use integration_tests::linux::{Guest, Machine};
 use integration_tests::outcome::{Outcome, Test};
 use integration_tests::vmm::PROCESS_DEADLINE;
@@ -18,7 +19,6 @@ pub(crate) fn tests() -> Vec<Test> {
     tests![debian_6_12_disks_behind_the_iommu_keep_data_come_and_go_and_are_saved]
 }
 
-const MIB: u64 = 1 << 20;
 /// Debian's first kernel with a driver for the IOMMU on x86.
 const KERNEL: &str = "debian-6.12/vmlinuz";
 

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::process::Stdio;
 
 use anyhow::{Result, ensure};
+use integration_tests::MIB;
 use integration_tests::descriptors::open_terminal;
 use integration_tests::linux::{BOOT_DEADLINE, Guest, Machine};
 use integration_tests::outcome::{Outcome, Test};
@@ -18,8 +19,6 @@ pub(crate) fn tests() -> Vec<Test> {
         serial_and_console_on_one_terminal_both_write,
     ]
 }
-
-const MIB: u64 = 1 << 20;
 
 fn nmi_and_a_resized_disk_reach_a_running_guest() -> Result<Outcome> {
     let folder = tempfile::tempdir()?;

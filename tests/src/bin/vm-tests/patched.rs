@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use integration_tests::MIB;
 use integration_tests::linux::{Guest, Machine};
 use integration_tests::outcome::{Outcome, Test};
 use integration_tests::wait::wait_for;
@@ -16,7 +17,6 @@ pub(crate) fn tests() -> Vec<Test> {
     ]
 }
 
-const MIB: u64 = 1 << 20;
 /// The patched kernel reports at once, but a busy machine is slow.
 const RECLAIM_DEADLINE: Duration = Duration::from_secs(120);
 

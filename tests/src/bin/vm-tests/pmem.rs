@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use integration_tests::MIB;
 use integration_tests::linux::{BOOT_DEADLINE, Guest, Machine};
 use integration_tests::outcome::{Outcome, Test};
 use integration_tests::vmm::Vmm;
@@ -20,7 +21,6 @@ pub(crate) fn tests() -> Vec<Test> {
     ]
 }
 
-const MIB: u64 = 1 << 20;
 /// Time for asynchronous actions of Linux: probing, releasing.
 const GUEST_DEADLINE: Duration = Duration::from_secs(120);
 

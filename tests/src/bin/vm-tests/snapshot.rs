@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, Result, ensure};
+use integration_tests::MIB;
 use integration_tests::linux::{BOOT_DEADLINE, Guest, Machine};
 use integration_tests::outcome::{Outcome, Test};
 use integration_tests::serial::Serial;
@@ -17,8 +18,6 @@ use crate::balloon::{RECLAIM_DEADLINE, figure};
 pub(crate) fn tests() -> Vec<Test> {
     tests![saved_guest_continues_with_its_memory_and_disk]
 }
-
-const MIB: u64 = 1 << 20;
 
 /// The guest from a snapshot of `first`, paused.
 pub(crate) fn restore(first: &Guest, url: &str) -> Result<Guest> {

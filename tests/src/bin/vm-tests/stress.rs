@@ -14,6 +14,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use integration_tests::MIB;
 use integration_tests::linux::{Guest, Machine};
 use integration_tests::outcome::{Outcome, Test};
 use integration_tests::random::{Random, fresh_seed};
@@ -34,7 +35,6 @@ pub(crate) fn tests() -> Vec<Test> {
     ]
 }
 
-const MIB: u64 = 1 << 20;
 const RAM_BYTES: u64 = 256 * MIB;
 /// Maximum memory of the churning threads.
 const CHURN_BYTES: u64 = 72 * MIB;

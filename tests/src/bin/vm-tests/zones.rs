@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use integration_tests::MIB;
 use integration_tests::linux::{COMMAND_DEADLINE, Guest, Machine};
 use integration_tests::outcome::{Outcome, Test};
 use integration_tests::tests;
@@ -32,7 +33,6 @@ pub(crate) fn tests() -> Vec<Test> {
     ]
 }
 
-const MIB: u64 = 1 << 20;
 const RECLAIM_DEADLINE: Duration = Duration::from_secs(120);
 
 fn stats(guest: &Guest) -> Result<Value> {

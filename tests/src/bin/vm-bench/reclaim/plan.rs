@@ -3,10 +3,10 @@
 use std::fmt;
 
 use anyhow::{Context, Result, bail, ensure};
+use integration_tests::MIB;
 use strum::VariantArray as _;
 
 const KIB: u64 = 1 << 10;
-const MIB: u64 = 1 << 20;
 const PAGE_BYTES: u64 = 4096;
 /// Smallest block that Linux reports by default (pageblock order 9).
 const REPORTED_BYTES_MIN: u64 = 2 * MIB;

@@ -4,6 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use integration_tests::MIB;
 use integration_tests::linux::{Guest, Machine};
 use integration_tests::wait::wait_for;
 use serde_json::Value;
@@ -11,7 +12,6 @@ use serde_json::Value;
 use super::plan::{Block, Combination, Way};
 use super::residency_trace::{Recording, ResidencyTrace, faults};
 
-const MIB: u64 = 1 << 20;
 const GUEST_BYTES: u64 = 1 << 30;
 /// Below the total memory that the guest reports when all unpluggable memory is plugged in.
 const GUEST_TOLD_BYTES: u64 = 900 * MIB;
