@@ -51,6 +51,7 @@ pub(super) const TARGETS: &[Target] = &[
         &[
             "virtio-devices/src/block/",
             "virtio-devices/src/console/",
+            "virtio-devices/src/dma_mapped.rs",
             "virtio-devices/src/iommu/",
             "virtio-devices/src/mem/",
             "virtio-devices/src/net/",

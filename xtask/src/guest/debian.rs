@@ -59,11 +59,12 @@ pub(crate) const GUEST_MODULES: [&str; 11] = [
     "ext4",
 ];
 
-/// Modules of guests that not every kernel has: Debian's 6.1 lacks the driver of the virtual IOMMU.
-const GUEST_MODULES_OPTIONAL: [&str; 1] = ["virtio_iommu"];
+/// Modules of guests that not every kernel has: Debian's 6.1 lacks the driver of the virtual IOMMU. NVMe is for assigned
+/// disks.
+const GUEST_MODULES_OPTIONAL: [&str; 2] = ["virtio_iommu", "nvme"];
 
-/// Modules of the emulated host: its root, its ports, its swap, KVM, networks of guests.
-pub(crate) const HOST_MODULES: [&str; 9] = [
+/// Modules of the emulated host: its root, its ports, its swap, KVM, networks of guests, devices for guests.
+pub(crate) const HOST_MODULES: [&str; 11] = [
     "virtio_pci",
     "virtio_console",
     "virtio_blk",
@@ -73,6 +74,8 @@ pub(crate) const HOST_MODULES: [&str; 9] = [
     "kvm_amd",
     "tun",
     "virtio_net",
+    "vfio_pci",
+    "vfio_iommu_type1",
 ];
 
 /// Folder of modules, and of the kernel, in newer packages.

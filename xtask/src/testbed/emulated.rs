@@ -55,6 +55,11 @@ const CONSOLE_BYTES_MAX: usize = 32 * 1024;
 /// Periodic ticks bound the loss to one tick.
 const OUTER_TIMERS: &str = " highres=off nohz=off";
 
+/// With interrupt remapping, without which VFIO gives no device away.
+const IOMMU: &str = "intel-iommu,intremap=on,caching-mode=on";
+/// Size of the disk that guests can drive.
+const ASSIGNABLE_BYTES: u64 = 1 << 30;
+
 /// All processor features that QEMU emulates except two: QEMU executes string instructions one iteration at a time, and
 /// without these features Linux clears 8 bytes per iteration instead of 1.
 const PROCESSOR: &str = "max,erms=off,fsrm=off";
@@ -80,6 +85,16 @@ pub(crate) fn run(job: &Job) -> Result<Outcome> {
         let device = "virtio-blk-pci,drive=swap,serial=swap";
         command.args(["-drive", &drive, "-device", device]);
     }
+    let disk = job.options.assignable;
+    let disk = disk.then(|| swap::nameless(ASSIGNABLE_BYTES)).transpose()?;
+    if let Some(disk) = &disk {
+        let drive = format!(
+            "if=none,id=nvme,format=raw,cache=unsafe,file={}",
+            fd_path(disk)
+        );
+        command.args(["-device", IOMMU, "-drive", &drive]);
+        command.args(["-device", "nvme,drive=nvme,serial=assignable"]);
+    }
     command.args(
         job.options
             .qemu
@@ -90,7 +105,7 @@ pub(crate) fn run(job: &Job) -> Result<Outcome> {
         job,
         command,
         initramfs: memfd(&initramfs)?,
-        swap,
+        files: swap.into_iter().chain(disk).collect(),
     };
     let incoming = saved.as_ref().and_then(SavedHost::incoming);
     if let (Some(saved), Some(incoming)) = (&saved, incoming) {
@@ -108,7 +123,8 @@ pub(crate) fn run(job: &Job) -> Result<Outcome> {
 /// Whether a saved host can be used: additional devices may not be savable, and counted runs and shown consoles must
 /// begin at boot.
 fn can_be_saved(options: &Options) -> bool {
-    !options.icount && !options.console && options.qemu.is_none() && options.swap.is_none()
+    let has_devices = options.qemu.is_some() || options.swap.is_some() || options.assignable;
+    !options.icount && !options.console && !has_devices
 }
 
 /// How the emulated host starts.
@@ -127,7 +143,8 @@ struct Emulated<'a> {
     job: &'a Job,
     command: Command,
     initramfs: File,
-    swap: Option<File>,
+    /// Further files that QEMU inherits.
+    files: Vec<File>,
 }
 
 impl Emulated<'_> {
@@ -156,7 +173,7 @@ impl Emulated<'_> {
             plan_end.as_raw_fd(),
             control_end.as_raw_fd(),
         ];
-        inherited.extend(self.swap.iter().map(|file| file.as_raw_fd()));
+        inherited.extend(self.files.iter().map(|file| file.as_raw_fd()));
         inherited.extend(
             [&stdout_end, &stderr_end, &status_end, &console_end].map(|end| end.as_raw_fd()),
         );
@@ -327,6 +344,9 @@ fn machine(command: &mut Command, job: &Job, host: &HostKernel) {
     } else {
         command.args(["-accel", "tcg,thread=multi"]);
         command.args(["-smp", &options.cpus.to_string()]);
+    }
+    if options.assignable {
+        append.push_str(" intel_iommu=on");
     }
     append.push_str(OUTER_TIMERS);
     command.args(["-m", &format!("{}K", options.memory / 1024)]);

@@ -60,6 +60,9 @@ pub(crate) struct Options {
     /// Further options for QEMU, separated by spaces (for devices of the emulated host)
     #[arg(long, value_name = "OPTIONS", allow_hyphen_values = true)]
     pub(super) qemu: Option<String>,
+    /// Give the emulated host an IOMMU and an empty NVMe disk of 1 GiB, which its guests can drive; always emulated
+    #[arg(long)]
+    pub(super) assignable: bool,
     /// Show the console of the emulated host on stderr
     #[arg(long)]
     pub(super) console: bool,

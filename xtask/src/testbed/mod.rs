@@ -83,6 +83,7 @@ pub(crate) fn outcome_of(command: Vec<OsString>, around: Surroundings) -> Result
         are_built: around.are_built,
         silence_max: around.silence_max,
         qemu: around.qemu,
+        assignable: false,
         console: false,
         command,
     })
@@ -117,9 +118,14 @@ fn run_job(options: Options) -> Result<Outcome> {
         _ if options.icount && options.host == HostChoice::Direct => {
             bail!("--icount requires an emulated host")
         }
+        _ if options.assignable && options.host == HostChoice::Direct => {
+            bail!("--assignable requires an emulated host")
+        }
         HostChoice::Direct => true,
         HostChoice::Emulated => false,
-        HostChoice::Auto => !options.icount && kvm_boots_linux(&artefacts, &bins)?,
+        HostChoice::Auto => {
+            !options.icount && !options.assignable && kvm_boots_linux(&artefacts, &bins)?
+        }
     };
     let job = Job {
         options,

@@ -12,6 +12,15 @@ const PAGE_BYTES: u64 = 4096;
 /// Creates a nameless sparse file of `bytes` with a swap header: it is gone when the last
 /// process that has it open ends.
 pub(crate) fn create(bytes: u64) -> Result<File> {
+    let pages = bytes / PAGE_BYTES;
+    let file = nameless(pages * PAGE_BYTES).context("creating swap space")?;
+    file.write_all_at(&header(pages), 0)
+        .context("writing the swap header")?;
+    Ok(file)
+}
+
+/// Creates a nameless sparse file of zeros.
+pub(super) fn nameless(bytes: u64) -> Result<File> {
     let dir = paths::target();
     let file = OpenOptions::new()
         .read(true)
@@ -19,12 +28,8 @@ pub(crate) fn create(bytes: u64) -> Result<File> {
         .custom_flags(libc::O_TMPFILE)
         .mode(0o600)
         .open(&dir)
-        .with_context(|| format!("creating swap space in {}", dir.display()))?;
-    let pages = bytes / PAGE_BYTES;
-    file.set_len(pages * PAGE_BYTES)
-        .context("sizing swap space")?;
-    file.write_all_at(&header(pages), 0)
-        .context("writing the swap header")?;
+        .with_context(|| format!("creating a file in {}", dir.display()))?;
+    file.set_len(bytes)?;
     Ok(file)
 }
 

@@ -5,6 +5,7 @@
 
 mod adopters;
 mod api;
+mod assigned;
 mod balloon;
 mod boot;
 mod consoles;
@@ -71,6 +72,7 @@ fn main() -> ExitCode {
         vsock::tests(),
         pmem::tests(),
         iommu::tests(),
+        assigned::tests(),
         balloon::tests(),
         stress::tests(),
         zones::tests(),

@@ -1,0 +1,192 @@
+//! Tests a disk of the host that a Linux guest drives. The host needs an IOMMU and an NVMe disk that nobody uses:
+//! `cargo xtask testbed run --assignable`.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use std::{env, fs};
+
+use anyhow::{Context, Result, ensure};
+use integration_tests::linux::{Guest, Machine};
+use integration_tests::outcome::{Outcome, Test};
+use integration_tests::wait::wait_for;
+use integration_tests::{paths, tests};
+use serde_json::{Value, json};
+
+use crate::debian::DISTRIBUTION_DEADLINE;
+use crate::hotplug::{expect, wait_gone};
+
+pub(crate) fn tests() -> Vec<Test> {
+    tests![debian_6_12_assigned_disk_keeps_data_and_pins_what_is_mapped_behind_the_iommu]
+}
+
+const MIB: u64 = 1 << 20;
+const KERNEL: &str = "debian-6.12/vmlinuz";
+const NVME_CLASS: &str = "0x010802";
+const DISK: &str = "/dev/nvme0n1";
+/// What the guest uses and frees.
+const FREED_MIB: u64 = 700;
+/// What an assigned device may keep of it.
+const GROWTH_MAX_BYTES: u64 = 64 * MIB;
+/// Reporting, probing and releasing under emulation.
+const GUEST_DEADLINE: Duration = Duration::from_secs(180);
+
+/// The folder in sysfs of an NVMe disk in a group of the IOMMU, bound to vfio-pci. `None`: the host has none, or is not
+/// emulated, so that its disks may have other users.
+fn disk_of_host() -> Result<Option<PathBuf>> {
+    if env::var_os("TESTBED").is_none_or(|testbed| testbed != "emulated") {
+        return Ok(None);
+    }
+    let mut found = None;
+    for entry in fs::read_dir("/sys/bus/pci/devices")? {
+        let path = entry?.path();
+        let class = fs::read_to_string(path.join("class"))?;
+        if class.trim() == NVME_CLASS && path.join("iommu_group").exists() {
+            found = Some(path);
+        }
+    }
+    let Some(path) = found else { return Ok(None) };
+    let name = path.file_name().and_then(|name| name.to_str());
+    let name = name.context("a device without a name")?;
+    fs::write(path.join("driver_override"), "vfio-pci")?;
+    if path.join("driver").exists() {
+        fs::write(path.join("driver/unbind"), name)?;
+    }
+    fs::write("/sys/bus/pci/drivers_probe", name).context("is the module vfio-pci loaded?")?;
+    Ok(Some(path))
+}
+
+fn stats(guest: &Guest, pointer: &str) -> Result<u64> {
+    let stats = guest.vmm.get("vm.reclaim-stats")?;
+    let found = stats.pointer(pointer).and_then(Value::as_u64);
+    found.with_context(|| format!("no {pointer} in {stats:#}"))
+}
+
+fn counter(guest: &Guest, name: &str) -> Result<u64> {
+    let counters = guest.vmm.get("vm.counters")?;
+    let found = counters["__iommu"][name].as_u64();
+    found.with_context(|| format!("no {name} in {counters:#}"))
+}
+
+fn boot() -> Result<Guest> {
+    let machine = Machine {
+        kernel: KERNEL,
+        memory: "size=1G",
+        arguments: &[
+            "--platform",
+            "num_pci_segments=2,iommu_segments=[1],iommu_address_width=48",
+            "--balloon",
+            "size=0,free_page_reporting=on",
+        ],
+        ..Machine::default()
+    };
+    let mut guest = Guest::on_socket(machine.start()?, "serial.sock")?;
+    guest.expect("guest: init", DISTRIBUTION_DEADLINE)?;
+    guest.wait_serving()?;
+    Ok(guest)
+}
+
+/// Makes the guest use and free memory, and waits until the host has most of it back. Returns what is resident then.
+fn give_back(guest: &mut Guest) -> Result<u64> {
+    let before = stats(guest, "/report/discarded_bytes")?;
+    guest.command(&format!("alloc {FREED_MIB}M"))?;
+    guest.command("free")?;
+    wait_for("the guest's reports", GUEST_DEADLINE, || {
+        let now = stats(guest, "/report/discarded_bytes")?;
+        Ok((now > before + FREED_MIB * MIB * 9 / 10).then_some(()))
+    })?;
+    guest.vmm.resident_bytes()
+}
+
+fn wait_disk(guest: &mut Guest) -> Result<()> {
+    let script = format!(
+        "for i in $(seq 1200); do [ -b {DISK} ] && exit; sleep 0.1; done; dmesg | tail -20; exit 1"
+    );
+    guest.shell(&script).map(drop)
+}
+
+/// Writes the disk, and reads it back past the page cache.
+fn write_and_verify(guest: &mut Guest, seed: u32) -> Result<()> {
+    guest.command(&format!("disk-fill {DISK} 32M {seed}"))?;
+    guest.shell("echo 3 > /proc/sys/vm/drop_caches")?;
+    let verify = format!("disk-verify {DISK} 32M {seed}");
+    guest.command(&verify).map(drop)
+}
+
+fn device(path: &Path, iommu: bool) -> Value {
+    json!({"path": path, "id": "nvme", "iommu": iommu, "pci_segment": u16::from(iommu)})
+}
+
+fn debian_6_12_assigned_disk_keeps_data_and_pins_what_is_mapped_behind_the_iommu() -> Result<Outcome>
+{
+    if paths::guest(KERNEL).is_err() {
+        return Ok(Outcome::Skipped(format!("there is no guest {KERNEL}")));
+    }
+    let Some(path) = disk_of_host()? else {
+        let reason = "the host is not emulated, or has no NVMe disk behind an IOMMU";
+        return Ok(Outcome::Skipped(reason.to_owned()));
+    };
+    behind_the_iommu(&path)?;
+    without_an_iommu(&path)?;
+    Ok(Outcome::Passed)
+}
+
+fn behind_the_iommu(path: &Path) -> Result<()> {
+    let mut guest = boot()?;
+    let without = give_back(&mut guest)?;
+    for round in 0..2 {
+        expect(&guest, "vm.add-device", &device(path, true), 200)?;
+        wait_disk(&mut guest)?;
+        let added = guest.vmm.resident_bytes()?;
+        let mapped = counter(&guest, "host_mapped_bytes")?;
+        write_and_verify(&mut guest, 7 + round)?;
+        let used = give_back(&mut guest)?;
+        // The memory that was reported beside the device still holds the right data, and so does the disk.
+        write_and_verify(&mut guest, 9 + round)?;
+        println!(
+            "     resident MiB: without a device {}, when it was added {}, after I/O and reports {}; mapped for DMA {} KiB then",
+            without / MIB,
+            added / MIB,
+            used / MIB,
+            mapped / 1024
+        );
+        ensure!(mapped > 0, "its queues are mapped");
+        for resident in [added, used] {
+            ensure!(resident < without + GROWTH_MAX_BYTES, "{resident} bytes");
+        }
+        expect(&guest, "vm.remove-device", &json!({"id": "nvme"}), 204)?;
+        wait_gone(&guest, "nvme")?;
+        let left = counter(&guest, "host_mapped_bytes")?;
+        ensure!(left == 0, "{left} bytes are still mapped");
+    }
+    for name in ["bad_requests", "refused_requests"] {
+        let count = counter(&guest, name)?;
+        ensure!(count == 0, "{name}: {count}");
+    }
+    println!(
+        "     {} requests, {} bytes not discarded because they were mapped",
+        counter(&guest, "requests")?,
+        stats(&guest, "/report/skipped_bytes/dma_mapped")?
+    );
+    guest.end_cleanly()
+}
+
+/// All of RAM is pinned, until the guest has released the device.
+fn without_an_iommu(path: &Path) -> Result<()> {
+    let mut guest = boot()?;
+    let without = give_back(&mut guest)?;
+    expect(&guest, "vm.add-device", &device(path, false), 200)?;
+    wait_disk(&mut guest)?;
+    write_and_verify(&mut guest, 7)?;
+    let added = guest.vmm.resident_bytes()?;
+    println!(
+        "     resident MiB: without a device {}, with it {}",
+        without / MIB,
+        added / MIB
+    );
+    ensure!(added > 1000 * MIB, "{added} bytes");
+    expect(&guest, "vm.remove-device", &json!({"id": "nvme"}), 204)?;
+    wait_gone(&guest, "nvme")?;
+    // Reporting resumes.
+    give_back(&mut guest)?;
+    guest.end_cleanly()
+}
