@@ -191,6 +191,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::testing::wait_until;
 
     const PAGES: u64 = 40;
 
@@ -232,30 +233,39 @@ mod tests {
         }
     }
 
-    /// Starts a mapping of `range`, calls `meanwhile` once the mapping is counted, and returns whether it had waited.
-    fn holds_after(book: &DmaMapped, range: Range<u64>, meanwhile: impl FnOnce()) -> bool {
+    /// Starts a mapping of `range`, and checks that it is over although all batches are in progress.
+    fn assert_at_once(book: &DmaMapped, range: &Range<u64>) {
         let is_held = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                book.hold(&range);
+                book.hold(range);
                 is_held.store(true, Ordering::SeqCst);
             });
-            let counted = || {
+            wait_until("the mapping", || is_held.load(Ordering::SeqCst));
+        });
+    }
+
+    /// Starts a mapping of `range`, and checks that it is over after the batch and not before.
+    fn assert_waits(book: &DmaMapped, range: &Range<u64>, batch: DiscardBatch<'_>) {
+        let is_held = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                book.hold(range);
+                is_held.store(true, Ordering::SeqCst);
+            });
+            wait_until("the mapping to be counted", || {
                 let state = book.state.lock().unpoisoned();
                 let pages = state.mapped.within(range.clone()).flatten();
                 pages.count() as u64 == range.end - range.start
-            };
-            while !counted() {
+            });
+            // Enough for a mapping that does not wait.
+            for _ in 0..50 {
                 std::thread::yield_now();
+                assert!(!is_held.load(Ordering::SeqCst), "{range:?}");
             }
-            // The batch that delays it is still in progress, so it stays in this state until `meanwhile`.
-            let state = book.state.lock().unpoisoned();
-            let waits = state.is_discarding(&range);
-            assert!(!waits || !is_held.load(Ordering::SeqCst));
-            drop(state);
-            meanwhile();
-            waits
-        })
+            drop(batch);
+        });
+        assert!(is_held.load(Ordering::SeqCst));
     }
 
     #[test]
@@ -268,14 +278,12 @@ mod tests {
             vec![0..4, 6..10]
         });
         assert!(seen.into_iter().eq([4..6]));
-        assert!(!holds_after(&book, 4..6, || ()), "of other mapped memory");
+        assert_at_once(&book, &(4..6));
         drop(batch);
         book.release(&(4..6));
         book.release(&(4..6));
-        assert_eq!(
-            book.state.lock().unpoisoned().mapped,
-            MappedRanges::default()
-        );
+        let state = book.state.lock().unpoisoned();
+        assert_eq!(state.mapped, MappedRanges::default());
     }
 
     #[test]
@@ -283,14 +291,14 @@ mod tests {
         let book = DmaMapped::default();
         // While nothing is mapped, a batch does not name its ranges.
         let first = book.begin(|_| unreachable!("nothing is mapped"));
-        assert!(holds_after(&book, 100..101, || drop(first)));
+        assert_waits(&book, &(100..101), first);
         let low = book.begin(|_| vec![0..4, 6..10]);
         let high = book.begin(|_| vec![8..9, 9..20]);
-        assert!(!holds_after(&book, 4..6, || ()));
-        assert!(!holds_after(&book, 20..30, || ()));
-        assert!(holds_after(&book, 3..5, || drop(low)));
-        assert!(!holds_after(&book, 3..5, || ()));
-        assert!(holds_after(&book, 19..40, || drop(high)));
+        assert_at_once(&book, &(4..6));
+        assert_at_once(&book, &(20..30));
+        assert_waits(&book, &(3..5), low);
+        assert_at_once(&book, &(3..5));
+        assert_waits(&book, &(19..40), high);
         assert!(book.state.lock().unpoisoned().batches.is_empty());
     }
 }

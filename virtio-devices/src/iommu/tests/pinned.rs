@@ -288,7 +288,7 @@ fn probe_reserves_what_the_host_cannot_map() {
 /// engine discards all of RAM meanwhile. A discard after the pinning would be a page of zeros.
 #[test]
 fn no_mapped_page_is_discarded_in_any_interleaving() {
-    const ROUNDS: u64 = 200;
+    const ROUNDS: u64 = 40;
     let mut rig = Rig::new();
     assert_eq!(rig.status(&attach(1, ENDPOINT, 0)), OK);
     let ram = rig.ram.mem();
