@@ -59,7 +59,7 @@ pub use reporting::*;
 pub use resize::*;
 pub use scale::scale_bytes;
 pub use schemars::JsonSchema;
-pub use similar::{suggestion, suggestion_for};
+pub use similar::{suggestion, suggestion_among, suggestion_for};
 pub use snapshot::*;
 pub use thresholds::{
     AlertChange, AlertDirection, AlertRule, AlertStatus, ReclaimThresholds,

@@ -34,6 +34,11 @@ pub(crate) fn did_you_mean(similar: Option<&str>) -> String {
         .unwrap_or_default()
 }
 
+/// A suggestion to append to a message about a word that is none of `known`.
+pub fn suggestion_among<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> String {
+    did_you_mean(similar(word, known))
+}
+
 /// A suggestion to append to serde's message about an unknown key or word, which lists the known ones; empty for other
 /// messages.
 pub fn suggestion(message: &str) -> String {

@@ -168,10 +168,12 @@ pub struct AlertChange {
     /// The alert becomes active when the figure is beyond this value.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub enter: Option<u64>,
-    /// The alert ends when the figure is at this value or on its safe side; for a new alert, the value of `enter`.
+    /// The alert ends when the figure is at this value or on its safe side. When absent in a new alert, the value
+    /// of `enter`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub leave: Option<u64>,
-    /// Time for which the figure must be beyond `enter` before the alert becomes active, ms; 0 for a new alert.
+    /// Time for which the figure must be beyond `enter` before the alert becomes active, ms. When absent in a new alert,
+    /// 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub duration_ms: Option<u64>,
 }

@@ -10,6 +10,9 @@
 //! fish/vendor_completions.d/PROGRAM.fish
 //! ```
 
+#[cfg(any(test, feature = "test-utils"))]
+mod reference;
+
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{self, Write};
@@ -18,6 +21,8 @@ use std::process::ExitCode;
 
 use clap::Command;
 pub use clap_complete::Shell;
+#[cfg(any(test, feature = "test-utils"))]
+pub use reference::expect_reference;
 
 /// The option of every program. It is not a declared one because it excludes arguments that are required otherwise.
 const OPTION: &str = "--generate-docs";

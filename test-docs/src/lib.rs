@@ -10,6 +10,8 @@ mod figures;
 mod links;
 #[cfg(test)]
 mod named_tests;
+mod since;
+mod table;
 mod words;
 
 use std::fs;
@@ -18,6 +20,8 @@ use std::path::{Path, PathBuf};
 pub use blocks::{Block, blocks};
 pub use command::Command;
 pub use links::{anchors, links};
+pub use since::{ALTERNATIVES, FirstVersions, THIS_VERSION};
+pub use table::{Meanings, expect_page};
 
 /// Programs whose tests parse every command in the documentation.
 pub const CHECKED_PROGRAMS: &[&str] = &[
@@ -44,6 +48,7 @@ pub fn documents() -> Vec<PathBuf> {
     for folder in [
         "",
         "docs",
+        "docs/commands",
         "docs/decisions",
         "docs/results",
         "guest-patches",

@@ -25,7 +25,7 @@ pub struct BalloonConfig {
     /// Hypervisor lacks this key.
     #[key(omit_false)]
     pub reporting_policy: bool,
-    /// Milliseconds between two samples of the guest's statistics, at least 100; 0 samples only on demand. Cloud
+    /// Milliseconds between two samples of the guest's statistics, at least 100. 0 samples only on demand. Cloud
     /// Hypervisor lacks this key.
     #[key("<milliseconds>")]
     pub stats_poll_ms: u64,

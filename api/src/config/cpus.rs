@@ -29,7 +29,7 @@ pub struct CpusConfig {
     /// Hyper-V enlightenments.
     #[key]
     pub kvm_hyperv: bool,
-    /// Upper limit on the guest's physical address width, in bits; the host's width limits it too.
+    /// Upper limit on the guest's physical address width, in bits. The host's width limits it too.
     #[key("<maximum_number_of_physical_bits>", default = DEFAULT_MAX_PHYS_BITS)]
     pub max_phys_bits: u8,
     /// Host CPUs that each vCPU may run on. A vCPU that is not listed may run on any.

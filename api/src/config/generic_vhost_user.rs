@@ -15,7 +15,7 @@ use crate::options::{OptionValue, ValueError};
 )]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GenericVhostUserConfig {
-    /// Virtio device id (virtio 1.2 §5), or the name of the type on the command line.
+    /// Virtio device id (virtio 1.2 §5). The command line also accepts the name of the type.
     #[key("<device_id_or_name>", required)]
     #[serde(alias = "virtio_id")]
     pub device_type: VirtioDeviceType,

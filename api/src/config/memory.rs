@@ -28,10 +28,10 @@ pub struct MemoryConfig {
     /// How RAM is added to a running guest.
     #[key]
     pub hotplug_method: HotplugMethod,
-    /// Maximum number of bytes that can be added to a running guest. With `VirtioMem`, a multiple of 128 MiB.
+    /// Maximum number of bytes that can be added to a running guest. With virtio-mem, a multiple of 128 MiB.
     #[key("<hotpluggable_memory_size>", read = parse_bytes)]
     pub hotplug_size: Option<u64>,
-    /// Target for the part of `hotplug_size` that the guest has, bytes; follows `vm.resize`. Only with `VirtioMem`.
+    /// Target for the part of `hotplug_size` that the guest has, bytes. It follows `vm.resize`. Only with virtio-mem.
     #[key("<hotplugged_memory_size>", read = parse_bytes)]
     pub hotplugged_size: Option<u64>,
     /// Back RAM with a shared mapping, so that another process can map it too.
@@ -52,8 +52,8 @@ pub struct MemoryConfig {
     /// Request transparent huge pages.
     #[key(default = true)]
     pub thp: bool,
-    /// What happens if the host cannot provide a page of RAM while the VM runs: the VM ends, or it is paused if it can be
-    /// resumed later.
+    /// What happens if the host cannot provide a page of RAM while the VM runs. The VM ends, or it is paused if it can
+    /// be resumed later.
     #[key]
     pub on_unavailable: MemoryUnavailableAction,
     /// Zones of RAM with different backing; `size` must be 0.

@@ -15,11 +15,11 @@ pub struct VmSendMigrationData {
     /// Where the target listens: `tcp:ADDRESS:PORT` with a numeric IP address, or `unix:PATH`.
     #[key("<url>", required)]
     pub destination_url: String,
-    /// Pause the VM as soon as the rest of its memory can be sent in this time.
+    /// Pause the VM once the rest of its memory can be sent in this time.
     #[key("<ms>", default = 300)]
     pub downtime_ms: u64,
     /// How long the VM may keep running meanwhile, seconds.
-    #[key(default = 3600)]
+    #[key("<seconds>", default = 3600)]
     pub timeout_s: u64,
     /// What happens after that time.
     #[key]
@@ -33,7 +33,7 @@ pub struct VmSendMigrationData {
     /// Keep the paused VM afterwards. Not supported.
     #[key]
     pub preserve_source: bool,
-    /// When memory is sent. Only `Precopy` is supported.
+    /// When memory is sent. Only precopy is supported.
     #[key]
     pub memory_mode: MigrationMemoryMode,
     /// Folder of TLS keys. Not supported.
@@ -49,7 +49,7 @@ pub struct VmReceiveMigrationData {
     /// Where to listen: `tcp:ADDRESS:PORT` with a numeric IP address, or `unix:PATH`.
     #[key("<url>", required)]
     pub receiver_url: String,
-    /// When memory comes. Only `Precopy` is supported.
+    /// When memory comes. Only precopy is supported.
     #[key]
     pub memory_mode: MigrationMemoryMode,
     /// Folder of TLS keys. Not supported.

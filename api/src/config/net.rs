@@ -22,7 +22,7 @@ pub const INVALID_FD: i32 = -1;
 #[section(option = "net", about = "Network parameters")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetConfig {
-    /// Name of the tap device, which is created if it does not exist; generated when absent.
+    /// Name of the tap device. It is created if it does not exist. The name is generated when absent.
     #[key("<if_name>")]
     pub tap: Option<String>,
     /// Address given to the tap device on the host; left unchanged when absent.

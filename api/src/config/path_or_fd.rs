@@ -4,6 +4,8 @@
 
 use std::path::PathBuf;
 
+#[cfg(test)]
+use crate::options::{KeyDefault, KeyReference, OptionReference};
 use crate::options::{OptionError, OptionFault, Options};
 
 /// A path, or an inherited descriptor.
@@ -42,6 +44,26 @@ impl PathOrFd {
         Self::parse("event-monitor", text)
     }
 
+    /// The keys of `--api-socket`, for the page of all keys.
+    #[cfg(test)]
+    pub(crate) fn api_socket_reference() -> OptionReference {
+        let meanings = [
+            "Path of the socket, which the VMM creates. A path alone is enough.",
+            "Number of an inherited descriptor: a listening UNIX socket.",
+        ];
+        reference("api-socket", meanings)
+    }
+
+    /// The keys of `--event-monitor`, for the page of all keys.
+    #[cfg(test)]
+    pub(crate) fn event_monitor_reference() -> OptionReference {
+        let meanings = [
+            "Path of the file, created if it does not exist.",
+            "Number of an inherited descriptor that can be written to.",
+        ];
+        reference("event-monitor", meanings)
+    }
+
     fn parse(option: &'static str, text: &str) -> Result<Self, OptionError> {
         let options = Options::parse(option, text, ["path", "fd"][..].into())?;
         match (options.text("path"), options.get::<u16>("fd")?) {
@@ -51,5 +73,21 @@ impl PathOrFd {
                 keys: "path=<path>, fd=<fd>".to_owned(),
             })),
         }
+    }
+}
+
+#[cfg(test)]
+fn reference(option: &'static str, meanings: [&'static str; 2]) -> OptionReference {
+    let syntax = ["path=</path/to/a/file>", "fd=<fd>"];
+    let key = |(syntax, doc): (&str, _)| KeyReference {
+        syntax: vec![syntax.to_owned()],
+        doc,
+        meaning: |_| None,
+        default: KeyDefault::Value(serde_json::Value::Null),
+        is_size: false,
+    };
+    OptionReference {
+        option,
+        keys: syntax.into_iter().zip(meanings).map(key).collect(),
     }
 }

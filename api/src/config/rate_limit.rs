@@ -52,6 +52,8 @@ pub(crate) const RATE_LIMIT_KEYS: RateLimitKeys = RateLimitKeys {
         count: parse_bytes,
         #[cfg(test)]
         tokens: "Bytes",
+        #[cfg(test)]
+        note: "",
     },
     ops: BucketKeys {
         size: "ops_size",
@@ -60,7 +62,9 @@ pub(crate) const RATE_LIMIT_KEYS: RateLimitKeys = RateLimitKeys {
         unit: "<io_ops>",
         count: u64::read,
         #[cfg(test)]
-        tokens: "Operations (requests of a disk, frames of a network interface)",
+        tokens: "Operations",
+        #[cfg(test)]
+        note: " An operation is a request of a disk, or a frame of a network interface.",
     },
 };
 
@@ -79,6 +83,9 @@ struct BucketKeys {
     /// What the bucket limits, as the subject of a sentence.
     #[cfg(test)]
     tokens: &'static str,
+    /// A sentence that explains them.
+    #[cfg(test)]
+    note: &'static str,
 }
 
 impl KeyGroup<Option<RateLimiterConfig>> for RateLimitKeys {
@@ -108,15 +115,16 @@ impl KeyGroup<Option<RateLimiterConfig>> for RateLimitKeys {
 impl BucketKeys {
     #[cfg(test)]
     fn meaning(&self, key: &str) -> Option<String> {
-        let (size, refill_time, tokens) = (self.size, self.refill_time, self.tokens);
+        let (size, refill_time) = (self.size, self.refill_time);
+        let (tokens, note) = (self.tokens, self.note);
         if key == size {
             return Some(format!(
-                "{tokens} that can pass in each `{refill_time}`. Without it, or if it is 0, there is no limit."
+                "{tokens} that can pass in each `{refill_time}`.{note} Without it, or if it is 0, there is no limit."
             ));
         }
         if key == self.one_time_burst {
             return Some(format!(
-                "{tokens} that can pass once, in addition to `{size}`."
+                "{tokens} that can pass once, in addition to `{size}`.{note}"
             ));
         }
         (key == refill_time).then(|| {

@@ -21,7 +21,7 @@ pub struct RestoreConfig {
     /// How RAM is filled.
     #[key]
     pub memory_restore_mode: MemoryRestoreMode,
-    /// With `OnDemand`, also fill RAM while there is no demand. Otherwise pages come only as they are touched.
+    /// With restore on demand, also fill RAM while there is no demand. Otherwise pages come only as they are touched.
     #[key(default = true)]
     pub background_fill: bool,
     /// Open taps for the network interfaces that were created from descriptors.

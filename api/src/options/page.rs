@@ -1,27 +1,24 @@
 //! The table of all keys of all options. `docs/options.md` is generated from the declarations of the sections, and a
 //! test checks that the file is up to date.
 //!
-//! The page itself records the first version of each key: a key keeps its version when the page is generated again, and
-//! a new key gets the current version.
+//! The page itself records the first version of each key ([`FirstVersions`]).
 
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::Value;
+use test_docs::{ALTERNATIVES, FirstVersions, Meanings};
 
 use crate::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, DiskConfig,
     FsConfig, GenericVhostUserConfig, JailConfig, LandlockConfig, MemoryConfig, MemoryZoneConfig,
-    NetConfig, NumaConfig, PlatformConfig, PmemConfig, RateLimitGroupConfig, ResourceLimitsConfig,
-    RngConfig, SerialConfig, VsockConfig,
+    NetConfig, NumaConfig, PathOrFd, PlatformConfig, PmemConfig, RateLimitGroupConfig,
+    ResourceLimitsConfig, RngConfig, SerialConfig, VsockConfig,
 };
 use crate::{
     AlertChange, ReportingPolicy, RestoreConfig, VmReceiveMigrationData, VmSendMigrationData,
+    VmUpdateRateLimiter,
 };
-
-/// The version of a key that is not on the page yet.
-const THIS_VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// An option with its keys.
 pub(crate) struct OptionReference {
@@ -55,6 +52,8 @@ pub(crate) enum KeyDefault {
 
 fn sections() -> Vec<OptionReference> {
     vec![
+        PathOrFd::api_socket_reference(),
+        PathOrFd::event_monitor_reference(),
         CpusConfig::reference(),
         MemoryConfig::reference(),
         MemoryZoneConfig::reference(),
@@ -85,50 +84,8 @@ fn commands() -> Vec<OptionReference> {
     vec![
         VmSendMigrationData::reference(),
         VmReceiveMigrationData::reference(),
+        VmUpdateRateLimiter::reference(),
     ]
-}
-
-/// The first version of each key, by the heading of its option.
-#[derive(Default)]
-struct FirstVersions(BTreeMap<(String, String), String>);
-
-impl FirstVersions {
-    /// Reads them from a page.
-    fn of(page: &str) -> Self {
-        let mut versions = BTreeMap::new();
-        let (mut heading, mut column) = ("", None);
-        for line in page.lines() {
-            if let Some(text) = line.strip_prefix("## ") {
-                (heading, column) = (text, None);
-            }
-            // A bar in a cell is escaped, so no blank precedes it.
-            let cells: Vec<&str> = line.trim_start_matches("| ").split(" | ").collect();
-            match column {
-                None => column = cells.iter().position(|cell| *cell == "Since"),
-                Some(column) => {
-                    if let Some(version) = cells.get(column) {
-                        let key = (heading.to_owned(), name(&cells).to_owned());
-                        versions.insert(key, (*version).to_owned());
-                    }
-                }
-            }
-        }
-        Self(versions)
-    }
-
-    fn get(&self, heading: &str, cells: &[&str]) -> &str {
-        let key = (heading.to_owned(), name(cells).to_owned());
-        self.0.get(&key).map_or(THIS_VERSION, String::as_str)
-    }
-}
-
-/// Alternatives have no common name, so their syntax identifies them.
-fn name<'a>(cells: &[&'a str]) -> &'a str {
-    match cells {
-        [ALTERNATIVES, syntax, ..] => syntax,
-        [name, ..] => name,
-        [] => "",
-    }
 }
 
 /// The whole page, with the versions of the keys that `old` has.
@@ -137,10 +94,10 @@ fn page(old: &str) -> String {
     let mut page = String::from(
         "# Options\n\n\
          This page lists every key of every `cloud-hypervisor` option that accepts `key=value,key=value`. The `ch-remote\n\
-         add-…` commands accept the same keys as the option for the device. Sizes take a binary suffix: `K`, `M`, `G`, `T`,\n\
-         `KiB`, `MiB`, `GiB` or `TiB`, in any case. This page is generated from the declarations in `api/src/config/`; a test\n\
-         compares the two. \"–\" in the column Default means that the key has no default. The column Since has the version that\n\
-         introduced the key.\n",
+         add-…` commands accept the same keys as the option for the device. [commands/](commands/) lists the options of each\n\
+         program. Sizes take a binary suffix: `K`, `M`, `G`, `T`, `KiB`, `MiB`, `GiB` or `TiB`, in any case. This page is\n\
+         generated from the declarations in `api/src/`; a test compares the two. \"–\" in the column Default means that the key\n\
+         has no default. The column Since has the version that introduced the key.\n",
     );
     let options = sections().into_iter().map(|section| ("--", section));
     let commands = commands()
@@ -149,49 +106,60 @@ fn page(old: &str) -> String {
     for (kind, section) in options.chain(commands) {
         let heading = format!("{kind}{}", section.option);
         let _ = write!(page, "\n## {heading}\n\n{HEADER}");
+        let mut meanings = Meanings::default();
         for key in &section.keys {
             for syntax in &key.syntax {
-                page.push_str(&row(&versions, &heading, key, syntax));
+                page.push_str(&row(&versions, &heading, key, syntax, &mut meanings));
             }
         }
+        page.push_str(&meanings.below());
     }
     let heading = "reclaim-thresholds --set, alerts";
     let _ = write!(
         page,
         "\n## {heading}\n\n| Key | Unit | Default | Since | Meaning |\n| --- | --- | --- | --- | --- |\n"
     );
+    let mut meanings = Meanings::default();
     for (key, schema) in properties::<AlertChange>()
         .as_object()
         .into_iter()
         .flatten()
     {
-        let (name, doc) = (format!("`{key}`"), description(schema));
+        let name = format!("`{key}`");
+        let doc = meanings.cell(&name, &description(schema));
         let since = versions.get(heading, &[&name]);
         let (unit, default) = (alert_unit(key), alert_default(key));
         let _ = writeln!(page, "| {name} | {unit} | {default} | {since} | {doc} |");
     }
+    page.push_str(&meanings.below());
     let heading = "reclaim-thresholds --set, reporting policy";
     let _ = write!(
         page,
         "\n## {heading}\n\n| Key | Unit | Default | Since | Meaning |\n| --- | --- | --- | --- | --- |\n"
     );
     let schema = properties::<ReportingPolicy>();
+    let mut meanings = Meanings::default();
     for setting in ReportingPolicy::TABLE {
         let name = format!("`{}`", setting.name);
-        let (default, doc) = (setting.default, description(&schema[setting.name]));
+        let doc = meanings.cell(&name, &description(&schema[setting.name]));
+        let default = setting.default;
         let unit = setting.unit.name();
         let since = versions.get(heading, &[&name]);
         let _ = writeln!(page, "| {name} | {unit} | {default} | {since} | {doc} |");
     }
+    page.push_str(&meanings.below());
     page
 }
 
 const HEADER: &str =
     "| Key | Value | Unit | Default | Since | Meaning |\n| --- | --- | --- | --- | --- | --- |\n";
-/// The name of keys of which only one may be given.
-const ALTERNATIVES: &str = "one of";
-
-fn row(versions: &FirstVersions, heading: &str, key: &KeyReference, syntax: &str) -> String {
+fn row(
+    versions: &FirstVersions,
+    heading: &str,
+    key: &KeyReference,
+    syntax: &str,
+    meanings: &mut Meanings,
+) -> String {
     // Alternatives consist of several words and keys and are not split.
     let (name, values) = match syntax.split_once('=') {
         Some((name, values)) if !name.contains('|') => (name, values),
@@ -207,7 +175,7 @@ fn row(versions: &FirstVersions, heading: &str, key: &KeyReference, syntax: &str
     let unit = unit(key.is_size, values);
     let default = default(&key.default, values, unit == "bytes");
     let since = versions.get(heading, &[&name, &syntax]);
-    let meaning = meaning.replace('|', "\\|");
+    let meaning = meanings.cell(&name, &meaning);
     format!("| {name} | {syntax} | {unit} | {default} | {since} | {meaning} |\n")
 }
 
@@ -215,7 +183,9 @@ fn unit(is_size: bool, values: &str) -> &'static str {
     match values {
         "<bytes>" => "bytes",
         "<ms>" | "<milliseconds>" => "ms",
+        "<seconds>" => "s",
         "<io_ops>" => "operations",
+        "<bits>" => "bits",
         _ if is_size => "bytes",
         _ if values.contains("_bits>") => "bits",
         _ => "",
@@ -283,33 +253,28 @@ mod tests {
 
     use std::collections::BTreeSet;
 
-    use super::*;
+    use test_docs::THIS_VERSION;
 
-    const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/options.md");
+    use super::*;
 
     #[test]
     fn page_of_options_is_that_of_the_declarations() {
-        let old = std::fs::read_to_string(PAGE).unwrap();
-        if std::env::var_os("UPDATE_GENERATED").is_some() {
-            std::fs::write(PAGE, page(&old)).unwrap();
-        }
-        assert_eq!(
-            std::fs::read_to_string(PAGE).unwrap(),
-            page(&old),
-            "write it again: UPDATE_GENERATED=1 cargo test -p cloud-hypervisor-balloon-api page_of_options"
-        );
+        let update = "cargo test -p cloud-hypervisor-balloon-api page_of_options";
+        test_docs::expect_page("docs/options.md", update, page);
     }
 
     #[test]
     fn page_of_options_has_every_declared_option() {
-        let mut declared = BTreeSet::new();
-        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/src/config");
-        for file in std::fs::read_dir(folder).unwrap() {
-            let path = file.unwrap().path();
-            if path.is_file() {
-                let text = std::fs::read_to_string(path).unwrap();
-                let options = text.split("option = \"").skip(1);
-                declared.extend(options.map(|rest| rest.split('"').next().unwrap().to_owned()));
+        let mut declared = BTreeSet::from(["api-socket".to_owned(), "event-monitor".to_owned()]);
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/src");
+        for folder in [source, &format!("{source}/config")] {
+            for file in std::fs::read_dir(folder).unwrap() {
+                let path = file.unwrap().path();
+                if path.is_file() {
+                    let text = std::fs::read_to_string(path).unwrap();
+                    let options = text.split("option = \"").skip(1);
+                    declared.extend(options.map(|rest| rest.split('"').next().unwrap().to_owned()));
+                }
             }
         }
         let page = sections().into_iter().chain(commands());

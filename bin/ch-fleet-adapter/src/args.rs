@@ -13,7 +13,14 @@ use crate::http::Service;
 /// now. A decrease is published at once, an increase by a tenth per minute. If the agent is silent for a minute, nothing
 /// new is offered; after 15 minutes the capacity is 0.
 #[derive(Debug, Parser)]
-#[command(name = "ch-fleet-adapter", version = concat!("v", env!("CARGO_PKG_VERSION")))]
+#[command(
+    name = "ch-fleet-adapter",
+    version = concat!("v", env!("CARGO_PKG_VERSION")),
+    after_help = "Exit status: 0 success (--once, --withdraw), 1 error, 2 usage error; otherwise it runs until a signal \
+                  ends it.\n\nExamples:\n  \
+                  ch-fleet-adapter kubernetes --node worker-1\n  \
+                  ch-fleet-adapter --withdraw kubernetes --node worker-1"
+)]
 pub(crate) struct Arguments {
     /// Socket of the agent
     #[arg(
@@ -134,6 +141,11 @@ mod tests {
     #[test]
     fn command_line_is_consistent() {
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn page_of_the_program_is_that_of_its_command_line() {
+        program_docs::expect_reference(Arguments::command());
     }
 
     #[test]

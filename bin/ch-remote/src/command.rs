@@ -354,7 +354,7 @@ struct ResizeArguments {
     #[arg(long, value_name = "SIZE", group = "change", value_parser = parse_bytes)]
     memory: Option<u64>,
 
-    /// Target size of the balloon, in bytes or with a suffix such as M or GiB
+    /// Target size of the balloon; accepts a suffix such as M or GiB
     #[arg(long, value_name = "SIZE", group = "change", value_parser = parse_bytes)]
     balloon: Option<u64>,
 }
@@ -376,7 +376,7 @@ struct ResizeDiskArguments {
     #[arg(long, value_name = "ID")]
     disk: String,
 
-    /// Its new size, in bytes or with a suffix such as M or GiB
+    /// Its new size; accepts a suffix such as M or GiB
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     size: u64,
 }

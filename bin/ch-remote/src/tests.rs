@@ -30,6 +30,11 @@ fn refused(words: &str) -> clap::Error {
 }
 
 #[test]
+fn page_of_the_program_is_that_of_its_command_line() {
+    program_docs::expect_reference(Arguments::command());
+}
+
+#[test]
 fn commands_in_the_documentation_are_understood() {
     for command in test_docs::commands_of("ch-remote") {
         if let Err(error) = Arguments::try_parse_from(command.filled_in(&["--api-socket", "/s"])) {

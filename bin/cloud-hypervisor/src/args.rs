@@ -21,6 +21,8 @@ use vmm::seccomp::SeccompMode;
     version = concat!("v", env!("CARGO_PKG_VERSION")),
     arg_required_else_help = true,
     disable_version_flag = true,
+    after_help = "Exit status: 0 when the VM was shut down or the VMM stopped (API, SIGTERM, SIGINT), 1 error, 2 usage \
+                  error, 159 a system call that seccomp does not allow.",
     group = ArgGroup::new("payload").args(["kernel", "firmware"]).multiple(true)
 )]
 pub(crate) struct Arguments {
@@ -69,7 +71,7 @@ pub(crate) struct Arguments {
     #[arg(long)]
     kernel: Option<PathBuf>,
 
-    /// Restrict the VMM to files that its options name (Landlock); fail if the kernel lacks Landlock
+    /// Restrict the VMM to files that its options name; needs Landlock in the kernel
     #[arg(long, requires = "payload")]
     landlock: bool,
 
@@ -99,7 +101,7 @@ pub(crate) struct Arguments {
     #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = NetConfig::syntax())]
     net: Vec<String>,
 
-    /// Keep running after the guest powers off, so that the API can boot the VM again
+    /// Keep running after the guest powers off; the API can boot it again
     #[arg(long)]
     pub(crate) no_shutdown: bool,
 
@@ -153,7 +155,7 @@ pub(crate) struct Arguments {
     #[arg(long, requires = "payload", help = VsockConfig::syntax())]
     vsock: Option<String>,
 
-    /// Add a watchdog: a guest that has pinged it once is reset when it stops for 20 s
+    /// Add a watchdog, which resets a guest that stops pinging it for 20 s
     #[arg(long, requires = "payload")]
     watchdog: bool,
 }
@@ -208,7 +210,7 @@ impl Arguments {
         Ok(read(&self.resource_limits, ResourceLimitsConfig::parse)?.unwrap_or_default())
     }
 
-    /// The VM to boot at the start; `None` if only the API is to be served.
+    /// The VM to boot at the start; `None` if the VMM serves only the API.
     ///
     /// # Errors
     /// An option cannot be parsed.
@@ -289,6 +291,12 @@ mod tests {
                 .into_iter()
                 .chain(line.split_whitespace()),
         )
+    }
+
+    #[test]
+    fn page_of_the_program_is_that_of_its_command_line() {
+        use clap::CommandFactory;
+        program_docs::expect_reference(Arguments::command());
     }
 
     #[test]
