@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use api::options::parse_bytes;
+#[cfg(feature = "simulate")]
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use fleet::agent_config::{DEFAULT_FILE, DEFAULT_SOCKET};
 #[cfg(feature = "simulate")]
@@ -184,12 +186,17 @@ pub(crate) struct SimulateArguments {
     pub(crate) seed: Option<u64>,
 
     /// Switch off a safety rule, to show its effect
-    #[arg(long, value_name = "RULE")]
+    #[arg(long, value_name = "RULE", value_parser = safety_rule())]
     pub(crate) without: Vec<SafetyRule>,
 
     /// Write a chart of the run to this SVG file
     #[arg(long, value_name = "PATH")]
     pub(crate) plot: Option<PathBuf>,
+}
+
+#[cfg(feature = "simulate")]
+fn safety_rule() -> impl TypedValueParser<Value = SafetyRule> {
+    PossibleValuesParser::new(SafetyRule::NAMES).try_map(|name| name.parse::<SafetyRule>())
 }
 
 #[derive(Debug, Args)]
@@ -205,7 +212,7 @@ pub(crate) struct ReserveOptions {
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     pub(crate) min: Option<u64>,
 
-    /// The VM is backed by huge pages: all of its memory is taken from the host's pool
+    /// The VM is backed by huge pages, all from the host's pool
     #[arg(long)]
     pub(crate) huge_pages: bool,
 

@@ -22,6 +22,24 @@ fn command_line_is_consistent_and_documented() {
     }
 }
 
+#[cfg(feature = "simulate")]
+#[test]
+fn page_of_the_program_is_that_of_its_command_line() {
+    program_docs::expect_reference(Arguments::command());
+}
+
+#[cfg(feature = "simulate")]
+#[test]
+fn misspelt_safety_rule_is_refused_with_the_one_that_it_resembles() {
+    let line = ["ch-fleet", "simulate", "a.toml", "--without"];
+    let parse = |rule| Arguments::try_parse_from(line.into_iter().chain([rule]));
+    for rule in fleet::config::SafetyRule::NAMES {
+        parse(*rule).unwrap();
+    }
+    let message = parse("two-fase").unwrap_err().to_string();
+    assert!(message.contains("'two-phase'"), "{message}");
+}
+
 #[test]
 fn commands_in_the_documentation_are_understood() {
     for command in test_docs::commands_of("ch-fleet") {

@@ -517,7 +517,7 @@ impl Promises {
         match self.book.find(key) {
             Some(entry) if uid != 0 && entry.owner_uid != uid => Err(Response::error(
                 403,
-                &[format!("The reservation {key:?} is somebody else's")],
+                &[format!("The reservation {key:?} belongs to another client")],
             )),
             _ => Ok(()),
         }

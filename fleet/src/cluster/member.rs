@@ -343,7 +343,7 @@ impl Member {
         RemoteReservations { entries }
     }
 
-    /// Writes record, book and VMs; false if there was a concurrent change or the lease ended.
+    /// Writes the record, the book and the VMs; false if there was a concurrent change or the lease ended.
     fn write(
         &mut self,
         store: &dyn Store,

@@ -7,8 +7,8 @@
 //! <prefix>/vms/<host>            the host's lease   the VMs there, for advice
 //! ```
 //!
-//! A placer reads record, book and drain mark of all hosts at one moment and chooses a host. It adds a line to that
-//! host's book, on the condition that record, book and drain mark are unchanged. The host's agent sees the line,
+//! A placer reads the record, book and drain mark of each host at one moment and chooses a host. It adds a line to that
+//! host's book, on the condition that the record, book and drain mark are unchanged. The host's agent sees the line,
 //! decides again by its current data, records the reservation like a local one, and writes its response into the line.
 //! Only its acceptance is a reservation. So no memory is reserved twice, for two reasons, each sufficient alone:
 //!
@@ -18,7 +18,7 @@
 //! - Only one thread of the host's agent accepts requests, based on the current ledger, and an acceptance is on the
 //!   host's disk before it is in the store.
 //!
-//! No memory stays reserved without a user: record and book end with the host's lease. The host releases a line whose
+//! No memory stays reserved without a user: the record and the book end with the host's lease. The host releases a line whose
 //! VM does not start after `admission.reservation`. A placer that gives up removes its line; a placer that died is
 //! covered by the case before.
 

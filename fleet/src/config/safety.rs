@@ -45,6 +45,11 @@ pub enum SafetyRule {
     Burst,
 }
 
+impl SafetyRule {
+    /// The names of all rules.
+    pub const NAMES: &'static [&'static str] = <Self as strum::VariantNames>::VARIANTS;
+}
+
 /// The rules in force.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Safety {

@@ -93,7 +93,7 @@ pub fn serve_unix(
     if UnixStream::connect(path).is_ok() {
         return Err(io::Error::new(
             io::ErrorKind::AddrInUse,
-            format!("somebody listens at {} already", path.display()),
+            format!("another process already listens at {}", path.display()),
         ));
     }
     match fs::remove_file(path) {

@@ -34,7 +34,7 @@ pub(super) fn write(out: &mut Out<'_>, status: &Status) -> fmt::Result {
     )?;
     let counts = figures! {
         "ch_store_leases_lost" "Leases that were over before their time", store.leases_lost;
-        "ch_store_conflicts" "Changes that somebody else was quicker than", store.conflicts;
+        "ch_store_conflicts" "Changes rejected because another client changed the same keys first", store.conflicts;
     };
     for (name, help, count) in counts {
         out.counter(name, help, [(own(), count)])?;

@@ -426,7 +426,7 @@ fn means_no_vm(error: &ClientError) -> bool {
 }
 
 fn from_info(info: &Info, pid: i32, at_ms: u64) -> VmReading {
-    // A guest that shall have less memory keeps what it has until it is rebooted.
+    // A guest that was given less memory keeps what it has until it is rebooted.
     let configured = info.config.memory.configured();
     let configured = configured.max(Bytes(info.memory_actual_size));
     let balloon = info.config.balloon.as_ref();

@@ -35,16 +35,18 @@ pub use search::Capacity;
 #[derive(Debug, thiserror::Error)]
 pub enum SimError {
     /// The file cannot be read.
-    #[error("cannot read scenario {path}")]
+    #[error("cannot read scenario {path}{suggestion}")]
     Read {
         /// Its path.
         path: String,
+        /// The file beside it with a similar name, as part of the message.
+        suggestion: String,
         /// The reason.
         #[source]
         source: std::io::Error,
     },
     /// The file is not a valid scenario.
-    #[error("cannot parse the scenario")]
+    #[error("cannot parse the scenario{}", api::suggestion(.0.message()))]
     Syntax(#[from] toml::de::Error),
     /// The configuration in it contradicts itself.
     #[error("the configuration of the scenario is invalid")]

@@ -140,7 +140,7 @@ impl fmt::Display for Report {
             writeln!(
                 f,
                 "\n{} hosts with {} VMs; {} hosts died, {} VMs wanted a place, {} found one (the longest wait {} s), \
-                 {} wait; agents refused {} times what had been published as fitting, {} times nobody was a candidate.",
+                 {} wait; agents refused {} times what had been published as fitting, {} times no host was a candidate.",
                 fleet.hosts,
                 fleet.vms,
                 fleet.died,
