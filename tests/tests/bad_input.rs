@@ -289,7 +289,7 @@ fn bad_zones_end_in_one_chain() -> Result<()> {
         (&zones("size=1G"), &["--memory-zone", "\"id\""]),
         (
             &zones("id=a,size=1G,hotplug_size=1G"),
-            &["hotplug_size is not supported"],
+            &["hotplug_size of memory zones is not supported"],
         ),
         (
             &zones("id=a,size=1000"),

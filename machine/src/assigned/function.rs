@@ -316,7 +316,7 @@ impl PciFunction for AssignedFunction {
         counters
     }
 
-    /// Nobody but the guest can stop the device.
+    /// Only the guest can stop the device.
     fn pause(&self) {}
 
     fn resume(&self) {}

@@ -80,7 +80,7 @@ pub enum CpuError {
     NotPaused,
     /// No vCPU, more at boot than the maximum, or more than KVM supports.
     #[error(
-        "boot_vcpus ({boot}) must be between 1 and max_vcpus ({max}), and max_vcpus at most {limit}"
+        "the number of boot vCPUs ({boot}) must be between 1 and the maximum ({max}), and the maximum at most {limit}"
     )]
     VcpuCount {
         /// vCPUs at boot.
@@ -91,7 +91,7 @@ pub enum CpuError {
         limit: usize,
     },
     /// The topology contains a zero or does not match the number of vCPUs.
-    #[error("topology has {product} vCPUs, but max_vcpus is {max}")]
+    #[error("topology has {product} vCPUs, but the maximum number of vCPUs is {max}")]
     Topology {
         /// Threads × cores × dies × packages.
         product: u64,

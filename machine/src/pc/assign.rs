@@ -84,7 +84,7 @@ impl Pc {
             .find(|it| it.kind == DeviceKind::Assigned)
     }
 
-    /// Such a machine cannot be copied: nobody knows the state of the device, or what it writes.
+    /// Such a machine cannot be copied: the state of the device, and what it writes, are unknown.
     pub(super) fn check_copyable(&self) -> Result<(), PcError> {
         match self.assigned_device() {
             Some(plugged) => Err(PcError::IsAssigned {

@@ -59,7 +59,7 @@ impl Pc {
             written.map_err(CoreError::Content)?;
             at += zone.bytes();
         }
-        // Last: a file without it is no core file.
+        // Last: a file without it is not a core file.
         file.write_all_at(head, 0).map_err(CoreError::File)?;
         file.sync_all().map_err(CoreError::File)
     }

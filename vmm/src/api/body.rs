@@ -57,24 +57,25 @@ pub(super) fn read<T: DeserializeOwned + JsonSchema>(
     if unknown.is_empty() {
         return Ok(value);
     }
+    let keys = list::<T>(&unknown);
     match endpoint.origin() {
-        Origin::Ours => {
-            let keys = list(&unknown, |key| {
-                let name = key.rsplit('.').next().unwrap_or(key);
-                format!("{key:?}{}", api::suggestion_for::<T>(name))
-            });
-            Err(BodyError::UnknownKeys { keys })
-        }
+        Origin::Ours => Err(BodyError::UnknownKeys { keys }),
         Origin::Upstream => {
-            let keys = list(&unknown, |key| format!("{key:?}"));
             log::warn!("{} ignores the unknown key {keys}", endpoint.name());
             Ok(value)
         }
     }
 }
 
-fn list(keys: &[String], show: impl Fn(&str) -> String) -> String {
-    let shown: Vec<_> = keys.iter().map(|key| show(key)).collect();
+/// Paths of keys that `T` does not have, each with the known key that it resembles.
+fn list<T: JsonSchema>(keys: &[String]) -> String {
+    let shown: Vec<_> = keys
+        .iter()
+        .map(|key| {
+            let name = key.rsplit('.').next().unwrap_or(key);
+            format!("{key:?}{}", api::suggestion_for::<T>(name))
+        })
+        .collect();
     shown.join(", ")
 }
 

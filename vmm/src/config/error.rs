@@ -152,7 +152,7 @@ pub enum ValidationError {
 /// Errors in the memory configuration.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MemoryFault {
-    /// No RAM at all.
+    /// No RAM.
     #[error("The size is 0")]
     Zero,
     /// KSM merges private memory only.
@@ -343,7 +343,7 @@ pub enum NumaFault {
 pub enum CpusFault {
     /// Not 1 ≤ boot ≤ max ≤ limit.
     #[error(
-        "boot_vcpus ({boot}) must be between 1 and max_vcpus ({max}), and max_vcpus at most {limit}"
+        "the number of boot vCPUs ({boot}) must be between 1 and the maximum ({max}), and the maximum at most {limit}"
     )]
     Count {
         /// vCPUs at boot.
@@ -354,7 +354,7 @@ pub enum CpusFault {
         limit: u32,
     },
     /// The topology does not describe the vCPUs.
-    #[error("topology has {product} vCPUs, but max_vcpus is {max}")]
+    #[error("topology has {product} vCPUs, but the maximum number of vCPUs is {max}")]
     Topology {
         /// Threads × cores × dies × packages.
         product: u64,
@@ -414,7 +414,7 @@ pub enum DeviceFault {
     /// A vhost-user device without a back end.
     #[error("vhost_user=on needs socket=PATH")]
     SocketMissing,
-    /// A socket that nobody would use.
+    /// A socket without a use.
     #[error("socket and vhost_mode need vhost_user=on")]
     SocketWithoutVhostUser,
     /// A key for what only the back end can do.

@@ -1051,48 +1051,48 @@ fn validate_what_is_not_built_is_refused_by_name() {
         (
             "numa",
             json!([{"guest_numa_id": 0, "device_id": "x"}]),
-            "numa.device_id",
+            "device_id of NUMA nodes",
         ),
         (
             "memory",
             json!({"size": 0, "zones": [{"id": "a", "size": 4096, "hotplug_size": 4096}]}),
-            "memory.zones.hotplug_size",
+            "hotplug_size of memory zones",
         ),
         (
             "memory",
             json!({"size": 0, "zones": [{"id": "a", "size": 4096}], "hotplug_size": 4096,
                 "hotplug_method": "VirtioMem"}),
-            "memory.hotplug_size of memory in zones",
+            "virtio-mem beside memory zones",
         ),
         (
             "cpus",
             json!({"boot_vcpus": 1, "max_vcpus": 1, "kvm_hyperv": true}),
-            "cpus.kvm_hyperv",
+            "kvm_hyperv",
         ),
         (
             "disks",
             json!([{"path": "/d", "image_type": "Vhdx"}]),
-            "disks.image_type vmdk or vhdx",
+            "image_type vmdk or vhdx",
         ),
         (
             "balloon",
             json!({"size": 0, "iommu": true}),
-            "balloon.iommu",
+            "iommu of the balloon",
         ),
         (
             "net",
             json!([{"iommu": true, "vhost_user": true, "vhost_socket": "/s"}]),
-            "net.iommu with vhost_user",
+            "iommu of vhost-user network interfaces",
         ),
         (
             "disks",
             json!([{"iommu": true, "vhost_user": true, "vhost_socket": "/s"}]),
-            "disks.iommu with vhost_user",
+            "iommu of vhost-user disks",
         ),
         (
             "debug_console",
             json!({"mode": "Socket"}),
-            "debug_console.mode Socket",
+            "a debug console on a socket",
         ),
     ] {
         assert_eq!(

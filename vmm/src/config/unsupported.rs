@@ -15,7 +15,7 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
         .map(str::to_owned)
         .collect();
     wanted.extend(asked(
-        "debug_console.mode Socket",
+        "a debug console on a socket",
         config.debug_console.mode == ConsoleOutputMode::Socket,
     ));
     wanted.extend(cpus(&config.cpus));
@@ -39,8 +39,8 @@ fn asked(name: &str, wanted: bool) -> Option<String> {
 
 fn cpus(cpus: &CpusConfig) -> Vec<String> {
     [
-        asked("cpus.kvm_hyperv", cpus.kvm_hyperv),
-        asked("cpus.features.amx", cpus.features.amx),
+        asked("kvm_hyperv", cpus.kvm_hyperv),
+        asked("the CPU feature amx", cpus.features.amx),
     ]
     .into_iter()
     .flatten()
@@ -54,11 +54,11 @@ fn memory(memory: &MemoryConfig) -> Vec<String> {
     let with_virtio_mem = memory.hotplug_method == HotplugMethod::VirtioMem;
     [
         asked(
-            "memory.zones.hotplug_size",
+            "hotplug_size of memory zones",
             zones.any(|zone| wanted([zone.hotplug_size, zone.hotplugged_size])),
         ),
         asked(
-            "memory.hotplug_size of memory in zones",
+            "virtio-mem beside memory zones",
             hotplug && with_virtio_mem && memory.size == 0,
         ),
     ]
@@ -68,19 +68,19 @@ fn memory(memory: &MemoryConfig) -> Vec<String> {
 }
 
 fn numa(node: &NumaConfig) -> Option<String> {
-    asked("numa.device_id", node.device_id.is_some())
+    asked("device_id of NUMA nodes", node.device_id.is_some())
 }
 
 fn disk(disk: &DiskConfig) -> Option<String> {
     let unreadable = matches!(disk.image_type, Some(ImageType::FlatVmdk | ImageType::Vhdx));
-    asked("disks.image_type vmdk or vhdx", unreadable)
+    asked("image_type vmdk or vhdx", unreadable)
 }
 
 fn platform(platform: &PlatformConfig) -> Vec<String> {
     [
-        asked("platform.iommufd", platform.iommufd),
-        asked("platform.tdx", platform.tdx),
-        asked("platform.sev_snp", platform.sev_snp),
+        asked("iommufd", platform.iommufd),
+        asked("tdx", platform.tdx),
+        asked("sev_snp", platform.sev_snp),
     ]
     .into_iter()
     .flatten()
@@ -90,7 +90,7 @@ fn platform(platform: &PlatformConfig) -> Vec<String> {
 fn assigned(config: &VmConfig) -> Option<String> {
     let mut devices = config.devices.iter().flatten();
     asked(
-        "devices.x_nv_gpudirect_clique",
+        "x_nv_gpudirect_clique",
         devices.any(|device| device.x_nv_gpudirect_clique.is_some()),
     )
 }
@@ -102,15 +102,15 @@ fn iommu(config: &VmConfig) -> Vec<String> {
     let mut nets = config.net.iter().flatten();
     [
         asked(
-            "balloon.iommu",
+            "iommu of the balloon",
             config.balloon.as_ref().is_some_and(|balloon| balloon.iommu),
         ),
         asked(
-            "disks.iommu with vhost_user",
+            "iommu of vhost-user disks",
             disks.any(|disk| disk.iommu && disk.vhost_user),
         ),
         asked(
-            "net.iommu with vhost_user",
+            "iommu of vhost-user network interfaces",
             nets.any(|net| net.iommu && net.vhost_user),
         ),
     ]

@@ -13,7 +13,7 @@ pub(super) type Received = Box<dyn FnOnce(Result<(), RequestError>) + Send>;
 /// The migration under way.
 pub(super) struct Migration {
     pub(super) cancel: Cancel,
-    /// The machine may belong to the other side, or belongs to this one for good.
+    /// The machine may belong to the other side, or permanently to this one.
     pub(super) is_committed: bool,
     pub(super) role: Role,
 }

@@ -56,7 +56,7 @@ pub enum LifecycleError {
     #[error("Failed to validate thresholds")]
     Thresholds(#[source] ThresholdError),
     /// No vCPU, or more than the maximum.
-    #[error("desired_vcpus must be between 1 and max_vcpus ({max}); got {desired}")]
+    #[error("The number of vCPUs must be between 1 and the maximum ({max}); got {desired}")]
     VcpusOutOfRange {
         /// The requested value.
         desired: u32,

@@ -441,7 +441,7 @@ fn json<T: serde::Serialize>(value: &T) -> String {
 
 fn check_mode(mode: MigrationMemoryMode, tls: bool) -> Result<(), LifecycleError> {
     if mode == MigrationMemoryMode::Postcopy {
-        return Err(request("memory_mode must be Precopy"));
+        return Err(request("memory_mode must be precopy"));
     }
     if tls {
         return Err(request("tls_dir is not supported: use an encrypted tunnel"));

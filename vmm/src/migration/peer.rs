@@ -45,7 +45,7 @@ impl Address {
     /// Parses a URL. Names of hosts are not resolved: a confined process cannot read the files for that.
     ///
     /// # Errors
-    /// It is no such URL.
+    /// It is not such a URL.
     pub fn parse(url: &str) -> Result<Self, MigrationError> {
         let tcp = url.strip_prefix("tcp:").and_then(|it| it.parse().ok());
         let unix = url.strip_prefix("unix:").map(PathBuf::from);

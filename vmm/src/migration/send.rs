@@ -50,7 +50,7 @@ pub enum SourceEnd {
     Finished(SendReport),
     /// The source has the machine.
     Failed(MigrationError),
-    /// Nobody knows; the source must not resume by itself.
+    /// The owner is unknown; the source must not resume without an order.
     Unconfirmed(MigrationError),
 }
 

@@ -40,6 +40,15 @@ fn body_unknown_keys_of_upstreams_endpoints_are_ignored() {
 }
 
 #[test]
+fn body_unknown_keys_of_upstreams_endpoints_are_logged_with_suggestions() {
+    let unknown = ["disks.0.read_only", "colour"].map(str::to_owned);
+    assert_eq!(
+        list::<VmConfig>(&unknown),
+        r#""disks.0.read_only" (did you mean "readonly"?), "colour""#
+    );
+}
+
+#[test]
 fn body_with_more_values_than_any_vm_has_is_refused_before_it_is_built() {
     for (part, count) in [("{}", CONTAINERS_MAX), ("1", VALUES_MAX)] {
         let list = vec![part; count].join(",");
