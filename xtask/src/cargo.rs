@@ -39,8 +39,12 @@ pub(crate) fn run<'a>(arguments: impl IntoIterator<Item = &'a str> + Clone) -> R
 
 /// The folder of a profile in the target directory.
 pub(crate) fn folder(profile: &str) -> PathBuf {
-    // Cargo's name for the folder of the default profile.
-    paths::target().join(if profile == "dev" { "debug" } else { profile })
+    paths::target().join(folder_name(profile))
+}
+
+/// The name of a profile's folder, which cargo calls differently for the default profile.
+pub(crate) fn folder_name(profile: &str) -> &str {
+    if profile == "dev" { "debug" } else { profile }
 }
 
 /// Approximate relative build time of this workspace's packages: they are larger, and little else is left to compile

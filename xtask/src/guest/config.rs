@@ -12,7 +12,9 @@ fn parse(text: &str) -> BTreeMap<&str, &str> {
             if let Some(rest) = line.strip_prefix("# CONFIG_") {
                 return rest.strip_suffix(" is not set").map(|name| (name, "n"));
             }
-            line.strip_prefix("CONFIG_")?.split_once('=')
+            let (name, value) = line.strip_prefix("CONFIG_")?.split_once('=')?;
+            // An empty text is the same as no option.
+            Some((name, if value == "\"\"" { "n" } else { value }))
         })
         .collect()
 }
@@ -43,7 +45,8 @@ mod tests {
 
     #[test]
     fn config_with_all_options_passes() {
-        let fragment = "# a comment\nCONFIG_A=y\nCONFIG_B=n\nCONFIG_C=64\nCONFIG_D=n\n";
+        let fragment =
+            "# a comment\nCONFIG_A=y\nCONFIG_B=n\nCONFIG_C=64\nCONFIG_D=n\nCONFIG_F=\"\"\n";
         check(
             fragment,
             "CONFIG_A=y\n# CONFIG_B is not set\nCONFIG_C=64\nCONFIG_E=y\n",

@@ -14,13 +14,16 @@ use anyhow::{Context as _, Result, ensure};
 
 use super::build_tree::BuildTree;
 use super::cache::{compiler, key};
-use super::debian::{CLOUD_6_12, DebianKernel};
+use super::config;
+use super::debian::{CLOUD_6_12, DebianKernel, GUEST_MODULES};
 use super::kernel::FRAGMENT;
 use super::make::{Objects, output};
 use super::series::{self, Series};
 use super::source::Source;
 use crate::apt::{self, Need};
-use crate::{disk, package, paths};
+use crate::package::build;
+use crate::package::clean_root::{self, Root};
+use crate::{disk, paths};
 
 const TOOLS: &[Need] = &[
     Need {
@@ -54,9 +57,10 @@ const SUFFIX: &str = "-balloon";
 /// The source package that the binary packages name as their origin.
 const SOURCE_NAME: &str = "linux-balloon";
 
-/// Options of every packaged kernel. Debug information multiplies the size of a build, and BTF needs it.
-const PACKAGED: &str = "CONFIG_DEBUG_INFO_NONE=y\nCONFIG_DEBUG_INFO_DWARF_TOOLCHAIN_DEFAULT=n\n\
-                        CONFIG_DEBUG_INFO_BTF=n\nCONFIG_LOCALVERSION_AUTO=n\n";
+/// Options of every packaged kernel.
+const PACKAGED: &str = include_str!("../../guest/package.config");
+/// Options of a kernel with Debian's configuration for cloud guests.
+const PACKAGED_CLOUD: &str = include_str!("../../guest/package-cloud.config");
 
 /// Objects and packages of a kernel with Debian's modules, without debug information, rounded up.
 const CLOUD_BYTES: u64 = 4 << 30;
@@ -67,6 +71,9 @@ pub(crate) struct Options {
     /// or a complete kernel configuration file
     #[arg(long, value_name = "cloud|small|FILE", default_value = "cloud")]
     config: Config,
+    /// Also install the kernel's package in a clean Debian root, check it there, and remove it
+    #[arg(long)]
+    check: bool,
 }
 
 /// The configuration to which the series' own options are added.
@@ -128,10 +135,14 @@ impl Plan {
             Config::Cloud => SUFFIX.to_owned(),
             other => format!("{SUFFIX}-{}", other.name()),
         };
+        let own = match config {
+            Config::Cloud => PACKAGED_CLOUD,
+            Config::Small | Config::File(_) => "",
+        };
         Ok(Self {
             release: format!("{upstream}{suffix}"),
             version: format!("{source}+balloon{date}"),
-            options: format!("{series_options}\n{PACKAGED}CONFIG_LOCALVERSION=\"{suffix}\"\n"),
+            options: format!("{series_options}\n{PACKAGED}{own}CONFIG_LOCALVERSION=\"{suffix}\"\n"),
         })
     }
 
@@ -166,7 +177,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let config = &options.config;
     let series = Series::read()?;
     let source = Source::base()?;
-    let epoch = package::source_date(Some("guest-patches"))?;
+    let epoch = build::source_date(Some("guest-patches"))?;
     let plan = Plan::new(
         config,
         &source.package_version,
@@ -198,24 +209,73 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let words = plan.make_words(&epoch);
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     objects.build("Kernel packages", &words, None)?;
-    publish(&plan, &objects, beside)
+    let packages = publish(&plan, &objects, beside)?;
+    let image = packages.first().context("the kernel is packaged")?;
+    if options.check {
+        check(image, &plan)?;
+    }
+    Ok(())
 }
 
-fn publish(plan: &Plan, objects: &Objects, from: &Path) -> Result<()> {
+/// Installs the kernel's package in a new root, checks its files there, and removes it again.
+fn check(image: &Path, plan: &Plan) -> Result<()> {
+    let root = Root::unpack(&clean_root::archive()?)?;
+    let before = root.files()?;
+    let name = root.install(image)?;
+    let release = &plan.release;
+    let configuration = root.read(&format!("boot/config-{release}"))?;
+    config::check(&plan.options, &configuration)?;
+    for file in ["vmlinuz", "System.map"] {
+        root.run(&["test", "-s", &format!("/boot/{file}-{release}")])?;
+    }
+    if has_modules(&configuration) {
+        let modules = root.read(&format!("lib/modules/{release}/modules.dep"))?;
+        let builtin = root.read(&format!("lib/modules/{release}/modules.builtin"))?;
+        for module in GUEST_MODULES {
+            let found = has_module(&modules, module) || has_module(&builtin, module);
+            ensure!(found, "{name} lacks the module {module}");
+        }
+        println!("{name}: {} modules", modules.lines().count());
+    }
+    root.run(&["dpkg", "--purge", &name])?;
+    let after = root.files()?;
+    let left: Vec<_> = after.symmetric_difference(&before).collect();
+    ensure!(
+        left.is_empty(),
+        "removing {name} left a difference: {left:?}"
+    );
+    println!("{name}: installed in a clean root of Debian, checked, and removed without a trace");
+    Ok(())
+}
+
+/// Whether a list of modules, one path a line, has this one. Files spell an underscore as a dash or not.
+fn has_module(list: &str, module: &str) -> bool {
+    let plain = |name: &str| name.replace('-', "_");
+    list.lines().any(|line| {
+        let path = line.split(':').next().unwrap_or(line);
+        let file = path.rsplit('/').next().unwrap_or(path);
+        file.split_once(".ko")
+            .is_some_and(|(name, _)| plain(name) == plain(module))
+    })
+}
+
+fn has_modules(configuration: &str) -> bool {
+    configuration.lines().any(|line| line == "CONFIG_MODULES=y")
+}
+
+fn publish(plan: &Plan, objects: &Objects, from: &Path) -> Result<Vec<PathBuf>> {
     let folder = paths::guest().join("package");
     fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
-    let has_modules = objects
-        .config()?
-        .lines()
-        .any(|line| line == "CONFIG_MODULES=y");
-    for name in plan.packages(has_modules) {
+    let mut packages = Vec::new();
+    for name in plan.packages(has_modules(&objects.config()?)) {
         let made = from.join(&name);
         ensure!(made.exists(), "bindeb-pkg did not make {}", made.display());
         let package = folder.join(&name);
         paths::link_or_copy(&made, &package)?;
         println!("{}", package.display());
+        packages.push(package);
     }
-    Ok(())
+    Ok(packages)
 }
 
 /// Removes packages of an earlier build, which must not be taken for those of this one.
@@ -277,9 +337,14 @@ mod tests {
             OURS,
             "CONFIG_LOCALVERSION=\"-balloon\"",
             "CONFIG_DEBUG_INFO_NONE=y",
+            "CONFIG_MODULE_SIG_KEY=\"\"",
+            "CONFIG_PVH=y",
+            "CONFIG_XEN=n",
         ] {
             assert!(options.lines().any(|other| other == line), "{options}");
         }
+        // Whoever gives a configuration wants its drivers.
+        assert!(!plan("./my.config").options.contains("CONFIG_XEN"));
     }
 
     #[test]
@@ -298,6 +363,17 @@ mod tests {
     fn version_that_names_no_debian_revision_is_refused_with_the_version() {
         let error = Plan::new(&Config::Cloud, "6.12", "20261123", OURS).unwrap_err();
         assert!(error.to_string().contains("\"6.12\""), "{error}");
+    }
+
+    #[test]
+    fn module_is_found_by_its_name_in_both_spellings() {
+        let list = "kernel/drivers/char/hw_random/virtio-rng.ko.xz: kernel/x/a.ko\nkernel/fs/ext4/ext4.ko\n";
+        for module in ["virtio_rng", "ext4"] {
+            assert!(has_module(list, module), "{module}");
+        }
+        for module in ["a", "ext", "virtio"] {
+            assert!(!has_module(list, module), "{module}");
+        }
     }
 
     #[test]

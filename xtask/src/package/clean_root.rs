@@ -28,11 +28,12 @@ const UNITS: [(&str, u32); 2] = [
     ("cloud-hypervisor@web.service", 20),
 ];
 
-/// Starts the units' programs as the units do, as far as that goes without systemd, until they answer.
+/// Starts the programs of both units and waits until they respond. `$AGENT` and `$VMM` are the units' commands, and
+/// `$FOLDERS` their folders in /run.
 const START: &str = r#"
-mkdir -p /run/ch-fleet /run/ch/web
-ch-fleet agent --config /etc/ch-fleet/agent.toml >/tmp/agent.log 2>&1 & agent=$!
-cloud-hypervisor --api-socket /run/ch/web/api.sock >/tmp/vmm.log 2>&1 & vmm=$!
+for folder in $FOLDERS; do mkdir -p /run/$folder; done
+$AGENT >/tmp/agent.log 2>&1 & agent=$!
+$VMM >/tmp/vmm.log 2>&1 & vmm=$!
 fail() { cat /tmp/agent.log /tmp/vmm.log >&2; exit 1; }
 until ch-fleet status >/tmp/status 2>&1; do kill -0 $agent || fail; sleep 0.1; done
 until ch-remote --api-socket /run/ch/web/api.sock ping >/tmp/ping 2>&1; do kill -0 $vmm || fail; sleep 0.1; done
@@ -63,8 +64,6 @@ pub(super) fn check(package: &Path, programs: &[&str]) -> Result<()> {
                 "{file} is not installed"
             );
         }
-        let completions = format!("/usr/share/bash-completion/completions/{program}");
-        root.run(&["bash", "-n", &completions])?;
     }
     root.run(&[
         "ch-fleet",
@@ -73,7 +72,25 @@ pub(super) fn check(package: &Path, programs: &[&str]) -> Result<()> {
         "--config",
         "/etc/ch-fleet/agent.toml",
     ])?;
-    root.run(&["timeout", "60", "sh", "-c", START])?;
+    let [agent, vmm] = ["ch-fleet-agent.service", "cloud-hypervisor@.service"].map(|unit| {
+        Ok::<_, anyhow::Error>(InstalledUnit(
+            root.read(&format!("usr/lib/systemd/system/{unit}"))?,
+        ))
+    });
+    let (agent, vmm) = (agent?, vmm?);
+    let start = [
+        format!("AGENT={}", agent.value("ExecStart")?),
+        format!("VMM={}", vmm.value("ExecStart")?),
+        format!(
+            "FOLDERS={} {}",
+            agent.value("RuntimeDirectory")?,
+            vmm.value("RuntimeDirectory")?
+        ),
+    ];
+    let mut words = vec!["env"];
+    words.extend(start.iter().map(String::as_str));
+    words.extend(["timeout", "60", "sh", "-c", START]);
+    root.run(&words)?;
     println!("ch-fleet agent and cloud-hypervisor: started, responded and ended");
     for (unit, most) in UNITS {
         // Manual pages are not checked, because man is not installed there.
@@ -101,6 +118,21 @@ pub(super) fn check(package: &Path, programs: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// The text of an installed unit.
+struct InstalledUnit(String);
+
+impl InstalledUnit {
+    /// The value of a key, for the VM `web` without options.
+    fn value(&self, key: &str) -> Result<String> {
+        let line = self.0.lines().find_map(|line| {
+            let (name, value) = line.split_once('=')?;
+            (name == key).then_some(value)
+        });
+        let value = line.with_context(|| format!("a unit has no {key}"))?;
+        Ok(value.replace("%i", "web").replace("$VM_OPTIONS", ""))
+    }
+}
+
 /// Files of a program that the package must install.
 fn docs_of(program: &str) -> [String; 4] {
     [
@@ -112,7 +144,7 @@ fn docs_of(program: &str) -> [String; 4] {
 }
 
 /// The root as an archive, created once for all checkouts.
-fn archive() -> Result<PathBuf> {
+pub(crate) fn archive() -> Result<PathBuf> {
     let suite = apt::release_codename()?;
     let cache = paths::cache()?;
     let archive = cache.join(format!("package-root-{}.tar", key(&[&suite, PACKAGES])));
@@ -138,12 +170,12 @@ fn archive() -> Result<PathBuf> {
 }
 
 /// An unpacked root, removed when dropped.
-struct Root {
+pub(crate) struct Root {
     path: PathBuf,
 }
 
 impl Root {
-    fn unpack(archive: &Path) -> Result<Self> {
+    pub(crate) fn unpack(archive: &Path) -> Result<Self> {
         let folder = paths::target().join("package");
         disk::require(&folder, SPACE_BYTES, TASK)?;
         let path = folder.join(format!("root-{}", std::process::id()));
@@ -156,7 +188,7 @@ impl Root {
     }
 
     /// Installs a package and returns its name.
-    fn install(&self, package: &Path) -> Result<String> {
+    pub(crate) fn install(&self, package: &Path) -> Result<String> {
         let mut field = Command::new("dpkg-deb");
         let name = output(field.arg("--field").arg(package).arg("Package"))?;
         let mut copy = apt::as_root("cp", TASK)?;
@@ -166,7 +198,7 @@ impl Root {
     }
 
     /// Runs a command in the root with a separate /proc, and returns its output. Its child processes end with it.
-    fn run(&self, words: &[&str]) -> Result<String> {
+    pub(crate) fn run(&self, words: &[&str]) -> Result<String> {
         let mut command = apt::as_root("unshare", TASK)?;
         command
             .args(["--mount", "--pid", "--fork", "--kill-child=KILL"])
@@ -180,8 +212,13 @@ impl Root {
         output(&mut command).with_context(|| format!("in a clean root: {}", words.join(" ")))
     }
 
+    /// The text of a file.
+    pub(crate) fn read(&self, name: &str) -> Result<String> {
+        self.run(&["cat", &format!("/{name}")])
+    }
+
     /// All files and folders, except those that every package changes.
-    fn files(&self) -> Result<BTreeSet<PathBuf>> {
+    pub(crate) fn files(&self) -> Result<BTreeSet<PathBuf>> {
         let mut find = apt::as_root("find", TASK)?;
         find.arg(&self.path)
             .args(["-xdev", "-mindepth", "1", "-printf", "%P\\n"]);

@@ -148,20 +148,25 @@ impl Job {
     }
 }
 
-/// Bytes, with an optional binary suffix; 4.5G is fine, a fraction of a byte is not.
+/// Units of sizes, each with its power of two.
+const UNITS: [(char, u32); 4] = [('k', 10), ('m', 20), ('g', 30), ('t', 40)];
+
+/// Bytes, with an optional binary suffix (`G` or `GiB`, in any case); 4.5G is fine, a fraction of a byte is not.
 pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
-    let (digits, shift) = match text.chars().last() {
-        Some('K' | 'k') => (&text[..text.len() - 1], 10),
-        Some('M' | 'm') => (&text[..text.len() - 1], 20),
-        Some('G' | 'g') => (&text[..text.len() - 1], 30),
-        _ => (text, 0),
-    };
+    let lower = text.to_ascii_lowercase();
+    let short = lower.strip_suffix("ib").unwrap_or(&lower);
+    let with_unit = UNITS
+        .iter()
+        .find_map(|(unit, shift)| Some((short.strip_suffix(*unit)?, *shift)));
+    let (digits, shift) = with_unit.unwrap_or((&lower, 0));
     let whole = digits
         .parse::<u64>()
         .ok()
         .and_then(|number| number.checked_mul(1 << shift));
     match whole.or_else(|| fraction(digits, 1 << shift)) {
-        Some(0) | None => Err(format!("{text:?} is no size, such as 512M or 4G")),
+        Some(0) | None => Err(format!(
+            "{text:?} is not a size; expected a number such as 512M, 4GiB or 4.5G"
+        )),
         Some(bytes) => Ok(bytes),
     }
 }
@@ -185,6 +190,9 @@ mod tests {
         assert_eq!(parse_size("512m"), Ok(512 << 20));
         assert_eq!(parse_size("4096"), Ok(4096));
         assert_eq!(parse_size("4.5G"), Ok(9 << 29));
+        assert_eq!(parse_size("64KiB"), Ok(64 << 10));
+        assert_eq!(parse_size("1.5gib"), Ok(3 << 29));
+        assert_eq!(parse_size("1T"), Ok(1 << 40));
     }
 
     #[test]
@@ -193,7 +201,10 @@ mod tests {
             "",
             "0",
             "G",
-            "4T",
+            "4ib",
+            "4GB",
+            "4Gi",
+            "GiB",
             "-1",
             "1.5",
             ".5G",
