@@ -125,7 +125,7 @@ impl Bench {
                 let head = self.push(&slots[slot], workload);
                 slot_of_head[usize::from(head)] = slot;
             }
-            self.harness.kick(0).expect("the device goes on");
+            self.harness.kick(0).expect("the device continues");
             loop {
                 while let Some(used) = self.harness.queue(0).pop_used() {
                     free.push(slot_of_head[used.head as usize]);
@@ -136,7 +136,7 @@ impl Bench {
                 }
                 self.harness
                     .serve_sources(1000)
-                    .expect("the device goes on");
+                    .expect("the device continues");
             }
         }
         let figures = (done, start.elapsed(), cpu_time() - cpu);

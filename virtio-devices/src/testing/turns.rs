@@ -189,7 +189,7 @@ fn serve_out(harness: &mut HandlerHarness<Box<dyn QueueHandler>>, queues: &[u16]
         for index in queues {
             harness.kick(*index).expect("the ring is sound");
         }
-        harness.serve_sources(0).expect("the device goes on");
+        harness.serve_sources(0).expect("the device continues");
         harness.handler.pause();
         if used(harness, queues) == before {
             return;

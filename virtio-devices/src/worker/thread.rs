@@ -250,7 +250,7 @@ impl WorkerThread {
                 .source()
                 .map_or_else(String::new, |source| format!(": {source}"));
             log::error!(
-                "{}: device stands still until the driver resets it: {error}{cause}",
+                "{}: device stopped until the driver resets it: {error}{cause}",
                 self.name
             );
         }

@@ -162,7 +162,7 @@ fn while_asked(socket: &Path) -> Result<Value> {
         let Ok((answered, waited)) = waiting.join() else {
             bail!("the waiting thread panicked");
         };
-        ensure!(answered, "vm.balloon-stats got no answer at all");
+        ensure!(answered, "vm.balloon-stats got no answer");
         Ok(json!({
             "vm.info_us": asked.distribution(),
             "vm.balloon-stats_answered_after_ms": waited.as_millis() as u64,

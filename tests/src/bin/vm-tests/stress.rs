@@ -270,7 +270,7 @@ impl<'a> Stress<'a> {
             self.ask_churn("churn-status")?;
             ensure!(
                 started.elapsed() < PROGRESS_DEADLINE,
-                "the guest stands still at {:?} steps and bytes",
+                "the guest makes no progress at {:?} steps and bytes",
                 self.churned
             );
         }

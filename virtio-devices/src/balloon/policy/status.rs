@@ -64,7 +64,7 @@ impl SettingState {
             Self::GuestDeclined => {
                 "the guest's driver does not accept VIRTIO_BALLOON_F_REPORTING_POLICY"
             }
-            Self::NotSet => "no policy has been set; the guest reports as it does by itself",
+            Self::NotSet => "no policy has been set; the guest uses its own defaults",
             Self::NotAcknowledged => "the guest has been told and has not acknowledged it yet",
             Self::NotFollowed => "the guest's driver does not follow this setting",
         })

@@ -15,7 +15,7 @@ fn survive(descs: &[Desc], expect_used_len: u32) {
             ..params(&file)
         });
         let head = rig.harness.queue(0).push_raw(descs);
-        rig.harness.kick(0).expect("device goes on");
+        rig.harness.kick(0).expect("device continues");
         let used = rig.wait_used();
         assert_eq!((used.head, used.len), (u32::from(head), expect_used_len));
         assert_eq!(rig.counter("bad_requests"), 1);
@@ -142,7 +142,7 @@ fn head_out_of_table_is_dropped() {
     let mut rig = Rig::new(params(&file));
     rig.harness.queue(0).offer(64);
     rig.harness.queue(0).offer(u16::MAX);
-    rig.harness.kick(0).expect("device goes on");
+    rig.harness.kick(0).expect("device continues");
     assert!(rig.harness.queue(0).pop_used().is_none());
     assert_eq!(rig.counter("bad_requests"), 2);
     assert_eq!(rig.read(3, 512).0, S_OK);
@@ -165,7 +165,7 @@ fn same_head_in_every_entry_stays_bounded() {
         for _ in 1..64 {
             rig.harness.queue(0).offer(chain.head);
         }
-        rig.harness.kick(0).expect("device goes on");
+        rig.harness.kick(0).expect("device continues");
         for _ in 0..64 {
             rig.wait_used();
         }

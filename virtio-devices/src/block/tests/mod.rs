@@ -96,7 +96,7 @@ impl Rig {
             assert!(Instant::now() < end, "no answer before the deadline");
             self.harness
                 .serve_sources(Duration::from_millis(100).as_millis() as i32)
-                .expect("device goes on");
+                .expect("device continues");
         }
     }
 
@@ -105,7 +105,7 @@ impl Rig {
         let mut all = segments.to_vec();
         all.push(Segment::Writable(1));
         let chain = self.harness.queue(0).push(&all);
-        self.harness.kick(0).expect("device goes on");
+        self.harness.kick(0).expect("device continues");
         let used = self.wait_used();
         assert_eq!(used.head, u32::from(chain.head));
         let status = chain.buffers[all.len() - 1];

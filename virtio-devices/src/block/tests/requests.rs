@@ -187,7 +187,7 @@ fn autodetected_image_takes_every_write_but_signatures() {
             for bytes in [512, 4096] {
                 assert_eq!(rig.write(0, &image[..bytes]), status);
             }
-            // Elsewhere it is no signature.
+            // Elsewhere it is not a signature.
             assert_eq!(rig.write(1, &image), S_OK);
         }
         let refused = if autodetect { 8 } else { 0 };

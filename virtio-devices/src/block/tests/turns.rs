@@ -22,11 +22,11 @@ fn pause_at(rig: &mut Rig, look: u64, request: &[Segment<'_>]) {
         .map(|_| rig.harness.queue(0).push(&segments))
         .collect();
     rig.harness.turn.call_after(look);
-    rig.harness.kick(0).expect("device goes on");
+    rig.harness.kick(0).expect("device continues");
     assert_eq!(rig.harness.turn.done_in_spite(), Work::default());
     rig.harness.handler.pause();
     rig.harness.turn.set_called(false);
-    rig.harness.kick(0).expect("device goes on");
+    rig.harness.kick(0).expect("device continues");
     for chain in &chains {
         assert_eq!(rig.wait_used().head, u32::from(chain.head));
         let status = chain.buffers[segments.len() - 1];

@@ -22,7 +22,7 @@ fn survive(queue: u16, descs: &[Desc]) {
     for features in [0, MRG_RXBUF] {
         let mut rig = Rig::new(features);
         let head = rig.harness.queue(queue).push_raw(descs);
-        rig.harness.kick(queue).expect("device goes on");
+        rig.harness.kick(queue).expect("device continues");
         let used = rig.wait_used(queue);
         assert_eq!((used.head, used.len), (u32::from(head), 0));
         assert_eq!(rig.counter("bad_requests"), 1);
@@ -101,7 +101,7 @@ fn ring_full_of_bad_heads_is_bounded() {
         for _ in 0..64 {
             rig.harness.queue(queue).offer(u16::MAX);
         }
-        rig.harness.kick(queue).expect("device goes on");
+        rig.harness.kick(queue).expect("device continues");
         rig.settle();
         assert_eq!(rig.counter("bad_requests"), 64);
     }

@@ -43,7 +43,7 @@ fn until_throttled(rig: &mut Rig, queue: u16) -> usize {
     let mut completed = 0;
     while rig.counter("throttled") < enough {
         assert!(Instant::now() < end, "the timer runs");
-        rig.harness.serve_sources(100).expect("device goes on");
+        rig.harness.serve_sources(100).expect("device continues");
         while rig.harness.queue(queue).pop_used().is_some() {
             completed += 1;
         }

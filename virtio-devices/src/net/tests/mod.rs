@@ -70,7 +70,7 @@ impl Rig {
     /// Makes a buffer available for receiving.
     pub(super) fn offer(&mut self, bytes: u32) -> Chain {
         let chain = self.harness.queue(RX).push(&[Segment::Writable(bytes)]);
-        self.harness.kick(RX).expect("device goes on");
+        self.harness.kick(RX).expect("device continues");
         chain
     }
 
@@ -89,13 +89,13 @@ impl Rig {
                 return used;
             }
             assert!(Instant::now() < end, "no answer before the deadline");
-            self.harness.serve_sources(100).expect("device goes on");
+            self.harness.serve_sources(100).expect("device continues");
         }
     }
 
     /// Serves until the device is idle.
     pub(super) fn settle(&mut self) {
-        while self.harness.serve_sources(0).expect("device goes on") > 0 {}
+        while self.harness.serve_sources(0).expect("device continues") > 0 {}
     }
 
     /// Returns the frame that arrives at the far end.

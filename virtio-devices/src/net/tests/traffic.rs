@@ -162,7 +162,7 @@ impl Rig {
         let (_, used) = self
             .harness
             .request(TX, &[Segment::Readable(frame)])
-            .expect("device goes on");
+            .expect("device continues");
         used.is_none()
     }
 }

@@ -326,14 +326,7 @@ fn block(word: &str) -> Result<Block> {
     if word == "all" {
         return Ok(Block::All);
     }
-    let shift = match word.chars().last() {
-        Some('K') => 10,
-        Some('M') => 20,
-        _ => 0,
-    };
-    let digits = word.trim_end_matches(['K', 'M']);
-    let number: u64 = digits.parse().context("it is no size")?;
-    let bytes = number.checked_mul(1 << shift).context("it is no size")?;
+    let bytes = api::options::parse_bytes(word)?;
     ensure!(
         bytes.is_power_of_two() && (PAGE_BYTES..=BLOCK_BYTES_MAX).contains(&bytes),
         "blocks are powers of two from 4K to {}M",
@@ -343,7 +336,7 @@ fn block(word: &str) -> Result<Block> {
 }
 
 fn rounds(word: &str) -> Result<usize> {
-    let rounds = word.parse().context("it is no number")?;
+    let rounds = word.parse().context("not a number")?;
     ensure!(
         (1..=ROUNDS_MAX).contains(&rounds),
         "rounds are 1 to {ROUNDS_MAX}"
