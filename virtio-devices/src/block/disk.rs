@@ -9,6 +9,7 @@ use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
 use super::BlockParams;
 use super::counters::BlockCounters;
 use super::image::Image;
+use super::job;
 use super::request::Rules;
 use crate::config_interrupt::ConfigInterrupt;
 
@@ -61,6 +62,12 @@ impl DiskState {
 
     pub(super) fn has_own_discard(&self) -> bool {
         self.image.has_own_discard()
+    }
+
+    /// Maximum number of bytes that one operation discards.
+    pub(super) fn discard_piece_bytes(&self) -> u64 {
+        let container = self.image.container();
+        job::discard_piece_bytes(container.map(|container| container.cluster_bytes()))
     }
 
     pub(super) fn writeback(&self) -> bool {

@@ -260,7 +260,7 @@ mod tests {
 
     use super::*;
     use crate::block::engine::IoOperation;
-    use crate::block::job::{Kind, Step};
+    use crate::block::job::{Kind, Step, discard_piece_bytes};
     use crate::queue::GuestBuffers;
     use crate::testing::TestRam;
     use vm_memory::GuestAddressSpace;
@@ -333,6 +333,7 @@ mod tests {
             kind,
             started: Instant::now(),
             write_through: false,
+            discard_piece_bytes: discard_piece_bytes(None),
             step: Step::Sync,
             retries: 0,
         }

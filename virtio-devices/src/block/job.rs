@@ -26,8 +26,18 @@ const PIECE_BYTES_MAX: u64 = 4 << 20;
 
 /// Maximum number of bytes that one operation discards. Discarding moves no data, so its cost per byte is 64 times
 /// lower.
-const DISCARD_PIECE_BYTES_MAX: u64 = DISCARD_PER_COST * PIECE_BYTES_MAX;
-const DISCARD_PER_COST: u64 = 64;
+const DISCARD_PIECE_BYTES_MAX: u64 = 64 * PIECE_BYTES_MAX;
+
+/// Maximum number of clusters that one operation discards: each has an entry in a table, which is changed under a lock.
+const DISCARD_PIECE_CLUSTERS_MAX: u64 = 64 << 10;
+
+/// Maximum number of bytes that one operation discards on an image with these clusters, if it has any.
+pub(super) fn discard_piece_bytes(cluster_bytes: Option<u32>) -> u64 {
+    let clusters = cluster_bytes.map(|bytes| DISCARD_PIECE_CLUSTERS_MAX * u64::from(bytes));
+    clusters.map_or(DISCARD_PIECE_BYTES_MAX, |bytes| {
+        bytes.min(DISCARD_PIECE_BYTES_MAX)
+    })
+}
 
 /// Minimum cost of a job, in bytes moved: the time of one access to a disk.
 const COST_MIN: u64 = 64 << 10;
@@ -142,6 +152,8 @@ pub(super) struct Job {
     pub(super) started: Instant,
     /// The data must be on stable storage before the request completes.
     pub(super) write_through: bool,
+    /// From [`discard_piece_bytes`].
+    pub(super) discard_piece_bytes: u64,
     pub(super) step: Step,
     pub(super) retries: u32,
 }
@@ -165,7 +177,7 @@ impl Job {
     pub(super) fn cost(&self) -> u64 {
         let cost = match self.kind {
             Kind::Read(bytes) | Kind::Write(bytes) | Kind::WriteZeroes(bytes) => bytes,
-            Kind::Discard(bytes) => bytes / DISCARD_PER_COST,
+            Kind::Discard(bytes) => bytes / (self.discard_piece_bytes / PIECE_BYTES_MAX),
             Kind::Flush => SYNC_COST,
         };
         let sync_cost = if self.writes_through() { SYNC_COST } else { 0 };
@@ -186,7 +198,7 @@ impl Job {
             Kind::Read(bytes) | Kind::Write(bytes) | Kind::WriteZeroes(bytes) => {
                 bytes > PIECE_BYTES_MAX
             }
-            Kind::Discard(bytes) => bytes > DISCARD_PIECE_BYTES_MAX,
+            Kind::Discard(bytes) => bytes > self.discard_piece_bytes,
             Kind::Flush => false,
         }
     }
@@ -241,7 +253,7 @@ impl Job {
                 offset: 0,
                 bytes: 0,
             },
-            Step::Discard { range, .. } => range.piece(DISCARD_PIECE_BYTES_MAX),
+            Step::Discard { range, .. } => range.piece(self.discard_piece_bytes),
             Step::PunchHole(range) | Step::ZeroRange(range) => range.piece(PIECE_BYTES_MAX),
             Step::WriteZeroBuffer(range) => Range {
                 offset: range.offset,
@@ -315,5 +327,26 @@ fn io_error(errno: i32) -> Progress {
     Progress::Done {
         status: VIRTIO_BLK_S_IOERR as u8,
         host_errno: Some(errno),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Small clusters make a discard expensive, whatever its length.
+    #[test]
+    fn discards_are_bounded_in_clusters_and_bytes() {
+        const MIB: u64 = 1 << 20;
+        assert_eq!(discard_piece_bytes(None), 256 * MIB);
+        for (cluster_bytes, mib) in [
+            (512, 32),
+            (1024, 64),
+            (4096, 256),
+            (65536, 256),
+            (2 << 20, 256),
+        ] {
+            assert_eq!(discard_piece_bytes(Some(cluster_bytes)), mib * MIB);
+        }
     }
 }

@@ -267,6 +267,7 @@ impl BlockQueue {
             kind,
             started: Instant::now(),
             write_through,
+            discard_piece_bytes: self.disk.discard_piece_bytes(),
             step,
             retries: 0,
         }

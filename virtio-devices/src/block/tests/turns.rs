@@ -1,9 +1,10 @@
 //! Tests that a pause takes only a short time and loses nothing.
 
+use tempfile::NamedTempFile;
 use vm_memory::GuestAddress;
 
 use super::{ENGINES, Rig, S_OK, header, image, params, range};
-use crate::block::{Block, BlockParams};
+use crate::block::{Block, BlockParams, ImageFormat};
 use crate::pci::PciFunction;
 use crate::testing::{MockPciDriver, Segment, TestRam};
 use crate::worker::Work;
@@ -140,4 +141,36 @@ fn pause_of_a_worker_leaves_long_requests_in_the_ring() {
         assert!(used < requests, "the pause has waited for the whole ring");
         assert_eq!(driver.queue(0).used_idx(), used, "the ring stands still");
     }
+}
+
+/// Each cluster has an entry in a table, so the number of clusters matters as well as that of bytes.
+#[test]
+fn discards_of_small_clusters_are_done_in_smaller_pieces() {
+    const SECTORS: u32 = ((128 * MIB) >> 9) as u32;
+    let image = crate::testing::qcow2::Qcow2 {
+        version: 3,
+        cluster_bits: 9,
+        refcount_order: 4,
+        disk_bytes: 128 * MIB,
+        backing: None,
+        clusters: &[],
+    };
+    let file = NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), image.file()).unwrap();
+    let mut rig = Rig::new(BlockParams {
+        format: Some(ImageFormat::Qcow2),
+        ..params(&file)
+    });
+    for look in [0, 3] {
+        assert_eq!(rig.write(u64::from(SECTORS) - 1, &[7; 512]), S_OK);
+        let discard = [
+            Segment::Readable(&header(11, 0)),
+            Segment::Readable(&range(0, SECTORS, 0)),
+        ];
+        pause_at(&mut rig, look, &discard);
+        let last = rig.read(u64::from(SECTORS) - 1, 512);
+        assert_eq!(last, (S_OK, vec![0; 512]));
+    }
+    let most = rig.harness.turn.most_between_looks();
+    assert!(most.bytes <= 32 * MIB && most.calls <= 1, "{most:?}");
 }
