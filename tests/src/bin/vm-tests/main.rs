@@ -14,6 +14,7 @@ mod devices;
 mod fleet;
 mod hotplug;
 mod iommu;
+mod jail;
 mod life;
 mod network;
 mod operator;
@@ -75,6 +76,7 @@ fn main() -> ExitCode {
         assigned::tests(),
         balloon::tests(),
         stress::tests(),
+        jail::tests(),
         zones::tests(),
         promises::tests(),
         snapshot::tests(),
