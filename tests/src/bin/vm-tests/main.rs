@@ -5,9 +5,9 @@
 
 mod adopters;
 mod api;
-mod assigned;
 mod balloon;
 mod boot;
+mod chaos;
 mod consoles;
 mod debian;
 mod devices;
@@ -73,9 +73,9 @@ fn main() -> ExitCode {
         vsock::tests(),
         pmem::tests(),
         iommu::tests(),
-        assigned::tests(),
         balloon::tests(),
         stress::tests(),
+        chaos::tests(),
         jail::tests(),
         zones::tests(),
         promises::tests(),
