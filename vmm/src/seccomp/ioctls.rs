@@ -229,8 +229,6 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [Request]] {
         MachineThread::Worker(DeviceKind::Net) => &[TAP],
         MachineThread::Worker(DeviceKind::Mem) => &[SLOTS, VFIO_MAP],
         MachineThread::Worker(DeviceKind::Iommu) => &[VFIO_MAP],
-        MachineThread::Worker(
-            DeviceKind::Rng | DeviceKind::Watchdog | DeviceKind::Pmem | DeviceKind::Assigned,
-        ) => &[],
+        MachineThread::Worker(_) => &[],
     }
 }

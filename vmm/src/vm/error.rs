@@ -111,7 +111,7 @@ pub enum HotplugError {
     },
     /// A device that every machine has, or that does not support removal.
     #[error(
-        "Device {id} cannot be removed: only disks, network devices, shared folders, persistent memory, assigned devices, the vsock device and the balloon support removal"
+        "Device {id} cannot be removed: only devices that can be added to a running VM support removal"
     )]
     NotRemovable {
         /// The name.

@@ -107,12 +107,13 @@ impl Vm {
             (DeviceKind::Balloon, Some(balloon)) => {
                 let (ballooned_bytes, target_bytes) =
                     (balloon.actual_bytes(), balloon.target_bytes());
-                if ballooned_bytes > 0 || target_bytes > 0 {
-                    return Err(HotplugError::BalloonInflated {
+                match (ballooned_bytes, target_bytes) {
+                    (0, 0) => Ok(plugged),
+                    _ => Err(HotplugError::BalloonInflated {
                         id: id.to_owned(),
                         ballooned_bytes,
                         target_bytes,
-                    });
+                    }),
                 }
             }
             (
@@ -124,19 +125,9 @@ impl Vm {
                 | DeviceKind::Vsock
                 | DeviceKind::Balloon,
                 _,
-            ) => {}
-            (
-                DeviceKind::Mem
-                | DeviceKind::Rng
-                | DeviceKind::Console
-                | DeviceKind::Watchdog
-                | DeviceKind::Iommu,
-                _,
-            ) => {
-                return Err(HotplugError::NotRemovable { id: id.to_owned() });
-            }
+            ) => Ok(plugged),
+            _ => Err(HotplugError::NotRemovable { id: id.to_owned() }),
         }
-        Ok(plugged)
     }
 }
 
