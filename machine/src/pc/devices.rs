@@ -8,6 +8,8 @@
 //! No step waits for the guest. If the guest never releases a device, the device stays until the guest reboots.
 
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use state::Saved;
 use virtio_devices::Unpoisoned;
@@ -21,6 +23,22 @@ use super::error::PcError;
 use super::plugged::{Plug, Plugged};
 use crate::interrupt::FunctionVectors;
 use crate::threads::{DeviceKind, MachineThread, ThreadStart};
+
+/// Maximum time of one access to a device, which is one system call.
+const ACCESS_DEADLINE: Duration = Duration::from_secs(1);
+
+/// Returns when only the caller holds a function that is not on the bus anymore: vCPUs have finished their accesses, and
+/// observers have read its counters. Nobody finds it anew.
+fn wait_for_accesses<T: ?Sized>(function: &Arc<T>, deadline: Duration) {
+    let begun = Instant::now();
+    while Arc::strong_count(function) > 1 {
+        if begun.elapsed() > deadline {
+            log::warn!("An access to a removed device does not end");
+            return;
+        }
+        thread::yield_now();
+    }
+}
 
 impl Pc {
     /// Adds a device to the bus of a machine that has not booted, and starts its workers.
@@ -100,6 +118,10 @@ impl Pc {
         for plugged in &gone {
             // Work in progress ends here and not on a vCPU thread that happens to hold the last reference.
             plugged.function.reset();
+            if plugged.kind == DeviceKind::Assigned {
+                // Its drop calls VFIO, which a vCPU thread may not.
+                wait_for_accesses(&plugged.function, ACCESS_DEADLINE);
+            }
         }
         gone
     }
@@ -200,4 +222,26 @@ impl Pc {
 fn worker_start(thread_start: &ThreadStart, kind: DeviceKind) -> WorkerStart {
     let thread_start = Arc::clone(thread_start);
     Arc::new(move |_own_name| thread_start(MachineThread::Worker(kind)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn removed_function_is_dropped_by_the_caller_or_after_the_deadline() {
+        let function = Arc::new(());
+        let (sender, receiver) = std::sync::mpsc::channel::<()>();
+        let held = Arc::clone(&function);
+        let vcpu = thread::spawn(move || {
+            receiver.recv().unwrap();
+            drop(held);
+        });
+        wait_for_accesses(&function, Duration::ZERO);
+        assert_eq!(Arc::strong_count(&function), 2, "the access goes on");
+        sender.send(()).unwrap();
+        wait_for_accesses(&function, Duration::from_secs(60));
+        assert_eq!(Arc::strong_count(&function), 1);
+        vcpu.join().unwrap();
+    }
 }

@@ -47,6 +47,9 @@ pub(crate) trait HostMappings: Debug + Send + Sync {
     /// The host fails: the device may still have access.
     fn unmap(&self, first: u64, mapping: &Mapping) -> Result<(), Refusal>;
 
+    /// Bytes that the device can access now, each counted as often as it is mapped.
+    fn mapped_bytes(&self) -> u64;
+
     /// Input addresses that cannot be mapped, ascending and without those of interrupts.
     fn reserved(&self) -> Vec<RangeInclusive<u64>>;
 }

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, RwLock};
 
 use vm_memory::Permissions;
@@ -50,8 +50,12 @@ pub(crate) struct Fault {
 pub(crate) struct Shared {
     /// Applies to endpoints without a domain. Not in the tables, because a vCPU thread changes it.
     bypass: AtomicBool,
-    /// Held for one request or one translation.
+    /// Held for one request or one translation. A request for an assigned device can take as long as the host needs to
+    /// provide and pin its memory.
     tables: RwLock<Tables>,
+    /// Figures of the tables after the last change, for those who do not wait for the next.
+    mappings: AtomicU64,
+    host_mapped_bytes: AtomicU64,
     faults: Mutex<VecDeque<Fault>>,
     /// Readable while there are faults that the worker has not looked at.
     pub(crate) faulted: EventFd,
@@ -65,6 +69,8 @@ impl Shared {
         Ok(Self {
             bypass: AtomicBool::new(true),
             tables: RwLock::new(Tables::new(input_last)),
+            mappings: AtomicU64::new(0),
+            host_mapped_bytes: AtomicU64::new(0),
             faults: Mutex::default(),
             faulted: EventFd::new(EFD_NONBLOCK)?,
             stats: Stats::default(),
@@ -96,7 +102,20 @@ impl Shared {
     fn change_and_end<T>(&self, change: impl FnOnce(&mut Tables) -> T) -> (T, Vec<EndedEra>) {
         let mut tables = self.tables.write().unpoisoned();
         let result = change(&mut tables);
+        let store = |figure: &AtomicU64, value| figure.store(value, Ordering::Relaxed);
+        store(&self.mappings, tables.mappings() as u64);
+        store(&self.host_mapped_bytes, tables.host_mapped_bytes());
         (result, tables.take_ended())
+    }
+
+    /// Number of mappings in all domains.
+    pub(crate) fn mappings(&self) -> u64 {
+        self.mappings.load(Ordering::Relaxed)
+    }
+
+    /// Bytes mapped in the IOMMU of the host, counted for each assigned device.
+    pub(crate) fn host_mapped_bytes(&self) -> u64 {
+        self.host_mapped_bytes.load(Ordering::Relaxed)
     }
 
     pub(crate) fn read<T>(&self, read: impl FnOnce(&Tables) -> T) -> T {

@@ -353,15 +353,8 @@ impl Tables {
 
     /// Bytes mapped in the IOMMU of the host, counted for each assigned device.
     pub(crate) fn host_mapped_bytes(&self) -> u64 {
-        let attached = self.endpoints.values();
-        let hosts = attached.filter(|it| it.host().is_some());
-        let domains = hosts.filter_map(|it| self.domains.get(&it.domain?));
-        let mappings = domains.flat_map(|domain| &domain.mappings);
-        mappings
-            .filter(|(_, mapping)| mapping.allows != Permissions::No)
-            .fold(0, |sum: u64, (first, mapping)| {
-                sum.saturating_add((mapping.last - first).saturating_add(1))
-            })
+        let hosts = self.endpoints.values().filter_map(Attachment::host);
+        hosts.fold(0, |sum, host| sum.saturating_add(host.mapped_bytes()))
     }
 
     /// The attached endpoints and their domains.

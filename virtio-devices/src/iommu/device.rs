@@ -182,10 +182,8 @@ impl VirtioDevice for Iommu {
 
     fn counters(&self) -> Counters {
         let mut counters = self.shared.stats.read();
-        let figures = |tables: &Tables| (tables.mappings(), tables.host_mapped_bytes());
-        let (mappings, host_mapped_bytes) = self.shared.read(figures);
-        counters.insert("mappings", mappings as u64);
-        counters.insert("host_mapped_bytes", host_mapped_bytes);
+        counters.insert("mappings", self.shared.mappings());
+        counters.insert("host_mapped_bytes", self.shared.host_mapped_bytes());
         counters
     }
 }
@@ -211,7 +209,12 @@ impl Handler {
         loop {
             match queue.next(&ram, turn)? {
                 Next::Chain(Popped { head, buffers }) => {
+                    let before = self.shared.host_mapped_bytes();
                     let written = answer(&self.shared, buffers, self.features);
+                    let pinned = self.shared.host_mapped_bytes().saturating_sub(before);
+                    if pinned > 0 {
+                        turn.charge_call(1, pinned);
+                    }
                     queue.push_used(&ram, head, written)?;
                 }
                 Next::Empty if queue.enable_doorbell(&ram)? => queue.disable_doorbell(&ram)?,

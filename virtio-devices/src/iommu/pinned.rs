@@ -8,15 +8,20 @@ use std::fmt;
 use std::io;
 use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::{
-    GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, Permissions,
-    VolatileSlice,
+    GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    Permissions, VolatileSlice,
 };
 
 use crate::counters::Count;
 use crate::device::GuestRam;
 use crate::dma::{HostMappings, MSI_RANGE, Mapping, Refusal};
+
+/// Maximum size of a device's mappings, as a multiple of RAM. Without it, a guest could map the same memory all over the
+/// input range: the host's page tables would have no bound, nor would the time for a device to join a domain.
+const RAM_TIMES_MAX: u64 = 2;
 
 /// The part of the host's IOMMU in front of one device.
 pub trait HostIommu: Send + Sync {
@@ -42,8 +47,12 @@ pub trait HostIommu: Send + Sync {
 pub(crate) struct PinnedMappings {
     iommu: Arc<dyn HostIommu>,
     ram: GuestRam,
+    /// Changed while the tables are locked.
+    mapped_bytes: AtomicU64,
     /// Mappings that the host refused.
     refused: Count,
+    /// Mappings that the host did not remove.
+    stuck: Count,
 }
 
 impl fmt::Debug for PinnedMappings {
@@ -57,7 +66,9 @@ impl PinnedMappings {
         Self {
             iommu,
             ram,
+            mapped_bytes: AtomicU64::new(0),
             refused: Count::default(),
+            stuck: Count::default(),
         }
     }
 
@@ -75,6 +86,10 @@ impl PinnedMappings {
         let slices = || ram.get_slices(GuestAddress(range.start), bytes);
         if slices().any(|slice| slice.is_err()) {
             return Err(no_ram);
+        }
+        let ram_bytes: u64 = ram.iter().map(GuestMemoryRegion::len).sum();
+        if self.mapped_bytes() + bytes as u64 > ram_bytes.saturating_mul(RAM_TIMES_MAX) {
+            return Err((Refusal::NoMemory, false));
         }
         let mut done = 0;
         for slice in slices().flatten() {
@@ -103,9 +118,11 @@ impl PinnedMappings {
 
     fn unmap_range(&self, input: u64, bytes: u64) -> Result<(), Refusal> {
         self.iommu.unmap(input, bytes).map_err(|error| {
-            log::error!(
-                "Virtual IOMMU: the host does not unmap {bytes:#x} bytes at {input:#x}: {error}"
-            );
+            if self.stuck.count_loudly() {
+                log::error!(
+                    "Virtual IOMMU: the host does not unmap {bytes:#x} bytes at {input:#x}: {error}"
+                );
+            }
             Refusal::Device
         })
     }
@@ -127,16 +144,17 @@ impl HostMappings for PinnedMappings {
             return Err(Refusal::Range);
         }
         let range = target(first, mapping).ok_or(Refusal::Invalid)?;
+        let bytes = range.end - range.start;
         let dma_mapped = self.ram.dma_mapped();
         dma_mapped.hold(&range);
         let mapped = self.map_parts(&self.ram.memory(), first, &range, mapping.allows);
-        mapped.map_err(|(refusal, is_left)| {
-            // What the host has pinned and does not release is never discarded.
-            if !is_left {
-                dma_mapped.release(&range);
-            }
-            refusal
-        })
+        if let Err((refusal, false)) = mapped {
+            dma_mapped.release(&range);
+            return Err(refusal);
+        }
+        // What the host has pinned and does not release is never discarded.
+        self.mapped_bytes.fetch_add(bytes, Ordering::Relaxed);
+        mapped.map_err(|(refusal, _)| refusal)
     }
 
     fn unmap(&self, first: u64, mapping: &Mapping) -> Result<(), Refusal> {
@@ -144,9 +162,15 @@ impl HostMappings for PinnedMappings {
             return Ok(());
         }
         let range = target(first, mapping).ok_or(Refusal::Invalid)?;
-        self.unmap_range(first, range.end - range.start)?;
+        let bytes = range.end - range.start;
+        self.unmap_range(first, bytes)?;
         self.ram.dma_mapped().release(&range);
+        self.mapped_bytes.fetch_sub(bytes, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn mapped_bytes(&self) -> u64 {
+        self.mapped_bytes.load(Ordering::Relaxed)
     }
 
     fn reserved(&self) -> Vec<RangeInclusive<u64>> {

@@ -17,8 +17,10 @@ use crate::worker::Turn;
 
 const PART: Part = parts::MEM_BLOCKS;
 
-/// Blocks opened or closed before the worker checks for commands: a system call each, of some 10 µs.
+/// Blocks opened or closed before the worker checks for commands: a system call each, of some 10 µs. With an assigned
+/// device, the host also provides and pins the memory, so their size counts, too.
 const BLOCKS_AT_ONCE: u64 = 16;
+const BYTES_AT_ONCE: u64 = 64 << 20;
 
 /// The plugged blocks. There can be more than the host requests, while the guest is still returning some.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,6 +82,8 @@ impl MemWorker {
         open: bool,
         turn: &mut Turn,
     ) -> Option<io::Result<()>> {
+        let blocks_at_once =
+            (BYTES_AT_ONCE / self.shared.region.block_bytes()).clamp(1, BLOCKS_AT_ONCE);
         let mut first = true;
         for run in runs {
             let mut start = run.start;
@@ -87,7 +91,7 @@ impl MemWorker {
                 if !std::mem::take(&mut first) && turn.is_called() {
                     return None;
                 }
-                let end = run.end.min(start + BLOCKS_AT_ONCE);
+                let end = run.end.min(start + blocks_at_once);
                 let range = self.shared.region.range(&(start..end));
                 (start..end).for_each(|_block| turn.charge_call(1, 0));
                 if let Err(error) = self.shared.access.set(range, open) {

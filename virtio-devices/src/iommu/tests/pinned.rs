@@ -328,3 +328,36 @@ fn no_mapped_page_is_discarded_in_any_interleaving() {
     });
     assert_eq!(rig.pinned_bytes(), 0);
 }
+
+#[test]
+fn mappings_of_a_device_are_bounded_in_bytes() {
+    const MOST: u64 = 0x10000;
+    let bytes: u64 = REGIONS.iter().map(|(_, bytes)| *bytes as u64).sum();
+    let mut rig = Rig::new();
+    assert_eq!(rig.status(&attach(1, ENDPOINT, 0)), OK);
+    let at = |index: u64| (index * MOST, (index + 1) * MOST - 1);
+    for (index, status) in [(0, OK), (1, OK), (2, NOMEM)] {
+        let (first, last) = at(index);
+        assert_eq!(rig.status(&map(1, first, last, 0, 3)), status);
+    }
+    let rest = 2 * bytes - 2 * MOST;
+    assert_eq!(rig.status(&map(1, 2 * MOST, 2 * MOST + rest - 1, 0, 3)), OK);
+    assert_eq!(
+        rig.status(&map(1, 8 * MOST, 8 * MOST + PAGE - 1, 0, 3)),
+        NOMEM
+    );
+    assert_eq!(rig.device.counters()["host_mapped_bytes"], 2 * bytes);
+    assert_eq!(rig.status(&unmap(1, 0, MOST - 1)), OK);
+    assert_eq!(rig.status(&map(1, 8 * MOST, 8 * MOST + PAGE - 1, 0, 3)), OK);
+
+    // A domain of emulated devices can have more, but then no assigned device joins it.
+    assert_eq!(rig.status(&attach(2, OTHER, 0)), OK);
+    for index in 0..3 {
+        let (first, last) = at(index);
+        assert_eq!(rig.status(&map(2, first, last, 0, 3)), OK);
+    }
+    assert_eq!(rig.status(&attach(2, ENDPOINT, 0)), NOMEM);
+    assert_eq!(rig.accessible(), []);
+    assert_eq!(rig.pinned_bytes(), 0);
+    assert_eq!(rig.device.counters()["host_mapped_bytes"], 0);
+}
