@@ -41,10 +41,10 @@ fn body_unknown_keys_of_upstreams_endpoints_are_ignored() {
 
 #[test]
 fn body_unknown_keys_of_upstreams_endpoints_are_logged_with_suggestions() {
-    let unknown = ["disks.0.read_only", "colour"].map(str::to_owned);
+    let unknown = ["disks.0.read_only", "zzz"].map(str::to_owned);
     assert_eq!(
         list::<VmConfig>(&unknown),
-        r#""disks.0.read_only" (did you mean "readonly"?), "colour""#
+        r#""disks.0.read_only" (did you mean "readonly"?), "zzz""#
     );
 }
 
