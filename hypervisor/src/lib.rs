@@ -27,8 +27,8 @@ pub use irq::{GsiRoute, IoAddress, MsiMessage};
 pub use kvm::{KVM_PATH, Kvm, REQUIRED_CAPABILITIES};
 pub use vcpu::Vcpu;
 pub use vcpu_state::{
-    CpuidState, DebugRegsState, EventsState, MsrState, RegsState, SegmentState, SregsState,
-    TableState, VcpuState, XcrState,
+    CpuidState, DebugRegsState, EventsState, HYPERV_MSRS, MsrState, RegsState, SegmentState,
+    SregsState, TableState, VcpuState, XcrState,
 };
 pub use vm::{MemorySlot, Vm};
 pub use vm_state::ClockState;

@@ -4,10 +4,11 @@
 // suberror of an internal error).
 
 use kvm_bindings::{
-    CpuId, KVM_EXIT_DEBUG, KVM_EXIT_EXCEPTION, KVM_EXIT_HYPERCALL, KVM_EXIT_IRQ_WINDOW_OPEN,
-    KVM_EXIT_NMI, KVM_EXIT_SET_TPR, KVM_EXIT_TPR_ACCESS, KVM_EXIT_UNKNOWN, KVM_EXIT_WATCHDOG,
-    KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_fpu,
-    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run, kvm_sregs,
+    CpuId, KVM_CAP_HYPERV_SYNIC, KVM_EXIT_DEBUG, KVM_EXIT_EXCEPTION, KVM_EXIT_HYPERCALL,
+    KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_NMI, KVM_EXIT_SET_TPR, KVM_EXIT_TPR_ACCESS,
+    KVM_EXIT_UNKNOWN, KVM_EXIT_WATCHDOG, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_INIT_RECEIVED,
+    KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_enable_cap, kvm_fpu, kvm_lapic_state, kvm_mp_state,
+    kvm_msr_entry, kvm_regs, kvm_run, kvm_sregs, kvm_xsave,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
@@ -19,11 +20,21 @@ use crate::fault_stats::FaultStats;
 #[derive(Debug)]
 pub struct Vcpu {
     fd: VcpuFd,
+    /// Size of the XSAVE area, which grows with the features that the process has requested.
+    xsave_bytes: usize,
 }
 
 impl Vcpu {
-    pub(crate) fn new(fd: VcpuFd) -> Self {
-        Self { fd }
+    /// `xsave_bytes` is what `KVM_CAP_XSAVE2` returns; 0 on a kernel without it.
+    pub(crate) fn new(fd: VcpuFd, xsave_bytes: usize) -> Self {
+        Self {
+            fd,
+            xsave_bytes: xsave_bytes.max(size_of::<kvm_xsave>()),
+        }
+    }
+
+    pub(crate) fn xsave_bytes(&self) -> usize {
+        self.xsave_bytes
     }
 
     pub(crate) fn fd(&self) -> &VcpuFd {
@@ -76,6 +87,20 @@ impl Vcpu {
     /// After it the registers are those of an instruction boundary, unless the access continues, which is another exit.
     pub fn set_immediate_exit(&mut self, on: bool) {
         self.fd.set_kvm_immediate_exit(u8::from(on));
+    }
+
+    /// Gives the guest the synthetic interrupt controller and timers of Hyper-V (TLFS, chapters 11 and 12).
+    ///
+    /// # Errors
+    /// `KVM_ENABLE_CAP(KVM_CAP_HYPERV_SYNIC)` failed.
+    pub fn enable_hyperv_synic(&self) -> Result<()> {
+        let capability = kvm_enable_cap {
+            cap: KVM_CAP_HYPERV_SYNIC,
+            ..Default::default()
+        };
+        self.fd
+            .enable_cap(&capability)
+            .map_err(ioctl("KVM_ENABLE_CAP(KVM_CAP_HYPERV_SYNIC)"))
     }
 
     /// Address of `immediate_exit` in the run page; valid as long as `self`.

@@ -3,14 +3,14 @@
 //! Registers have names. A layout that only the processor or KVM defines (XSAVE area, local APIC page, nested state) is
 //! a block of bytes. KVM checks every value it receives.
 #![allow(unsafe_code)]
-// UNSAFETY: KVM_SET_XSAVE reads as many bytes as the features of the process require, and the nested state is a union
-// that is copied as bytes.
+// UNSAFETY: KVM copies as many bytes of an XSAVE area as the features of the process require, and the nested state is a
+// union that is copied as bytes.
 
 use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MAX_MSR_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs,
-    kvm_dtable, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
-    kvm_vcpu_events, kvm_vcpu_events__bindgen_ty_1, kvm_vcpu_events__bindgen_ty_2,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MAX_MSR_ENTRIES, Msrs, Xsave, kvm_cpuid_entry2,
+    kvm_debugregs, kvm_dtable, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment,
+    kvm_sregs, kvm_vcpu_events, kvm_vcpu_events__bindgen_ty_1, kvm_vcpu_events__bindgen_ty_2,
     kvm_vcpu_events__bindgen_ty_3, kvm_vcpu_events__bindgen_ty_4, kvm_vcpu_events__bindgen_ty_5,
     kvm_xcr, kvm_xcrs, kvm_xsave,
 };
@@ -22,8 +22,8 @@ use crate::vcpu::Vcpu;
 
 const PART: Part = parts::VCPU;
 
-/// `sizeof(struct kvm_xsave)` without its tail, which only AMX needs; guests do not get AMX.
-const XSAVE_BYTES: usize = 4096;
+/// `sizeof(struct kvm_xsave)` without its tail, which only AMX needs.
+const XSAVE_BYTES: usize = size_of::<kvm_xsave>();
 /// `KVM_APIC_REG_SIZE`.
 const LAPIC_BYTES: usize = 1024;
 /// Far more than the length of any of KVM's lists.
@@ -44,6 +44,36 @@ const MTRRS: [u32; 28] = [
     0x200, 0x201, 0x202, 0x203, 0x204, 0x205, 0x206, 0x207, 0x208, 0x209, 0x20a, 0x20b, 0x20c,
     0x20d, 0x20e, 0x20f, 0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e,
     0x26f, 0x2ff,
+];
+
+/// Registers of Hyper-V's interrupt controller and timers, in the order to set them. KVM does not list them; they belong
+/// to a vCPU with [`Vcpu::enable_hyperv_synic`]: pages for events and messages, 16 interrupt sources, 4 timers.
+pub const HYPERV_MSRS: [u32; 25] = [
+    0x4000_0082,
+    0x4000_0083,
+    0x4000_0090,
+    0x4000_0091,
+    0x4000_0092,
+    0x4000_0093,
+    0x4000_0094,
+    0x4000_0095,
+    0x4000_0096,
+    0x4000_0097,
+    0x4000_0098,
+    0x4000_0099,
+    0x4000_009a,
+    0x4000_009b,
+    0x4000_009c,
+    0x4000_009d,
+    0x4000_009e,
+    0x4000_009f,
+    0x4000_00b1,
+    0x4000_00b2,
+    0x4000_00b3,
+    0x4000_00b4,
+    0x4000_00b5,
+    0x4000_00b6,
+    0x4000_00b7,
 ];
 
 /// Defines a structure with the fields of a KVM structure and conversions in both directions.
@@ -210,7 +240,7 @@ impl Vcpu {
         let regs = self.regs()?.into();
         let sregs = self.sregs()?.into();
         let fd = self.fd();
-        let xsave = fd.get_xsave().map_err(ioctl("KVM_GET_XSAVE"))?;
+        let xsave = self.xsave()?;
         let xcrs = fd.get_xcrs().map_err(ioctl("KVM_GET_XCRS"))?;
         let xcr_count = (xcrs.nr_xcrs as usize).min(xcrs.xcrs.len());
         let debug_regs = fd.get_debug_regs().map_err(ioctl("KVM_GET_DEBUGREGS"))?;
@@ -225,13 +255,7 @@ impl Vcpu {
             mp_state,
             regs,
             sregs,
-            xsave: Bytes(
-                xsave
-                    .region
-                    .iter()
-                    .flat_map(|dword| dword.to_le_bytes())
-                    .collect(),
-            ),
+            xsave,
             xcrs: xcrs.xcrs[..xcr_count]
                 .iter()
                 .copied()
@@ -250,7 +274,7 @@ impl Vcpu {
     /// # Errors
     /// A field has a value that no vCPU can have, or KVM refuses one. The vCPU must not run then.
     pub fn restore(&self, state: &VcpuState) -> std::result::Result<(), StateError> {
-        let converted = Converted::of(state)?;
+        let converted = Converted::of(state, self.xsave_bytes())?;
         self.restore_converted(state, &converted)
             .map_err(|error| StateError::host(PART, error))
     }
@@ -270,9 +294,8 @@ impl Vcpu {
         })?;
         self.set_regs(&state.regs.into())?;
         self.set_sregs(&state.sregs.into())?;
-        // SAFETY: KVM reads beyond this structure only with features that the process has requested by arch_prctl, and
-        // this process requests none.
-        unsafe { fd.set_xsave(&converted.xsave) }.map_err(ioctl("KVM_SET_XSAVE"))?;
+        // SAFETY: `Converted::of` made the area as large as KVM said when this vCPU was created.
+        unsafe { fd.set_xsave2(&converted.xsave) }.map_err(ioctl("KVM_SET_XSAVE"))?;
         fd.set_xcrs(&converted.xcrs)
             .map_err(ioctl("KVM_SET_XCRS"))?;
         fd.set_debug_regs(&state.debug_regs.into())
@@ -285,6 +308,27 @@ impl Vcpu {
         }
         fd.set_vcpu_events(&state.events.into())
             .map_err(ioctl("KVM_SET_VCPU_EVENTS"))
+    }
+
+    /// The XSAVE area without the zeros at its end, so that a host with fewer features can continue a guest that did not
+    /// use the others.
+    fn xsave(&self) -> Result<Bytes> {
+        let fd = self.fd();
+        let mut area = xsave_area(self.xsave_bytes());
+        if area.as_slice().is_empty() {
+            let plain = fd.get_xsave().map_err(ioctl("KVM_GET_XSAVE"))?;
+            // SAFETY: the length stays as it is.
+            unsafe { area.as_mut_fam_struct() }.xsave = plain;
+        } else {
+            // SAFETY: the area is as large as KVM said when this vCPU was created.
+            unsafe { fd.get_xsave2(&mut area) }.map_err(ioctl("KVM_GET_XSAVE2"))?;
+        }
+        let used = area.as_slice().iter().rposition(|&dword| dword != 0);
+        let tail = &area.as_slice()[..used.map_or(0, |last| last + 1)];
+        let dwords = area.as_fam_struct_ref().xsave.region.iter().chain(tail);
+        Ok(Bytes(
+            dwords.flat_map(|dword| dword.to_le_bytes()).collect(),
+        ))
     }
 
     /// Registers to read: KVM's list without those that this guest's CPUID does not have.
@@ -367,14 +411,14 @@ fn keep_expired_timer(lapic: &kvm_lapic_state, msrs: &mut [MsrState]) {
 /// The parts that KVM accepts only in its own types.
 struct Converted {
     cpuid: CpuId,
-    xsave: kvm_xsave,
+    xsave: Xsave,
     xcrs: kvm_xcrs,
     lapic: kvm_lapic_state,
     nested: Option<KvmNestedStateBuffer>,
 }
 
 impl Converted {
-    fn of(state: &VcpuState) -> std::result::Result<Self, StateError> {
+    fn of(state: &VcpuState, xsave_bytes: usize) -> std::result::Result<Self, StateError> {
         let cpuid: Vec<kvm_cpuid_entry2> = state.cpuid.iter().copied().map(Into::into).collect();
         let cpuid = (cpuid.len() <= KVM_MAX_CPUID_ENTRIES)
             .then(|| CpuId::from_entries(&cpuid).ok())
@@ -382,20 +426,14 @@ impl Converted {
             .ok_or_else(|| {
                 StateError::invalid(PART, "cpuid", format!("has {} leaves", cpuid.len()))
             })?;
-        let length = |field, bytes: &Bytes, expected: usize| {
-            require(bytes.0.len() == expected, PART, field, || {
-                format!("has {} bytes instead of {expected}", bytes.0.len())
-            })
-        };
-        length("xsave", &state.xsave, XSAVE_BYTES)?;
-        length("lapic", &state.lapic, LAPIC_BYTES)?;
+        let xsave = xsave_of(&state.xsave, xsave_bytes)?;
+        let count = state.lapic.0.len();
+        require(count == LAPIC_BYTES, PART, "lapic", || {
+            format!("has {count} bytes instead of {LAPIC_BYTES}")
+        })?;
         require(state.msrs.len() <= MSRS_MAX, PART, "msrs", || {
             format!("has {} registers", state.msrs.len())
         })?;
-        let mut xsave = kvm_xsave::default();
-        for (dword, bytes) in xsave.region.iter_mut().zip(state.xsave.0.chunks_exact(4)) {
-            *dword = u32::from_le_bytes(bytes.try_into().expect("four bytes"));
-        }
         let mut xcrs = kvm_xcrs::default();
         require(state.xcrs.len() <= xcrs.xcrs.len(), PART, "xcrs", || {
             format!("has {} registers", state.xcrs.len())
@@ -416,6 +454,31 @@ impl Converted {
             nested: state.nested.as_ref().map(nested_buffer).transpose()?,
         })
     }
+}
+
+/// An XSAVE area of zeros.
+fn xsave_area(bytes: usize) -> Xsave {
+    let tail = (bytes - XSAVE_BYTES).div_ceil(size_of::<u32>());
+    Xsave::new(tail).expect("KVM's XSAVE area has a few kilobytes")
+}
+
+fn xsave_of(saved: &Bytes, host_bytes: usize) -> std::result::Result<Xsave, StateError> {
+    let count = saved.0.len();
+    let possible = (XSAVE_BYTES..=host_bytes).contains(&count) && count.is_multiple_of(4);
+    require(possible, PART, "xsave", || {
+        format!("has {count} bytes, {XSAVE_BYTES} to {host_bytes} are possible on this host")
+    })?;
+    let mut area = xsave_area(host_bytes);
+    let mut dwords = saved.0.chunks_exact(4);
+    let mut fill = |region: &mut [u32]| {
+        for (dword, bytes) in region.iter_mut().zip(&mut dwords) {
+            *dword = u32::from_le_bytes(bytes.try_into().expect("four bytes"));
+        }
+    };
+    // SAFETY: the length stays as it is.
+    fill(&mut unsafe { area.as_mut_fam_struct() }.xsave.region);
+    fill(area.as_mut_slice());
+    Ok(area)
 }
 
 fn nested_buffer(bytes: &Bytes) -> std::result::Result<KvmNestedStateBuffer, StateError> {

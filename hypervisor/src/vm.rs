@@ -301,9 +301,10 @@ impl Vm {
     /// # Errors
     /// `KVM_CREATE_VCPU` failed.
     pub fn create_vcpu(&self, id: u32) -> Result<Vcpu> {
+        let xsave_bytes = self.fd.check_extension_int(Cap::Xsave2);
         self.fd
             .create_vcpu(u64::from(id))
-            .map(Vcpu::new)
+            .map(|fd| Vcpu::new(fd, xsave_bytes.try_into().unwrap_or(0)))
             .map_err(ioctl("KVM_CREATE_VCPU"))
     }
 }

@@ -121,6 +121,95 @@ fn clock_of_the_machine_is_a_state() {
 }
 
 #[test]
+fn tile_data_of_amx_goes_on_in_another_machine() {
+    const XTILEDATA: u32 = 18;
+    const XSTATE_BV: usize = 512;
+    let Some(kvm) = kvm() else { return };
+    let has_tiles = |kvm: &Kvm| {
+        let cpuid = kvm.supported_cpuid().expect("cpuid");
+        let mut leaves = cpuid.as_slice().iter();
+        leaves.any(|leaf| leaf.function == 7 && leaf.index == 0 && leaf.edx & 1 << 24 != 0)
+    };
+    if kvm.request_amx().is_err() || !has_tiles(&kvm) {
+        return test_skip::skip("this host has no AMX for guests");
+    }
+    let indices = kvm.msr_indices().expect("list");
+    let mut guest = guest(&kvm, &COUNTER);
+    settle(&mut guest.vcpu);
+    let mut state = guest.vcpu.state(&indices).expect("state");
+    let mut leaves = state.cpuid.iter();
+    let tiles = leaves.find(|leaf| leaf.function == 0xd && leaf.index == XTILEDATA);
+    let (bytes, start) = tiles
+        .map(|leaf| (leaf.eax as usize, leaf.ebx as usize))
+        .expect("size");
+    assert!(
+        start + bytes > state.xsave.0.len(),
+        "zeros at the end are left out"
+    );
+    state.xcrs[0].value |= 3 << 17 | 3;
+    state.xsave.0.resize(start, 0);
+    state
+        .xsave
+        .0
+        .extend((0..bytes).map(|at| (at % 251 + 1) as u8));
+    state.xsave.0[XSTATE_BV + 2] |= 1 << (XTILEDATA - 16);
+    let mut moved = machine(&kvm, guest.page);
+    drop(guest.vcpu);
+    moved.vcpu.restore(&state).expect("restored");
+    expect_count(&mut moved.vcpu, 1);
+    settle(&mut moved.vcpu);
+    let again = moved.vcpu.state(&indices).expect("state");
+    assert_eq!(again.xsave.0[start..], state.xsave.0[start..]);
+
+    state.xsave.0.resize(1 << 20, 0);
+    let error = moved.vcpu.restore(&state).expect_err("too large");
+    assert!(error.to_string().contains("xsave"), "{error}");
+}
+
+#[test]
+fn interrupt_sources_and_timers_of_hyperv_go_on_in_another_machine() {
+    const SINT2: u32 = 0x4000_0092;
+    const STIMER3_COUNT: u32 = 0x4000_00b7;
+    let Some(kvm) = kvm() else { return };
+    if !kvm.supports_hyperv_synic() {
+        return test_skip::skip("this KVM has no Hyper-V");
+    }
+    let mut indices = kvm.msr_indices().expect("list");
+    indices.extend(hypervisor::HYPERV_MSRS);
+    let mut page = Page::with(&COUNTER);
+    let mut saved: Option<VcpuState> = None;
+    for count in 1..=2 {
+        let mut guest = machine(&kvm, page);
+        guest.vcpu.enable_hyperv_synic().expect("enabled");
+        if let Some(state) = &saved {
+            guest.vcpu.restore(state).expect("restored");
+        } else {
+            guest
+                .vcpu
+                .set_cpuid(&kvm.supported_cpuid().expect("cpuid"))
+                .expect("cpuid");
+            guest.start();
+        }
+        expect_count(&mut guest.vcpu, count);
+        settle(&mut guest.vcpu);
+        let mut state = guest.vcpu.state(&indices).expect("state");
+        let mut registers = state.msrs.iter_mut();
+        for (index, data) in [(SINT2, 0x1_0033), (STIMER3_COUNT, 77)] {
+            let register = registers.find(|msr| msr.index == index).expect("saved");
+            assert_eq!(
+                register.data == data,
+                count == 2,
+                "{index:#x}: {:#x}",
+                register.data
+            );
+            register.data = data;
+        }
+        saved = Some(state);
+        page = guest.page;
+    }
+}
+
+#[test]
 fn damaged_states_are_refused_by_name_or_run() {
     let Some(kvm) = kvm() else { return };
     let indices = kvm.msr_indices().expect("list");

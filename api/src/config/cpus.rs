@@ -26,7 +26,7 @@ pub struct CpusConfig {
     /// Topology of the vCPUs that the guest sees.
     #[key]
     pub topology: Option<CpuTopology>,
-    /// Hyper-V enlightenments.
+    /// Show the guest Hyper-V's interface too, for guests that do not know KVM.
     #[key]
     pub kvm_hyperv: bool,
     /// Upper limit on the guest's physical address width, in bits. The host's width limits it too.

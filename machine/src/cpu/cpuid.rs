@@ -5,10 +5,11 @@
 
 use std::arch::x86_64::__cpuid;
 
-use hypervisor::Kvm;
+use api::config::CpusConfig;
 use hypervisor::bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+use hypervisor::{HYPERV_MSRS, Kvm};
 
-use super::{CpuError, Topology};
+use super::{CpuError, Topology, hyperv};
 
 /// Physical address bits of a processor that does not report them.
 const PHYS_BITS_DEFAULT: u8 = 36;
@@ -20,8 +21,12 @@ const LEAF1_ECX_TSC_DEADLINE: u32 = 1 << 24;
 const LEAF1_ECX_HYPERVISOR: u32 = 1 << 31;
 const LEAF1_EDX_MTRR: u32 = 1 << 12;
 const LEAF1_EDX_HTT: u32 = 1 << 28;
+const LEAF7_EDX_AMX_TILE: u32 = 1 << 24;
 /// AMX: BF16, TILE, INT8.
-const LEAF7_EDX_AMX: u32 = 1 << 22 | 1 << 24 | 1 << 25;
+const LEAF7_EDX_AMX: u32 = 1 << 22 | LEAF7_EDX_AMX_TILE | 1 << 25;
+/// AMX-FP16 and AMX-COMPLEX.
+const LEAF7_1_EAX_AMX: u32 = 1 << 21;
+const LEAF7_1_EDX_AMX: u32 = 1 << 8;
 /// XCR0 bits of the AMX tiles.
 const LEAFD_EAX_XTILE: u32 = 1 << 17 | 1 << 18;
 const XTILE_COMPONENTS: [u32; 2] = [17, 18];
@@ -30,11 +35,13 @@ const LEAF80000001_ECX_SVM: u32 = 1 << 2;
 const LEAF80000001_ECX_TOPOEXT: u32 = 1 << 22;
 const LEAF80000007_EDX_INVARIANT_TSC: u32 = 1 << 8;
 
+/// KVM's own leaves. Behind those of Hyper-V, they are moved by [`MOVED`]: guests look for them in steps of that size.
 const KVM_CPUID_SIGNATURE: u32 = 0x4000_0000;
 const KVM_CPUID_FEATURES: u32 = 0x4000_0001;
 const KVM_FEATURE_MSI_EXT_DEST_ID: u32 = 1 << 15;
 /// TSC and APIC frequencies, a convention shared by hypervisors.
 const HYPERVISOR_TIMING: u32 = 0x4000_0010;
+const MOVED: u32 = 0x100;
 
 /// Level types of leaves 0xb and 0x1f.
 const LEVEL_THREAD: u32 = 1;
@@ -48,6 +55,40 @@ const LEVEL_DIE: u32 = 5;
 pub fn guest_phys_bits(kvm: &Kvm, max_phys_bits: u8) -> Result<u8, CpuError> {
     let supported = kvm.supported_cpuid().map_err(CpuError::Prepare)?;
     Ok(host_phys_bits(supported.as_slice()).min(max_phys_bits))
+}
+
+/// The CPUID that KVM supports, with the features that this configuration needs. To be called before the first vCPU of a
+/// machine is created.
+///
+/// # Errors
+/// The host lacks a feature, or KVM does not return its CPUID.
+pub(super) fn supported_cpuid(kvm: &Kvm, config: &CpusConfig) -> Result<CpuId, CpuError> {
+    if config.kvm_hyperv && !kvm.supports_hyperv_synic() {
+        return Err(CpuError::NotSupported { what: "kvm_hyperv" });
+    }
+    let permitted = config.features.amx && kvm.request_amx().is_ok();
+    let supported = kvm.supported_cpuid().map_err(CpuError::Prepare)?;
+    let mut leaves = supported.as_slice().iter();
+    let has_amx = leaves
+        .any(|leaf| leaf.function == 7 && leaf.index == 0 && leaf.edx & LEAF7_EDX_AMX_TILE != 0);
+    if config.features.amx && !(permitted && has_amx) {
+        return Err(CpuError::NotSupported {
+            what: "features=amx",
+        });
+    }
+    Ok(supported)
+}
+
+/// The model specific registers of the vCPUs of this configuration, in the order to set them.
+///
+/// # Errors
+/// KVM does not return its list.
+pub(super) fn msr_indices(kvm: &Kvm, config: &CpusConfig) -> Result<Vec<u32>, CpuError> {
+    let mut indices = kvm.msr_indices().map_err(CpuError::Prepare)?;
+    if config.kvm_hyperv {
+        indices.extend(HYPERV_MSRS);
+    }
+    Ok(indices)
 }
 
 fn host_phys_bits(leaves: &[kvm_cpuid_entry2]) -> u8 {
@@ -64,6 +105,10 @@ pub(super) struct CpuidOptions {
     pub(super) phys_bits: u8,
     /// Whether the guest may use nested virtualization, if the host supports it.
     pub(super) nested: bool,
+    /// Whether the guest has AMX; `supported` must include it then.
+    pub(super) amx: bool,
+    /// The maximum number of vCPUs of a guest that sees Hyper-V; `None` if it sees KVM alone.
+    pub(super) hyperv_vcpus: Option<u32>,
     /// Frequency of the guest's time stamp counter, if known.
     pub(super) tsc_khz: Option<u32>,
 }
@@ -90,6 +135,9 @@ impl GuestCpuid {
         cpuid.set_brand_string();
         cpuid.set_timing(options.tsc_khz);
         cpuid.set_topology_leaves();
+        if let Some(vcpus) = options.hyperv_vcpus {
+            cpuid.put_hyperv_first(vcpus);
+        }
         cpuid
     }
 
@@ -156,6 +204,16 @@ impl GuestCpuid {
             timing.eax = tsc_khz;
             timing.ebx = KVM_APIC_BUS_KHZ;
         }
+    }
+
+    fn put_hyperv_first(&mut self, vcpus: u32) {
+        for leaf in &mut self.leaves {
+            if (KVM_CPUID_SIGNATURE..KVM_CPUID_SIGNATURE + MOVED).contains(&leaf.function) {
+                leaf.function += MOVED;
+            }
+        }
+        self.leaf(KVM_CPUID_SIGNATURE + MOVED).eax += MOVED;
+        self.leaves.extend(hyperv::leaves(vcpus));
     }
 
     /// Leaf 0xb exists on every processor, because KVM provides an x2APIC on all. Leaf 0x1f is added if there are dies
@@ -229,11 +287,14 @@ fn patch_features(leaf: &mut kvm_cpuid_entry2, options: &CpuidOptions) {
             let ids = (1u32 << options.topology.package_shift()).min(0xff);
             leaf.ebx = leaf.ebx & !0x00ff_0000 | ids << 16;
         }
-        // AMX needs a permission that the VMM does not request.
-        (7, 0) => leaf.edx &= !LEAF7_EDX_AMX,
-        (0xd, 0) => leaf.eax &= !LEAFD_EAX_XTILE,
-        (0xd, index) if XTILE_COMPONENTS.contains(&index) => clear(leaf),
-        (0x1d | 0x1e, _) => clear(leaf),
+        (7, 0) if !options.amx => leaf.edx &= !LEAF7_EDX_AMX,
+        (7, 1) if !options.amx => {
+            leaf.eax &= !LEAF7_1_EAX_AMX;
+            leaf.edx &= !LEAF7_1_EDX_AMX;
+        }
+        (0xd, 0) if !options.amx => leaf.eax &= !LEAFD_EAX_XTILE,
+        (0xd, index) if !options.amx && XTILE_COMPONENTS.contains(&index) => clear(leaf),
+        (0x1d | 0x1e, _) if !options.amx => clear(leaf),
         (KVM_CPUID_FEATURES, _) => leaf.eax |= KVM_FEATURE_MSI_EXT_DEST_ID,
         (0x8000_0001, _) if !options.nested => leaf.ecx &= !LEAF80000001_ECX_SVM,
         (0x8000_000a, _) if !options.nested => clear(leaf),
@@ -345,6 +406,8 @@ pub(super) mod tests {
             },
             phys_bits: 40,
             nested: true,
+            amx: false,
+            hyperv_vcpus: None,
             tsc_khz: Some(2_000_000),
         }
     }
@@ -458,6 +521,55 @@ pub(super) mod tests {
         assert_eq!(get(&cpuid, 7, 0).unwrap().edx, 1);
         assert_eq!(get(&cpuid, 0xd, 17).unwrap().eax, 0);
         assert!(get(&cpuid, 0x8000_0004, 0).is_some());
+    }
+
+    #[test]
+    fn cpuid_amx_stays_if_it_was_asked_for() {
+        let mut supported = intel();
+        supported.push(leaf(7, 1, [LEAF7_1_EAX_AMX | 1, 0, 0, LEAF7_1_EDX_AMX]));
+        let of = |amx| {
+            let options = CpuidOptions {
+                amx,
+                ..options([1, 1, 1, 1])
+            };
+            let cpuid = GuestCpuid::new(&supported, &options).of_vcpu(0).unwrap();
+            [(7, 0), (7, 1), (0xd, 17)].map(|(function, index)| {
+                let leaf = get(&cpuid, function, index).unwrap();
+                (leaf.eax, leaf.edx)
+            })
+        };
+        assert_eq!(of(false), [(0, 1), (1, 0), (0, 0)]);
+        assert_eq!(
+            of(true),
+            [
+                (0, LEAF7_EDX_AMX | 1),
+                (LEAF7_1_EAX_AMX | 1, LEAF7_1_EDX_AMX),
+                (8192, 0)
+            ]
+        );
+    }
+
+    #[test]
+    fn cpuid_hyperv_comes_first_and_kvm_behind_it() {
+        let options = CpuidOptions {
+            hyperv_vcpus: Some(4),
+            ..options([1, 1, 1, 1])
+        };
+        let cpuid = GuestCpuid::new(&intel(), &options).of_vcpu(0).unwrap();
+        let signature = get(&cpuid, 0x4000_0000, 0).unwrap();
+        assert_eq!(signature.ebx.to_le_bytes(), *b"Micr");
+        assert_eq!(get(&cpuid, 0x4000_0005, 0).unwrap().eax, 4);
+        assert_eq!(get(&cpuid, 0x4000_0100, 0).unwrap().eax, 0x4000_0110);
+        assert_eq!(get(&cpuid, 0x4000_0101, 0).unwrap().eax, 0x0100_fefb);
+        assert_eq!(get(&cpuid, 0x4000_0110, 0).unwrap().eax, 2_000_000);
+        let functions: Vec<_> = cpuid.as_slice().iter().map(|it| it.function).collect();
+        let twice = |function: &u32| functions.iter().filter(|it| *it == function).count() > 1;
+        let hypervisor = 0x4000_0000..0x4000_0200;
+        assert!(
+            !functions
+                .iter()
+                .any(|it| hypervisor.contains(it) && twice(it))
+        );
     }
 
     #[test]

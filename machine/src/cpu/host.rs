@@ -8,7 +8,7 @@ use api::config::CpusConfig;
 use hypervisor::bindings::kvm_cpuid_entry2;
 use hypervisor::{Kvm, VcpuState};
 
-use super::cpuid::{CpuidOptions, GuestCpuid, guest_phys_bits};
+use super::cpuid::{CpuidOptions, GuestCpuid, guest_phys_bits, msr_indices, supported_cpuid};
 use super::state::VcpusState;
 use super::{CpuError, Topology, Vcpus};
 
@@ -65,6 +65,8 @@ const FEATURES: &[(u32, u32, Register)] = &[
     (0xd, 1, Ecx),
     (0xd, 1, Edx),
     (0x4000_0001, 0, Eax),
+    (0x4000_0003, 0, Eax),
+    (0x4000_0101, 0, Eax),
     (0x8000_0001, 0, Ecx),
     (0x8000_0001, 0, Edx),
     (0x8000_0007, 0, Edx),
@@ -126,6 +128,7 @@ impl Vcpus {
 impl HostCpu {
     fn probe(kvm: &Kvm, config: &CpusConfig) -> Result<Self, CpuError> {
         // The frequency, and KVM's changes to a CPUID, are visible only on a vCPU.
+        let supported = supported_cpuid(kvm, config)?;
         let vm = kvm.create_vm().map_err(CpuError::Prepare)?;
         let vcpu = vm.create_vcpu(0).map_err(CpuError::Prepare)?;
         let tsc_khz = vcpu.tsc_khz().ok();
@@ -133,15 +136,16 @@ impl HostCpu {
             topology: Topology::new(config)?,
             phys_bits: guest_phys_bits(kvm, config.max_phys_bits)?,
             nested: config.nested,
+            amx: config.features.amx,
+            hyperv_vcpus: config.kvm_hyperv.then_some(config.max_vcpus),
             tsc_khz,
         };
-        let supported = kvm.supported_cpuid().map_err(CpuError::Prepare)?;
         let offered = GuestCpuid::new(supported.as_slice(), &options).of_vcpu(0)?;
         let cpuid = vcpu.set_cpuid(&offered).and_then(|()| vcpu.cpuid());
         let cpuid = cpuid.map_err(CpuError::Prepare)?;
         Ok(Self {
             cpuid: cpuid.as_slice().to_vec(),
-            msr_indices: kvm.msr_indices().map_err(CpuError::Prepare)?,
+            msr_indices: msr_indices(kvm, config)?,
             arch_capabilities: kvm.feature_msr(MSR_ARCH_CAPABILITIES),
             tsc_khz,
             scales_tsc: kvm.supports_tsc_scaling(),
@@ -203,6 +207,8 @@ impl HostCpu {
         let same: &[Register] = match (function, index) {
             (0, _) => &[Ebx, Ecx, Edx],
             (0xd, 2..) if saved.eax != 0 => &[Eax, Ebx],
+            // The shape of AMX tiles.
+            (0x1d | 0x1e, _) => &[Eax, Ebx, Ecx],
             _ => &[],
         };
         for register in same {

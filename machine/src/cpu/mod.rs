@@ -15,6 +15,7 @@ mod exception_path;
 mod gate;
 mod host;
 mod hotplug;
+mod hyperv;
 mod paused_clock;
 mod registers;
 mod run;
@@ -106,8 +107,8 @@ pub enum CpuError {
         /// The highest id supported.
         limit: u32,
     },
-    /// A setting that this version does not support.
-    #[error("vCPUs with {what} are not supported")]
+    /// A setting that the host's processor or kernel does not support.
+    #[error("This host has no support for {what}")]
     NotSupported {
         /// The setting.
         what: &'static str,

@@ -14,7 +14,7 @@ use hypervisor::{Kvm, Vm, kick};
 use virtio_devices::worker::{HOST_CPUS_MAX, pin};
 
 use super::core_scheduling::CoreCookies;
-use super::cpuid::{CpuidOptions, GuestCpuid, guest_phys_bits};
+use super::cpuid::{CpuidOptions, GuestCpuid, guest_phys_bits, msr_indices, supported_cpuid};
 use super::gate::{Gate, Wanted};
 use super::paused_clock::PausedClock;
 use super::run::{VcpuCell, VcpusContext, vcpu_thread};
@@ -58,12 +58,6 @@ impl Vcpus {
     /// # Errors
     /// Invalid numbers, or a setting that is not supported.
     pub fn check(config: &CpusConfig) -> Result<Topology, CpuError> {
-        if config.kvm_hyperv {
-            return Err(CpuError::NotSupported { what: "kvm_hyperv" });
-        }
-        if config.features.amx {
-            return Err(CpuError::NotSupported { what: "amx" });
-        }
         check_affinity(config)?;
         Topology::new(config)
     }
@@ -102,19 +96,21 @@ impl Vcpus {
         context: VcpusContext,
     ) -> Result<Self, CpuError> {
         let topology = Self::validate(kvm, config)?;
+        let supported = supported_cpuid(kvm, config)?;
         kick::install_handler().map_err(CpuError::Prepare)?;
         prepare_vm(vm, topology.apic_id(config.max_vcpus - 1)).map_err(CpuError::Prepare)?;
         let cells = (0..config.boot_vcpus)
-            .map(|index| create(vm, &topology, index))
+            .map(|index| create(vm, &topology, config, index))
             .collect::<Result<Vec<_>, CpuError>>()?;
         let options = CpuidOptions {
             topology,
             phys_bits: guest_phys_bits(kvm, config.max_phys_bits)?,
             nested: config.nested,
+            amx: config.features.amx,
+            hyperv_vcpus: config.kvm_hyperv.then_some(config.max_vcpus),
             // A host whose counter is not stable reports no frequency, so the guest gets none either.
             tsc_khz: cells[0].lock().tsc_khz().ok(),
         };
-        let supported = kvm.supported_cpuid().map_err(CpuError::Prepare)?;
         let mut vcpus = Self {
             vm: Arc::clone(vm),
             config: config.clone(),
@@ -127,7 +123,7 @@ impl Vcpus {
             cores: Arc::new(CoreCookies::new(config.core_scheduling)?),
             kvmclock_ctrl: kvm.supports_kvmclock_ctrl(),
             paused_clock: None,
-            msr_indices: kvm.msr_indices().map_err(CpuError::Prepare)?,
+            msr_indices: msr_indices(kvm, config)?,
             stall_watches: Vec::new(),
             stall_clock: StallClock::default(),
         };
@@ -256,7 +252,7 @@ impl Vcpus {
     fn add_one(&mut self, vcpu: u32) -> Result<(), CpuError> {
         // KVM cannot destroy a vCPU, so an ejected one still exists.
         if vcpu as usize == self.cells.len() {
-            let cell = create(&self.vm, &self.topology, vcpu)?;
+            let cell = create(&self.vm, &self.topology, &self.config, vcpu)?;
             self.set_up(&cell)?;
             self.cells.push(cell);
             self.watch(vcpu);
@@ -386,9 +382,19 @@ impl Drop for Vcpus {
     }
 }
 
-fn create(vm: &Vm, topology: &Topology, index: u32) -> Result<Arc<VcpuCell>, CpuError> {
+fn create(
+    vm: &Vm,
+    topology: &Topology,
+    config: &CpusConfig,
+    index: u32,
+) -> Result<Arc<VcpuCell>, CpuError> {
     let apic_id = topology.apic_id(index);
-    let vcpu = vm.create_vcpu(apic_id);
+    let vcpu = vm.create_vcpu(apic_id).and_then(|vcpu| {
+        if config.kvm_hyperv {
+            vcpu.enable_hyperv_synic()?;
+        }
+        Ok(vcpu)
+    });
     let vcpu = vcpu.map_err(vcpu_error(index, "create"))?;
     Ok(Arc::new(VcpuCell::new(index, apic_id, vcpu)))
 }

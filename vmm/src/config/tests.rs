@@ -1065,11 +1065,6 @@ fn validate_what_is_not_built_is_refused_by_name() {
             "virtio-mem beside memory zones",
         ),
         (
-            "cpus",
-            json!({"boot_vcpus": 1, "max_vcpus": 1, "kvm_hyperv": true}),
-            "kvm_hyperv",
-        ),
-        (
             "disks",
             json!([{"path": "/d", "image_type": "Vhdx"}]),
             "image_type vmdk or vhdx",

@@ -2,7 +2,7 @@
 
 use api::VmConfig;
 use api::config::{
-    ConsoleOutputMode, CpusConfig, DiskConfig, HotplugMethod, ImageType, MemoryConfig, NumaConfig,
+    ConsoleOutputMode, DiskConfig, HotplugMethod, ImageType, MemoryConfig, NumaConfig,
     PlatformConfig,
 };
 
@@ -18,7 +18,6 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
         "a debug console on a socket",
         config.debug_console.mode == ConsoleOutputMode::Socket,
     ));
-    wanted.extend(cpus(&config.cpus));
     wanted.extend(memory(&config.memory));
     wanted.extend(config.numa.iter().flatten().filter_map(numa));
     wanted.extend(config.disks.iter().flatten().filter_map(disk));
@@ -35,16 +34,6 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
 
 fn asked(name: &str, wanted: bool) -> Option<String> {
     wanted.then(|| name.to_owned())
-}
-
-fn cpus(cpus: &CpusConfig) -> Vec<String> {
-    [
-        asked("kvm_hyperv", cpus.kvm_hyperv),
-        asked("the CPU feature amx", cpus.features.amx),
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
 }
 
 fn memory(memory: &MemoryConfig) -> Vec<String> {

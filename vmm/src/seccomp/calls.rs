@@ -58,6 +58,8 @@ mod values {
     pub(super) const THIS_PROCESS: pid_t = 0;
     /// As in linux/fcntl.h.
     pub(super) const F_SETOWN_EX: c_int = 15;
+    /// As in asm/prctl.h.
+    pub(super) const ARCH_REQ_XCOMP_GUEST_PERM: c_int = 0x1025;
 }
 
 macro_rules! condition {
@@ -228,6 +230,8 @@ const TIMERS: &[Call] = calls![SYS_timerfd_create, SYS_timerfd_gettime, SYS_time
 
 /// Creates and destroys a machine: descriptors, memory, files, taps, threads' affinity.
 const MACHINE: &[Call] = calls![
+    // AMX for guests.
+    SYS_arch_prctl [0 is ARCH_REQ_XCOMP_GUEST_PERM],
     SYS_bind,
     SYS_connect,
     SYS_dup,

@@ -110,6 +110,7 @@ const KVM_OF_MACHINE: &[Request] = requests![
     KVM_GET_NESTED_STATE = 0xc080_aebe,
     KVM_SET_NESTED_STATE = 0x4080_aebf,
     KVM_GET_STATS_FD = 0xaece,
+    KVM_GET_XSAVE2 = 0x9000_aecf,
 ];
 
 /// Attributes of a terminal. Every thread may restore them: the process does so before a forbidden call ends it. Since

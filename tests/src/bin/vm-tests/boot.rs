@@ -20,6 +20,7 @@ pub(crate) fn tests() -> Vec<Test> {
         memory_around_the_pci_hole_is_all_there,
         topology_is_what_was_asked_for,
         affinity_pins_the_vcpu_thread,
+        guest_that_sees_hyperv_still_uses_kvm,
         guest_without_initramfs_starts_over_and_over,
     ]
 }
@@ -87,6 +88,29 @@ fn topology_is_what_was_asked_for() -> Result<Outcome> {
          C $(cat cpu0/topology/core_siblings_list) P $(cat cpu3/topology/physical_package_id)",
     )?;
     ensure!(text.contains("T 0-1 C 0-3 P 0"), "{text}");
+    Ok(Outcome::Passed)
+}
+
+/// Linux looks for every hypervisor it knows, and prefers KVM. A vCPU that comes later is like the others.
+fn guest_that_sees_hyperv_still_uses_kvm() -> Result<Outcome> {
+    let machine = Machine {
+        cpus: "boot=1,max=2,kvm_hyperv=on",
+        ..Machine::default()
+    };
+    let mut guest = match machine.serve() {
+        Err(error) if format!("{error:#}").contains("no support for kvm_hyperv") => {
+            return Ok(Outcome::Skipped("the host's KVM has no Hyper-V".to_owned()));
+        }
+        served => served?,
+    };
+    let text = guest.shell("dmesg | grep 'Hypervisor detected'")?;
+    ensure!(text.contains("Hypervisor detected: KVM"), "{text}");
+    guest
+        .vmm
+        .put("vm.resize", Some(r#"{"desired_vcpus": 2}"#))?;
+    guest.shell_until("[ -d /sys/devices/system/cpu/cpu1 ]")?;
+    guest.shell("cd /sys/devices/system/cpu/cpu1; [ $(cat online) = 1 ] || echo 1 > online")?;
+    guest.end_cleanly()?;
     Ok(Outcome::Passed)
 }
 
