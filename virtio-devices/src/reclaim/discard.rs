@@ -16,13 +16,12 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Weak};
-use std::time::Instant;
 
 use device_facts::SkipReason;
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
 use super::backing::{Backing, Expected, RegionLayout, layout_of};
-use super::huge::{RecentSplits, Remainders};
+use super::huge::Remainders;
 use super::overlay::{Hidden, Overlay};
 use super::ranges::{GuestRange, Piece, SkippedBytes, leave_out, plan};
 use super::switch::DiscardSwitch;
@@ -93,7 +92,6 @@ pub struct DiscardEngine {
     regions: Vec<RegionLayout>,
     pieces: Vec<Piece>,
     spans: Vec<HostSpan>,
-    recent_splits: RecentSplits,
 }
 
 impl DiscardEngine {
@@ -118,7 +116,6 @@ impl DiscardEngine {
             regions: Vec::new(),
             pieces: Vec::new(),
             spans: Vec::with_capacity(VECTOR_SPANS_MAX),
-            recent_splits: RecentSplits::default(),
         }
     }
 
@@ -190,17 +187,15 @@ impl DiscardEngine {
             return None;
         }
         self.settle(&mut outcome);
-        let mut remainders = Remainders::of(&self.regions, &self.pieces);
+        let remainders = Remainders::of(&self.regions, &self.pieces);
         outcome.partial_bytes = remainders.partial_bytes;
-        self.recent_splits
-            .leave_others(&mut remainders, Instant::now());
         self.split(&remainders.pages, turn);
         Some(outcome)
     }
 
     /// Makes the kernel split the huge pages of these pages. It may fail, for example for a pinned page: the kernel tries
     /// again under memory pressure. So may a command end it.
-    fn split(&mut self, pages: &[HostSpan], turn: &mut Turn) {
+    fn split(&self, pages: &[HostSpan], turn: &mut Turn) {
         for pages in pages.chunks(SPLITS_AT_ONCE) {
             if turn.is_called() {
                 return;
@@ -214,7 +209,6 @@ impl DiscardEngine {
                     sys::cool_span(*page).ok();
                 }),
             }
-            self.recent_splits.add(pages);
         }
     }
 
