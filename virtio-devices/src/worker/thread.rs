@@ -245,15 +245,19 @@ impl WorkerThread {
     /// Stops until the next reset.
     fn fail(&mut self, error: &WorkerError) {
         self.sources.clear();
-        if self.progress.failures.count_loudly() {
-            let cause = error
-                .source()
-                .map_or_else(String::new, |source| format!(": {source}"));
-            log::error!(
-                "{}: device stopped until the driver resets it: {error}{cause}",
-                self.name
-            );
-        }
+        // A driver that resets the device can repeat this, and each time with another cause.
+        let level = match self.progress.failures.count_loudly() {
+            true => log::Level::Error,
+            false => log::Level::Debug,
+        };
+        let cause = error
+            .source()
+            .map_or_else(String::new, |source| format!(": {source}"));
+        log::log!(
+            level,
+            "{}: device stopped until the driver resets it: {error}{cause}",
+            self.name
+        );
         if let Some(interrupt) = self.interrupt.take() {
             interrupt.signal_needs_reset();
         }
