@@ -51,7 +51,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     ("generated-client", &[]),
     ("chart", &[]),
-    ("program-docs", &[]),
+    ("program-docs", &["test-docs"]),
     ("test-alloc", &[]),
     ("test-docs", &[]),
     ("test-server", &[]),
