@@ -138,7 +138,7 @@ impl Kvm {
     /// KVM has it.
     ///
     /// # Errors
-    /// The host's processor or kernel has no AMX.
+    /// The host's processor or kernel has no AMX; or `EBUSY`: the process has had a vCPU without it.
     pub fn request_amx(&self) -> Result<()> {
         // SAFETY: this request takes no pointer.
         let done = unsafe {

@@ -1,20 +1,24 @@
 //! One vCPU: its registers and one step of its run loop.
 #![allow(unsafe_code)]
-// UNSAFETY: two fields of the run page are in unions that kvm-ioctls does not expose (the size of one port access, the
-// suberror of an internal error).
+// UNSAFETY: three fields of the run page are in unions that kvm-ioctls does not expose (the size of one port access, the
+// suberror of an internal error, Hyper-V's hypercalls).
 
 use kvm_bindings::{
     CpuId, KVM_CAP_HYPERV_SYNIC, KVM_EXIT_DEBUG, KVM_EXIT_EXCEPTION, KVM_EXIT_HYPERCALL,
-    KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_NMI, KVM_EXIT_SET_TPR, KVM_EXIT_TPR_ACCESS,
-    KVM_EXIT_UNKNOWN, KVM_EXIT_WATCHDOG, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_INIT_RECEIVED,
-    KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_enable_cap, kvm_fpu, kvm_lapic_state, kvm_mp_state,
-    kvm_msr_entry, kvm_regs, kvm_run, kvm_sregs, kvm_xsave,
+    KVM_EXIT_HYPERV_HCALL, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_NMI, KVM_EXIT_SET_TPR,
+    KVM_EXIT_TPR_ACCESS, KVM_EXIT_UNKNOWN, KVM_EXIT_WATCHDOG, KVM_MAX_CPUID_ENTRIES,
+    KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_enable_cap, kvm_fpu,
+    kvm_hyperv_exit, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run, kvm_sregs,
+    kvm_xsave,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::error::{Error, Result, ioctl};
 use crate::exit::VmExit;
 use crate::fault_stats::FaultStats;
+
+/// Hyper-V's status of a hypercall that does not exist (TLFS, appendix B).
+const HV_STATUS_INVALID_HYPERCALL_CODE: u64 = 2;
 
 /// A vCPU. Belongs to the thread that runs it; another thread may set it up.
 #[derive(Debug)]
@@ -63,6 +67,12 @@ impl Vcpu {
                 // reason says that `internal` is the valid member of the union.
                 suberror: unsafe { (*run_page).__bindgen_anon_1.internal.suberror },
             },
+            Ok(VcpuExit::Hyperv) => {
+                // SAFETY: the run page is mapped as long as `self.fd` lives, and the exit reason says that `hyperv` is
+                // the valid member of the union. KVM reads only the result, in the next run.
+                reject_hypercall(unsafe { &mut (*run_page).__bindgen_anon_1.hyperv });
+                VmExit::Hyperv
+            }
             Ok(VcpuExit::MmioRead(address, data)) => VmExit::MmioRead { address, data },
             Ok(VcpuExit::MmioWrite(address, data)) => VmExit::MmioWrite { address, data },
             Ok(other) => plain_exit(&other),
@@ -293,6 +303,13 @@ impl Vcpu {
     /// `KVM_NMI` failed.
     pub fn nmi(&self) -> Result<()> {
         self.fd.nmi().map_err(ioctl("KVM_NMI"))
+    }
+}
+
+/// Answers a hypercall: none that KVM does not handle itself exists.
+fn reject_hypercall(exit: &mut kvm_hyperv_exit) {
+    if exit.type_ == KVM_EXIT_HYPERV_HCALL {
+        exit.u.hcall.result = HV_STATUS_INVALID_HYPERCALL_CODE;
     }
 }
 

@@ -166,6 +166,47 @@ fn tile_data_of_amx_goes_on_in_another_machine() {
     assert!(error.to_string().contains("xsave"), "{error}");
 }
 
+/// `wrmsr` of 1 to HV_X64_MSR_SCONTROL, then a count of 1, as `COUNTER` does.
+const ENABLE_SYNIC: [u8; 21] = [
+    0x66, 0xb9, 0x80, 0x00, 0x00, 0x40, // mov ecx,0x40000080
+    0x66, 0xb8, 0x01, 0x00, 0x00, 0x00, // mov eax,1
+    0x66, 0x31, 0xd2, // xor edx,edx
+    0x0f, 0x30, // wrmsr
+    0xe6, 0x10, // out 0x10,al
+    0xeb, 0xfc, // jmp to the out
+];
+
+#[test]
+fn guest_enables_the_interrupt_controller_of_hyperv() {
+    let Some(kvm) = kvm() else { return };
+    if !kvm.supports_hyperv_synic() {
+        return test_skip::skip("this KVM has no Hyper-V");
+    }
+    let mut guest = machine(&kvm, Page::with(&ENABLE_SYNIC));
+    guest.vcpu.enable_hyperv_synic().expect("enabled");
+    guest.vcpu.set_cpuid(&hyperv_cpuid(&kvm)).expect("cpuid");
+    guest.start();
+    assert_eq!(guest.vcpu.run().expect("run"), VmExit::Hyperv);
+    expect_count(&mut guest.vcpu, 1);
+}
+
+/// KVM's CPUID behind the two leaves that tell KVM that the guest knows Hyper-V, and that it may use the controller.
+fn hyperv_cpuid(kvm: &Kvm) -> hypervisor::bindings::CpuId {
+    let mut leaves = kvm.supported_cpuid().expect("cpuid").as_slice().to_vec();
+    leaves.retain(|leaf| !(0x4000_0000..0x4000_0100).contains(&leaf.function));
+    for (function, eax) in [
+        (0x4000_0001, u32::from_le_bytes(*b"Hv#1")),
+        (0x4000_0003, 1 << 2),
+    ] {
+        leaves.push(hypervisor::bindings::kvm_cpuid_entry2 {
+            function,
+            eax,
+            ..Default::default()
+        });
+    }
+    hypervisor::bindings::CpuId::from_entries(&leaves).expect("few leaves")
+}
+
 #[test]
 fn interrupt_sources_and_timers_of_hyperv_go_on_in_another_machine() {
     const SINT2: u32 = 0x4000_0092;

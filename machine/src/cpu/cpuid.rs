@@ -66,7 +66,15 @@ pub(super) fn supported_cpuid(kvm: &Kvm, config: &CpusConfig) -> Result<CpuId, C
     if config.kvm_hyperv && !kvm.supports_hyperv_synic() {
         return Err(CpuError::NotSupported { what: "kvm_hyperv" });
     }
-    let permitted = config.features.amx && kvm.request_amx().is_ok();
+    let permitted = config.features.amx
+        && match kvm.request_amx() {
+            Err(hypervisor::Error::Ioctl { source, .. })
+                if source.raw_os_error() == Some(libc::EBUSY) =>
+            {
+                return Err(CpuError::AmxTooLate);
+            }
+            permitted => permitted.is_ok(),
+        };
     let supported = kvm.supported_cpuid().map_err(CpuError::Prepare)?;
     let mut leaves = supported.as_slice().iter();
     let has_amx = leaves

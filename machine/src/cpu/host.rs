@@ -65,7 +65,9 @@ const FEATURES: &[(u32, u32, Register)] = &[
     (0xd, 1, Ecx),
     (0xd, 1, Edx),
     (0x4000_0001, 0, Eax),
+    (0x1e, 1, Eax),
     (0x4000_0003, 0, Eax),
+    (0x4000_0003, 0, Edx),
     (0x4000_0101, 0, Eax),
     (0x8000_0001, 0, Ecx),
     (0x8000_0001, 0, Edx),
@@ -76,16 +78,21 @@ const FEATURES: &[(u32, u32, Register)] = &[
 ];
 
 /// Bits that KVM changes with the guest's registers: OSXSAVE and MONITOR; APIC; OSPKE.
-const CHANGING: &[(u32, Register, u32)] = &[
-    (1, Ecx, 1 << 27 | 1 << 3),
-    (1, Edx, 1 << 9),
-    (7, Ecx, 1 << 4),
+const CHANGING: &[(u32, u32, Register, u32)] = &[
+    (1, 0, Ecx, 1 << 27 | 1 << 3),
+    (1, 0, Edx, 1 << 9),
+    (7, 0, Ecx, 1 << 4),
 ];
+
+/// AMX-FP16 and AMX-COMPLEX. Version 0.1.0 did not hide them from guests without tiles, which have no use for them.
+const WITHOUT_TILES: &[(u32, u32, Register, u32)] = &[(7, 1, Eax, 1 << 21), (7, 1, Edx, 1 << 8)];
 
 /// The features that this host provides to the vCPUs of one configuration.
 #[derive(Debug, Clone)]
 struct HostCpu {
     cpuid: Vec<kvm_cpuid_entry2>,
+    /// Whether the configuration gives AMX to the guest.
+    has_amx: bool,
     msr_indices: Vec<u32>,
     arch_capabilities: Option<u64>,
     tsc_khz: Option<u32>,
@@ -145,6 +152,7 @@ impl HostCpu {
         let cpuid = cpuid.map_err(CpuError::Prepare)?;
         Ok(Self {
             cpuid: cpuid.as_slice().to_vec(),
+            has_amx: config.features.amx,
             msr_indices: msr_indices(kvm, config)?,
             arch_capabilities: kvm.feature_msr(MSR_ARCH_CAPABILITIES),
             tsc_khz,
@@ -194,10 +202,12 @@ impl HostCpu {
             .iter()
             .filter(|it| (it.0, it.1) == (function, index))
         {
+            let without_tiles = if self.has_amx { &[] } else { WITHOUT_TILES };
             let changing = CHANGING
                 .iter()
-                .find(|it| (it.0, it.1) == (function, *register));
-            let changing = changing.map_or(0, |it| it.2);
+                .chain(without_tiles)
+                .find(|it| (it.0, it.1, it.2) == (function, index, *register));
+            let changing = changing.map_or(0, |it| it.3);
             let missing = register.of(saved) & !register.of(&own) & !changing;
             if missing != 0 {
                 differs(*register, format!("bits {missing:#x} are missing"));
@@ -208,7 +218,7 @@ impl HostCpu {
             (0, _) => &[Ebx, Ecx, Edx],
             (0xd, 2..) if saved.eax != 0 => &[Eax, Ebx],
             // The shape of AMX tiles.
-            (0x1d | 0x1e, _) => &[Eax, Ebx, Ecx],
+            (0x1d, _) | (0x1e, 0) => &[Eax, Ebx, Ecx],
             _ => &[],
         };
         for register in same {
@@ -251,6 +261,7 @@ mod tests {
                 leaf(0xd, 2, [256, 576, 0, 0]),
                 leaf(0x8000_0008, 0, [48 << 8 | 40, 0, 0, 0]),
             ],
+            has_amx: false,
             msr_indices: vec![0x10, MSR_ARCH_CAPABILITIES],
             arch_capabilities: Some(0b10),
             tsc_khz: Some(2_000_000),
@@ -296,6 +307,21 @@ mod tests {
             ..host
         };
         assert_eq!(scaling.differences(&scaled), Vec::<String>::new());
+    }
+
+    #[test]
+    fn features_of_amx_matter_only_to_guests_that_have_tiles() {
+        let saved = vcpu(&[leaf(7, 1, [1 << 21, 0, 0, 1 << 8])], &[], None);
+        let mut host = host();
+        assert_eq!(host.differences(&saved), Vec::<String>::new());
+        host.has_amx = true;
+        assert_eq!(
+            host.differences(&saved),
+            [
+                "CPUID 0x7.1 eax: bits 0x200000 are missing",
+                "CPUID 0x7.1 edx: bits 0x100 are missing",
+            ]
+        );
     }
 
     #[test]

@@ -25,7 +25,8 @@ const HYPERCALL_REGISTERS: u32 = 1 << 5;
 const VP_INDEX: u32 = 1 << 6;
 const REFERENCE_TSC: u32 = 1 << 9;
 const FREQUENCIES: u32 = 1 << 11;
-/// `FEATURES` EDX.
+/// `FEATURES` EDX: vCPUs can be added, and frequencies read.
+const DYNAMIC_PARTITIONING: u32 = 1 << 3;
 const FREQUENCIES_AVAILABLE: u32 = 1 << 8;
 
 /// `RECOMMENDATIONS` EAX: the guest's watchdogs are patient, because a host may not run a vCPU for a while.
@@ -48,7 +49,10 @@ pub(super) fn leaves(vcpus: u32) -> [kvm_cpuid_entry2; 6] {
         (VENDOR_AND_MAX, [LIMITS, ebx, ecx, edx]),
         (INTERFACE, [u32::from_le_bytes(*b"Hv#1"), 0, 0, 0]),
         (VERSION, [BUILD, MAJOR_VERSION << 16, 0, 0]),
-        (FEATURES, [features, 0, 0, FREQUENCIES_AVAILABLE]),
+        (
+            FEATURES,
+            [features, 0, 0, DYNAMIC_PARTITIONING | FREQUENCIES_AVAILABLE],
+        ),
         (RECOMMENDATIONS, [RELAXED_TIMING, SPIN_FOREVER, 0, 0]),
         (LIMITS, [vcpus, vcpus, 0, 0]),
     ]

@@ -113,6 +113,9 @@ pub enum CpuError {
         /// The setting.
         what: &'static str,
     },
+    /// Linux permits AMX only to a process that has had no vCPU.
+    #[error("This process has had a VM without features=amx; a VM with it needs a new process")]
+    AmxTooLate,
     /// An affinity for a vCPU that does not exist, or with an invalid host CPU.
     #[error(
         "Cannot pin vCPU {vcpu} to host CPU {}",
@@ -178,6 +181,7 @@ impl CpuError {
                 | Self::Topology { .. }
                 | Self::ApicId { .. }
                 | Self::NotSupported { .. }
+                | Self::AmxTooLate
                 | Self::AffinityRange { .. }
                 | Self::Affinity { .. }
                 | Self::CoreScheduling(_)

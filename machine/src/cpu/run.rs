@@ -246,6 +246,7 @@ fn handle(exit: VmExit<'_>, handler: &dyn VmExitHandler, counters: &ExitCounters
             count(&counters.ioapic_eoi);
             handler.ioapic_eoi(vector);
         }
+        VmExit::Hyperv => {}
         VmExit::Interrupted => {
             count(&counters.interrupted);
             return Step::Interrupted;
