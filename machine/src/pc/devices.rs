@@ -24,11 +24,11 @@ use super::plugged::{Plug, Plugged};
 use crate::interrupt::FunctionVectors;
 use crate::threads::{DeviceKind, MachineThread, ThreadStart};
 
-/// Maximum time of one access to a device, which is one system call.
-const ACCESS_DEADLINE: Duration = Duration::from_secs(1);
+/// Maximum time of one access to a device. It is one system call, on a host that may not run the vCPU for a while.
+const ACCESS_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Returns when only the caller holds a function that is not on the bus anymore: vCPUs have finished their accesses, and
-/// observers have read its counters. Nobody finds it anew.
+/// find it no more. Observers may still look at it, and then drop it under a lock of its owner.
 fn wait_for_accesses<T: ?Sized>(function: &Arc<T>, deadline: Duration) {
     let begun = Instant::now();
     while Arc::strong_count(function) > 1 {
