@@ -39,8 +39,8 @@ const REFUSALS: [&str; 3] = [
     "VM is not running",
     "The VM is being migrated",
 ];
-/// Time for threads to end and clients' connections to close.
-const RELEASE_DEADLINE: Duration = Duration::from_secs(60);
+/// Time for the guest to release vCPUs, for threads to end and clients' connections to close.
+const RELEASE_DEADLINE: Duration = SETTLE_DEADLINE;
 
 /// Data that a migration has sent when it breaks: less than any guest has.
 const MOVED_BYTES_MAX: u64 = 1_000_000;
@@ -116,16 +116,32 @@ pub fn length_and_seed(default: Duration) -> Result<(Duration, u64)> {
 /// What the guest has verified so far, in rounds of its work. Clients make a number of changes for each: otherwise they would
 /// take the processors of a busy machine from the guest, whose work is the purpose.
 #[derive(Debug, Default)]
-pub struct Progress(AtomicU64);
+pub struct Progress {
+    rounds: AtomicU64,
+    /// One bit for each action that was accepted.
+    accepted: AtomicU64,
+}
 
 impl Progress {
     /// The guest has made this many rounds.
     pub fn set(&self, rounds: u64) {
-        self.0.store(rounds, Ordering::Release);
+        self.rounds.store(rounds, Ordering::Release);
+    }
+
+    fn accept(&self, action: Action) {
+        self.accepted
+            .fetch_or(1 << action as u64, Ordering::Relaxed);
+    }
+
+    /// Whether each action was accepted once.
+    #[must_use]
+    pub fn has_all(&self) -> bool {
+        let accepted = self.accepted.load(Ordering::Relaxed);
+        accepted.count_ones() as usize == Action::VARIANTS.len()
     }
 
     fn actions(&self) -> u64 {
-        ACTIONS_PER_ROUND * self.0.load(Ordering::Acquire)
+        ACTIONS_PER_ROUND * self.rounds.load(Ordering::Acquire)
     }
 }
 
@@ -269,6 +285,9 @@ impl Client<'_> {
             steps += 1;
             let action = Action::VARIANTS[choice as usize];
             let accepted = self.act(action).with_context(|| format!("{action:?}"))?;
+            if accepted {
+                self.progress.accept(action);
+            }
             let counts = self.done.0.entry(action).or_default();
             *counts = (counts.0 + u64::from(accepted), counts.1 + 1);
         }

@@ -87,7 +87,7 @@ impl Serial {
         let is_good = line.contains(&good);
         // Wrong data are never tried again, as a failed command is on a slow host.
         assert!(
-            is_good || !verb.ends_with("verify"),
+            is_good || !verb.ends_with("verify") && !line.contains(" reads "),
             "the guest found wrong data: {line}"
         );
         ensure!(is_good, "the guest answered: {line}");

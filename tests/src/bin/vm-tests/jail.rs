@@ -1,6 +1,7 @@
 //! Tests a Linux guest whose VMM runs as another user in a root folder of its own.
 
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::linux::Machine;
@@ -46,7 +47,12 @@ fn jailed_guest_of_another_user_reports_inflates_and_powers_off() -> Result<Outc
         ..Machine::default()
     }
     .serve()?;
-    let status = fs::read_to_string(format!("/proc/{}/status", guest.vmm.pid()))?;
+    let proc = Path::new("/proc").join(guest.vmm.pid().to_string());
+    ensure!(
+        !proc.join("root/etc").exists(),
+        "the VMM sees the host's root"
+    );
+    let status = fs::read_to_string(proc.join("status"))?;
     for (name, wanted) in [
         ("Uid:", NOBODY.to_string()),
         ("CapEff:", format!("{:016x}", 0)),
