@@ -256,9 +256,7 @@ impl Arguments {
 
 fn jail_help() -> String {
     let syntax = JailConfig::syntax();
-    format!(
-        "Change to a root folder that shows only the paths that options name, and these. {syntax}"
-    )
+    format!("Change to a root folder with only the paths that options or these keys name. {syntax}")
 }
 
 type Read<T> = fn(&str) -> Result<T, OptionError>;
