@@ -357,12 +357,4 @@ fn validate_bad_cpu_configurations_are_refused() {
         };
         assert!(matches!(refused(&config), CpuError::AffinityRange { .. }));
     }
-    let hyperv = CpusConfig {
-        kvm_hyperv: true,
-        ..cpus(1)
-    };
-    assert!(matches!(
-        refused(&hyperv),
-        CpuError::NotSupported { what: "kvm_hyperv" }
-    ));
 }
