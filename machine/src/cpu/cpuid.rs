@@ -121,6 +121,25 @@ pub(super) struct CpuidOptions {
     pub(super) tsc_khz: Option<u32>,
 }
 
+impl CpuidOptions {
+    /// Those of a configuration, on a host that supports `supported`.
+    pub(super) fn of(
+        config: &CpusConfig,
+        topology: Topology,
+        supported: &CpuId,
+        tsc_khz: Option<u32>,
+    ) -> Self {
+        Self {
+            topology,
+            phys_bits: host_phys_bits(supported.as_slice()).min(config.max_phys_bits),
+            nested: config.nested,
+            amx: config.features.amx,
+            hyperv_vcpus: config.kvm_hyperv.then_some(config.max_vcpus),
+            tsc_khz,
+        }
+    }
+}
+
 /// The guest's CPUID, complete except for what differs between vCPUs.
 #[derive(Debug, Clone)]
 pub(super) struct GuestCpuid {
@@ -137,6 +156,9 @@ impl GuestCpuid {
         };
         for leaf in &mut cpuid.leaves {
             patch_features(leaf, options);
+            if !options.amx {
+                hide_amx(leaf);
+            }
             patch_caches(leaf, &options.topology);
             patch_amd_topology(leaf, &options.topology);
         }
@@ -295,14 +317,6 @@ fn patch_features(leaf: &mut kvm_cpuid_entry2, options: &CpuidOptions) {
             let ids = (1u32 << options.topology.package_shift()).min(0xff);
             leaf.ebx = leaf.ebx & !0x00ff_0000 | ids << 16;
         }
-        (7, 0) if !options.amx => leaf.edx &= !LEAF7_EDX_AMX,
-        (7, 1) if !options.amx => {
-            leaf.eax &= !LEAF7_1_EAX_AMX;
-            leaf.edx &= !LEAF7_1_EDX_AMX;
-        }
-        (0xd, 0) if !options.amx => leaf.eax &= !LEAFD_EAX_XTILE,
-        (0xd, index) if !options.amx && XTILE_COMPONENTS.contains(&index) => clear(leaf),
-        (0x1d | 0x1e, _) if !options.amx => clear(leaf),
         (KVM_CPUID_FEATURES, _) => leaf.eax |= KVM_FEATURE_MSI_EXT_DEST_ID,
         (0x8000_0001, _) if !options.nested => leaf.ecx &= !LEAF80000001_ECX_SVM,
         (0x8000_000a, _) if !options.nested => clear(leaf),
@@ -310,6 +324,20 @@ fn patch_features(leaf: &mut kvm_cpuid_entry2, options: &CpuidOptions) {
             // Bits 16–23 are the width below a second translation; zero means the same width.
             leaf.eax = leaf.eax & 0xff00_ff00 | u32::from(options.phys_bits);
         }
+        _ => {}
+    }
+}
+
+fn hide_amx(leaf: &mut kvm_cpuid_entry2) {
+    match (leaf.function, leaf.index) {
+        (7, 0) => leaf.edx &= !LEAF7_EDX_AMX,
+        (7, 1) => {
+            leaf.eax &= !LEAF7_1_EAX_AMX;
+            leaf.edx &= !LEAF7_1_EDX_AMX;
+        }
+        (0xd, 0) => leaf.eax &= !LEAFD_EAX_XTILE,
+        (0xd, index) if XTILE_COMPONENTS.contains(&index) => clear(leaf),
+        (0x1d | 0x1e, _) => clear(leaf),
         _ => {}
     }
 }

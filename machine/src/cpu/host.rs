@@ -8,7 +8,7 @@ use api::config::CpusConfig;
 use hypervisor::bindings::kvm_cpuid_entry2;
 use hypervisor::{Kvm, VcpuState};
 
-use super::cpuid::{CpuidOptions, GuestCpuid, guest_phys_bits, msr_indices, supported_cpuid};
+use super::cpuid::{CpuidOptions, GuestCpuid, msr_indices, supported_cpuid};
 use super::state::VcpusState;
 use super::{CpuError, Topology, Vcpus};
 
@@ -64,8 +64,8 @@ const FEATURES: &[(u32, u32, Register)] = &[
     (0xd, 1, Eax),
     (0xd, 1, Ecx),
     (0xd, 1, Edx),
-    (0x4000_0001, 0, Eax),
     (0x1e, 1, Eax),
+    (0x4000_0001, 0, Eax),
     (0x4000_0003, 0, Eax),
     (0x4000_0003, 0, Edx),
     (0x4000_0101, 0, Eax),
@@ -134,19 +134,12 @@ impl Vcpus {
 
 impl HostCpu {
     fn probe(kvm: &Kvm, config: &CpusConfig) -> Result<Self, CpuError> {
-        // The frequency, and KVM's changes to a CPUID, are visible only on a vCPU.
         let supported = supported_cpuid(kvm, config)?;
+        // The frequency, and KVM's changes to a CPUID, are visible only on a vCPU.
         let vm = kvm.create_vm().map_err(CpuError::Prepare)?;
         let vcpu = vm.create_vcpu(0).map_err(CpuError::Prepare)?;
         let tsc_khz = vcpu.tsc_khz().ok();
-        let options = CpuidOptions {
-            topology: Topology::new(config)?,
-            phys_bits: guest_phys_bits(kvm, config.max_phys_bits)?,
-            nested: config.nested,
-            amx: config.features.amx,
-            hyperv_vcpus: config.kvm_hyperv.then_some(config.max_vcpus),
-            tsc_khz,
-        };
+        let options = CpuidOptions::of(config, Topology::new(config)?, &supported, tsc_khz);
         let offered = GuestCpuid::new(supported.as_slice(), &options).of_vcpu(0)?;
         let cpuid = vcpu.set_cpuid(&offered).and_then(|()| vcpu.cpuid());
         let cpuid = cpuid.map_err(CpuError::Prepare)?;

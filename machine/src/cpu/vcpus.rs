@@ -14,7 +14,7 @@ use hypervisor::{Kvm, Vm, kick};
 use virtio_devices::worker::{HOST_CPUS_MAX, pin};
 
 use super::core_scheduling::CoreCookies;
-use super::cpuid::{CpuidOptions, GuestCpuid, guest_phys_bits, msr_indices, supported_cpuid};
+use super::cpuid::{CpuidOptions, GuestCpuid, msr_indices, supported_cpuid};
 use super::gate::{Gate, Wanted};
 use super::paused_clock::PausedClock;
 use super::run::{VcpuCell, VcpusContext, vcpu_thread};
@@ -102,15 +102,9 @@ impl Vcpus {
         let cells = (0..config.boot_vcpus)
             .map(|index| create(vm, &topology, config, index))
             .collect::<Result<Vec<_>, CpuError>>()?;
-        let options = CpuidOptions {
-            topology,
-            phys_bits: guest_phys_bits(kvm, config.max_phys_bits)?,
-            nested: config.nested,
-            amx: config.features.amx,
-            hyperv_vcpus: config.kvm_hyperv.then_some(config.max_vcpus),
-            // A host whose counter is not stable reports no frequency, so the guest gets none either.
-            tsc_khz: cells[0].lock().tsc_khz().ok(),
-        };
+        // A host whose counter is not stable reports no frequency, so the guest gets none either.
+        let tsc_khz = cells[0].lock().tsc_khz().ok();
+        let options = CpuidOptions::of(config, topology, &supported, tsc_khz);
         let mut vcpus = Self {
             vm: Arc::clone(vm),
             config: config.clone(),
