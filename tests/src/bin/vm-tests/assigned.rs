@@ -6,6 +6,7 @@ use std::time::Duration;
 use std::{env, fs};
 
 use anyhow::{Context, Result, ensure};
+use integration_tests::MIB;
 use integration_tests::linux::{Guest, Machine};
 use integration_tests::outcome::{Outcome, Test};
 use integration_tests::wait::wait_for;
@@ -14,15 +15,14 @@ use serde_json::{Value, json};
 
 use crate::debian::DISTRIBUTION_DEADLINE;
 use crate::hotplug::{expect, wait_gone};
+use crate::iommu::{self, KERNEL, counter};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![debian_6_12_assigned_disk_keeps_data_and_pins_what_is_mapped_behind_the_iommu]
 }
 
-const MIB: u64 = 1 << 20;
-const KERNEL: &str = "debian-6.12/vmlinuz";
 const NVME_CLASS: &str = "0x010802";
-const DISK: &str = "/dev/nvme0n1";
+const DISK_NAME: &str = "nvme0n1";
 /// What the guest uses and frees.
 const FREED_MIB: u64 = 700;
 /// What an assigned device may keep of it.
@@ -61,12 +61,6 @@ fn stats(guest: &Guest, pointer: &str) -> Result<u64> {
     found.with_context(|| format!("no {pointer} in {stats:#}"))
 }
 
-fn counter(guest: &Guest, name: &str) -> Result<u64> {
-    let counters = guest.vmm.get("vm.counters")?;
-    let found = counters["__iommu"][name].as_u64();
-    found.with_context(|| format!("no {name} in {counters:#}"))
-}
-
 fn boot() -> Result<Guest> {
     let machine = Machine {
         kernel: KERNEL,
@@ -99,17 +93,13 @@ fn give_back(guest: &mut Guest) -> Result<u64> {
 
 fn wait_disk(guest: &mut Guest) -> Result<()> {
     let script = format!(
-        "for i in $(seq 1200); do [ -b {DISK} ] && exit; sleep 0.1; done; dmesg | tail -20; exit 1"
+        "for i in $(seq 1200); do [ -b /dev/{DISK_NAME} ] && exit; sleep 0.1; done; dmesg | tail -20; exit 1"
     );
     guest.shell(&script).map(drop)
 }
 
-/// Writes the disk, and reads it back past the page cache.
 fn write_and_verify(guest: &mut Guest, seed: u32) -> Result<()> {
-    guest.command(&format!("disk-fill {DISK} 32M {seed}"))?;
-    guest.shell("echo 3 > /proc/sys/vm/drop_caches")?;
-    let verify = format!("disk-verify {DISK} 32M {seed}");
-    guest.command(&verify).map(drop)
+    iommu::write_and_verify(guest, DISK_NAME, seed)
 }
 
 fn device(path: &Path, iommu: bool) -> Value {

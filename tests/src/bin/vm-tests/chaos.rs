@@ -6,6 +6,7 @@ use std::fs::File;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use integration_tests::MIB;
 use integration_tests::chaos::{
     Belongings, Limits, Progress, length_and_seed, run_clients, settle,
 };
@@ -18,7 +19,6 @@ pub(crate) fn tests() -> Vec<Test> {
     tests![linux_loses_nothing_while_clients_change_its_machine]
 }
 
-const MIB: u64 = 1 << 20;
 const LENGTH: Duration = Duration::from_secs(20);
 /// Time for the guest to make some steps under full load.
 const STEPS_DEADLINE: Duration = Duration::from_secs(300);

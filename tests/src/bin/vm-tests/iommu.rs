@@ -20,9 +20,10 @@ pub(crate) fn tests() -> Vec<Test> {
 }
 
 /// Debian's first kernel with a driver for the IOMMU on x86.
-const KERNEL: &str = "debian-6.12/vmlinuz";
+pub(crate) const KERNEL: &str = "debian-6.12/vmlinuz";
 
-fn counter(guest: &Guest, name: &str) -> Result<u64> {
+/// A counter of the IOMMU.
+pub(crate) fn counter(guest: &Guest, name: &str) -> Result<u64> {
     let counters = guest.vmm.get("vm.counters")?;
     let found = counters["__iommu"][name].as_u64();
     found.with_context(|| format!("no {name} in {counters:#}"))
@@ -36,7 +37,7 @@ fn image(folder: &Path, name: &str) -> Result<String> {
 }
 
 /// Writes the disk, and reads it back past the page cache.
-fn write_and_verify(guest: &mut Guest, disk: &str, seed: u32) -> Result<()> {
+pub(crate) fn write_and_verify(guest: &mut Guest, disk: &str, seed: u32) -> Result<()> {
     guest.command(&format!("disk-fill /dev/{disk} 32M {seed}"))?;
     guest.shell("echo 3 > /proc/sys/vm/drop_caches")?;
     guest

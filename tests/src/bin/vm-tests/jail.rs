@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use integration_tests::MIB;
 use integration_tests::linux::Machine;
 use integration_tests::other_user::{self, NOBODY};
 use integration_tests::outcome::{Outcome, Test};
@@ -16,7 +17,6 @@ pub(crate) fn tests() -> Vec<Test> {
     tests![jailed_guest_of_another_user_reports_inflates_and_powers_off]
 }
 
-const MIB: u64 = 1 << 20;
 const RAM_BYTES: u64 = 256 * MIB;
 
 fn jailed_guest_of_another_user_reports_inflates_and_powers_off() -> Result<Outcome> {

@@ -8,8 +8,8 @@ use state::Saved;
 use vm_memory::Permissions;
 
 use super::super::{Iommu, IommuHandle, IommuState};
-use super::{attach, detach, iommu, map, probe, request, unmap};
-use crate::device::{QueueHandler, VirtioDevice};
+use super::{Harness, attach, detach, iommu, map, probe, request, send, start, status, unmap};
+use crate::device::VirtioDevice;
 use crate::dma::{DmaEndpoint, DmaError, FAULTS_MAX, Piece};
 use crate::testing::{HandlerHarness, Segment, conformance, wait_until};
 
@@ -23,7 +23,7 @@ struct Rig {
     device: Iommu,
     handle: IommuHandle,
     endpoint: Arc<DmaEndpoint>,
-    harness: HandlerHarness<Box<dyn QueueHandler>>,
+    harness: Harness,
 }
 
 impl Rig {
@@ -31,11 +31,7 @@ impl Rig {
         let (mut device, handle) = iommu(64);
         let endpoint = handle.endpoint();
         endpoint.place(ENDPOINT);
-        let handler = device.take_handlers().remove(0);
-        device.ack_features(device.features());
-        let mut harness = HandlerHarness::new(handler, device.features());
-        harness.add_queues(2);
-        harness.activate().unwrap();
+        let harness = start(&mut device);
         Self {
             device,
             handle,
@@ -44,19 +40,12 @@ impl Rig {
         }
     }
 
-    /// The bytes that the device returns; none if it does not know the request.
     fn send(&mut self, bytes: &[u8], writable: u32) -> Vec<u8> {
-        let segments = [Segment::Readable(bytes), Segment::Writable(writable)];
-        let (chain, used) = self.harness.request(0, &segments).unwrap();
-        let mut result = self.harness.queue(0).read_buffer(chain.buffers[1]);
-        result.truncate(used.unwrap().len as usize);
-        result
+        send(&mut self.harness, bytes, writable)
     }
 
     fn status(&mut self, bytes: &[u8]) -> u8 {
-        let result = self.send(bytes, 4);
-        assert_eq!(result[1..], [0; 3]);
-        result[0]
+        status(&mut self.harness, bytes)
     }
 
     fn translate(&self, input: u64, access: Permissions) -> Result<u64, DmaError> {

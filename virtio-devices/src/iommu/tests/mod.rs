@@ -6,6 +6,11 @@ mod pinned;
 mod tables;
 
 use super::{Iommu, IommuHandle, IommuParams};
+use crate::device::{QueueHandler, VirtioDevice};
+use crate::testing::{HandlerHarness, Segment};
+
+/// The queue half under a mock driver.
+type Harness = HandlerHarness<Box<dyn QueueHandler>>;
 
 fn iommu(address_width_bits: u8) -> (Iommu, IommuHandle) {
     let params = IommuParams {
@@ -13,6 +18,32 @@ fn iommu(address_width_bits: u8) -> (Iommu, IommuHandle) {
         address_width_bits,
     };
     Iommu::new(params).unwrap()
+}
+
+/// Starts the device with all its features.
+fn start(device: &mut Iommu) -> Harness {
+    let handler = device.take_handlers().remove(0);
+    device.ack_features(device.features());
+    let mut harness = HandlerHarness::new(handler, device.features());
+    harness.add_queues(2);
+    harness.activate().unwrap();
+    harness
+}
+
+/// Sends a request. The bytes that the device returns; none if it does not know the request.
+fn send(harness: &mut Harness, bytes: &[u8], writable: u32) -> Vec<u8> {
+    let segments = [Segment::Readable(bytes), Segment::Writable(writable)];
+    let (chain, used) = harness.request(0, &segments).unwrap();
+    let mut result = harness.queue(0).read_buffer(chain.buffers[1]);
+    result.truncate(used.unwrap().len as usize);
+    result
+}
+
+/// Sends a request that has a status alone as its result.
+fn status(harness: &mut Harness, bytes: &[u8]) -> u8 {
+    let result = send(harness, bytes, 4);
+    assert_eq!(result[1..], [0; 3]);
+    result[0]
 }
 
 /// A request on the wire.

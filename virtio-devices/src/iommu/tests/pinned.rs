@@ -7,11 +7,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, Permissions};
 
 use super::super::Iommu;
-use super::{attach, detach, iommu, map, probe, unmap};
-use crate::device::{QueueHandler, VirtioDevice};
+use super::{Harness, attach, detach, iommu, map, probe, send, start, status, unmap};
+use crate::device::VirtioDevice;
 use crate::dma::DmaEndpoint;
 use crate::reclaim::{DiscardEngine, Expected, GuestRange, SkipReason};
-use crate::testing::{HandlerHarness, HostMapped, MockHostIommu, Segment, TestRam};
+use crate::testing::{HostMapped, MockHostIommu, TestRam};
 
 const ENDPOINT: u32 = 0x18;
 /// A device of the VMM.
@@ -36,7 +36,7 @@ struct Rig {
     _other: Arc<DmaEndpoint>,
     ram: TestRam,
     engine: DiscardEngine,
-    harness: HandlerHarness<Box<dyn QueueHandler>>,
+    harness: Harness,
 }
 
 impl Rig {
@@ -48,11 +48,7 @@ impl Rig {
         endpoint.place(ENDPOINT);
         let other = handle.endpoint();
         other.place(OTHER);
-        let handler = device.take_handlers().remove(0);
-        device.ack_features(device.features());
-        let mut harness = HandlerHarness::new(handler, device.features());
-        harness.add_queues(2);
-        harness.activate().unwrap();
+        let harness = start(&mut device);
         Self {
             device,
             host,
@@ -65,15 +61,11 @@ impl Rig {
     }
 
     fn send(&mut self, bytes: &[u8], writable: u32) -> Vec<u8> {
-        let segments = [Segment::Readable(bytes), Segment::Writable(writable)];
-        let (chain, used) = self.harness.request(0, &segments).unwrap();
-        let mut result = self.harness.queue(0).read_buffer(chain.buffers[1]);
-        result.truncate(used.unwrap().len as usize);
-        result
+        send(&mut self.harness, bytes, writable)
     }
 
     fn status(&mut self, bytes: &[u8]) -> u8 {
-        self.send(bytes, 4)[0]
+        status(&mut self.harness, bytes)
     }
 
     /// What the device can access: input address, guest address, bytes.
