@@ -29,7 +29,7 @@ pub struct BalloonConfig {
     /// Hypervisor lacks this key.
     #[key("<milliseconds>")]
     pub stats_poll_ms: u64,
-    /// Put the device behind the virtual IOMMU.
+    /// Put the device behind the virtual IOMMU. Unsupported.
     #[key(omit_false)]
     pub iommu: bool,
     /// Name of the device; `__balloon` when absent.

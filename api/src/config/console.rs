@@ -86,7 +86,7 @@ pub struct DebugConsoleConfig {
     /// Path with mode `File`; the pseudo-terminal's path with mode `Pty`.
     #[key(hidden)]
     pub file: Option<PathBuf>,
-    /// Where the output goes.
+    /// Where the output goes. Mode `Socket` is unsupported.
     #[key(group = DEBUG_OUTPUT, required, default = ConsoleOutputMode::Off)]
     pub mode: ConsoleOutputMode,
     /// Size up to which `file` grows, bytes. Further output is dropped and counted (`tx_dropped_bytes`). By default, the

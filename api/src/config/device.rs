@@ -12,7 +12,7 @@ pub struct DeviceConfig {
     /// Folder of the device in sysfs. The device and all others of its IOMMU group must be bound to vfio-pci.
     #[key("<device_path>", required)]
     pub path: PathBuf,
-    /// Put the device behind the virtual IOMMU. Unsupported.
+    /// Put the device behind the virtual IOMMU.
     #[key(omit_false)]
     pub iommu: bool,
     /// Name of the device; generated when absent.

@@ -28,7 +28,7 @@ pub struct DiskConfig {
     /// Bypass the host's page cache (`O_DIRECT`).
     #[key]
     pub direct: bool,
-    /// Put the device behind the virtual IOMMU.
+    /// Put the device behind the virtual IOMMU. Unsupported with `vhost_user`.
     #[key(omit_false)]
     pub iommu: bool,
     /// Number of request queues.
@@ -70,7 +70,8 @@ pub struct DiskConfig {
     /// Return space the guest discards to the file system.
     #[key(default = true)]
     pub sparse: bool,
-    /// Format of the image: raw, qcow2 or a fixed VHD. Detected when absent; the guest then cannot write the signature of another format.
+    /// Format of the image; vmdk and vhdx are unsupported. Detected when absent; the guest then cannot write the signature
+    /// of another format.
     #[key]
     pub image_type: Option<ImageType>,
     /// How the image is locked against a second user.
@@ -87,7 +88,7 @@ pub struct DiskConfig {
 /// Format of a disk image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema, Words)]
 pub enum ImageType {
-    /// VMware flat disk.
+    /// VMware flat disk. Unsupported.
     #[word("vmdk")]
     FlatVmdk,
     /// Fixed-size VHD.
@@ -99,7 +100,7 @@ pub enum ImageType {
     /// The bytes of the disk only.
     #[word("raw")]
     Raw,
-    /// Hyper-V VHDX.
+    /// Hyper-V VHDX. Unsupported.
     #[word("vhdx")]
     Vhdx,
     /// As if absent.

@@ -116,10 +116,10 @@ pub struct MemoryZoneConfig {
     /// Host NUMA node that provides the zone.
     #[key("<node_id>")]
     pub host_numa_node: Option<u32>,
-    /// Maximum number of bytes that can be added to a running guest.
+    /// Maximum number of bytes that can be added to a running guest. Unsupported.
     #[key("<hotpluggable_memory_size>", read = parse_bytes)]
     pub hotplug_size: Option<u64>,
-    /// Bytes already added.
+    /// Bytes already added. Unsupported.
     #[key("<hotplugged_memory_size>", read = parse_bytes)]
     pub hotplugged_size: Option<u64>,
     /// Allocate the zone before the guest starts.

@@ -40,7 +40,7 @@ pub struct NetConfig {
     /// Largest packet, bytes.
     #[key("<bytes>")]
     pub mtu: Option<u16>,
-    /// Put the device behind the virtual IOMMU.
+    /// Put the device behind the virtual IOMMU. Unsupported with `vhost_user`.
     #[key(omit_false)]
     pub iommu: bool,
     /// Number of queues, two per pair.

@@ -25,7 +25,7 @@ pub struct NumaConfig {
     /// PCI segments of the node.
     #[key("<list_of_pci_segments>")]
     pub pci_segments: Option<Vec<u16>>,
-    /// A device that starts memory accesses in the node (ACPI generic initiator).
+    /// A device that starts memory accesses in the node (ACPI generic initiator). Unsupported.
     #[key("<generic_initiator_device_id>")]
     pub device_id: Option<String>,
 }

@@ -47,16 +47,16 @@ pub struct PlatformConfig {
     /// Chassis asset tag in SMBIOS.
     #[key]
     pub chassis_asset_tag: Option<String>,
-    /// Use iommufd for assigned devices.
+    /// Use iommufd for assigned devices. Unsupported.
     #[key]
     pub iommufd: bool,
     /// Has no effect: the memory of an assigned device is never mapped for another one.
     #[key(default = true)]
     pub vfio_p2p_dma: bool,
-    /// Intel TDX. Recognised only to be rejected by name.
+    /// Intel TDX. Unsupported.
     #[key(hidden, omit_false)]
     pub tdx: bool,
-    /// AMD SEV-SNP. Recognised only to be rejected by name.
+    /// AMD SEV-SNP. Unsupported.
     #[key(hidden, omit_false)]
     pub sev_snp: bool,
 }
