@@ -6,6 +6,8 @@ use super::fault::OptionFault;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Keys {
     keys: Vec<&'static str>,
+    /// Those of `keys` that error messages list.
+    shown: Vec<&'static str>,
     /// Bare words.
     flags: Vec<&'static str>,
     /// The help text of each key.
@@ -16,18 +18,23 @@ impl Keys {
     /// Adds a key whose help is `key=values`.
     pub(crate) fn shown(&mut self, key: &'static str, values: &str) {
         self.keys.push(key);
+        self.shown.push(key);
         self.help.push(format!("{key}={values}"));
     }
 
-    /// Adds a key that is accepted, but not in the help.
+    /// Adds a key that is accepted, but neither in the help nor in error messages.
     pub(crate) fn hidden(&mut self, key: &'static str) {
         self.keys.push(key);
     }
 
     /// Adds alternatives: bare words become flags; those with a value are keys declared elsewhere.
     pub(crate) fn alternatives(&mut self, alternatives: &[&'static str]) {
-        let bare = alternatives.iter().filter(|word| !word.contains('='));
-        self.flags.extend(bare);
+        for alternative in alternatives {
+            match alternative.split_once('=') {
+                Some((key, _)) => self.shown.push(key),
+                None => self.flags.push(alternative),
+            }
+        }
         self.help.push(alternatives.join("|"));
     }
 
@@ -68,7 +75,7 @@ impl Keys {
                 value: value.to_owned(),
             }),
             (None, None, _) => {
-                let known: Vec<_> = self.keys.iter().chain(&self.flags).copied().collect();
+                let known: Vec<_> = self.shown.iter().chain(&self.flags).copied().collect();
                 Err(OptionFault::unknown_key(key, &known))
             }
         }
@@ -79,6 +86,7 @@ impl From<&[&'static str]> for Keys {
     fn from(keys: &[&'static str]) -> Self {
         Self {
             keys: keys.to_vec(),
+            shown: keys.to_vec(),
             ..Self::default()
         }
     }

@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 
 use super::super::*;
+use crate::options::OptionError;
 use crate::{error_chain, error_line};
 
 #[test]
@@ -322,6 +323,25 @@ fn help_shows_the_keys_of_a_section_with_their_values() {
         assert!(!PlatformConfig::syntax().contains(&format!(",{hidden}=")));
         assert!(PlatformConfig::parse(&format!("{hidden}=on")).is_ok());
     }
+}
+
+#[test]
+fn unknown_key_lists_the_keys_of_the_help_only() {
+    let known = |error: OptionError| {
+        error_chain(&error)[1]
+            .split_once("; known are ")
+            .unwrap()
+            .1
+            .to_owned()
+    };
+    let disk = known(DiskConfig::parse("path=/d,xyzzy=1").unwrap_err());
+    assert!(disk.starts_with("path, readonly, direct, iommu"), "{disk}");
+    assert!(
+        disk.ends_with("sparse, image_type, lock_granularity"),
+        "{disk}"
+    );
+    let serial = known(SerialConfig::parse("xyzzy=1").unwrap_err());
+    assert_eq!(serial, "file, socket, file_bytes_max, off, null, pty, tty");
 }
 
 #[test]
