@@ -11,8 +11,7 @@ use serde::Serialize;
 use crate::tables::clip;
 
 /// The note under every list of advice.
-const ADVICE_ONLY: &str =
-    "advice only: the VMM does not serve live migration yet, so nothing is moved";
+const ADVICE_ONLY: &str = "advice only: ch-fleet starts no migration, so nothing is moved";
 
 /// One host in the output of `fleet status`.
 #[derive(Debug, Serialize)]

@@ -140,3 +140,41 @@ fn misspelt_key_is_refused_with_a_suggestion() {
     let chain = api::error_chain(&load(&file, true).unwrap_err());
     assert!(chain[0].starts_with("Cannot parse "), "{chain:?}");
 }
+
+/// The control group that systemd creates for `slice`: each dash separates a slice from the one that contains it
+/// (systemd.slice(5)).
+fn control_group_of(slice: &str) -> String {
+    let name = slice.strip_suffix(".slice").unwrap();
+    let ends = name.match_indices('-').map(|(at, _)| at);
+    let names = ends.chain([name.len()]).map(|end| &name[..end]);
+    names.map(|name| format!("/{name}.slice")).collect()
+}
+
+#[test]
+fn packaged_settings_name_the_control_group_of_the_packaged_slice() {
+    let unit = include_str!("../../systemd/cloud-hypervisor@.service");
+    let slice = unit.lines().find_map(|line| line.strip_prefix("Slice="));
+    let group = control_group_of(slice.unwrap());
+    assert_eq!(group, "/ch.slice/ch-fleet.slice");
+
+    // The settings that are commented out are accepted too.
+    let settings: String = include_str!("../../systemd/agent.toml")
+        .lines()
+        .map(|line| match line.strip_prefix("# ") {
+            Some(setting) if setting.contains(" = ") || setting.starts_with('[') => setting,
+            _ => line,
+        })
+        .flat_map(|line| [line, "\n"])
+        .collect();
+    let (_folder, file) = files(&settings, &[]);
+    let config = load(&file, true).unwrap().config;
+    assert_eq!(config.planning.host.cgroup, Some(group.clone().into()));
+
+    let setting = format!("cgroup = \"{group}\"");
+    for text in [
+        include_str!("../../systemd/ch-fleet.slice"),
+        include_str!("../../../docs/fleet.md"),
+    ] {
+        assert!(text.contains(&setting), "{text}");
+    }
+}
