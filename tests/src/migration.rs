@@ -75,7 +75,17 @@ pub fn while_receiving(
 /// # Errors
 /// The request was not accepted.
 pub fn send(source: &Vmm, url: &str) -> Result<()> {
-    let body = json!({"destination_url": url}).to_string();
+    send_with(source, url, &json!({}))
+}
+
+/// The same with further settings.
+///
+/// # Errors
+/// The request was not accepted.
+pub fn send_with(source: &Vmm, url: &str, settings: &Value) -> Result<()> {
+    let mut body = settings.clone();
+    body["destination_url"] = url.into();
+    let body = body.to_string();
     source.put("vm.send-migration", Some(&body)).map(drop)
 }
 

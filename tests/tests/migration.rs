@@ -2,17 +2,21 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::bare_metal::{SCENARIO_DEADLINE, expect_all_passed, kvm_opens, start};
 use integration_tests::migration::{
-    EVENTS, forward_until, free_port, send, wait_event, while_receiving,
+    EVENTS, forward_until, free_port, send, send_with, wait_event, while_receiving,
 };
 use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
 use integration_tests::wait::wait_for;
 use serde_json::{Value, json};
 use tempfile::NamedTempFile;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 const BALLOON: &[&str] = &["--balloon", "size=0,free_page_reporting=on"];
 /// The balloon's target that ends the guest's scenario.
@@ -56,7 +60,17 @@ fn guest_at_work_moves_again_and_again_and_loses_nothing() -> Result<()> {
         return Ok(());
     }
     let (first, _image) = guest_at_work("size=256M")?;
-    moves_and_loses_nothing(first, 6)
+    moves_and_loses_nothing(first, 6, &json!({}))
+}
+
+/// The processes map the same pages, one after the other.
+#[test]
+fn guest_at_work_is_handed_over_again_and_again_and_loses_nothing() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let (first, _image) = guest_at_work("size=256M,shared=on")?;
+    moves_and_loses_nothing(first, 6, &json!({"local": true}))
 }
 
 /// Each process opens the image once the previous one has written its tables.
@@ -76,7 +90,7 @@ fn guest_at_work_on_a_qcow2_disk_moves_and_loses_nothing() -> Result<()> {
         return Ok(());
     }
     let first = guest_at_work_on(&image, "qcow2", "size=256M")?;
-    moves_and_loses_nothing(first, 3)?;
+    moves_and_loses_nothing(first, 3, &json!({}))?;
     let checked = Command::new("qemu-img")
         .arg("check")
         .arg(image.path())
@@ -87,19 +101,18 @@ fn guest_at_work_on_a_qcow2_disk_moves_and_loses_nothing() -> Result<()> {
     Ok(())
 }
 
-fn moves_and_loses_nothing(first: Vmm, hops: u32) -> Result<()> {
+fn moves_and_loses_nothing(first: Vmm, hops: u32, settings: &Value) -> Result<()> {
+    let is_local = settings["local"] == true;
     let mut hosts = vec![first];
     for hop in 0..hops {
-        let url = match hop % 2 {
-            0 => format!(
-                "unix:{}",
-                hosts[0].folder().join(format!("move{hop}")).display()
-            ),
-            _ => format!("tcp:127.0.0.1:{}", free_port()?),
+        let path = hosts[0].folder().join(format!("move{hop}"));
+        let url = match is_local || hop % 2 == 0 {
+            true => format!("unix:{}", path.display()),
+            false => format!("tcp:127.0.0.1:{}", free_port()?),
         };
         let target = target()?;
         let source = hosts.last_mut().context("a source")?;
-        let (status, body) = while_receiving(&target, &url, || send(source, &url))?;
+        let (status, body) = while_receiving(&target, &url, || send_with(source, &url, settings))?;
         ensure!(
             status == 204,
             "hop {hop}: {status} {body}\n{}",
@@ -107,6 +120,9 @@ fn moves_and_loses_nothing(first: Vmm, hops: u32) -> Result<()> {
         );
         let report = wait_event(source, "migration-finished")?;
         println!("     hop {hop} over {url}: {report}");
+        if is_local {
+            ensure!(report["data_bytes"] == "0", "{report}");
+        }
         source.expect_clean_exit(PROCESS_DEADLINE)?;
         ensure!(target.get("vm.info")?["state"] == "Running");
         hosts.push(target);
@@ -133,7 +149,11 @@ fn memory_that_was_given_back_is_neither_sent_nor_resident_and_settings_follow()
     if !kvm_opens() {
         return Ok(());
     }
-    for memory in ["size=256M", "size=256M,shared=on"] {
+    for (memory, local) in [
+        ("size=256M", false),
+        ("size=256M,shared=on", false),
+        ("size=256M,shared=on", true),
+    ] {
         let cmdline = ["--cmdline", "scenario=balloon stay", "--memory", memory];
         let mut source = start("balloon", &[BALLOON, EVENTS, &cmdline].concat())?;
         expect_all_passed(&mut source)?;
@@ -151,14 +171,16 @@ fn memory_that_was_given_back_is_neither_sent_nor_resident_and_settings_follow()
         let counters = source.get("vm.counters")?;
         let target = target()?;
         let url = format!("unix:{}", target.folder().join("move").display());
-        let (status, body) = while_receiving(&target, &url, || send(&source, &url))?;
+        let settings = json!({"local": local});
+        let (status, body) =
+            while_receiving(&target, &url, || send_with(&source, &url, &settings))?;
         ensure!(status == 204, "{status} {body}");
         let report = wait_event(&source, "migration-finished")?;
         let wire: u64 = report["wire_bytes"]
             .as_str()
             .context("wire_bytes")?
             .parse()?;
-        println!("     {memory}: {before} bytes resident, {wire} sent: {report}");
+        println!("     {memory} local={local}: {before} bytes resident, {wire} sent: {report}");
         ensure!(wire * 10 <= before * 11, "{wire} bytes for {before}");
         source.expect_clean_exit(PROCESS_DEADLINE)?;
         let after = resident(&target)?;
@@ -234,6 +256,107 @@ fn source_keeps_its_guest_whenever_the_target_dies_or_the_connection_breaks() ->
         }
     }
     Ok(())
+}
+
+/// Forwards a connection that carries files, and `answers` of the target; calls `cut` when the next one is here.
+fn forward_files(
+    listener: &UnixListener,
+    target: &Path,
+    answers: usize,
+    cut: impl FnOnce(),
+) -> Result<()> {
+    const ANSWER_BYTES: usize = 16;
+    let (source, _) = listener.accept()?;
+    let target = UnixStream::connect(target)?;
+    let forward = || -> Option<()> {
+        let mut buffer = vec![0; 64 << 10];
+        loop {
+            let (count, file) = source.recv_with_fd(&mut buffer).ok()?;
+            // The kernel ends what it returns behind the byte that carries a file.
+            let (last, before) = buffer[..count].split_last()?;
+            (&target).write_all(before).ok()?;
+            let carried: Vec<_> = file.iter().map(AsRawFd::as_raw_fd).collect();
+            target.send_with_fds(&[&[*last][..]], &carried).ok()?;
+        }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(forward);
+        let answered = (|| {
+            let mut answer = [0; ANSWER_BYTES];
+            for _ in 0..answers {
+                (&target).read_exact(&mut answer)?;
+                (&source).write_all(&answer)?;
+            }
+            (&target).read_exact(&mut answer)
+        })();
+        cut();
+        source.shutdown(Shutdown::Both).ok();
+        target.shutdown(Shutdown::Both).ok();
+        answered.map_err(Into::into)
+    })
+}
+
+/// The target dies with the source's memory mapped: before it has accepted the machine, and after it has created it.
+#[test]
+fn memory_that_is_handed_over_stays_with_the_side_that_lives() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let (source, image) = guest_at_work("size=256M,shared=on")?;
+    let local = json!({"local": true});
+    let folder = tempfile::tempdir()?;
+    let proxy = folder.path().join("proxy");
+    let listener = UnixListener::bind(&proxy)?;
+    let proxy = format!("unix:{}", proxy.display());
+    for answers in [0, 1] {
+        let target = target()?;
+        let kill = target.killer();
+        let path = target.folder().join("move");
+        let already = source.text("events").matches("migration-failed").count();
+        let received = while_receiving(&target, &format!("unix:{}", path.display()), || {
+            send_with(&source, &proxy, &local)?;
+            forward_files(&listener, &path, answers, kill)
+        });
+        ensure!(received.is_err(), "the target lives: {received:?}");
+        wait_for("the end on the source", PROCESS_DEADLINE, || {
+            let failures = source.text("events").matches("migration-failed").count();
+            Ok((failures > already).then_some(()))
+        })?;
+        expect_still_here(&source, &image).with_context(|| format!("{answers} answers"))?;
+    }
+    // The source dies before the commit: the target drops its copy.
+    let target = target()?;
+    let (kill, path) = (source.killer(), target.folder().join("move"));
+    let (status, body) = while_receiving(&target, &format!("unix:{}", path.display()), || {
+        send_with(&source, &proxy, &local)?;
+        forward_files(&listener, &path, 1, kill)
+    })?;
+    ensure!(status == 500 && body.contains("closed"), "{status} {body}");
+    let info = target.request("GET", "vm.info", None)?;
+    ensure!(info.status == 404, "{info:?}");
+    Ok(())
+}
+
+#[test]
+fn private_memory_is_not_handed_over_and_the_guest_runs_on() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let (source, image) = guest_at_work("size=256M")?;
+    for (url, text) in [
+        ("unix:/move", "zone mem0"),
+        ("tcp:127.0.0.1:1", "unix:PATH"),
+    ] {
+        let body = json!({"destination_url": url, "local": true}).to_string();
+        let refused = source.request("PUT", "vm.send-migration", Some(&body))?;
+        let body = refused.body.unwrap_or_default();
+        ensure!(
+            refused.status == 400 && body.contains(text),
+            "{} {body}",
+            refused.status
+        );
+    }
+    expect_still_here(&source, &image)
 }
 
 /// Lets the target create the machine, and closes the connection before the source learns of that. `hang` is called

@@ -27,7 +27,7 @@ pub struct VmSendMigrationData {
     /// Number of connections. Only 1 is supported.
     #[key(default = 1)]
     pub connections: u32,
-    /// Hand over shared memory by descriptor. Not supported.
+    /// Hand over the memory files of RAM with `shared=on` or `hugepages=on` instead of copying it. Needs a UNIX socket.
     #[key]
     pub local: bool,
     /// Keep the paused VM afterwards. Not supported.

@@ -24,7 +24,7 @@ use super::error::ZoneError;
 use super::file::{ZoneFile, huge_page_bytes_of};
 use super::layout::{MIB, PAGE_BYTES};
 use super::numa_policy;
-use super::source::{MEMFD, Source};
+use super::source::Source;
 
 /// The kernel takes 80 bytes with the final zero.
 const MAPPING_NAME_CHARS_MAX: usize = 64;
@@ -84,6 +84,15 @@ impl Backing {
         match &self.kind {
             Kind::HugetlbMemfd(bytes) => bytes.unwrap_or(2 * MIB),
             _ => PAGE_BYTES,
+        }
+    }
+
+    /// `None` if the pages are not in a memory file of ours, otherwise their size, if the configuration has it.
+    pub(super) fn memfd_page_bytes(&self) -> Option<Option<u64>> {
+        match &self.kind {
+            Kind::SharedMemfd => Some(Some(PAGE_BYTES)),
+            Kind::HugetlbMemfd(bytes) => Some(*bytes),
+            Kind::PrivateAnonymous | Kind::File(_) => None,
         }
     }
 
@@ -242,7 +251,8 @@ const MEMFD_NAME: &std::ffi::CStr = c"ch_ram";
 const MEMFD_FLAGS: libc::c_uint = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
 /// The size is sealed: otherwise a process that shares the file, such as a back end, could shorten it and kill the VMM
 /// with SIGBUS. Holes can still be punched.
-const MEMFD_SEALS: libc::c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+pub(super) const MEMFD_SEALS: libc::c_int =
+    libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
 
 /// An anonymous file of `bytes` in memory.
 fn memfd(bytes: u64, flags: libc::c_uint) -> Result<Source, ZoneError> {
@@ -271,15 +281,9 @@ fn memfd(bytes: u64, flags: libc::c_uint) -> Result<Source, ZoneError> {
     if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, MEMFD_SEALS) } != 0 {
         return Err(host("fcntl(F_ADD_SEALS)")(io::Error::last_os_error()));
     }
-    let source = Source::file(file, true, huge_page_bytes);
-    Ok(match huge_page_bytes {
-        Some(_) => source,
-        None => Source {
-            name: MEMFD,
-            ..source
-        },
-    })
+    Ok(Source::memfd(file, huge_page_bytes))
 }
+
 /// Creates a mapping whose host address is a multiple of [`THP_BYTES`], as newer kernels do.
 ///
 /// `vm-memory` must create the mapping without a requested address, because it unmaps only such a mapping. So this

@@ -16,6 +16,7 @@ use vm_memory::{GuestAddress, GuestAddressSpace, GuestRegionMmap};
 
 use super::layout::SECTION_BYTES;
 use super::state::MemoryState;
+use super::zone_files::ZoneFiles;
 use super::zones::{DEFAULT_ZONE_ID, Zone, ZoneKind};
 use super::{GuestMemory, MemoryError};
 
@@ -90,6 +91,15 @@ impl GuestMemory {
     /// # Errors
     /// There is no room for a device of this size, or the host lacks the memory.
     pub fn map_dimm(&self, total_bytes: u64) -> Result<Option<Dimm>, DimmError> {
+        self.map_dimm_of(total_bytes, &mut ZoneFiles::New)
+    }
+
+    /// The same with pages from `files`.
+    fn map_dimm_of(
+        &self,
+        total_bytes: u64,
+        files: &mut ZoneFiles,
+    ) -> Result<Option<Dimm>, DimmError> {
         let own_bytes = self.own_bytes();
         if total_bytes <= own_bytes {
             return Ok(None);
@@ -110,7 +120,7 @@ impl GuestMemory {
             return Err(DimmError::TooLarge { left_bytes, bytes });
         }
         let id = format!("{DEFAULT_ZONE_ID}-dimm{}", dimms.len());
-        let mapped = backing.open(bytes).and_then(|source| {
+        let mapped = files.open(backing, bytes).and_then(|source| {
             let mapping = backing.map(&source, 0, bytes)?;
             Ok((source, mapping))
         });
@@ -145,14 +155,15 @@ impl GuestMemory {
         self.cover(&dimm.region);
     }
 
-    /// Maps RAM as [`GuestMemory::new`] does, with the memory devices of `state`.
+    /// Maps RAM as [`GuestMemory::new`] does, with the memory devices of `state` and pages from `files`.
     ///
     /// # Errors
-    /// As [`GuestMemory::new`], or such devices cannot exist.
+    /// As [`GuestMemory::new`], such devices cannot exist, or a file cannot be the zone that it is for.
     pub fn with_dimms(
         config: &MemoryConfig,
         phys_bits: u8,
         state: &MemoryState,
+        mut files: ZoneFiles,
     ) -> Result<Self, RestoreError> {
         let dimms = state.zones.iter().filter(|it| it.kind == ZoneKind::Dimm);
         let sizes: Vec<u64> = dimms.map(|zone| zone.bytes()).collect();
@@ -167,9 +178,10 @@ impl GuestMemory {
             size: boot_bytes,
             ..config.clone()
         };
-        let mut memory = Self::new(&boot, phys_bits).map_err(RestoreError::Memory)?;
+        let memory = Self::with_files(&boot, phys_bits, &mut files);
+        let mut memory = memory.map_err(RestoreError::Memory)?;
         for bytes in sizes {
-            let dimm = memory.map_dimm(memory.own_bytes().saturating_add(bytes));
+            let dimm = memory.map_dimm_of(memory.own_bytes().saturating_add(bytes), &mut files);
             match dimm {
                 Ok(Some(dimm)) => memory.add_dimm(dimm),
                 Ok(None) => {}
@@ -181,6 +193,12 @@ impl GuestMemory {
             }
         }
         memory.check_state(state).map_err(RestoreError::State)?;
+        if files.are_left() {
+            let reason =
+                "are fewer than those that the other process sent: it has more memory files";
+            let invalid = StateError::invalid(parts::MEMORY, "zones", reason);
+            return Err(RestoreError::State(invalid));
+        }
         Ok(memory)
     }
 }
@@ -314,20 +332,23 @@ mod tests {
         grow(&mut memory, 64 * MIB + 128 * MIB);
         grow(&mut memory, 64 * MIB + 512 * MIB);
         let state: MemoryState = Saved::of(&memory.state()).read().unwrap();
-        let restored = GuestMemory::with_dimms(&config(576 * MIB), 46, &state).unwrap();
+        let restored =
+            GuestMemory::with_dimms(&config(576 * MIB), 46, &state, ZoneFiles::New).unwrap();
         assert_eq!(restored.state(), memory.state());
         assert_eq!(restored.ram().memory().num_regions(), 3);
         for (bytes, text) in [
             (64 * MIB, "more than 67108864 bytes"),
             (577 * MIB, "the configuration makes"),
         ] {
-            let refused = GuestMemory::with_dimms(&config(bytes), 46, &state).unwrap_err();
+            let refused =
+                GuestMemory::with_dimms(&config(bytes), 46, &state, ZoneFiles::New).unwrap_err();
             assert!(refused.to_string().contains(text), "{refused}");
         }
         let mut many = state;
         let dimm = many.zones.pop().unwrap();
         many.zones.extend(vec![dimm; 9]);
-        let refused = GuestMemory::with_dimms(&config(64 * GIB), 46, &many).unwrap_err();
+        let refused =
+            GuestMemory::with_dimms(&config(64 * GIB), 46, &many, ZoneFiles::New).unwrap_err();
         assert!(matches!(refused, RestoreError::State(_)), "{refused}");
     }
 }

@@ -169,6 +169,9 @@ pub enum ZoneError {
         #[source]
         source: io::Error,
     },
+    /// The memory file of another process cannot be this zone.
+    #[error("the memory file from the other process cannot be used: {0}")]
+    Foreign(&'static str),
     /// A system call failed.
     #[error("{operation} for {bytes} bytes of guest RAM failed")]
     Host {

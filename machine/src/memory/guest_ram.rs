@@ -16,6 +16,7 @@ use super::faults::MemoryFaults;
 use super::layout::AddressMap;
 use super::plugged::{HotplugRam, hotplug_block_bytes};
 use super::source::Source;
+use super::zone_files::ZoneFiles;
 use super::zones::{Zone, ZoneKind, hotplug_zone_of, place, zones_of};
 use super::{E820Entry, MemoryError, ZoneError, e820_map};
 use crate::signals::VmSignals;
@@ -57,12 +58,21 @@ impl GuestMemory {
     /// # Errors
     /// An invalid size, reported before anything is created; or the host lacks the memory.
     pub fn new(config: &MemoryConfig, phys_bits: u8) -> Result<Self, MemoryError> {
+        Self::with_files(config, phys_bits, &mut ZoneFiles::New)
+    }
+
+    /// The same with pages from `files`.
+    pub(super) fn with_files(
+        config: &MemoryConfig,
+        phys_bits: u8,
+        files: &mut ZoneFiles,
+    ) -> Result<Self, MemoryError> {
         let Plan {
             map,
             zones,
             dimm_backing,
         } = Self::plan(config, phys_bits)?;
-        let sources = open(&zones)?;
+        let sources = open(&zones, files)?;
         let mut regions = Vec::new();
         let mut made = Vec::new();
         for (plan, source) in zones.into_iter().zip(&sources) {
@@ -286,10 +296,10 @@ impl ZonePlan {
 }
 
 /// Opens the backing of every zone, and checks that no two zones share it.
-fn open(zones: &[ZonePlan]) -> Result<Vec<Source>, MemoryError> {
+fn open(zones: &[ZonePlan], files: &mut ZoneFiles) -> Result<Vec<Source>, MemoryError> {
     let mut sources: Vec<Source> = Vec::new();
     for zone in zones {
-        let source = zone.backing.open(zone.bytes);
+        let source = files.open(&zone.backing, zone.bytes);
         let source = source.map_err(|source| zone.error(source))?;
         if let Some(other) = sources.iter().position(|other| source.conflicts(other)) {
             return Err(MemoryError::FileOfTwoZones {

@@ -49,6 +49,18 @@ impl Source {
         }
     }
 
+    /// A memory file, with the size of its huge pages in `huge_page_bytes` if it has any.
+    pub(super) fn memfd(file: File, huge_page_bytes: Option<u64>) -> Self {
+        let source = Self::file(file, true, huge_page_bytes);
+        match huge_page_bytes {
+            Some(_) => source,
+            None => Self {
+                name: MEMFD,
+                ..source
+            },
+        }
+    }
+
     pub(super) fn is_hugetlb(&self) -> bool {
         self.page_bytes > PAGE_BYTES
     }

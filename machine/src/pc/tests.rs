@@ -93,7 +93,13 @@ fn memory_added_is_the_guests_and_is_saved_with_the_machine() {
     let state = first.state().unwrap();
     drop(first);
     let map = state.memory.read().unwrap();
-    let memory = GuestMemory::with_dimms(&config(3 * BYTES), bits, &map).unwrap();
+    let memory = GuestMemory::with_dimms(
+        &config(3 * BYTES),
+        bits,
+        &map,
+        crate::memory::ZoneFiles::New,
+    )
+    .unwrap();
     let mut second = pc(memory);
     second.restore(&state, false).unwrap();
     let controller = second.chassis.memory_hotplug.as_ref().unwrap();

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use api::config::{MigrationMemoryMode, MigrationTimeoutStrategy};
 use api::{Endpoint, VmConfig, VmReceiveMigrationData, VmSendMigrationData, VmState};
-use machine::memory::GuestMemory;
+use machine::memory::{GuestMemory, ZoneFiles};
 use state::Saved;
 
 use super::current_migration::{Migration, Received, Role};
@@ -16,7 +16,7 @@ use crate::config;
 use crate::events::{EventKind, EventSink};
 use crate::landlock::{self, LandlockError, Need};
 use crate::migration::{
-    Address, Cancel, Convergence, Incoming, Limits, Listener, MigrationError, Outgoing,
+    Address, Cancel, Convergence, Incoming, Limits, Listener, MigrationError, Outgoing, Ram,
     SendProgress, SendReport, SourceEnd, SourceOwner, TargetOwner, movable,
 };
 use crate::snapshot::{self, Snapshot, SnapshotError, SnapshotState};
@@ -83,15 +83,22 @@ impl Lifecycle {
             return Err(LifecycleError::MemoryIncomplete);
         }
         let was_running = self.machine_state() == VmState::Running;
-        let (config, state) = self.state_to_check(was_running)?;
+        let (config, state, memory) = self.state_to_check(was_running)?;
         let owned = self.machine.as_ref().ok_or(LifecycleError::VmNotRunning)?;
+        let ram = match request.local {
+            true => Ram::handed_over(&memory).map_err(LifecycleError::Migration)?,
+            false => {
+                let tracker = owned.track_writes().map_err(LifecycleError::Machine)?;
+                Ram::Copied(Box::new(tracker))
+            }
+        };
         let cancel = Cancel::default();
         let progress = Arc::new(SendProgress::default());
         let outgoing = Outgoing {
             address,
             config,
             state,
-            tracker: owned.track_writes().map_err(LifecycleError::Machine)?,
+            ram,
             convergence: Convergence {
                 downtime: Duration::from_millis(request.downtime_ms),
                 timeout: Duration::from_secs(request.timeout_s),
@@ -117,8 +124,11 @@ impl Lifecycle {
         Ok(())
     }
 
-    /// Configuration and state of the machine, as JSON. A running machine is paused for a moment.
-    fn state_to_check(&mut self, runs: bool) -> Result<(String, String), LifecycleError> {
+    /// Configuration and state of the machine, as JSON, and its RAM. A running machine is paused for a moment.
+    fn state_to_check(
+        &mut self,
+        runs: bool,
+    ) -> Result<(String, String, GuestMemory), LifecycleError> {
         if runs {
             self.on_machine(|machine| machine.pause())?;
         }
@@ -130,7 +140,7 @@ impl Lifecycle {
         described
     }
 
-    fn described(&self) -> Result<(String, String), LifecycleError> {
+    fn described(&self) -> Result<(String, String, GuestMemory), LifecycleError> {
         let (Some(machine), Some(config)) = (&self.machine, &self.config) else {
             return Err(LifecycleError::VmNotRunning);
         };
@@ -139,7 +149,7 @@ impl Lifecycle {
         }
         let saved = machine.state().map_err(LifecycleError::Machine)?;
         let (config, state) = self.description(config, saved.pc, &saved.memory);
-        Ok((json(&config), json(&Saved::of(&state))))
+        Ok((json(&config), json(&Saved::of(&state)), saved.memory))
     }
 
     fn steps(&self, endpoint: Endpoint, control: &ControlHandle) -> Steps {
@@ -331,6 +341,7 @@ impl Lifecycle {
         &mut self,
         config: VmConfig,
         state: &SnapshotState,
+        files: ZoneFiles,
     ) -> Result<GuestMemory, LifecycleError> {
         self.received()?;
         self.emit(EventKind::Restoring);
@@ -342,7 +353,7 @@ impl Lifecycle {
         self.confinement
             .admit(&config)
             .map_err(LifecycleError::Landlock)?;
-        let memory = snapshot::empty_memory(&config, &pc).map_err(LifecycleError::Snapshot)?;
+        let memory = snapshot::memory_of(&config, &pc, files).map_err(LifecycleError::Snapshot)?;
         *self.received()? = Some(Box::new(config));
         Ok(memory)
     }
@@ -451,8 +462,10 @@ fn check_mode(mode: MigrationMemoryMode, tls: bool) -> Result<(), LifecycleError
 
 fn check_send(data: &VmSendMigrationData) -> Result<(), LifecycleError> {
     check_mode(data.memory_mode, data.tls_dir.is_some())?;
-    if data.local {
-        return Err(request("local is not supported"));
+    if data.local && !data.destination_url.starts_with("unix:") {
+        return Err(request(
+            "local needs a destination_url of the form unix:PATH",
+        ));
     }
     if data.preserve_source {
         return Err(request("preserve_source is not supported"));
@@ -534,8 +547,9 @@ impl TargetOwner for Steps {
         &mut self,
         config: VmConfig,
         state: SnapshotState,
+        files: ZoneFiles,
     ) -> Result<GuestMemory, MigrationError> {
-        self.step(move |vm| vm.prepare_received(config, &state))
+        self.step(move |vm| vm.prepare_received(config, &state, files))
     }
 
     fn build(&mut self, state: SnapshotState, memory: GuestMemory) -> Result<(), MigrationError> {

@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::io;
 
-use machine::memory::{ContentError, MemoryError};
+use machine::memory::{ContentError, MemoryError, PrivateZone};
 
 use super::wire::WireError;
 
@@ -21,6 +21,9 @@ pub enum MigrationError {
     /// Settings that exclude each other, or that this program does not support.
     #[error("{0}")]
     Request(&'static str),
+    /// RAM that cannot be handed over.
+    #[error(transparent)]
+    PrivateRam(PrivateZone),
     /// A device that cannot move.
     #[error("{device} cannot be migrated: {reason}")]
     Device {
@@ -98,7 +101,7 @@ impl MigrationError {
     pub fn is_of_request(&self) -> bool {
         matches!(
             self,
-            Self::Url { .. } | Self::Request(_) | Self::Device { .. }
+            Self::Url { .. } | Self::Request(_) | Self::PrivateRam(_) | Self::Device { .. }
         )
     }
 }

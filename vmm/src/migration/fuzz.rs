@@ -5,10 +5,10 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 
 use api::VmConfig;
 use api::config::MemoryConfig;
-use machine::memory::GuestMemory;
+use machine::memory::{GuestMemory, ZoneFiles};
 
 use super::receive::{Reached, receive_from};
-use super::wire::{Kind, MigrationId, Reader, Writer};
+use super::wire::{Hello, Kind, MigrationId, Reader, Transfer, Writer};
 use super::{Address, Cancel, Incoming, Limits, Listener, MigrationError, TargetOwner};
 use crate::snapshot::SnapshotState;
 
@@ -19,19 +19,31 @@ const ID: MigrationId = [0; 16];
 #[must_use]
 pub fn receive(bytes: &[u8]) -> bool {
     let (choice, bytes) = bytes.split_first().unwrap_or((&0, &[]));
+    let transfer = match choice / 4 % 2 {
+        0 => Transfer::Copied,
+        _ => Transfer::HandedOver,
+    };
+    let hello = Hello { id: ID, transfer };
     let framed = match choice % 4 {
         0 => bytes.to_vec(),
         1 => framed(bytes),
-        2 => return receive_from_socket(&framed(bytes), &[]),
+        2 => return receive_from_socket(hello, &framed(bytes), &[]),
         // A client that is no source comes first.
-        _ => return receive_from_socket(&framed(bytes), bytes),
+        _ => return receive_from_socket(hello, &framed(bytes), bytes),
     };
     let mut owner = Owner { commits: false };
     let mut reached = Reached::NotPrepared;
     let mut answers = Writer::new(std::io::sink());
     let reader = Reader::new(&framed[..]);
     let limits = Limits::default();
-    let received = receive_from(reader, &mut answers, ID, &limits, &mut owner, &mut reached);
+    let received = receive_from(
+        reader,
+        &mut answers,
+        hello,
+        &limits,
+        &mut owner,
+        &mut reached,
+    );
     assert_eq!(
         received.is_ok(),
         owner.commits,
@@ -42,7 +54,7 @@ pub fn receive(bytes: &[u8]) -> bool {
 
 /// The same with the introduction of the source, which breaks the connection after its messages and asks for the outcome.
 /// Returns whether the target took over a machine.
-fn receive_from_socket(messages: &[u8], first: &[u8]) -> bool {
+fn receive_from_socket(hello: Hello, messages: &[u8], first: &[u8]) -> bool {
     let any = Address::parse("tcp:127.0.0.1:0").expect("an address");
     let listener = Listener::bind(&any).expect("a free port");
     let Address::Tcp(address) = listener.address() else {
@@ -54,17 +66,15 @@ fn receive_from_socket(messages: &[u8], first: &[u8]) -> bool {
         cancel: Cancel::default(),
     };
     let mut owner = Owner { commits: false };
-    let introduced = |kind| {
-        let mut writer = Writer::new(Vec::new());
-        writer.introduce(kind, &ID).expect("no connection can fail");
-        std::mem::take(writer.get_mut())
-    };
+    let mut introduction = Writer::new(Vec::new());
+    introduction.hello(&hello).expect("no connection can fail");
     let answer = std::thread::scope(|scope| {
         scope.spawn(|| incoming.run(&mut owner));
         let _answered = first.first().map(|_| exchange(address, first));
         // Open until the source asks: unread words of the target would otherwise break it.
-        let _connection = send(address, &[&introduced(Kind::Hello), messages].concat());
-        let mut question = Writer::new(introduced(Kind::Ask));
+        let _connection = send(address, &[introduction.get_mut(), messages].concat());
+        let mut question = Writer::new(Vec::new());
+        question.ask(&ID).expect("no connection can fail");
         question
             .send(Kind::Released, &[])
             .expect("no connection can fail");
@@ -102,6 +112,10 @@ fn framed(mut bytes: &[u8]) -> Vec<u8> {
         let (payload, rest) = rest.split_at(length);
         // A payload that is too long for its kind is left out.
         writer.send(kind, payload).ok();
+        if kind == Kind::MemoryFile {
+            // The byte that carries the file.
+            writer.get_mut().push(u8::from(!payload.is_empty()));
+        }
         bytes = rest;
     }
     std::mem::take(writer.get_mut())
@@ -119,6 +133,7 @@ impl TargetOwner for Owner {
         &mut self,
         config: VmConfig,
         _state: SnapshotState,
+        _files: ZoneFiles,
     ) -> Result<GuestMemory, MigrationError> {
         super::movable(&config)?;
         let memory = MemoryConfig {
@@ -157,15 +172,24 @@ mod tests {
         pages[16] = 1;
         let mut bytes = vec![choice];
         let kind = |kind| Kind::ALL.iter().position(|it| *it == kind);
-        for (it, payload) in [
+        let memory = match choice / 4 {
+            0 => [
+                (Kind::Pages, &pages[..]),
+                (Kind::Clear, &[]),
+                (Kind::PassEnd, &[0; 4]),
+            ],
+            _ => [
+                (Kind::MemoryFile, &[0; 4][..]),
+                (Kind::MemoryFile, &[1, 0, 0, 0]),
+                (Kind::PassEnd, &[0; 4]),
+            ],
+        };
+        let introduction = [
             (Kind::Config, config.as_bytes()),
             (Kind::State, state.as_bytes()),
-            (Kind::Pages, &pages[..]),
-            (Kind::Clear, &[]),
-            (Kind::PassEnd, &[0; 4]),
-            (Kind::State, state.as_bytes()),
-            (Kind::Commit, &[1]),
-        ] {
+        ];
+        let end = [(Kind::State, state.as_bytes()), (Kind::Commit, &[1])];
+        for (it, payload) in introduction.into_iter().chain(memory).chain(end) {
             bytes.push(kind(it).expect("a kind") as u8);
             bytes.extend((payload.len() as u16).to_le_bytes());
             bytes.extend(payload);
@@ -175,15 +199,17 @@ mod tests {
 
     #[test]
     fn whole_migration_is_received() {
-        for choice in [1, 2, 3] {
+        // TCP carries no files.
+        for choice in [1, 2, 3, 5] {
             assert!(receive(&whole(choice)), "{choice}");
         }
+        assert!(!receive(&whole(6)));
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(200))]
         #[test]
-        fn damaged_migration_never_panics(choice in 1_u8..4, at in 0_usize..4700, byte in any::<u8>(), end in 1_usize..4700) {
+        fn damaged_migration_never_panics(choice in 1_u8..7, at in 0_usize..4700, byte in any::<u8>(), end in 1_usize..4700) {
             let mut bytes = whole(choice);
             let at = at % bytes.len();
             bytes[at] = byte;

@@ -12,6 +12,9 @@
 //!                       ◄────────────── Committed
 //!  Released ───────────────────────────────────────►   the source ends
 //! ```
+//! If memory files are handed over, they follow the state, and there are no passes: both sides map the same pages. The
+//! target does not write to them before the commit.
+//!
 //! Until it sends Commit, the source owns the VM: after any failure it resumes, and the target, which has received no
 //! Commit, drops its copy. After that, only the target may run the VM. A source without an answer asks on a new
 //! connection; a target answers such questions for a while if it does not know that the source has its answer. A source
@@ -39,4 +42,4 @@ pub use movable::movable;
 pub use peer::{Address, Cancel, Listener};
 pub use progress::{SendProgress, SendReport};
 pub use receive::{Incoming, TargetOwner};
-pub use send::{Convergence, Outgoing, SourceEnd, SourceOwner};
+pub use send::{Convergence, Outgoing, Ram, SourceEnd, SourceOwner};

@@ -1,6 +1,7 @@
 //! The connection between source and target.
 
 use std::fmt;
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
@@ -14,9 +15,11 @@ use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use virtio_devices::ListeningSocket;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::errno;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::MigrationError;
-use super::wire::Channel;
+use super::wire::{self, Channel};
 
 /// How often a waiting thread checks whether the migration was cancelled.
 const TICK: Duration = Duration::from_millis(100);
@@ -320,6 +323,36 @@ impl Channel for Peer {
     fn set_limit(&mut self, limit: Duration) {
         self.limit = limit;
     }
+
+    fn send_file(&mut self, file: &File) -> io::Result<()> {
+        self.patiently(|stream| match stream {
+            Stream::Tcp(_) => Err(wire::no_files()),
+            Stream::Unix(stream) => stream
+                .send_with_fd(&[0_u8][..], file.as_raw_fd())
+                .map_err(of_errno),
+        })
+        .map(drop)
+    }
+
+    fn receive_file(&mut self) -> io::Result<Option<File>> {
+        let mut received = None;
+        let bytes = self.patiently(|stream| match stream {
+            Stream::Tcp(_) => Err(wire::no_files()),
+            Stream::Unix(stream) => {
+                let (bytes, file) = stream.recv_with_fd(&mut [0]).map_err(of_errno)?;
+                received = file;
+                Ok(bytes)
+            }
+        })?;
+        match bytes {
+            0 => Err(io::ErrorKind::UnexpectedEof.into()),
+            _ => Ok(received),
+        }
+    }
+}
+
+fn of_errno(error: errno::Error) -> io::Error {
+    io::Error::from_raw_os_error(error.errno())
 }
 
 impl Read for Peer {

@@ -1,13 +1,16 @@
 //! The target of a migration.
 
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::time::Instant;
 
 use api::VmConfig;
-use machine::memory::{ContentWriter, GuestMemory};
+use machine::memory::{ContentWriter, GuestMemory, ZoneFiles};
 
 use super::peer::{Cancel, Peer};
-use super::wire::{Channel, Kind, MigrationId, Reader, WireError, Writer};
+use super::wire::{
+    Channel, FILES_MAX, Hello, Kind, MigrationId, Reader, Transfer, WireError, Writer,
+};
 use super::{Limits, Listener, MigrationError};
 use crate::snapshot::{SnapshotState, state_bytes_max};
 use state::Saved;
@@ -17,7 +20,8 @@ pub trait TargetOwner: Send {
     /// A source has connected.
     fn begin(&mut self);
 
-    /// Checks whether this host can continue the machine, and creates its RAM without content.
+    /// Checks whether this host can continue the machine, and creates its RAM from `files`, without content if they are
+    /// new. The RAM must not be written before [`TargetOwner::commit`] if they are not.
     ///
     /// # Errors
     /// It cannot.
@@ -25,6 +29,7 @@ pub trait TargetOwner: Send {
         &mut self,
         config: VmConfig,
         state: SnapshotState,
+        files: ZoneFiles,
     ) -> Result<GuestMemory, MigrationError>;
 
     /// Creates the machine from its final state, paused. `memory` is what [`TargetOwner::prepare`] has returned, with its
@@ -94,7 +99,7 @@ impl Incoming {
         reached: &mut Reached,
         connection: &mut Option<Peer>,
     ) -> Result<(), MigrationError> {
-        let (mut peer, id) = self.accept()?;
+        let (mut peer, hello) = self.accept()?;
         owner.begin();
         peer.set_limit(self.limits.running);
         let mut last_word = peer.clone();
@@ -102,19 +107,19 @@ impl Incoming {
         *connection = Some(last_word);
         let mut writer = Writer::new(peer.clone());
         let reader = Reader::new(peer);
-        receive_from(reader, &mut writer, id, &self.limits, owner, reached)
+        receive_from(reader, &mut writer, hello, &self.limits, owner, reached)
     }
 
     /// The first client that speaks this protocol.
-    fn accept(&self) -> Result<(Peer, MigrationId), MigrationError> {
+    fn accept(&self) -> Result<(Peer, Hello), MigrationError> {
         loop {
             let accepted = self.listener.accept(&self.cancel, None);
             let mut peer = accepted.map_err(|error| MigrationError::Wire(error.into()))?;
             peer.set_limit(self.limits.hello);
             let mut reader = Reader::new(peer.clone());
             let hello = reader.next(&[Kind::Hello], "the start of a migration");
-            match hello.and_then(|hello| hello.id()) {
-                Ok(id) => return Ok((peer, id)),
+            match hello.and_then(|hello| hello.hello()) {
+                Ok(hello) => return Ok((peer, hello)),
                 Err(error) => {
                     log::warn!("A client does not start a migration: {error}");
                     let mut writer = Writer::new(peer);
@@ -142,7 +147,7 @@ impl Incoming {
             let mut reader = Reader::new(peer.clone());
             let mut writer = Writer::new(peer);
             let asked = reader.next(&[Kind::Ask], "a question");
-            match asked.and_then(|asked| asked.id()) {
+            match asked.and_then(|asked| asked.asked()) {
                 Ok(asked) if asked == *id => {
                     let told = writer.send(outcome, &[]).and_then(|()| {
                         let expected = "the confirmation of the answer";
@@ -163,7 +168,7 @@ impl Incoming {
 pub(super) fn receive_from(
     mut reader: Reader<impl Read + Channel>,
     writer: &mut Writer<impl Write + Channel>,
-    id: MigrationId,
+    hello: Hello,
     limits: &Limits,
     owner: &mut dyn TargetOwner,
     reached: &mut Reached,
@@ -173,24 +178,21 @@ pub(super) fn receive_from(
     let thp = config.memory.thp;
     reader.set_state_bytes_max(state_bytes_max(&config));
     let state = read_state(reader.next(&[Kind::State], "the state")?.text()?)?;
-    let memory = owner.prepare(config, state)?;
+    let files = match hello.transfer {
+        Transfer::Copied => ZoneFiles::New,
+        Transfer::HandedOver => ZoneFiles::Given(receive_files(&mut reader)?.into_iter()),
+    };
+    let memory = owner.prepare(config, state, files)?;
     writer.send(Kind::Accepted, &[])?;
-    let mut content = ContentWriter::new(memory);
-    let state = loop {
-        let expected = &[Kind::Pages, Kind::Clear, Kind::PassEnd, Kind::State];
-        let message = reader.next(expected, "memory or the final state")?;
-        match message.kind {
-            Kind::Pages => content.write(message.pages()?)?,
-            Kind::Clear => {
-                for run in message.runs()? {
-                    content.clear(run)?;
-                }
-            }
-            Kind::PassEnd => log::debug!("Pass {} over guest RAM has come", message.pass()?),
-            _ => break read_state(message.text()?)?,
+    let (state, memory) = match hello.transfer {
+        Transfer::Copied => receive_content(&mut reader, memory, thp)?,
+        Transfer::HandedOver => {
+            let state = reader.next(&[Kind::State], "the final state")?;
+            (read_state(state.text()?)?, memory)
         }
     };
-    owner.build(state, content.finish(thp))?;
+    owner.build(state, memory)?;
+    let id = hello.id;
     *reached = Reached::Prepared(id);
     writer.send(Kind::Prepared, &[])?;
     reader.get_mut().set_limit(limits.paused);
@@ -215,6 +217,46 @@ pub(super) fn receive_from(
         Err(error) => log::warn!("The source has not confirmed that the VM is here: {error}"),
     }
     Ok(())
+}
+
+/// The memory files of the source, in the order of its zones.
+fn receive_files(reader: &mut Reader<impl Read + Channel>) -> Result<Vec<File>, MigrationError> {
+    let mut files = Vec::new();
+    loop {
+        let expected = &[Kind::MemoryFile, Kind::PassEnd];
+        let message = reader.next(expected, "a memory file or the end of them")?;
+        let (kind, number) = (message.kind, message.number()?);
+        let invalid = |reason| Err(WireError::Invalid { kind, reason }.into());
+        match kind {
+            Kind::PassEnd => return Ok(files),
+            _ if number as usize != files.len() => return invalid("it is not of the next zone"),
+            _ if number >= FILES_MAX => return invalid("there are too many memory files"),
+            _ => files.push(reader.receive_file()?),
+        }
+    }
+}
+
+/// The content of `memory`, and the final state, which follows it.
+fn receive_content(
+    reader: &mut Reader<impl Read + Channel>,
+    memory: GuestMemory,
+    thp: bool,
+) -> Result<(SnapshotState, GuestMemory), MigrationError> {
+    let mut content = ContentWriter::new(memory);
+    loop {
+        let expected = &[Kind::Pages, Kind::Clear, Kind::PassEnd, Kind::State];
+        let message = reader.next(expected, "memory or the final state")?;
+        match message.kind {
+            Kind::Pages => content.write(message.pages()?)?,
+            Kind::Clear => {
+                for run in message.runs()? {
+                    content.clear(run)?;
+                }
+            }
+            Kind::PassEnd => log::debug!("Pass {} over guest RAM has come", message.number()?),
+            _ => return Ok((read_state(message.text()?)?, content.finish(thp))),
+        }
+    }
 }
 
 fn json<T: serde::de::DeserializeOwned>(

@@ -1,14 +1,17 @@
 //! The source of a migration.
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use machine::memory::{PageRun, Pages, WriteTracker, WrittenPages};
+use machine::memory::{GuestMemory, PageRun, Pages, WriteTracker, WrittenPages};
 use machine::random::random_id;
 
 use super::peer::{Cancel, Peer};
-use super::wire::{Channel, Kind, MigrationId, RUNS_MAX, Reader, WireError, Writer};
+use super::wire::{
+    Channel, FILES_MAX, Hello, Kind, MigrationId, RUNS_MAX, Reader, Transfer, WireError, Writer,
+};
 use super::{Address, Limits, MigrationError, SendProgress, SendReport};
 
 /// How long a target that does not read may delay the end.
@@ -65,6 +68,38 @@ pub struct Convergence {
     pub pauses_at_timeout: bool,
 }
 
+/// How the guest's RAM comes to the target.
+#[derive(Debug)]
+pub enum Ram {
+    /// Its content is sent; its writes are recorded.
+    Copied(Box<WriteTracker>),
+    /// The memory file of each zone is handed over.
+    HandedOver(Vec<Arc<File>>),
+}
+
+impl Ram {
+    /// Hands over the memory files of `memory`.
+    ///
+    /// # Errors
+    /// A zone has none, or there are too many.
+    pub fn handed_over(memory: &GuestMemory) -> Result<Self, MigrationError> {
+        let files = memory.memory_files().map_err(MigrationError::PrivateRam)?;
+        match files.len() <= FILES_MAX as usize {
+            true => Ok(Self::HandedOver(files)),
+            false => Err(MigrationError::Request(
+                "RAM has more than 256 zones, so local cannot be used",
+            )),
+        }
+    }
+
+    fn transfer(&self) -> Transfer {
+        match self {
+            Self::Copied(_) => Transfer::Copied,
+            Self::HandedOver(_) => Transfer::HandedOver,
+        }
+    }
+}
+
 /// A migration to be sent.
 #[derive(Debug)]
 pub struct Outgoing {
@@ -74,8 +109,8 @@ pub struct Outgoing {
     pub config: String,
     /// A state of the machine by which the target can check whether it can continue it.
     pub state: String,
-    /// The guest's RAM, whose writes are recorded.
-    pub tracker: WriteTracker,
+    /// The guest's RAM.
+    pub ram: Ram,
     /// When to pause.
     pub convergence: Convergence,
     /// How long it waits for the target.
@@ -128,20 +163,34 @@ impl Outgoing {
         id: &MigrationId,
         owner: &mut dyn SourceOwner,
     ) -> Result<Sent, MigrationError> {
-        connection.writer.introduce(Kind::Hello, id)?;
+        connection.writer.hello(&Hello {
+            id: *id,
+            transfer: self.ram.transfer(),
+        })?;
         connection
             .writer
             .send(Kind::Config, self.config.as_bytes())?;
         connection.writer.send(Kind::State, self.state.as_bytes())?;
+        if let Ram::HandedOver(files) = &self.ram {
+            for (number, file) in (0..).zip(files) {
+                connection.writer.memory_file(number, file)?;
+            }
+            connection
+                .writer
+                .send(Kind::PassEnd, &0_u32.to_le_bytes())?;
+        }
         connection
             .reader
             .next(&[Kind::Accepted], "the answer to the configuration")?;
+        let Ram::Copied(tracker) = &self.ram else {
+            return self.send_paused(connection, None, owner);
+        };
         let started = Instant::now();
         let until = started.checked_add(self.convergence.timeout);
         if !self.convergence.pauses_at_timeout {
             connection.set_end(until);
         }
-        let sent = self.send_while_running(connection, started, owner);
+        let sent = self.send_while_running(connection, tracker, started, owner);
         let (passes, written) = match sent {
             Err(error) if connection.is_over() => {
                 log::info!("The migration is out of time: {}", api::error_line(&error));
@@ -149,7 +198,12 @@ impl Outgoing {
             }
             sent => sent?,
         };
-        self.send_paused(connection, passes, written, owner)
+        let rest = Rest {
+            tracker,
+            passes,
+            written,
+        };
+        self.send_paused(connection, Some(rest), owner)
     }
 
     fn timeout(&self) -> MigrationError {
@@ -165,10 +219,11 @@ impl Outgoing {
     fn send_while_running(
         &self,
         connection: &mut Connection,
+        tracker: &WriteTracker,
         started: Instant,
         owner: &mut dyn SourceOwner,
     ) -> Result<(u32, WrittenPages), MigrationError> {
-        let zones = self.tracker.memory().zones().iter();
+        let zones = tracker.memory().zones().iter();
         let mut left_bytes = zones.map(|zone| zone.bytes()).sum();
         let mut pass = 0;
         let mut pages = None;
@@ -176,10 +231,10 @@ impl Outgoing {
             owner.begin_pass(pass);
             self.progress.begin_pass(left_bytes);
             let (before, begun) = (connection.peer.written(), Instant::now());
-            self.send_pass(connection, pass, pages.as_ref())?;
+            self.send_pass(connection, tracker.memory(), pass, pages.as_ref())?;
             let speed = Speed::new(connection.peer.written() - before, begun);
             pass += 1;
-            let written = self.take()?;
+            let written = take(tracker)?;
             left_bytes = written.bytes();
             if left_bytes == 0 || speed.time_for(left_bytes) <= self.convergence.downtime {
                 return Ok((pass, written));
@@ -195,12 +250,11 @@ impl Outgoing {
         }
     }
 
-    /// Pauses the machine, and sends its state and the rest of its RAM.
+    /// Pauses the machine, and sends its state and the rest of its RAM, if it is copied.
     fn send_paused(
         &self,
         connection: &mut Connection,
-        passes: u32,
-        mut written: WrittenPages,
+        rest: Option<Rest<'_>>,
         owner: &mut dyn SourceOwner,
     ) -> Result<Sent, MigrationError> {
         let paused = Instant::now();
@@ -211,28 +265,27 @@ impl Outgoing {
         });
         owner.pause()?;
         let state = owner.save()?;
-        // Saving the state may have written to RAM.
-        written.add_all(&self.take()?);
-        owner.begin_pass(passes);
-        self.progress.begin_pass(written.bytes());
-        self.send_pass(connection, passes, Some(&written))?;
+        let mut passes = 0;
+        if let Some(mut rest) = rest {
+            // Saving the state may have written to RAM.
+            rest.written.add_all(&take(rest.tracker)?);
+            owner.begin_pass(rest.passes);
+            self.progress.begin_pass(rest.written.bytes());
+            let memory = rest.tracker.memory();
+            self.send_pass(connection, memory, rest.passes, Some(&rest.written))?;
+            passes = rest.passes + 1;
+        }
         connection.writer.send(Kind::State, state.as_bytes())?;
         connection
             .reader
             .next(&[Kind::Prepared], "the answer to the state")?;
-        Ok(Sent {
-            passes: passes + 1,
-            paused,
-        })
-    }
-
-    fn take(&self) -> Result<WrittenPages, MigrationError> {
-        self.tracker.take().map_err(MigrationError::Track)
+        Ok(Sent { passes, paused })
     }
 
     fn send_pass(
         &self,
         connection: &mut Connection,
+        memory: &GuestMemory,
         pass: u32,
         written: Option<&WrittenPages>,
     ) -> Result<(), MigrationError> {
@@ -258,7 +311,7 @@ impl Outgoing {
             }
             Ok(())
         };
-        self.tracker.memory().send_content(written, send, clear)?;
+        memory.send_content(written, send, clear)?;
         let writer = writer.into_inner();
         if !runs.is_empty() {
             writer.clear(&runs)?;
@@ -341,7 +394,7 @@ impl Outgoing {
         let mut peer = self.address.connect(&Cancel::default(), limit)?;
         peer.set_limit(limit);
         let mut writer = Writer::new(peer.clone());
-        writer.introduce(Kind::Ask, id)?;
+        writer.ask(id)?;
         let mut reader = Reader::new(peer);
         let expected = &[Kind::Committed, Kind::Abandoned];
         let answer = reader.next(expected, "the outcome of the migration")?;
@@ -397,6 +450,17 @@ impl Connection {
             _ => error,
         }
     }
+}
+
+/// RAM that is left to be copied when the machine is paused.
+struct Rest<'a> {
+    tracker: &'a WriteTracker,
+    passes: u32,
+    written: WrittenPages,
+}
+
+fn take(tracker: &WriteTracker) -> Result<WrittenPages, MigrationError> {
+    tracker.take().map_err(MigrationError::Track)
 }
 
 #[derive(Clone, Copy)]

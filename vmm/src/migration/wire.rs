@@ -8,13 +8,14 @@
 //! length, which is checked before anything is read, so a peer cannot make the reader allocate more than the largest
 //! message that is possible at that point.
 
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::time::Duration;
 
 use machine::memory::{PageRun, Pages};
 
 /// Version of the messages and of their order. Both sides must have the same.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 const MAGIC: [u8; 4] = *b"CHBM";
 const HEADER_BYTES: usize = 16;
 
@@ -24,6 +25,10 @@ const PAGES_HEAD_BYTES: usize = 16;
 const RUN_BYTES: usize = 20;
 /// Runs in one message.
 pub const RUNS_MAX: usize = 1024;
+/// Longer than any [`Kind::Hello`] of this version: a peer of a later version is refused for its version.
+const INTRODUCTION_BYTES_MAX: u32 = 64;
+/// Memory files that a target opens for a source.
+pub const FILES_MAX: u32 = 256;
 const REASON_BYTES_MAX: u32 = 4096;
 /// The same limit as for a request body.
 const CONFIG_BYTES_MAX: u32 = 4 << 20;
@@ -32,6 +37,33 @@ const STATE_BYTES_MAX: u32 = 1 << 30;
 
 /// Identifies one migration.
 pub type MigrationId = [u8; 16];
+
+/// How RAM comes to the target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transfer {
+    /// Its content is copied.
+    Copied,
+    /// The target maps the source's memory files.
+    HandedOver,
+}
+
+impl Transfer {
+    fn number(self) -> u8 {
+        match self {
+            Self::Copied => 0,
+            Self::HandedOver => 1,
+        }
+    }
+}
+
+/// The start of a migration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hello {
+    /// Its identifier.
+    pub id: MigrationId,
+    /// How RAM comes.
+    pub transfer: Transfer,
+}
 
 macro_rules! kinds {
     ($($(#[doc = $doc:literal])* $kind:ident = $number:literal, $bytes_max:expr;)*) => {
@@ -65,8 +97,8 @@ macro_rules! kinds {
 }
 
 kinds! {
-    /// Source: the version, and the identifier of this migration.
-    Hello = 1, 20;
+    /// Source: the version, the identifier of this migration, and how RAM comes.
+    Hello = 1, INTRODUCTION_BYTES_MAX;
     /// Source: the configuration as JSON.
     Config = 2, CONFIG_BYTES_MAX;
     /// Source: the machine and the operator's settings as JSON; first before any memory, then the final state.
@@ -90,9 +122,11 @@ kinds! {
     /// Source: it has received that answer.
     Released = 12, 0;
     /// Source, on a new connection: whether the target has received the commit of this migration.
-    Ask = 13, 20;
+    Ask = 13, INTRODUCTION_BYTES_MAX;
     /// Target: it has not, and never will.
     Abandoned = 14, 0;
+    /// Source: the number of a zone. A byte that carries its memory file follows.
+    MemoryFile = 15, 4;
 }
 
 /// Reasons why a stream is not that of a migration.
@@ -168,6 +202,29 @@ pub trait Channel {
 
     /// Changes the limit, from the next message on.
     fn set_limit(&mut self, _limit: Duration) {}
+
+    /// Sends an open file of this process with a byte.
+    ///
+    /// # Errors
+    /// The connection fails, or does not carry files.
+    fn send_file(&mut self, _file: &File) -> io::Result<()> {
+        Err(no_files())
+    }
+
+    /// Receives a byte, and the file that it carries, if any.
+    ///
+    /// # Errors
+    /// The connection fails or has ended, or does not carry files.
+    fn receive_file(&mut self) -> io::Result<Option<File>> {
+        Err(no_files())
+    }
+}
+
+pub(super) fn no_files() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::Unsupported,
+        "only a UNIX socket carries files",
+    )
 }
 
 /// Writes messages.
@@ -222,12 +279,30 @@ impl<W: Write + Channel> Writer<W> {
         Ok(())
     }
 
-    /// Sends [`Kind::Hello`] or [`Kind::Ask`].
+    /// Sends [`Kind::Hello`].
     ///
     /// # Errors
     /// The connection.
-    pub fn introduce(&mut self, kind: Kind, id: &MigrationId) -> Result<(), WireError> {
-        self.send_parts(kind, &[&VERSION.to_le_bytes(), id])
+    pub fn hello(&mut self, hello: &Hello) -> Result<(), WireError> {
+        let rest = [hello.transfer.number()];
+        self.send_parts(Kind::Hello, &[&VERSION.to_le_bytes(), &hello.id, &rest])
+    }
+
+    /// Sends [`Kind::Ask`].
+    ///
+    /// # Errors
+    /// The connection.
+    pub fn ask(&mut self, id: &MigrationId) -> Result<(), WireError> {
+        self.send_parts(Kind::Ask, &[&VERSION.to_le_bytes(), id])
+    }
+
+    /// Sends [`Kind::MemoryFile`] with the memory file of zone `number`.
+    ///
+    /// # Errors
+    /// The connection fails, or does not carry files.
+    pub fn memory_file(&mut self, number: u32, file: &File) -> Result<(), WireError> {
+        self.send(Kind::MemoryFile, &number.to_le_bytes())?;
+        Ok(self.to.send_file(file)?)
     }
 
     /// Sends [`Kind::Refused`], with as much of the reason as fits.
@@ -385,13 +460,27 @@ impl<R: Read + Channel> Reader<R> {
         })
     }
 
+    /// The file that follows a [`Kind::MemoryFile`].
+    ///
+    /// # Errors
+    /// The connection ended or does not carry files, or no file came.
+    pub fn receive_file(&mut self) -> Result<File, WireError> {
+        let file = self.from.receive_file().map_err(of_read)?;
+        file.ok_or(WireError::Invalid {
+            kind: Kind::MemoryFile,
+            reason: "it carries no file",
+        })
+    }
+
     fn read_exact(&mut self, data: &mut [u8]) -> Result<(), WireError> {
-        self.from
-            .read_exact(data)
-            .map_err(|error| match error.kind() {
-                io::ErrorKind::UnexpectedEof => WireError::Closed,
-                _ => WireError::Io(error),
-            })
+        self.from.read_exact(data).map_err(of_read)
+    }
+}
+
+fn of_read(error: io::Error) -> WireError {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => WireError::Closed,
+        _ => WireError::Io(error),
     }
 }
 
@@ -401,21 +490,43 @@ impl<'a> Message<'a> {
         Err(WireError::Invalid { kind, reason })
     }
 
-    /// The identifier of a [`Kind::Hello`] or [`Kind::Ask`].
-    ///
-    /// # Errors
-    /// Another version.
-    pub fn id(&self) -> Result<MigrationId, WireError> {
-        let Some((version, id)) = self.payload.split_first_chunk() else {
+    /// What follows the version in an introduction.
+    fn introduction(&self) -> Result<&'a [u8], WireError> {
+        let Some((version, rest)) = self.payload.split_first_chunk() else {
             return self.invalid("it is too short");
         };
         let theirs = u32::from_le_bytes(*version);
-        if theirs != VERSION {
-            return Err(WireError::Version { theirs });
+        match theirs == VERSION {
+            true => Ok(rest),
+            false => Err(WireError::Version { theirs }),
         }
-        match id.try_into() {
+    }
+
+    /// The content of a [`Kind::Hello`].
+    ///
+    /// # Errors
+    /// Another version, length or way.
+    pub fn hello(&self) -> Result<Hello, WireError> {
+        let Some((id, rest)) = self.introduction()?.split_first_chunk() else {
+            return self.invalid("it is too short");
+        };
+        let transfer = match rest {
+            [0] => Transfer::Copied,
+            [1] => Transfer::HandedOver,
+            [_] => return self.invalid("RAM comes in an unknown way"),
+            _ => return self.invalid("it has another length"),
+        };
+        Ok(Hello { id: *id, transfer })
+    }
+
+    /// The identifier of a [`Kind::Ask`].
+    ///
+    /// # Errors
+    /// Another version or length.
+    pub fn asked(&self) -> Result<MigrationId, WireError> {
+        match self.introduction()?.try_into() {
             Ok(id) => Ok(id),
-            Err(_) => self.invalid("it is too short"),
+            Err(_) => self.invalid("it has another length"),
         }
     }
 
@@ -474,11 +585,11 @@ impl<'a> Message<'a> {
         }))
     }
 
-    /// The number of a [`Kind::PassEnd`].
+    /// The number of a [`Kind::PassEnd`] or [`Kind::MemoryFile`].
     ///
     /// # Errors
     /// It has another length.
-    pub fn pass(&self) -> Result<u32, WireError> {
+    pub fn number(&self) -> Result<u32, WireError> {
         match self.payload.try_into() {
             Ok(number) => Ok(u32::from_le_bytes(number)),
             Err(_) => self.invalid("it is too short"),
@@ -501,8 +612,29 @@ impl<'a> Message<'a> {
 /// Streams without a peer.
 #[cfg(any(test, fuzzing))]
 mod plain {
-    impl super::Channel for &[u8] {}
-    impl super::Channel for Vec<u8> {}
+    use std::fs::File;
+    use std::io;
+
+    impl super::Channel for &[u8] {
+        /// The file of this byte is any one.
+        fn receive_file(&mut self) -> io::Result<Option<File>> {
+            let Some((carries, rest)) = self.split_first() else {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            };
+            *self = rest;
+            match carries {
+                0 => Ok(None),
+                1 => File::open("/dev/null").map(Some),
+                _ => Err(io::ErrorKind::InvalidData.into()),
+            }
+        }
+    }
+    impl super::Channel for Vec<u8> {
+        fn send_file(&mut self, _file: &File) -> io::Result<()> {
+            self.push(1);
+            Ok(())
+        }
+    }
     impl super::Channel for std::io::Sink {}
 }
 
@@ -513,13 +645,19 @@ mod tests {
     use super::*;
 
     const ID: MigrationId = *b"0123456789abcdef";
+    const HELLO: Hello = Hello {
+        id: ID,
+        transfer: Transfer::HandedOver,
+    };
 
     /// One message of each kind.
     fn stream() -> Vec<u8> {
         let mut writer = Writer::new(Vec::new());
-        writer.introduce(Kind::Hello, &ID).unwrap();
+        writer.hello(&HELLO).unwrap();
         writer.send(Kind::Config, b"{}").unwrap();
         writer.send(Kind::State, b"[]").unwrap();
+        let file = File::open("/dev/null").unwrap();
+        writer.memory_file(5, &file).unwrap();
         writer.send(Kind::Accepted, &[]).unwrap();
         writer
             .pages(Pages {
@@ -540,7 +678,7 @@ mod tests {
         writer.send(Kind::Commit, &[1]).unwrap();
         writer.send(Kind::Committed, &[]).unwrap();
         writer.send(Kind::Released, &[]).unwrap();
-        writer.introduce(Kind::Ask, &ID).unwrap();
+        writer.ask(&ID).unwrap();
         writer.send(Kind::Abandoned, &[]).unwrap();
         std::mem::take(writer.get_mut())
     }
@@ -554,11 +692,16 @@ mod tests {
             }
             let message = reader.next(Kind::ALL, "any message")?;
             match message.kind {
-                Kind::Hello | Kind::Ask => assert_eq!(message.id()?, ID),
+                Kind::Hello => assert_eq!(message.hello()?, HELLO),
+                Kind::Ask => assert_eq!(message.asked()?, ID),
                 Kind::Config | Kind::State => drop(message.text()?),
                 Kind::Pages => assert_eq!(message.pages()?.data, [7; 4096]),
                 Kind::Clear => assert_eq!(message.runs()?.count(), 2),
-                Kind::PassEnd => assert_eq!(message.pass()?, 9),
+                Kind::PassEnd => assert_eq!(message.number()?, 9),
+                Kind::MemoryFile => {
+                    assert_eq!(message.number()?, 5);
+                    reader.receive_file()?;
+                }
                 Kind::Commit => assert!(message.runs_on()?),
                 _ => {}
             }
@@ -595,11 +738,13 @@ mod tests {
         reader.set_state_bytes_max(10);
         let message = reader.next(expected, "what the test expects");
         let message = message.and_then(|message| match message.kind {
-            Kind::Hello => message.id().map(drop),
+            Kind::Hello => message.hello().map(drop),
+            Kind::Ask => message.asked().map(drop),
+            Kind::MemoryFile => message.number().map(drop),
             Kind::Config => message.text().map(drop),
             Kind::Pages => message.pages().map(drop),
             Kind::Clear => message.runs().map(drop),
-            Kind::PassEnd => message.pass().map(drop),
+            Kind::PassEnd => message.number().map(drop),
             Kind::Commit => message.runs_on().map(drop),
             _ => Ok(()),
         });
@@ -619,7 +764,13 @@ mod tests {
             assert!(error.contains(text), "{kind:?}: {error}");
         };
         expect(Kind::Hello, &[9, 0, 0, 0], "version 9");
-        expect(Kind::Hello, &[1, 0, 0, 0, 5], "too short");
+        expect(Kind::Hello, &[2, 0, 0, 0, 5], "too short");
+        let hello = |rest: &[u8]| [&[2, 0, 0, 0][..], &ID, rest].concat();
+        expect(Kind::Hello, &hello(&[]), "another length");
+        expect(Kind::Hello, &hello(&[2]), "unknown way");
+        expect(Kind::Hello, &hello(&[0, 0]), "another length");
+        expect(Kind::Ask, &hello(&[0]), "another length");
+        expect(Kind::MemoryFile, &[1], "too short");
         expect(Kind::Hello, &[], "too short");
         expect(Kind::Config, &[0xff], "not text");
         expect(Kind::State, &[b' '; 11], "at most 10");

@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use api::VmConfig;
 use machine::memory::on_demand::{Faults, OnDemand, OnDemandError};
-use machine::memory::{DEFAULT_ZONE_ID, GuestMemory, MemoryState, RestoreError, ZoneContentState};
+use machine::memory::{
+    DEFAULT_ZONE_ID, GuestMemory, MemoryState, RestoreError, ZoneContentState, ZoneFiles,
+};
 use machine::pc::PcState;
 use state::Saved;
 
@@ -267,7 +269,7 @@ impl Snapshot {
                 .map_err(SnapshotError::State)?;
             return Ok((GuestMemory::clone(memory), None));
         }
-        let mut memory = empty_memory(config, &self.pc)?;
+        let mut memory = memory_of(config, &self.pc, ZoneFiles::New)?;
         let progress = Progress::of_restore(&memory, Arc::clone(&context.events));
         if let Filling::CopyOnWrite = self.filling {
             require_plain_zones(config)?;
@@ -325,15 +327,19 @@ impl Snapshot {
     }
 }
 
-/// Creates the RAM of `config` and `pc` without content.
+/// Creates the RAM of `config` and `pc` from `files`, without content if they are new.
 ///
 /// # Errors
 /// RAM cannot be created, or its zones differ from those of the state.
-pub fn empty_memory(config: &VmConfig, pc: &PcState) -> Result<GuestMemory, SnapshotError> {
+pub fn memory_of(
+    config: &VmConfig,
+    pc: &PcState,
+    files: ZoneFiles,
+) -> Result<GuestMemory, SnapshotError> {
     let mut unpopulated = config.memory.clone();
     set_prefault(&mut unpopulated, false);
     let map = pc.memory.read().map_err(SnapshotError::State)?;
-    let memory = GuestMemory::with_dimms(&unpopulated, config.cpus.max_phys_bits, &map);
+    let memory = GuestMemory::with_dimms(&unpopulated, config.cpus.max_phys_bits, &map, files);
     memory.map_err(|error| match error {
         RestoreError::Memory(error) => SnapshotError::Memory(error),
         RestoreError::State(error) => SnapshotError::State(error),

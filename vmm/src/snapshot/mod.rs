@@ -31,7 +31,7 @@ use state::{Fields, Part, Saved, State, StateError, parts};
 pub use adapt::adapt;
 pub use bounds::state_bytes_max;
 pub use error::SnapshotError;
-pub use files::{Snapshot, empty_memory, folder_of, require_content_is_ours, saved_config, write};
+pub use files::{Snapshot, folder_of, memory_of, require_content_is_ours, saved_config, write};
 pub use on_demand::{Filling, RestoreContext};
 pub use progress::Progress;
 

@@ -2,9 +2,11 @@
 //! any byte.
 #![allow(clippy::unwrap_used)]
 
+mod handed_over;
+mod proxy;
+
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::net::{TcpListener, TcpStream};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -12,13 +14,14 @@ use std::time::{Duration, Instant};
 use api::config::MemoryConfig;
 use api::{ReclaimThresholdsChange, VmConfig};
 use hypervisor::Kvm;
-use machine::memory::{GuestMemory, RamSlots};
+use machine::memory::{GuestMemory, RamSlots, ZoneFiles};
 use serde_json::json;
 use state::Saved;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::*;
 use crate::snapshot::SnapshotState;
+use proxy::{After, Way, cut};
 
 const RAM_BYTES: u64 = 64 << 20;
 /// For every wait of a test that must end.
@@ -43,10 +46,6 @@ fn config() -> VmConfig {
         },
         ..VmConfig::default()
     }
-}
-
-fn memory() -> GuestMemory {
-    GuestMemory::new(&config().memory, 46).unwrap()
 }
 
 fn state_text() -> String {
@@ -132,9 +131,13 @@ impl TargetOwner for FakeTarget {
         &mut self,
         config: VmConfig,
         state: SnapshotState,
+        files: ZoneFiles,
     ) -> Result<GuestMemory, MigrationError> {
-        assert_eq!((config, state.reporting_paused), (self::config(), true));
-        self.step("prepare").map(|()| memory())
+        assert!(state.reporting_paused);
+        self.step("prepare")?;
+        let map = GuestMemory::new(&config.memory, 46).unwrap().state();
+        let memory = GuestMemory::with_dimms(&config.memory, 46, &map, files);
+        memory.map_err(|error| MigrationError::Owner(Box::new(error)))
     }
 
     fn build(&mut self, _state: SnapshotState, memory: GuestMemory) -> Result<(), MigrationError> {
@@ -155,17 +158,24 @@ impl TargetOwner for FakeTarget {
     }
 }
 
-/// A source with some data, whose writes are tracked.
+/// A source with some data.
 struct Source {
+    config: VmConfig,
     memory: GuestMemory,
     slots: RamSlots,
     limits: Limits,
     refuses_commit: bool,
+    /// Hands over its memory files; otherwise its writes are tracked.
+    local: bool,
 }
 
 impl Source {
     fn new(kvm: &Kvm) -> Self {
-        let memory = memory();
+        Self::of(kvm, config())
+    }
+
+    fn of(kvm: &Kvm, config: VmConfig) -> Self {
+        let memory = GuestMemory::new(&config.memory, 46).unwrap();
         let vm = Arc::new(kvm.create_vm().unwrap());
         let slots = memory.attach(&vm).unwrap();
         let ram = memory.ram().memory();
@@ -174,10 +184,12 @@ impl Source {
                 .unwrap();
         }
         Self {
+            config,
             memory,
             slots,
             limits: LIMITS,
             refuses_commit: false,
+            local: false,
         }
     }
 
@@ -194,9 +206,15 @@ impl Source {
         let cancel = Cancel::default();
         let outgoing = Outgoing {
             address,
-            config: serde_json::to_string(&config()).unwrap(),
+            config: serde_json::to_string(&self.config).unwrap(),
             state: state_text(),
-            tracker: self.slots.track_writes(&self.memory).unwrap(),
+            ram: match self.local {
+                true => Ram::handed_over(&self.memory).unwrap(),
+                false => {
+                    let tracker = self.slots.track_writes(&self.memory).unwrap();
+                    Ram::Copied(Box::new(tracker))
+                }
+            },
             convergence: Convergence {
                 downtime: Duration::from_millis(300),
                 timeout: Duration::from_secs(30),
@@ -353,101 +371,8 @@ fn both_sides_can_be_cancelled_while_they_wait() {
     );
 }
 
-/// Which way the bytes are counted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
-    ToTarget,
-    ToSource,
-}
-
-/// What happens to the connection after a cut.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum After {
-    /// It is closed, and there is no other.
-    Closed,
-    /// It is closed, and others are possible.
-    Reopened,
-    /// Nothing is forwarded any more, in either direction, but others are possible.
-    Silent,
-}
-
-/// Forwards the first connection until `bytes` bytes went one way, then closes it. Later connections are forwarded as a
-/// whole, or refused. Returns its address and the number of bytes that went each way if it is never cut.
-fn cut(
-    target: SocketAddr,
-    way: Way,
-    bytes: usize,
-    after: After,
-) -> (Address, Receiver<[usize; 2]>) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = Address::Tcp(listener.local_addr().unwrap());
-    let (counts, counted) = channel();
-    std::thread::spawn(move || {
-        let (source, _) = listener.accept().unwrap();
-        let listener = (after != After::Closed).then_some(listener);
-        let onward = TcpStream::connect(target).unwrap();
-        let limit = |it| if it == way { bytes } else { usize::MAX };
-        let limits = [limit(Way::ToTarget), limit(Way::ToSource)];
-        let first = std::thread::spawn(move || {
-            counts.send(forward(&source, &onward, limits, after)).ok();
-            if after == After::Silent {
-                // They stay open.
-                std::mem::forget((source, onward));
-            }
-        });
-        if after != After::Silent {
-            first.join().unwrap();
-        }
-        while let Some(listener) = &listener {
-            let Ok((source, _)) = listener.accept() else {
-                return;
-            };
-            let Ok(onward) = TcpStream::connect(target) else {
-                continue;
-            };
-            forward(&source, &onward, [usize::MAX; 2], After::Closed);
-        }
-    });
-    (address, counted)
-}
-
-fn forward(
-    source: &TcpStream,
-    target: &TcpStream,
-    [to_target, to_source]: [usize; 2],
-    after: After,
-) -> [usize; 2] {
-    let is_silent = AtomicBool::new(false);
-    let copy = |from: &TcpStream, to: &TcpStream, limit: usize| {
-        let (mut from, mut to) = (from, to);
-        let mut buffer = [0; 16 << 10];
-        let mut done = 0;
-        while done < limit {
-            let wanted = buffer.len().min(limit - done);
-            match from.read(&mut buffer[..wanted]) {
-                _ if is_silent.load(Ordering::Relaxed) => return done,
-                Ok(count) if count > 0 && to.write_all(&buffer[..count]).is_ok() => done += count,
-                _ => break,
-            }
-        }
-        if done == limit && after == After::Silent {
-            is_silent.store(true, Ordering::Relaxed);
-        } else {
-            for stream in [from, to] {
-                stream.shutdown(Shutdown::Both).ok();
-            }
-        }
-        done
-    };
-    std::thread::scope(|scope| {
-        let there = scope.spawn(|| copy(source, target, to_target));
-        let back = copy(target, source, to_source);
-        [there.join().unwrap(), back]
-    })
-}
-
 const HEADER: usize = 16;
-const HELLO_BYTES: usize = HEADER + 20;
+const HELLO_BYTES: usize = HEADER + 21;
 
 /// Migrates over a connection that is cut. Returns how it ended on both sides.
 fn migrate(kvm: &Kvm, way: Way, bytes: usize, after: After) -> (SourceEnd, Received, [usize; 2]) {
@@ -464,10 +389,7 @@ fn migrate_within(
     let mut source = Source::new(kvm);
     source.limits = limits;
     let (received, address, cancel) = receive_within(&local(), "", limits);
-    let Address::Tcp(target) = address else {
-        panic!("{address}");
-    };
-    let (proxy, counted) = cut(target, way, bytes, after);
+    let (proxy, counted) = cut(&address, way, bytes, after);
     let (sent, ..) = source.send(proxy);
     let sent = sent.recv_timeout(DEADLINE).unwrap();
     if bytes == 0 || (way == Way::ToTarget && bytes < HELLO_BYTES) {
