@@ -173,7 +173,7 @@ endpoints! {
     VmAddBalloon = Ours Put "vm.add-balloon",
         request Some("BalloonConfig"), response Some("PciDeviceInfo"), command "add-balloon",
         failure "The balloon could not be added to the VM";
-    /// Save the paused VM to files.
+    /// Save the VM to files.
     VmSnapshot = Upstream Put "vm.snapshot",
         request Some("VmSnapshotConfig"), response None, command "snapshot",
         failure "The VM could not be snapshotted";

@@ -6,6 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::bare_metal::{SCENARIO_DEADLINE, expect_all_passed, kvm_opens, start};
+use integration_tests::migration::{EVENTS, wait_event};
 use integration_tests::paths;
 use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
 use integration_tests::wait::wait_for;
@@ -476,4 +477,162 @@ fn memory_that_cannot_come_ends_the_vm_with_its_name() -> Result<()> {
         ensure!(vmm.text("events").contains("memory-fill-failed"));
     }
     Ok(())
+}
+
+/// The balloon's target that ends the scenario `chaos`.
+const END_BYTES: u64 = 1000 * 4096;
+
+/// A guest that writes and verifies memory and the disk `image` in its folder.
+fn guest_at_work(vmm_arguments: &[&str]) -> Result<Vmm> {
+    let image = tempfile::NamedTempFile::new()?;
+    image.as_file().set_len(1 << 20)?;
+    // Deleted with the folder of temporary files: the VMM keeps it open, and a copy is used afterwards.
+    let (_, path) = image.keep()?;
+    let disk = format!("path={},image_type=raw", path.display());
+    let mut vmm = start(
+        "chaos",
+        &[&["--disk", &disk], BALLOON, EVENTS, vmm_arguments].concat(),
+    )?;
+    vmm.wait_api()?;
+    wait_rounds(&vmm, "serial", 0)?;
+    Ok(vmm)
+}
+
+/// Waits for a round later than `after` in this file of a serial port, in the folder of `vmm`.
+fn wait_rounds(vmm: &Vmm, serial: &str, after: u32) -> Result<u32> {
+    wait_for("another round of the guest", SCENARIO_DEADLINE, || {
+        let text = vmm.text(serial);
+        ensure!(!text.contains("FAIL"), "{text}");
+        let rounds = text.split("ROUND ").skip(1);
+        let numbers = rounds.filter_map(|it| it.split_once(' ')?.0.parse().ok());
+        Ok(numbers.max().filter(|newest: &u32| *newest > after))
+    })
+}
+
+/// The path of the VM's disk.
+fn image_of(vmm: &Vmm) -> Result<String> {
+    let info = vmm.get("vm.info")?;
+    let path = info["config"]["disks"][0]["path"].as_str();
+    path.map(str::to_owned).context("a disk")
+}
+
+/// Has the guest verify everything and end. `first` has the file of the serial port.
+fn expect_nothing_lost(first: &Vmm, serial: &str, vmm: &Vmm) -> Result<()> {
+    let body = json!({"desired_balloon": END_BYTES}).to_string();
+    vmm.put("vm.resize", Some(&body))?;
+    let text = wait_for("the guest's closing line", SCENARIO_DEADLINE, || {
+        let text = first.text(serial);
+        Ok(text.contains(" failed").then_some(text))
+    })?;
+    ensure!(
+        text.contains("PASS chaos_loses_nothing") && text.contains(" 0 failed"),
+        "{text}"
+    );
+    Ok(())
+}
+
+/// Saves the running VM into a new folder `name`, while the balloon is resized all the time.
+fn save_live(vmm: &Vmm, name: &str, more: serde_json::Value) -> Result<std::path::PathBuf> {
+    let folder = vmm.folder().join(name);
+    std::fs::create_dir(&folder)?;
+    let mut body = json!({"destination_url": format!("file://{}", folder.display()), "live": true});
+    if let (Some(body), Some(more)) = (body.as_object_mut(), more.as_object()) {
+        body.extend(more.clone());
+    }
+    let body = body.to_string();
+    let answer = std::thread::scope(|scope| {
+        let request = scope.spawn(|| vmm.request("PUT", "vm.snapshot", Some(&body)));
+        let mut pages = 0_u64;
+        while !request.is_finished() {
+            pages = (pages + 100) % 250;
+            let body = json!({"desired_balloon": pages * 4096}).to_string();
+            vmm.put("vm.resize", Some(&body))?;
+        }
+        request
+            .join()
+            .map_err(|_| anyhow::anyhow!("the request panicked"))?
+    })?;
+    ensure!(answer.status == 204, "{answer:?}\n{}", vmm.stderr());
+    Ok(folder)
+}
+
+/// Changes the paths of the saved VM, so that it can run beside the first one.
+fn move_paths(folder: &Path, image: &Path, serial: &Path) -> Result<()> {
+    let path = folder.join("config.json");
+    let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+    config["disks"][0]["path"] = json!(image);
+    config["serial"]["file"] = json!(serial);
+    std::fs::write(&path, config.to_string())?;
+    Ok(())
+}
+
+#[test]
+fn guest_saved_while_it_runs_continues_here_and_from_the_snapshot() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    for memory in ["size=256M", "size=256M,shared=on"] {
+        let first = guest_at_work(&["--memory", memory])?;
+        let image = image_of(&first)?;
+        let before = wait_rounds(&first, "serial", 0)?;
+        let saved = save_live(&first, "saved", json!({"keep_paused": true}))?;
+        let report = wait_event(&first, "snapshotted")?;
+        println!("     {memory}: {report}");
+        let passes: u32 = report["passes"].as_str().context("passes")?.parse()?;
+        ensure!(passes >= 2, "{report}");
+        ensure!(first.get("vm.info")?["state"] == "Paused");
+        let copy = first.folder().join("copy");
+        std::fs::copy(&image, &copy)?;
+        std::fs::remove_file(&image)?;
+        let serial = first.folder().join("serial2");
+        move_paths(&saved, &copy, &serial)?;
+        first.put("vm.resume", None)?;
+
+        let second = Vmm::start(&[])?;
+        let body = json!({"source_url": format!("file://{}", saved.display()), "resume": true});
+        second.put("vm.restore", Some(&body.to_string()))?;
+        // Both continue.
+        wait_rounds(&first, "serial2", before)?;
+        wait_rounds(&first, "serial", before)?;
+        expect_nothing_lost(&first, "serial2", &second)?;
+        expect_nothing_lost(&first, "serial", &first)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn running_vm_whose_image_would_change_is_not_saved_live_and_a_failure_leaves_it_running()
+-> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let first = guest_at_work(&[])?;
+    std::fs::remove_file(image_of(&first)?)?;
+    let folder = tempfile::tempdir()?;
+    let url = format!("file://{}", folder.path().display());
+    for (more, word) in [
+        (json!({}), "pause it before it is saved"),
+        (json!({"live": true}), "set keep_paused"),
+    ] {
+        let mut body = json!({"destination_url": url});
+        if let (Some(body), Some(more)) = (body.as_object_mut(), more.as_object()) {
+            body.extend(more.clone());
+        }
+        let refused = first.request("PUT", "vm.snapshot", Some(&body.to_string()))?;
+        let told = refused.json()?.to_string();
+        ensure!(told.contains(word), "{told}");
+    }
+    // The folder is in use.
+    std::fs::write(folder.path().join("memory-0"), "theirs")?;
+    let body = json!({"destination_url": url, "live": true, "keep_paused": true}).to_string();
+    let refused = first.request("PUT", "vm.snapshot", Some(&body))?;
+    let told = refused.json()?.to_string();
+    ensure!(told.contains("memory-0 already exists"), "{told}");
+    let left = std::fs::read_dir(folder.path())?.count();
+    ensure!(left == 1, "{left} files");
+    wait_event(&first, "snapshot-failed")?;
+    ensure!(first.get("vm.info")?["state"] == "Running");
+    let now = wait_rounds(&first, "serial", 0)?;
+    wait_rounds(&first, "serial", now)?;
+    expect_nothing_lost(&first, "serial", &first)
 }

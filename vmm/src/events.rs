@@ -127,12 +127,12 @@ events! {
         Resumed "resumed"
         /// A core file of the paused machine is being written.
         Coredumping "coredumping"
-        /// The paused machine is being saved.
+        /// The machine is being saved.
         Snapshotting "snapshotting"
         /// Amount of RAM that has been scanned and written.
         SnapshotProgress "snapshot-progress" { done_bytes: u64, total_bytes: u64 }
-        /// The snapshot is on stable storage.
-        Snapshotted "snapshotted"
+        /// The snapshot is on stable storage; `paused_ms` is how long a running machine was paused for it.
+        Snapshotted "snapshotted" { passes: u32, data_bytes: u64, paused_ms: u64 }
         /// The machine could not be saved; no snapshot was left behind.
         SnapshotFailed "snapshot-failed" { error: String }
         /// A machine is being created from saved files.

@@ -17,6 +17,8 @@ pub const THRESHOLDS_THREAD: &str = "thresholds";
 
 /// Name of the thread that sends or receives a VM.
 pub const MIGRATION_THREAD: &str = "migration";
+/// Name of the thread that saves a running VM.
+pub const SNAPSHOT_THREAD: &str = "snapshot";
 
 /// Threads with the same permissions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -35,6 +37,8 @@ pub enum ThreadKind {
     Thresholds,
     /// Sends or receives a VM.
     Migration,
+    /// Saves a running VM.
+    Snapshot,
     /// Belongs to the machine.
     Machine(MachineThread),
 }
@@ -50,6 +54,7 @@ impl ThreadKind {
             Self::EventMonitor,
             Self::Thresholds,
             Self::Migration,
+            Self::Snapshot,
         ];
         own.into_iter()
             .chain(MachineThread::all().map(Self::Machine))
@@ -68,7 +73,7 @@ mod tests {
     #[test]
     fn kinds_are_all_listed_once() {
         let kinds: Vec<_> = ThreadKind::all().collect();
-        assert_eq!(kinds.len(), 21);
+        assert_eq!(kinds.len(), 22);
         assert_eq!(kinds.iter().collect::<BTreeSet<_>>().len(), kinds.len());
     }
 }

@@ -130,13 +130,7 @@ impl Arguments {
                 receive_migration,
                 |_| Vec::new(),
             ),
-            Endpoint::VmSnapshot => Self::text(
-                endpoint,
-                Arg::new("url").value_name("URL").help(
-                    "An existing folder without a snapshot, as file:// and its absolute path",
-                ),
-                |destination_url| VmSnapshotConfig { destination_url },
-            ),
+            Endpoint::VmSnapshot => Self::derived::<SnapshotArguments>(),
             Endpoint::VmCoredump => Self::text(
                 endpoint,
                 Arg::new("url")
@@ -367,6 +361,32 @@ impl From<ResizeArguments> for Command {
             desired_balloon: resize.balloon,
         };
         call(Endpoint::VmResize, &body)
+    }
+}
+
+#[derive(Debug, Args)]
+struct SnapshotArguments {
+    /// An existing folder without a snapshot, as file:// and its absolute path
+    #[arg(value_name = "URL")]
+    url: String,
+
+    /// Save a running VM, and pause it only for the last pages
+    #[arg(long)]
+    live: bool,
+
+    /// Leave the VM paused afterwards; required if an image of it is writable
+    #[arg(long, requires = "live")]
+    keep_paused: bool,
+}
+
+impl From<SnapshotArguments> for Command {
+    fn from(snapshot: SnapshotArguments) -> Self {
+        let body = VmSnapshotConfig {
+            destination_url: snapshot.url,
+            live: snapshot.live,
+            keep_paused: snapshot.keep_paused,
+        };
+        call(Endpoint::VmSnapshot, &body)
     }
 }
 

@@ -42,6 +42,14 @@ pub struct ZoneContentState {
     pub chunks: Vec<ChunkState>,
 }
 
+impl ZoneContentState {
+    /// The number of bytes in the listed pages.
+    pub fn data_bytes(&self) -> u64 {
+        let bytes = self.chunks.iter().flat_map(|chunk| &chunk.pages.0);
+        bytes.map(|byte| u64::from(byte.count_ones())).sum::<u64>() * PAGE_BYTES
+    }
+}
+
 /// Up to 2 MiB of a zone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -316,7 +324,7 @@ impl GuestMemory {
         buffer: &mut [u8],
     ) -> Result<(), ContentError> {
         let count = chunk.bytes / PAGE;
-        let read = read_chunk(file, chunk.offset, saved, buffer);
+        let read = read_checked(file, saved, buffer);
         if !read.map_err(in_file(&zone.id, chunk.offset))? {
             return Err(ContentError::Damaged {
                 zone: zone.id.clone(),
@@ -391,21 +399,21 @@ pub(super) fn checked_table<'a>(
     }
 }
 
-/// Reads the pages of a chunk to their places in `buffer`. Returns false if the checksum does not match.
-pub(super) fn read_chunk(
-    file: &File,
-    offset: u64,
-    saved: &ChunkState,
-    buffer: &mut [u8],
-) -> io::Result<bool> {
+/// Reads the pages of a chunk to their places in `buffer`, and returns their checksum.
+pub(super) fn read_chunk(file: &File, saved: &ChunkState, buffer: &mut [u8]) -> io::Result<u32> {
     let mut crc = crc32fast::Hasher::new();
     each_run(&saved.pages.0, buffer.len() / PAGE, |start, bytes| {
         let data = &mut buffer[start..start + bytes];
-        file.read_exact_at(data, offset + start as u64)?;
+        file.read_exact_at(data, saved.offset + start as u64)?;
         crc.update(data);
         Ok::<_, io::Error>(())
     })?;
-    Ok(crc.finalize() == saved.crc32)
+    Ok(crc.finalize())
+}
+
+/// As [`read_chunk`]. Returns false if the checksum does not match.
+pub(super) fn read_checked(file: &File, saved: &ChunkState, buffer: &mut [u8]) -> io::Result<bool> {
+    Ok(read_chunk(file, saved, buffer)? == saved.crc32)
 }
 
 pub(super) fn in_file(zone: &str, offset: u64) -> impl Fn(io::Error) -> ContentError {

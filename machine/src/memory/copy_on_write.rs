@@ -70,7 +70,7 @@ impl GuestMemory {
             let table = content::checked_table(zone, file, table);
             for (chunk, saved) in table.map_err(CopyOnWriteError::Content)? {
                 let buffer = &mut buffer[..chunk.bytes];
-                let span = check(file, chunk.offset, saved, buffer);
+                let span = check(file, saved, buffer);
                 let span = span.map_err(content::in_file(&zone.id, chunk.offset));
                 let Some((first, end)) = span.map_err(CopyOnWriteError::Content)? else {
                     return Err(CopyOnWriteError::Content(ContentError::Damaged {
@@ -100,13 +100,8 @@ impl GuestMemory {
 
 /// The part of a chunk from its first to its last page, in bytes. `None` if its checksum does not match, or if the file
 /// has other data between these pages, which the guest would see.
-fn check(
-    file: &File,
-    offset: u64,
-    saved: &ChunkState,
-    buffer: &mut [u8],
-) -> io::Result<Option<(usize, usize)>> {
-    if !content::read_chunk(file, offset, saved, buffer)? {
+fn check(file: &File, saved: &ChunkState, buffer: &mut [u8]) -> io::Result<Option<(usize, usize)>> {
+    if !content::read_checked(file, saved, buffer)? {
         return Ok(None);
     }
     let is_saved = |page: &usize| content::is_set(&saved.pages.0, *page);
@@ -116,7 +111,7 @@ fn check(
     };
     for page in (first..last).filter(|page| !is_saved(page)) {
         let between = &mut buffer[page * PAGE..(page + 1) * PAGE];
-        file.read_exact_at(between, offset + (page * PAGE) as u64)?;
+        file.read_exact_at(between, saved.offset + (page * PAGE) as u64)?;
         if between.iter().any(|byte| *byte != 0) {
             return Ok(None);
         }

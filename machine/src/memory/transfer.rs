@@ -215,7 +215,7 @@ fn in_ram(zone: &Zone, offset: u64, error: vm_memory::GuestMemoryError) -> Conte
 }
 
 /// The guest address at `offset`, its offset from the start of its range, and the number of bytes up to the range's end.
-fn place(zone: &Zone, offset: u64) -> Option<(u64, u64, u64)> {
+pub(super) fn place(zone: &Zone, offset: u64) -> Option<(u64, u64, u64)> {
     let mut before = 0;
     for range in &zone.ranges {
         let bytes = range.end - range.start;

@@ -6,6 +6,7 @@
 //! | an `api-query` thread | `vm.counters`, `vm.balloon-stats`, `vm.reclaim-stats` | may take time or wait for the guest |
 //! | control thread | everything that changes something | it owns the VM |
 //! | control thread, then the thread of the migration | `vm.receive-migration` | waits for the source |
+//! | control thread, for a running VM then the thread `snapshot` | `vm.snapshot` | writes RAM while the VM runs |
 //! | control thread, then an `api-query` thread | `vm.balloon-reporting` | requested in order, then awaited |
 
 use std::os::fd::OwnedFd;
@@ -146,7 +147,7 @@ impl Dispatcher {
             Endpoint::VmUpdateRateLimiter => {
                 self.change_to(call, |vm, update| vm.update_rate_limiter(&update));
             }
-            Endpoint::VmSnapshot => self.change_to(call, |vm, request| vm.snapshot(&request)),
+            Endpoint::VmSnapshot => self.snapshot(call),
             Endpoint::VmCoredump => self.change_to(call, |vm, request| vm.coredump(&request)),
             Endpoint::VmRestore => {
                 if let Some((request, mut call)) = call.read_body() {
@@ -238,15 +239,16 @@ impl Dispatcher {
     /// Responds when the migration has ended.
     fn receive_migration(&self, call: Call) {
         if let Some((request, Call { reply, .. })) = call.read_body() {
-            self.control.receive_migration(request, move |outcome| {
-                reply.send(match outcome {
-                    Ok(()) => Answer::no_content(),
-                    Err(error) => {
-                        log::warn!("{}", api::error_line(&error));
-                        request_failed(error)
-                    }
-                });
-            });
+            let done = move |outcome| reply.send(ended(outcome));
+            self.control.receive_migration(request, done);
+        }
+    }
+
+    /// Responds when the snapshot is on stable storage.
+    fn snapshot(&self, call: Call) {
+        if let Some((request, Call { reply, .. })) = call.read_body() {
+            let done = move |outcome| reply.send(ended(outcome));
+            self.control.snapshot(request, done);
         }
     }
 
@@ -302,6 +304,17 @@ impl Dispatcher {
                 move |vm| vm.balloon_reporting(request),
                 move |(), reply| queries.reporting(reply),
             );
+        }
+    }
+}
+
+/// The response when the work of another thread has ended.
+fn ended(outcome: Result<(), RequestError>) -> Answer {
+    match outcome {
+        Ok(()) => Answer::no_content(),
+        Err(error) => {
+            log::warn!("{}", api::error_line(&error));
+            request_failed(error)
         }
     }
 }

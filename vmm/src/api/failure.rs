@@ -98,6 +98,7 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
         | LifecycleError::InvalidStateTransition { .. }
         | LifecycleError::NotPaused
         | LifecycleError::Migrating
+        | LifecycleError::Saving
         | LifecycleError::DisksReleased
         | LifecycleError::MemoryIncomplete
         | LifecycleError::NotMigrating

@@ -90,7 +90,7 @@ pub enum LifecycleError {
     #[error(transparent)]
     RateLimiter(RateLimiterError),
     /// Only a paused machine can be saved.
-    #[error("The VM is running: pause it before it is saved")]
+    #[error("The VM is running: pause it before it is saved, or set live")]
     NotPaused,
     /// The guest has requested a reset, which a snapshot does not contain.
     #[error("The guest has requested a reset: resume the VM, and save it after the reset")]
@@ -101,6 +101,9 @@ pub enum LifecycleError {
     /// A migration is under way.
     #[error("The VM is being migrated")]
     Migrating,
+    /// A snapshot of the running machine is being written.
+    #[error("The VM is being saved: wait for the event snapshotted or snapshot-failed")]
+    Saving,
     /// After a migration that failed, another process may have them.
     #[error(
         "The VM has not taken its disks again since a migration failed: wait until it runs, or use vm.resume"

@@ -9,10 +9,10 @@
 //! ```
 //! Changes from outside wait for no migration: while one is under way, they are rejected.
 //!
-//! A snapshot requires Paused and keeps that state; a restore leads from nothing to Paused. If a boot or reboot fails,
-//! the state is Created, and all resources have been released.
+//! A snapshot requires Paused and keeps that state, unless it is live; a restore leads from nothing to Paused. If a boot
+//! or reboot fails, the state is Created, and all resources have been released.
 //!
-//! `saving`, `devices`, `resize` and `migration` have the requests of these subjects.
+//! `saving`, `live_snapshot`, `devices`, `resize` and `migration` have the requests of these subjects.
 
 use std::sync::Arc;
 
@@ -20,6 +20,7 @@ use api::config::MemoryUnavailableAction;
 use api::{Endpoint, ReclaimThresholdsChange, VmBalloonReporting, VmConfig, VmState};
 
 use super::current_migration::Migration;
+use super::current_snapshot::LiveSnapshot;
 use super::error::{LifecycleError, RequestError};
 use super::reporting::Reporting;
 use super::taps::Taps;
@@ -55,6 +56,8 @@ pub struct Lifecycle {
     pub(super) confinement: Confinement,
     ended: bool,
     pub(super) migration: Option<Migration>,
+    /// The machine is being saved while it runs.
+    pub(super) live_snapshot: Option<LiveSnapshot>,
     /// The paused machine does not hold the locks of its disks.
     pub(super) disks_released: bool,
 }
@@ -85,6 +88,7 @@ impl Lifecycle {
             confinement: Confinement::default(),
             ended: false,
             migration: None,
+            live_snapshot: None,
             disks_released: false,
         }
     }
@@ -104,6 +108,10 @@ impl Lifecycle {
         );
         if self.migration.is_some() && !is_allowed {
             let cause = LifecycleError::Migrating;
+            return Err(RequestError { endpoint, cause });
+        }
+        if self.live_snapshot.is_some() && endpoint == Endpoint::VmSendMigration {
+            let cause = LifecycleError::Saving;
             return Err(RequestError { endpoint, cause });
         }
         self.run(endpoint, change)
@@ -144,8 +152,9 @@ impl Lifecycle {
 
     /// Publishes the state, with the progress of the change that is being made.
     pub(super) fn publish_with(&self, snapshot: Option<Arc<Progress>>) {
+        let live = self.live_snapshot.as_ref().map(LiveSnapshot::progress);
         self.view.publish(View {
-            snapshot,
+            snapshot: snapshot.or(live),
             migration: self.migration.as_ref().and_then(Migration::progress),
             config: self.config.clone().map(Arc::new),
             machine: self.machine.as_ref().map(|machine| MachineView {
@@ -272,6 +281,9 @@ impl Lifecycle {
         let machine = self.machine.take().ok_or(LifecycleError::VmNotRunning)?;
         if let Some(migration) = &self.migration {
             migration.cancel();
+        }
+        if let Some(saving) = &self.live_snapshot {
+            saving.cancel();
         }
         self.disks_released = false;
         self.paused = false;

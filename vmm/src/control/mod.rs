@@ -1,9 +1,11 @@
 //! The control thread: owns the VM, runs every change, and publishes the state.
 
 mod current_migration;
+mod current_snapshot;
 mod devices;
 mod error;
 mod lifecycle;
+mod live_snapshot;
 mod migration;
 mod reporting;
 mod resize;

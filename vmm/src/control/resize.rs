@@ -54,6 +54,10 @@ impl Lifecycle {
         }
         if let Some(desired) = ram {
             match wanted.memory.hotplug_method {
+                // The snapshot that is being written has a file for each device of memory.
+                HotplugMethod::Acpi if self.live_snapshot.is_some() => {
+                    return Err(LifecycleError::Saving);
+                }
                 HotplugMethod::Acpi => machine.grow_memory(desired),
                 HotplugMethod::VirtioMem => {
                     machine.resize_memory(wanted.memory.hotplugged_size.unwrap_or(0))

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use api::{RestoreConfig, VmConfig, VmCoredumpData, VmSnapshotConfig};
@@ -19,14 +19,17 @@ use crate::snapshot::{self, Filling, Progress, Snapshot, SnapshotState};
 use crate::vm::{Machine, SavedMachine};
 
 impl Lifecycle {
-    /// `vm.snapshot`: saves the paused machine. Returns when all files are on stable storage.
+    /// `vm.snapshot` of a paused machine. Returns when all files are on stable storage.
     ///
     /// # Errors
     /// The machine is not paused or about to be reset, or it cannot be saved. In these cases the folder is unchanged.
-    pub fn snapshot(&mut self, request: &VmSnapshotConfig) -> Result<(), LifecycleError> {
+    pub(super) fn snapshot(&mut self, request: &VmSnapshotConfig) -> Result<(), LifecycleError> {
         let (Some(machine), Some(config)) = (&self.machine, &self.config) else {
             return Err(LifecycleError::VmNotRunning);
         };
+        if self.live_snapshot.is_some() {
+            return Err(LifecycleError::Saving);
+        }
         if !self.paused {
             return Err(LifecycleError::NotPaused);
         }
@@ -36,25 +39,26 @@ impl Lifecycle {
         self.emit(EventKind::Snapshotting);
         let saved = self.save(machine.as_ref(), config, request);
         self.emit(match &saved {
-            Ok(()) => EventKind::Snapshotted,
+            Ok(data_bytes) => EventKind::Snapshotted {
+                passes: 1,
+                data_bytes: *data_bytes,
+                paused_ms: 0,
+            },
             Err(error) => EventKind::SnapshotFailed {
                 error: api::error_line(error),
             },
         });
-        saved
+        saved.map(drop)
     }
 
+    /// Returns the number of bytes of RAM in the snapshot.
     fn save(
         &self,
         machine: &dyn Machine,
         config: &VmConfig,
         request: &VmSnapshotConfig,
-    ) -> Result<(), LifecycleError> {
-        let folder = snapshot::folder_of(&request.destination_url);
-        let folder = folder.map_err(LifecycleError::Snapshot)?;
-        self.confinement
-            .check(&[landlock::of_snapshot(&folder)])
-            .map_err(LifecycleError::Landlock)?;
+    ) -> Result<u64, LifecycleError> {
+        let folder = self.snapshot_folder(request)?;
         let SavedMachine { pc, memory } = machine.save().map_err(LifecycleError::Machine)?;
         let (config, state) = self.description(config, pc, &memory);
         let events = Arc::clone(&self.context.events);
@@ -62,6 +66,22 @@ impl Lifecycle {
         self.publish_with(Some(Arc::clone(&progress)));
         snapshot::write(&folder, &config, &state, &memory, &progress)
             .map_err(LifecycleError::Snapshot)
+    }
+
+    /// The existing folder to save the machine in.
+    ///
+    /// # Errors
+    /// There is none, or the VMM must not write there.
+    pub(super) fn snapshot_folder(
+        &self,
+        request: &VmSnapshotConfig,
+    ) -> Result<PathBuf, LifecycleError> {
+        let folder = snapshot::folder_of(&request.destination_url);
+        let folder = folder.map_err(LifecycleError::Snapshot)?;
+        self.confinement
+            .check(&[landlock::of_snapshot(&folder)])
+            .map_err(LifecycleError::Landlock)?;
+        Ok(folder)
     }
 
     /// The configuration and the state from which another process can continue the machine.

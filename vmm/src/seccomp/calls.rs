@@ -294,7 +294,7 @@ pub(super) fn children(kind: ThreadKind) -> Vec<ThreadKind> {
         ThreadKind::HttpServer => vec![ThreadKind::ApiQuery],
         ThreadKind::Control => MachineThread::all()
             .map(ThreadKind::Machine)
-            .chain([ThreadKind::Migration])
+            .chain([ThreadKind::Migration, ThreadKind::Snapshot])
             .collect(),
         _ => Vec::new(),
     }
@@ -329,6 +329,21 @@ pub(super) fn own(kind: ThreadKind) -> Vec<&'static [Call]> {
             DISCARD,
             TCP,
             calls![SYS_connect, SYS_setsockopt, SYS_socket [0 is AF_UNIX]],
+        ],
+        // Reads RAM, creates files and names the last one.
+        ThreadKind::Snapshot => &[
+            RESIDENCY,
+            CLEANUP,
+            READ_FILES,
+            calls![
+                SYS_fallocate [1 is PUNCH_HOLE],
+                SYS_fdatasync,
+                SYS_fsync,
+                SYS_ftruncate,
+                SYS_openat [2 with O_CREAT | O_EXCL],
+                SYS_pwrite64,
+                SYS_rename,
+            ],
         ],
         ThreadKind::Machine(thread) => of_machine(thread),
     });

@@ -206,6 +206,7 @@ pub(super) fn own(kind: ThreadKind) -> Vec<Request> {
         ThreadKind::ApiQuery | ThreadKind::Thresholds => &[PAGEMAP],
         ThreadKind::EventMonitor => &[],
         ThreadKind::Migration => &[NONBLOCKING, PAGEMAP, SLOTS, WRITES],
+        ThreadKind::Snapshot => &[PAGEMAP, SLOTS, WRITES],
         ThreadKind::Machine(thread) => of_machine(thread),
     };
     lists

@@ -321,16 +321,15 @@ fn forbidden() -> Vec<Forbidden> {
             "memory slot",
             |kind| {
                 let opens_blocks = MachineThread::Worker(DeviceKind::Mem);
-                let records_writes = ThreadKind::Migration;
+                let records_writes = [ThreadKind::Migration, ThreadKind::Snapshot];
                 // The guest places the registers of assigned devices.
                 let places_registers = ThreadKind::Machine(MachineThread::Vcpu);
                 let may = [
                     ThreadKind::Control,
-                    records_writes,
                     places_registers,
                     ThreadKind::Machine(opens_blocks),
                 ];
-                !may.contains(&kind)
+                !may.contains(&kind) && !records_writes.contains(&kind)
             },
             libc::SYS_ioctl,
             [-1, 0x4020_ae46, 0, 0, 0, 0],

@@ -46,6 +46,26 @@ pub enum SnapshotError {
         /// The name of the device.
         id: String,
     },
+    /// Writes to its memory are not recorded, or its disks go on.
+    #[error("Device {id} prevents a snapshot of the running VM: {reason}")]
+    NotLive {
+        /// The name of the device.
+        id: String,
+        /// What it does.
+        reason: &'static str,
+    },
+    /// The VM ended or was reset while it was being saved.
+    #[error("The snapshot was cancelled because the VM ended or was reset")]
+    Cancelled,
+    /// KVM does not report which pages the guest writes.
+    #[error("Cannot record which pages of guest RAM are written")]
+    Track(#[source] MemoryError),
+    /// The owner of the running machine cannot pause, save or resume it.
+    #[error(transparent)]
+    Owner(Box<dyn std::error::Error + Send + Sync>),
+    /// The thread cannot be started.
+    #[error("Cannot start the thread that saves the running VM")]
+    Thread(#[source] io::Error),
     /// A file or the folder.
     #[error("Cannot {action} {}", path.display())]
     File {
@@ -151,6 +171,7 @@ impl SnapshotError {
             | Self::ZoneInFile { .. }
             | Self::SharedFolder { .. }
             | Self::OtherProcess { .. }
+            | Self::NotLive { .. }
             | Self::Damaged { .. }
             | Self::Json { .. }
             | Self::NetFds { .. }
@@ -168,7 +189,11 @@ impl SnapshotError {
             }
             Self::CopyOnWrite(error) => matches!(error, CopyOnWriteError::Backing { .. }),
             Self::OnDemand(error) => matches!(error, OnDemandError::Backing { .. }),
-            Self::Incomplete => false,
+            Self::Incomplete
+            | Self::Cancelled
+            | Self::Track(_)
+            | Self::Owner(_)
+            | Self::Thread(_) => false,
             Self::File { source, .. } => source.kind() == io::ErrorKind::NotFound,
         }
     }

@@ -55,6 +55,8 @@ impl NewFiles<'_> {
     fn create(&mut self, name: &str) -> Result<(File, PathBuf), SnapshotError> {
         let path = self.folder.join(name);
         let created = File::options()
+            // Checksums of pages that were written in several passes are taken from the file.
+            .read(true)
             .write(true)
             .create_new(true)
             .mode(0o600)
@@ -109,7 +111,65 @@ impl Drop for NewFiles<'_> {
     }
 }
 
-/// Writes the snapshot of a paused machine into `folder`.
+/// A snapshot that is being written. It is removed unless it is finished.
+pub(super) struct NewSnapshot<'a> {
+    files: NewFiles<'a>,
+    config: (File, PathBuf),
+}
+
+impl<'a> NewSnapshot<'a> {
+    /// Begins a snapshot in `folder`.
+    ///
+    /// # Errors
+    /// The folder has such files, or they cannot be created.
+    pub(super) fn create(folder: &'a Path) -> Result<Self, SnapshotError> {
+        let path = folder.join(STATE);
+        if path.exists() {
+            return Err(SnapshotError::Exists { path });
+        }
+        let mut files = NewFiles {
+            folder,
+            paths: Vec::new(),
+        };
+        let config = files.create(CONFIG)?;
+        Ok(Self { files, config })
+    }
+
+    /// Creates the file for the content of a zone.
+    ///
+    /// # Errors
+    /// The folder has such a file, or it cannot be created.
+    pub(super) fn memory_file(&mut self, zone: usize) -> Result<File, SnapshotError> {
+        self.files.create(&memory_name(zone)).map(|(file, _)| file)
+    }
+
+    /// Writes the rest and syncs the folder. `tables` describe the memory files, which are complete and synced.
+    ///
+    /// # Errors
+    /// A file cannot be written.
+    pub(super) fn finish(
+        mut self,
+        config: &VmConfig,
+        state: &SnapshotState,
+        tables: &[ZoneContentState],
+    ) -> Result<(), SnapshotError> {
+        let (mut file, path) = self.config;
+        file.write_all(text_of(config).as_bytes())
+            .and_then(|()| file.sync_all())
+            .map_err(SnapshotError::file("write", &path))?;
+        let mut text = text_of(&Saved::of(state)) + "\n";
+        for table in tables {
+            text += &text_of(table);
+            text += "\n";
+        }
+        text += &checksum_line(crc32fast::hash(text.as_bytes()));
+        self.files.write(STATE_PARTIAL, &text)?;
+        self.files.rename_last(STATE)?;
+        self.files.keep()
+    }
+}
+
+/// Writes the snapshot of a paused machine into `folder`. Returns the number of bytes of RAM in it.
 ///
 /// # Errors
 /// The folder has such files, the VM cannot be saved, or writing fails. In these cases the folder is unchanged.
@@ -119,28 +179,18 @@ pub fn write(
     state: &SnapshotState,
     memory: &GuestMemory,
     progress: &Progress,
-) -> Result<(), SnapshotError> {
+) -> Result<u64, SnapshotError> {
     require_content_is_ours(config)?;
-    let path = folder.join(STATE);
-    if path.exists() {
-        return Err(SnapshotError::Exists { path });
-    }
-    let mut files = NewFiles {
-        folder,
-        paths: Vec::new(),
-    };
-    files.write(CONFIG, &text_of(config))?;
-    let mut text = text_of(&Saved::of(state)) + "\n";
+    let mut new = NewSnapshot::create(folder)?;
+    let mut tables = Vec::new();
     for (at, zone) in memory.zones().iter().enumerate() {
-        let (file, _) = files.create(&memory_name(at))?;
+        let file = new.memory_file(at)?;
         let table = memory.save_zone(zone, &file, |bytes| progress.add(bytes));
-        text += &text_of(&table.map_err(SnapshotError::Content)?);
-        text += "\n";
+        tables.push(table.map_err(SnapshotError::Content)?);
     }
-    text += &checksum_line(crc32fast::hash(text.as_bytes()));
-    files.write(STATE_PARTIAL, &text)?;
-    files.rename_last(STATE)?;
-    files.keep()
+    let data_bytes = tables.iter().map(ZoneContentState::data_bytes).sum();
+    new.finish(config, state, &tables)?;
+    Ok(data_bytes)
 }
 
 /// Rejects a VM with state outside the snapshot. At a restore, this also rejects a configuration that was edited so

@@ -10,13 +10,14 @@
 //!  write:  config.json, memory-N (new files, synced) ─► state.json.partial, synced ─► renamed ─► folder synced
 //!  open:   config.json ─► state.json: size, checksum, versions ─► memory-N opened ─► VM created
 //! ```
-//! A folder without `state.json` is not a snapshot, so a crash or a full disk leaves none. File names are fixed and
-//! never read from the files. The formats of the states are in `docs/state.md`.
+//! A folder without `state.json` is not a snapshot, so a crash or a full disk leaves none. [`LiveSave`] writes the
+//! memory files of a running machine in several passes. File names are fixed and never read from the files. The formats of the states are in `docs/state.md`.
 
 mod adapt;
 mod bounds;
 mod error;
 mod files;
+mod live;
 mod on_demand;
 mod progress;
 mod read;
@@ -32,6 +33,7 @@ pub use adapt::adapt;
 pub use bounds::state_bytes_max;
 pub use error::SnapshotError;
 pub use files::{Snapshot, folder_of, memory_of, require_content_is_ours, saved_config, write};
+pub use live::{LiveOwner, LiveReport, LiveSave, require_steady_disks, require_tracked_writes};
 pub use on_demand::{Filling, RestoreContext};
 pub use progress::Progress;
 

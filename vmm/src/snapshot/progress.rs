@@ -67,6 +67,11 @@ impl Progress {
         }
     }
 
+    /// Raises the processed bytes to `bytes`. Must be called by one thread only.
+    pub(super) fn reach(&self, bytes: u64) {
+        self.add(bytes.saturating_sub(self.now().done_bytes));
+    }
+
     /// The current figures.
     pub fn now(&self) -> SnapshotProgress {
         SnapshotProgress {

@@ -58,7 +58,7 @@ fn memory() -> GuestMemory {
 fn write_to(folder: &tempfile::TempDir, config: &VmConfig) -> Result<(), SnapshotError> {
     let memory = memory();
     let (state, progress) = (state(&memory), progress(&memory));
-    write(folder.path(), config, &state, &memory, &progress)
+    write(folder.path(), config, &state, &memory, &progress).map(drop)
 }
 
 fn written() -> tempfile::TempDir {

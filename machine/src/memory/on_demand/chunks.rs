@@ -104,7 +104,7 @@ impl Chunks {
         let chunk = &mut self.all[at];
         let ZoneFile { id, file } = &self.zones[chunk.zone];
         let buffer = &mut buffer[..chunk.bytes()];
-        let read = content::read_chunk(file, chunk.offset, &chunk.saved, buffer);
+        let read = content::read_checked(file, &chunk.saved, buffer);
         chunk.is_checked = read.map_err(content::in_file(id, chunk.offset))?;
         match chunk.is_checked {
             true => Ok(()),

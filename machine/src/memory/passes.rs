@@ -1,0 +1,293 @@
+//! Writes the content of guest RAM to files in several passes, while the machine runs.
+//!
+//! ```text
+//!   send_content(None)      pages with data ──────► ContentFiles::write
+//!   send_content(written)   pages with data ──────► ContentFiles::write   over the earlier content
+//!                           pages without  ───────► ContentFiles::clear   a hole again
+//!   paused: the last pages
+//!   finish                  checksums of rewritten chunks, synced
+//! ```
+//! The result is the same as that of [`GuestMemory::save_zone`].
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use state::Bytes;
+use vmm_sys_util::fallocate::{FallocateMode, fallocate};
+
+use super::content::{CHUNK_BYTES, ChunkState, PAGE, each_run, in_file, read_chunk};
+use super::transfer::place;
+use super::{ContentError, GuestMemory, PageRun, Pages, Zone, ZoneContentState};
+
+/// The files of all zones, while they are written.
+#[derive(Debug)]
+pub struct ContentFiles {
+    zones: Vec<ZoneFile>,
+    data_bytes: u64,
+}
+
+#[derive(Debug)]
+struct ZoneFile {
+    zone: Zone,
+    file: File,
+    /// The chunks that were written, by their offset.
+    chunks: BTreeMap<u64, Written>,
+}
+
+#[derive(Debug)]
+struct Written {
+    bytes: usize,
+    /// One bit for each page in the file.
+    pages: Vec<u8>,
+    /// `None`: other pages have been written since the first time.
+    crc32: Option<u32>,
+}
+
+impl ContentFiles {
+    /// `files` has an empty file for each zone of `memory`.
+    ///
+    /// # Errors
+    /// A file cannot be as large as its zone.
+    pub fn new(
+        memory: &GuestMemory,
+        files: impl IntoIterator<Item = File>,
+    ) -> Result<Self, ContentError> {
+        let mut zones = Vec::new();
+        for (zone, file) in memory.zones().iter().zip(files) {
+            file.set_len(zone.bytes()).map_err(in_file(&zone.id, 0))?;
+            zones.push(ZoneFile {
+                zone: zone.clone(),
+                file,
+                chunks: BTreeMap::new(),
+            });
+        }
+        let data_bytes = 0;
+        Ok(Self { zones, data_bytes })
+    }
+
+    /// The number of bytes that were written in all passes.
+    pub fn data_bytes(&self) -> u64 {
+        self.data_bytes
+    }
+
+    /// Writes pages of a zone of the memory.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn write(&mut self, pages: Pages<'_>) -> Result<(), ContentError> {
+        let Pages {
+            zone,
+            offset,
+            bits,
+            data,
+        } = pages;
+        let ZoneFile { zone, file, chunks } = &mut self.zones[zone as usize];
+        let mut left = data;
+        each_run(bits, bits.len() * 8, |start, bytes| {
+            let (run, rest) = left.split_at(bytes);
+            left = rest;
+            file.write_all_at(run, offset + start as u64)
+        })
+        .map_err(in_file(&zone.id, offset))?;
+        self.data_bytes += data.len() as u64;
+        match chunks.get_mut(&offset) {
+            Some(written) => {
+                written.crc32 = None;
+                for (own, new) in written.pages.iter_mut().zip(bits) {
+                    *own |= new;
+                }
+            }
+            None => {
+                let written = Written {
+                    bytes: chunk_bytes(zone, offset),
+                    pages: bits.to_vec(),
+                    crc32: Some(crc32fast::hash(data)),
+                };
+                chunks.insert(offset, written);
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes pages of a chunk, which hold no data any more.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn clear(&mut self, run: PageRun) -> Result<(), ContentError> {
+        let PageRun {
+            zone,
+            offset,
+            bytes,
+        } = run;
+        let ZoneFile { zone, file, chunks } = &mut self.zones[zone as usize];
+        let Some((start, written)) = chunks.range_mut(..=offset).next_back() else {
+            return Ok(());
+        };
+        let first = (offset - start) as usize / PAGE;
+        if first * PAGE >= written.bytes {
+            // Its chunk has no pages.
+            return Ok(());
+        }
+        for page in first..first + bytes as usize / PAGE {
+            let (byte, bit) = (page / 8, 1 << (page % 8));
+            if written.pages[byte] & bit != 0 {
+                written.pages[byte] &= !bit;
+                written.crc32 = None;
+            }
+        }
+        // Readers that map the file need zeros there.
+        make_zeros(file, offset, bytes).map_err(in_file(&zone.id, offset))
+    }
+
+    /// Moves data from the host's page cache to stable storage, so that a later pass does not wait for its write-back.
+    ///
+    /// # Errors
+    /// A file cannot be synced.
+    pub fn sync_data(&self) -> Result<(), ContentError> {
+        self.zones
+            .iter()
+            .try_for_each(|ZoneFile { zone, file, .. }| {
+                file.sync_data().map_err(in_file(&zone.id, 0))
+            })
+    }
+
+    /// Syncs the files and returns the table of each. Needs 2 MiB of buffer.
+    ///
+    /// # Errors
+    /// A file cannot be read or synced.
+    pub fn finish(self) -> Result<Vec<ZoneContentState>, ContentError> {
+        let mut buffer = vec![0; CHUNK_BYTES];
+        let zones = self.zones.into_iter();
+        let tables = zones.map(|ZoneFile { zone, file, chunks }| {
+            let mut table = Vec::new();
+            for (offset, written) in chunks {
+                if written.pages.iter().all(|byte| *byte == 0) {
+                    continue;
+                }
+                let mut chunk = ChunkState {
+                    offset,
+                    pages: Bytes(written.pages),
+                    crc32: 0,
+                };
+                chunk.crc32 = match written.crc32 {
+                    Some(crc32) => crc32,
+                    None => read_chunk(&file, &chunk, &mut buffer[..written.bytes])
+                        .map_err(in_file(&zone.id, offset))?,
+                };
+                table.push(chunk);
+            }
+            file.sync_all().map_err(in_file(&zone.id, 0))?;
+            Ok(ZoneContentState {
+                bytes: zone.bytes(),
+                chunks: table,
+            })
+        });
+        tables.collect()
+    }
+}
+
+fn chunk_bytes(zone: &Zone, offset: u64) -> usize {
+    let place = place(zone, offset);
+    let (_, _, left) = place.expect("pages are sent from their zone");
+    left.min(CHUNK_BYTES as u64) as usize
+}
+
+/// A hole, or zeros on a file system without holes.
+fn make_zeros(file: &File, offset: u64, bytes: u64) -> io::Result<()> {
+    if fallocate(file, FallocateMode::PunchHole, true, offset, bytes).is_ok() {
+        return Ok(());
+    }
+    let zeros = [0; PAGE];
+    (0..bytes)
+        .step_by(PAGE)
+        .try_for_each(|at| file.write_all_at(&zeros, offset + at))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use vm_memory::{Bytes as _, GuestAddressSpace};
+
+    use super::*;
+    use crate::memory::WrittenPages;
+    use crate::memory::layout::PAGE_BYTES;
+    use crate::memory::test_memory::{address, mark, zones};
+
+    /// Two zones of 7 MiB, the second shared. The last chunk of each has 1 MiB.
+    fn memory() -> GuestMemory {
+        zones(&[("a", false), ("b", true)])
+    }
+
+    fn put(memory: &GuestMemory, page: u64, value: u64) {
+        let ram = memory.ram().memory();
+        ram.write_obj(value, address(page)).unwrap();
+        memory.ram().writes().record(page * PAGE_BYTES, 8);
+    }
+
+    fn pass(memory: &GuestMemory, written: Option<&WrittenPages>, files: &mut ContentFiles) {
+        let files = std::cell::RefCell::new(files);
+        let send = |pages: Pages<'_>| files.borrow_mut().write(pages);
+        let clear = |run| files.borrow_mut().clear(run);
+        memory
+            .send_content::<ContentError>(written, send, clear)
+            .unwrap();
+    }
+
+    fn new_files() -> Vec<File> {
+        (0..2).map(|_| tempfile::tempfile().unwrap()).collect()
+    }
+
+    #[test]
+    fn passes_leave_the_same_files_and_tables_as_one_export_at_the_end() {
+        let memory = memory();
+        for page in [0, 1, 511, 512, 700, 1791, 1792, 2304, 3583] {
+            put(&memory, page, mark(page));
+        }
+        let log = memory.ram().writes();
+        log.start(memory.zones().iter().flat_map(|zone| zone.ranges.clone()));
+        let handles = new_files();
+        let copies = handles.iter().map(|file| file.try_clone().unwrap());
+        let mut files = ContentFiles::new(&memory, copies).unwrap();
+        pass(&memory, None, &mut files);
+        assert_eq!(files.data_bytes(), 9 * PAGE_BYTES);
+        // Changed, new in a chunk with pages, new in one without, zero now, zero as before.
+        put(&memory, 1, mark(7));
+        put(&memory, 2, mark(2));
+        put(&memory, 1100, mark(3));
+        put(&memory, 700, 0);
+        put(&memory, 1792, 0);
+        put(&memory, 1200, 0);
+        put(&memory, 3000, 0);
+        pass(&memory, Some(&WrittenPages::of_log(log)), &mut files);
+        // The only page of its chunk goes, and comes again.
+        put(&memory, 1791, 0);
+        pass(&memory, Some(&WrittenPages::of_log(log)), &mut files);
+        put(&memory, 1791, mark(8));
+        put(&memory, 3583, 0);
+        pass(&memory, Some(&WrittenPages::of_log(log)), &mut files);
+        files.sync_data().unwrap();
+        let tables = files.finish().unwrap();
+        for ((zone, file), table) in memory.zones().iter().zip(&handles).zip(tables) {
+            let expected = tempfile::tempfile().unwrap();
+            assert_eq!(memory.save_zone(zone, &expected, |_| ()).unwrap(), table);
+            let read = |file: &File| {
+                let mut bytes = vec![0; zone.bytes() as usize];
+                file.read_exact_at(&mut bytes, 0).unwrap();
+                bytes
+            };
+            assert!(read(file) == read(&expected), "zone {}", zone.id);
+        }
+    }
+
+    #[test]
+    fn full_file_is_reported_with_its_zone() {
+        let memory = memory();
+        put(&memory, 5, 1);
+        let read_only = File::open("/dev/zero").unwrap();
+        let error = ContentFiles::new(&memory, [read_only]).unwrap_err();
+        assert!(error.to_string().contains("zone a"), "{error}");
+    }
+}
