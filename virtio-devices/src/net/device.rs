@@ -113,7 +113,7 @@ impl Net {
         let mut handlers: Vec<Box<dyn QueueHandler>> = Vec::new();
         for index in 0..pairs {
             let name = thread_name(&params.id, &format!("_qp{index}"));
-            let pair = QueuePair::new(name, Arc::clone(&net), index, &params.limiters);
+            let pair = QueuePair::new(name, Arc::clone(&net), index, params);
             handlers.push(Box::new(pair.map_err(NetError::Events)?));
         }
         let name = thread_name(&params.id, "_ctrl");
@@ -233,6 +233,7 @@ impl VirtioDevice for Net {
         transmit.restore(&state.transmit_limit, parts::NET, "transmit_limit")?;
         self.net.enable_pairs(pairs);
         self.net.restore_offloads(state.offloads);
+        self.net.set_restored();
         Ok(())
     }
 

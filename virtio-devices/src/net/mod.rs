@@ -5,6 +5,7 @@
 //!   device        configuration half: features, configuration space, queue numbers
 //!   pair          queue half: one receive and one transmit queue on one worker
 //!   receive       tap → guest            transmit   guest → tap
+//!   announce      tells switches where a restored guest is
 //!   control       control queue: number of pairs in use, offloads
 //!   tap           opening and configuring; tap_sys  its ioctls
 //!   frame_io      frames in and out of a tap, directly from and to guest RAM
@@ -14,6 +15,7 @@
 //! Frames have the 12-byte header of virtio 1.x on both sides, so the kernel itself fills in and reads checksums and
 //! segmentation offloads.
 
+mod announce;
 mod config_space;
 mod control;
 mod counters;

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MRG_RXBUF};
 use vm_memory::GuestAddressSpace;
 
+use super::announce::Announcer;
 use super::config_space::has;
-use super::params::NetLimiters;
+use super::params::NetParams;
 use super::receive::{self, Receiver};
 use super::shared::NetShared;
 use super::tap_watch::TapWatch;
@@ -26,6 +27,8 @@ const ENABLED: u32 = 1;
 const RECEIVE_TOKENS: u32 = 2;
 /// Event source: the rate limit allows transmitted frames again.
 const TRANSMIT_TOKENS: u32 = 3;
+/// Event source: the next announcement of a restored interface.
+const ANNOUNCE: u32 = 4;
 
 /// One pair of queues.
 pub(super) struct QueuePair {
@@ -35,6 +38,8 @@ pub(super) struct QueuePair {
     watch: TapWatch,
     receive_throttle: Throttle,
     transmit_throttle: Throttle,
+    /// The first pair announces the interface.
+    announcer: Option<Announcer>,
     active: Option<Active>,
 }
 
@@ -54,13 +59,18 @@ impl QueuePair {
         name: String,
         net: Arc<NetShared>,
         index: usize,
-        limiters: &NetLimiters,
+        params: &NetParams,
     ) -> std::io::Result<Self> {
+        let limiters = &params.limiters;
         Ok(Self {
             name,
             watch: TapWatch::new(net.tap(index).as_raw_fd())?,
             receive_throttle: Throttle::new(Arc::clone(&limiters.receive))?,
             transmit_throttle: Throttle::new(Arc::clone(&limiters.transmit))?,
+            announcer: match index {
+                0 => Some(Announcer::new(params.mac)?),
+                _ => None,
+            },
             net,
             index,
             active: None,
@@ -160,6 +170,12 @@ impl QueueHandler for QueuePair {
         sources.add(self.receive_throttle.as_raw_fd(), RECEIVE_TOKENS)?;
         sources.add(self.transmit_throttle.as_raw_fd(), TRANSMIT_TOKENS)?;
         self.active = Some(active);
+        if let Some(announcer) = &mut self.announcer {
+            sources.add(announcer.as_raw_fd(), ANNOUNCE)?;
+            if self.net.take_restored() {
+                announcer.start(self.net.tap(self.index));
+            }
+        }
         // The driver may have provided buffers before this, and need not notify the device of them.
         let mut turn = Turn::default();
         self.with_active(|pair, active, ram| {
@@ -203,6 +219,12 @@ impl QueueHandler for QueuePair {
             self.transmit_throttle.release();
             return self.with_active(|pair, active, ram| pair.transmit(active, ram, turn));
         }
+        if token == ANNOUNCE {
+            if let Some(announcer) = &mut self.announcer {
+                announcer.next(self.net.tap(self.index));
+            }
+            return Ok(());
+        }
         self.with_active(|pair, active, ram| {
             if pair.watch.wants_readable() {
                 pair.receive(active, ram, turn)?;
@@ -216,6 +238,7 @@ impl QueueHandler for QueuePair {
 
     fn reset(&mut self) {
         self.resume();
+        self.announcer.iter_mut().for_each(Announcer::stop);
         self.active = None;
         for stop in [TapWatch::readable, TapWatch::writable] {
             if let Err(error) = stop(&mut self.watch, false) {

@@ -1,7 +1,7 @@
 //! Data shared by both halves of a network device.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -28,6 +28,8 @@ pub(super) struct NetShared {
     /// The offloads that the saved driver set, for the next driver to be activated, which is the restored one; 0 for
     /// none.
     restored_offloads: AtomicU64,
+    /// Whether the next driver to be activated is a restored one, which switches may know elsewhere.
+    is_restored: AtomicBool,
 }
 
 impl NetShared {
@@ -45,6 +47,7 @@ impl NetShared {
             counters: NetCounters::default(),
             offloads: AtomicU64::new(0),
             restored_offloads: AtomicU64::new(0),
+            is_restored: AtomicBool::new(false),
         };
         net.enable_pairs(1);
         Ok(net)
@@ -121,6 +124,16 @@ impl NetShared {
                 .store(features & GUEST_OFFLOADS, Ordering::Release);
         }
         result.is_ok()
+    }
+
+    /// The next driver to be activated is that of a saved state.
+    pub(super) fn set_restored(&self) {
+        self.is_restored.store(true, Ordering::Release);
+    }
+
+    /// Whether the driver that becomes active was restored. True at most once.
+    pub(super) fn take_restored(&self) -> bool {
+        self.is_restored.swap(false, Ordering::AcqRel)
     }
 
     /// Keeps the offloads of a saved driver until it is active again.

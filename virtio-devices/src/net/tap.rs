@@ -4,7 +4,7 @@
 //! tap that existed before stays.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Write as _};
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
@@ -237,6 +237,14 @@ impl Tap {
     /// Interface name, as reported by the kernel.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Sends one frame, header first.
+    ///
+    /// # Errors
+    /// The tap is full, down or unusable.
+    pub(super) fn send(&self, frame: &[u8]) -> io::Result<()> {
+        (&self.file).write(frame).map(drop)
     }
 
     /// Sets the guest's offloads, `TUN_F_*`; the same for all queues of a tap.

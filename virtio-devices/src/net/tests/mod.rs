@@ -1,6 +1,7 @@
 //! Tests a network device with a mock driver. A datagram socket replaces the tap: it also preserves frame boundaries,
 //! truncates frames that do not fit, and rejects writes when full.
 
+mod announce;
 mod control;
 mod hostile;
 mod limits;
