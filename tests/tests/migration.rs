@@ -63,6 +63,15 @@ fn guest_at_work_moves_again_and_again_and_loses_nothing() -> Result<()> {
     moves_and_loses_nothing(first, 6, &json!({}))
 }
 
+#[test]
+fn guest_at_work_moves_over_several_connections_and_loses_nothing() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let (first, _image) = guest_at_work("size=256M")?;
+    moves_and_loses_nothing(first, 4, &json!({"connections": 4}))
+}
+
 /// The processes map the same pages, one after the other.
 #[test]
 fn guest_at_work_is_handed_over_again_and_again_and_loses_nothing() -> Result<()> {
@@ -343,11 +352,13 @@ fn private_memory_is_not_handed_over_and_the_guest_runs_on() -> Result<()> {
         return Ok(());
     }
     let (source, image) = guest_at_work("size=256M")?;
-    for (url, text) in [
-        ("unix:/move", "zone mem0"),
-        ("tcp:127.0.0.1:1", "unix:PATH"),
+    let one = |url: &str, connections: u32| json!({"destination_url": url, "local": true, "connections": connections});
+    for (body, text) in [
+        (one("unix:/move", 1), "zone mem0"),
+        (one("tcp:127.0.0.1:1", 1), "unix:PATH"),
+        (one("unix:/move", 2), "connections must be 1"),
     ] {
-        let body = json!({"destination_url": url, "local": true}).to_string();
+        let body = body.to_string();
         let refused = source.request("PUT", "vm.send-migration", Some(&body))?;
         let body = refused.body.unwrap_or_default();
         ensure!(

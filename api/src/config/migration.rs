@@ -24,7 +24,7 @@ pub struct VmSendMigrationData {
     /// What happens after that time.
     #[key]
     pub timeout_strategy: MigrationTimeoutStrategy,
-    /// Number of connections. Only 1 is supported.
+    /// Number of connections over which memory is sent, 1 to 128.
     #[key(default = 1)]
     pub connections: u32,
     /// Hand over the memory files of RAM with `shared=on` or `hugepages=on` instead of copying it. Needs a UNIX socket.

@@ -8,6 +8,8 @@
 //! ```
 //! Pages that the guest never touched or has returned are thus neither sent nor resident afterwards.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use virtio_devices::reclaim::{DiscardEngine, Expected, GuestRange, Pagemap};
 use vm_memory::{Bytes as _, GuestAddress, GuestAddressSpace};
 
@@ -39,6 +41,16 @@ pub struct PageRun {
     pub bytes: u64,
 }
 
+/// Divides the chunks of one pass over RAM among its senders: each takes the next one when it has sent one.
+#[derive(Debug, Default)]
+pub struct Chunks(AtomicUsize);
+
+impl Chunks {
+    fn next(&self) -> usize {
+        self.0.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
 impl GuestMemory {
     /// Passes the pages that hold data to `send`: all of them, or those in `written`. Those in `written` that hold none
     /// are passed to `clear`. The machine may run: pages that it changes meanwhile are in the next record. Needs 2 MiB
@@ -49,50 +61,67 @@ impl GuestMemory {
     pub fn send_content<E: From<ContentError>>(
         &self,
         written: Option<&WrittenPages>,
+        send: impl FnMut(Pages<'_>) -> Result<(), E>,
+        clear: impl FnMut(PageRun) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.send_share(written, &Chunks::default(), send, clear)
+    }
+
+    /// The same, for one of several senders, each in a thread: they share `left`, and send the pass together.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::send_content`].
+    pub fn send_share<E: From<ContentError>>(
+        &self,
+        written: Option<&WrittenPages>,
+        left: &Chunks,
         mut send: impl FnMut(Pages<'_>) -> Result<(), E>,
         mut clear: impl FnMut(PageRun) -> Result<(), E>,
     ) -> Result<(), E> {
         let pagemap = Pagemap::open().map_err(ContentError::Pages)?;
         let mut buffer = vec![0; CHUNK_BYTES];
-        for (number, zone) in (0_u32..).zip(self.zones()) {
-            for chunk in chunks(zone) {
-                let count = chunk.bytes / PAGE;
-                let wanted = match written {
-                    Some(written) => match written.bits(chunk.guest.0, count) {
-                        Some(bits) => Some(bits),
-                        None => continue,
-                    },
-                    None => None,
-                };
-                let buffer = &mut buffer[..chunk.bytes];
-                let bits = self.read_chunk(zone, &pagemap, chunk, wanted.as_deref(), buffer)?;
-                let mut used = 0;
-                for page in (0..count).filter(|page| is_set(&bits, *page)) {
-                    buffer.copy_within(page * PAGE..(page + 1) * PAGE, used);
-                    used += PAGE;
-                }
-                if used > 0 {
-                    send(Pages {
-                        zone: number,
-                        offset: chunk.offset,
-                        bits: &bits,
-                        data: &buffer[..used],
-                    })?;
-                }
-                let Some(mut empty) = wanted else {
-                    continue;
-                };
-                for (empty, data) in empty.iter_mut().zip(&bits) {
-                    *empty &= !data;
-                }
-                each_run(&empty, count, |start, bytes| {
-                    clear(PageRun {
-                        zone: number,
-                        offset: chunk.offset + start as u64,
-                        bytes: bytes as u64,
-                    })
+        let zones = (0_u32..).zip(self.zones());
+        let all = zones.flat_map(|(number, zone)| chunks(zone).map(move |it| (number, zone, it)));
+        let mut own = left.next();
+        for (index, (number, zone, chunk)) in all.enumerate() {
+            if index != own {
+                continue;
+            }
+            let count = chunk.bytes / PAGE;
+            let wanted = written.map(|written| written.bits(chunk.guest.0, count));
+            if let Some(None) = wanted {
+                own = left.next();
+                continue;
+            }
+            let wanted = wanted.flatten();
+            let buffer = &mut buffer[..chunk.bytes];
+            let bits = self.read_chunk(zone, &pagemap, chunk, wanted.as_deref(), buffer)?;
+            let mut used = 0;
+            for page in (0..count).filter(|page| is_set(&bits, *page)) {
+                buffer.copy_within(page * PAGE..(page + 1) * PAGE, used);
+                used += PAGE;
+            }
+            if used > 0 {
+                send(Pages {
+                    zone: number,
+                    offset: chunk.offset,
+                    bits: &bits,
+                    data: &buffer[..used],
                 })?;
             }
+            let mut empty = wanted.unwrap_or_default();
+            for (empty, data) in empty.iter_mut().zip(&bits) {
+                *empty &= !data;
+            }
+            let pages = count.min(empty.len() * 8);
+            each_run(&empty, pages, |start, bytes| {
+                clear(PageRun {
+                    zone: number,
+                    offset: chunk.offset + start as u64,
+                    bytes: bytes as u64,
+                })
+            })?;
+            own = left.next();
         }
         Ok(())
     }
@@ -114,6 +143,14 @@ impl ContentWriter {
         }
         Self {
             memory,
+            engine: DiscardEngine::without_vectors(Default::default()),
+        }
+    }
+
+    /// Another writer into the same RAM, for another thread.
+    pub fn another(&self) -> Self {
+        Self {
+            memory: self.memory.clone(),
             engine: DiscardEngine::without_vectors(Default::default()),
         }
     }
@@ -333,6 +370,37 @@ mod tests {
             assert_eq!(get(&target, page), get(&source, page), "page {page}");
         }
         assert_eq!(get(&target, 0), mark(7));
+    }
+
+    #[test]
+    fn senders_that_share_a_pass_send_each_page_once() {
+        let source = memory();
+        let count = 3584;
+        for page in (0..count).step_by(7) {
+            put(&source, page, mark(page));
+        }
+        let (left, writer) = (Chunks::default(), ContentWriter::new(memory()));
+        let sent: usize = std::thread::scope(|scope| {
+            let senders = (0..3).map(|_| {
+                let (source, left, writer) = (&source, &left, writer.another());
+                scope.spawn(move || {
+                    let mut sent = 0;
+                    let send = |pages: Pages<'_>| {
+                        sent += pages.data.len();
+                        writer.write(pages)
+                    };
+                    let sends = source.send_share(None, left, send, |_| Ok(()));
+                    sends.map(|()| sent).unwrap()
+                })
+            });
+            let senders: Vec<_> = senders.collect();
+            senders.into_iter().map(|it| it.join().unwrap()).sum()
+        });
+        assert_eq!(sent, count.div_ceil(7) as usize * PAGE);
+        let target = writer.finish(false);
+        for page in 0..count {
+            assert_eq!(get(&target, page), get(&source, page), "page {page}");
+        }
     }
 
     #[test]

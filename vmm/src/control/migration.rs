@@ -16,8 +16,8 @@ use crate::config;
 use crate::events::{EventKind, EventSink};
 use crate::landlock::{self, LandlockError, Need};
 use crate::migration::{
-    Address, Cancel, Convergence, Incoming, Limits, Listener, MigrationError, Outgoing, Ram,
-    SendProgress, SendReport, SourceEnd, SourceOwner, TargetOwner, movable,
+    Address, CONNECTIONS_MAX, Cancel, Convergence, Incoming, Limits, Listener, MigrationError,
+    Outgoing, Ram, SendProgress, SendReport, SourceEnd, SourceOwner, TargetOwner, movable,
 };
 use crate::snapshot::{self, Snapshot, SnapshotError, SnapshotState};
 use crate::threads::{MIGRATION_THREAD, ThreadKind};
@@ -99,6 +99,7 @@ impl Lifecycle {
             config,
             state,
             ram,
+            connections: request.connections,
             convergence: Convergence {
                 downtime: Duration::from_millis(request.downtime_ms),
                 timeout: Duration::from_secs(request.timeout_s),
@@ -470,8 +471,11 @@ fn check_send(data: &VmSendMigrationData) -> Result<(), LifecycleError> {
     if data.preserve_source {
         return Err(request("preserve_source is not supported"));
     }
-    if data.connections != 1 {
-        return Err(request("connections must be 1"));
+    if !(1..=CONNECTIONS_MAX).contains(&data.connections) {
+        return Err(request("connections must be between 1 and 128"));
+    }
+    if data.local && data.connections != 1 {
+        return Err(request("connections must be 1 with local=on"));
     }
     if data.downtime_ms == 0 {
         return Err(request("downtime_ms must be at least 1"));

@@ -50,6 +50,26 @@ pub enum MigrationError {
         #[source]
         source: io::Error,
     },
+    /// The source did not open all connections.
+    #[error("The source opened {opened} of {expected} connections in time")]
+    TooFewConnections {
+        /// Those that are here.
+        opened: u32,
+        /// The number that it has announced.
+        expected: u32,
+    },
+    /// The source opened a connection that it has not announced.
+    #[error(
+        "The source opened connection {number} {reason}; it has announced {expected}, counted from 0"
+    )]
+    WrongConnection {
+        /// Its number.
+        number: u32,
+        /// The fault.
+        reason: &'static str,
+        /// The number of connections that it has announced.
+        expected: u32,
+    },
     /// The thread of the migration.
     #[error("Cannot start the thread of the migration")]
     Thread(#[source] io::Error),

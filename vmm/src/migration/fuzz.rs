@@ -23,23 +23,37 @@ pub fn receive(bytes: &[u8]) -> bool {
         0 => Transfer::Copied,
         _ => Transfer::HandedOver,
     };
-    let hello = Hello { id: ID, transfer };
-    let framed = match choice % 4 {
-        0 => bytes.to_vec(),
-        1 => framed(bytes),
-        2 => return receive_from_socket(hello, &framed(bytes), &[]),
+    let connections = match choice / 8 % 2 {
+        1 if transfer == Transfer::Copied => 2,
+        _ => 1,
+    };
+    let hello = Hello {
+        id: ID,
+        transfer,
+        connections,
+    };
+    let (bytes, others) = divided(bytes, connections);
+    let (framed, others) = match choice % 4 {
+        0 => (bytes.to_vec(), others.to_vec()),
+        1 => (framed(bytes), framed(others)),
+        2 => return receive_from_socket(hello, &framed(bytes), &framed(others), &[]),
         // A client that is no source comes first.
-        _ => return receive_from_socket(hello, &framed(bytes), bytes),
+        _ => return receive_from_socket(hello, &framed(bytes), &framed(others), bytes),
     };
     let mut owner = Owner { commits: false };
     let mut reached = Reached::NotPrepared;
     let mut answers = Writer::new(std::io::sink());
     let reader = Reader::new(&framed[..]);
     let limits = Limits::default();
+    let join = || {
+        let others = (1..connections).map(|_| Reader::new(&others[..]));
+        Ok((None, others.collect()))
+    };
     let received = receive_from(
         reader,
         &mut answers,
         hello,
+        join,
         &limits,
         &mut owner,
         &mut reached,
@@ -52,9 +66,19 @@ pub fn receive(bytes: &[u8]) -> bool {
     owner.commits
 }
 
+/// What comes on the first connection, and on the second if there is one: two bytes divide them.
+fn divided(bytes: &[u8], connections: u32) -> (&[u8], &[u8]) {
+    match bytes.split_first_chunk() {
+        Some((length, rest)) if connections > 1 => {
+            rest.split_at(usize::from(u16::from_le_bytes(*length)).min(rest.len()))
+        }
+        _ => (bytes, &[]),
+    }
+}
+
 /// The same with the introduction of the source, which breaks the connection after its messages and asks for the outcome.
 /// Returns whether the target took over a machine.
-fn receive_from_socket(hello: Hello, messages: &[u8], first: &[u8]) -> bool {
+fn receive_from_socket(hello: Hello, messages: &[u8], others: &[u8], first: &[u8]) -> bool {
     let any = Address::parse("tcp:127.0.0.1:0").expect("an address");
     let listener = Listener::bind(&any).expect("a free port");
     let Address::Tcp(address) = listener.address() else {
@@ -73,6 +97,11 @@ fn receive_from_socket(hello: Hello, messages: &[u8], first: &[u8]) -> bool {
         let _answered = first.first().map(|_| exchange(address, first));
         // Open until the source asks: unread words of the target would otherwise break it.
         let _connection = send(address, &[introduction.get_mut(), messages].concat());
+        let _others = (hello.connections > 1).then(|| {
+            let mut introduction = Writer::new(Vec::new());
+            introduction.join(&ID, 1).expect("no connection can fail");
+            send(address, &[introduction.get_mut(), others].concat())
+        });
         let mut question = Writer::new(Vec::new());
         question.ask(&ID).expect("no connection can fail");
         question
@@ -170,15 +199,16 @@ mod tests {
         pages[4] = 64;
         pages.resize(16 + 64 + 4096, 0);
         pages[16] = 1;
-        let mut bytes = vec![choice];
+        let mut bytes = Vec::new();
         let kind = |kind| Kind::ALL.iter().position(|it| *it == kind);
-        let memory = match choice / 4 {
-            0 => [
+        let memory = match choice / 4 % 2 {
+            0 => vec![
+                (Kind::PassBegin, &[0; 4][..]),
                 (Kind::Pages, &pages[..]),
                 (Kind::Clear, &[]),
                 (Kind::PassEnd, &[0; 4]),
             ],
-            _ => [
+            _ => vec![
                 (Kind::MemoryFile, &[0; 4][..]),
                 (Kind::MemoryFile, &[1, 0, 0, 0]),
                 (Kind::PassEnd, &[0; 4]),
@@ -194,13 +224,18 @@ mod tests {
             bytes.extend((payload.len() as u16).to_le_bytes());
             bytes.extend(payload);
         }
-        bytes
+        if choice / 8 == 0 {
+            return [&[choice][..], &bytes].concat();
+        }
+        let length = (bytes.len() as u16).to_le_bytes();
+        let pass_end = [kind(Kind::PassEnd).expect("a kind") as u8, 4, 0, 0, 0, 0, 0];
+        [&[choice][..], &length, &bytes, &pass_end].concat()
     }
 
     #[test]
     fn whole_migration_is_received() {
         // TCP carries no files.
-        for choice in [1, 2, 3, 5] {
+        for choice in [1, 2, 3, 5, 9, 10, 11] {
             assert!(receive(&whole(choice)), "{choice}");
         }
         assert!(!receive(&whole(6)));
@@ -209,7 +244,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(200))]
         #[test]
-        fn damaged_migration_never_panics(choice in 1_u8..7, at in 0_usize..4700, byte in any::<u8>(), end in 1_usize..4700) {
+        fn damaged_migration_never_panics(choice in 1_u8..12, at in 0_usize..4700, byte in any::<u8>(), end in 1_usize..4700) {
             let mut bytes = whole(choice);
             let at = at % bytes.len();
             bytes[at] = byte;

@@ -4,14 +4,18 @@
 //!  source                                              target
 //!  Hello, Config, State ───────────────────────────►   checks processor, devices, RAM; creates RAM
 //!                       ◄─────────────── Accepted
-//!  Pages, Clear, PassEnd (the VM runs) ────────────►   writes RAM
+//!  PassBegin, Pages, Clear, PassEnd (the VM runs) ─►   writes RAM
 //!  pauses, releases the locks of disks
-//!  Pages, Clear, PassEnd, State ───────────────────►   creates the machine, takes the locks of disks
+//!  PassBegin, Pages, Clear, PassEnd, State ────────►   creates the machine, takes the locks of disks
 //!                       ◄─────────────── Prepared
 //!  Commit ─────────────────────────────────────────►   resumes
 //!                       ◄────────────── Committed
 //!  Released ───────────────────────────────────────►   the source ends
 //! ```
+//! With several connections, the source opens the others after Accepted, and the target answers Joined. Each pass then
+//! begins with PassBegin on the first one, and ends with PassEnd on all. The target starts none before it has all of the
+//! previous one.
+//!
 //! If memory files are handed over, they follow the state, and there are no passes: both sides map the same pages. The
 //! target does not write to them before the commit.
 //!
@@ -34,6 +38,7 @@ mod receive;
 mod send;
 #[cfg(test)]
 mod tests;
+mod together;
 pub mod wire;
 
 pub use error::MigrationError;
@@ -43,3 +48,4 @@ pub use peer::{Address, Cancel, Listener};
 pub use progress::{SendProgress, SendReport};
 pub use receive::{Incoming, TargetOwner};
 pub use send::{Convergence, Outgoing, Ram, SourceEnd, SourceOwner};
+pub use wire::CONNECTIONS_MAX;

@@ -238,7 +238,10 @@ pub(super) struct Peer {
     until: Option<Instant>,
     /// For the current message.
     message_until: Option<Instant>,
+    /// On all connections of the migration.
     written: Arc<AtomicU64>,
+    /// Set if another connection of the migration has failed: this one then ends, too.
+    broken: Cancel,
 }
 
 impl Peer {
@@ -263,7 +266,19 @@ impl Peer {
             until: None,
             message_until: None,
             written: Arc::default(),
+            broken: Cancel::default(),
         })
+    }
+
+    /// Makes this a connection of the same migration as `first`.
+    pub(super) fn join(&mut self, first: &Self) {
+        self.written = Arc::clone(&first.written);
+        self.broken = first.broken.clone();
+    }
+
+    /// Ends the transfers on all other connections of the migration.
+    pub(super) fn break_others(&self) {
+        self.broken.set();
     }
 
     /// Bytes sent so far.
@@ -281,9 +296,10 @@ impl Peer {
         self.until.is_some_and(|until| Instant::now() >= until)
     }
 
-    /// Waits regardless of a cancellation from now on: the outcome no longer depends on this side.
+    /// Waits regardless of a cancellation and of other connections from now on: the outcome no longer depends on them.
     pub(super) fn ignore_cancel(&mut self) {
         self.cancel = Cancel::default();
+        self.broken = Cancel::default();
     }
 
     /// Repeats `transfer` until it moves bytes, the time of the message is over, or the migration is cancelled.
@@ -293,6 +309,10 @@ impl Peer {
     ) -> io::Result<usize> {
         loop {
             self.cancel.check()?;
+            if self.broken.is_set() {
+                let reason = "another connection of the migration has failed";
+                return Err(io::Error::other(reason));
+            }
             if self
                 .message_until
                 .is_none_or(|until| Instant::now() >= until)

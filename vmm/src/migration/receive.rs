@@ -8,8 +8,9 @@ use api::VmConfig;
 use machine::memory::{ContentWriter, GuestMemory, ZoneFiles};
 
 use super::peer::{Cancel, Peer};
+use super::together::together;
 use super::wire::{
-    Channel, FILES_MAX, Hello, Kind, MigrationId, Reader, Transfer, WireError, Writer,
+    Channel, FILES_MAX, Hello, Kind, Message, MigrationId, Reader, Transfer, WireError, Writer,
 };
 use super::{Limits, Listener, MigrationError};
 use crate::snapshot::{SnapshotState, state_bytes_max};
@@ -77,15 +78,16 @@ impl Incoming {
     /// Receives a machine. Calls [`TargetOwner::end`], and then may answer a source that does not know the outcome.
     pub fn run(self, owner: &mut dyn TargetOwner) {
         let mut reached = Reached::NotPrepared;
-        let mut connection = None;
-        let received = self.receive(owner, &mut reached, &mut connection);
+        let mut connections = Vec::new();
+        let received = self.receive(owner, &mut reached, &mut connections);
         let received = received.map_err(|error| self.cancel.or(error));
         let reason = received.as_ref().err().map(|error| api::error_line(error));
         owner.end(received);
         // Only now: a source that learns of the failure, also by the end of the connection, locks its disks again.
-        if let (Some(peer), Some(reason)) = (connection, reason) {
-            Writer::new(peer).refuse(&reason).ok();
+        if let (Some(first), Some(reason)) = (connections.first(), reason) {
+            Writer::new(first.clone()).refuse(&reason).ok();
         }
+        drop(connections);
         match reached {
             Reached::NotPrepared | Reached::Released => {}
             Reached::Prepared(id) => self.answer(&id, Kind::Abandoned),
@@ -97,17 +99,78 @@ impl Incoming {
         &self,
         owner: &mut dyn TargetOwner,
         reached: &mut Reached,
-        connection: &mut Option<Peer>,
+        connections: &mut Vec<Peer>,
     ) -> Result<(), MigrationError> {
         let (mut peer, hello) = self.accept()?;
         owner.begin();
         peer.set_limit(self.limits.running);
         let mut last_word = peer.clone();
         last_word.ignore_cancel();
-        *connection = Some(last_word);
+        connections.push(last_word);
         let mut writer = Writer::new(peer.clone());
-        let reader = Reader::new(peer);
-        receive_from(reader, &mut writer, hello, &self.limits, owner, reached)
+        let reader = Reader::new(peer.clone());
+        let join = || {
+            let others = self.join(&peer, &hello)?;
+            // Open until the end: a source that finds one closed expects the reason on the first one.
+            connections.extend(others.iter().cloned());
+            let readers = others.into_iter().map(Reader::new).collect();
+            Ok((Some(peer.clone()), readers))
+        };
+        let limits = &self.limits;
+        receive_from(reader, &mut writer, hello, join, limits, owner, reached)
+    }
+
+    /// The other connections of the migration that `first` has begun.
+    fn join(&self, first: &Peer, hello: &Hello) -> Result<Vec<Peer>, MigrationError> {
+        let until = Instant::now() + self.limits.connect;
+        let expected = hello.connections;
+        let mut others: Vec<Option<Peer>> = (1..expected).map(|_| None).collect();
+        while let opened = others.iter().flatten().count() as u32 + 1
+            && opened < expected
+        {
+            let mut peer = match self.listener.accept(&self.cancel, Some(until)) {
+                Ok(peer) => peer,
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                    return Err(MigrationError::TooFewConnections { opened, expected });
+                }
+                Err(error) => return Err(MigrationError::Wire(error.into())),
+            };
+            peer.set_limit(self.limits.question);
+            let mut reader = Reader::new(peer.clone());
+            let joins = reader.next(&[Kind::Join], "another connection of a migration");
+            let mut writer = Writer::new(peer.clone());
+            let number = match joins.and_then(|joins| joins.joins()) {
+                Ok((id, number)) if id == hello.id => number,
+                Ok(_) => {
+                    writer.refuse("this is about another migration").ok();
+                    continue;
+                }
+                Err(error) => {
+                    log::warn!("A client does not join a migration: {error}");
+                    writer.refuse(&error.to_string()).ok();
+                    continue;
+                }
+            };
+            let place = (number as usize).checked_sub(1);
+            let reason = match place.and_then(|place| others.get_mut(place)) {
+                Some(place) if place.is_none() => {
+                    peer.join(first);
+                    peer.set_limit(self.limits.running);
+                    *place = Some(peer);
+                    continue;
+                }
+                Some(_) => "twice",
+                None => "that does not exist",
+            };
+            let error = MigrationError::WrongConnection {
+                number,
+                reason,
+                expected,
+            };
+            writer.refuse(&error.to_string()).ok();
+            return Err(error);
+        }
+        Ok(others.into_iter().flatten().collect())
     }
 
     /// The first client that speaks this protocol.
@@ -164,11 +227,13 @@ impl Incoming {
     }
 }
 
-/// Everything after the introduction of the source.
-pub(super) fn receive_from(
-    mut reader: Reader<impl Read + Channel>,
+/// Everything after the introduction of the source. `join` waits for the other connections; it returns the first one, if
+/// the others can end early, and them.
+pub(super) fn receive_from<R: Read + Channel + Send>(
+    mut reader: Reader<R>,
     writer: &mut Writer<impl Write + Channel>,
     hello: Hello,
+    join: impl FnOnce() -> Result<(Option<Peer>, Vec<Reader<R>>), MigrationError>,
     limits: &Limits,
     owner: &mut dyn TargetOwner,
     reached: &mut Reached,
@@ -185,7 +250,13 @@ pub(super) fn receive_from(
     let memory = owner.prepare(config, state, files)?;
     writer.send(Kind::Accepted, &[])?;
     let (state, memory) = match hello.transfer {
-        Transfer::Copied => receive_content(&mut reader, memory, thp)?,
+        Transfer::Copied => {
+            let (peer, readers) = join()?;
+            if !readers.is_empty() {
+                writer.send(Kind::Joined, &[])?;
+            }
+            receive_content(&mut reader, peer.as_ref(), readers, memory, thp)?
+        }
         Transfer::HandedOver => {
             let state = reader.next(&[Kind::State], "the final state")?;
             (read_state(state.text()?)?, memory)
@@ -236,16 +307,44 @@ fn receive_files(reader: &mut Reader<impl Read + Channel>) -> Result<Vec<File>, 
     }
 }
 
-/// The content of `memory`, and the final state, which follows it.
-fn receive_content(
-    reader: &mut Reader<impl Read + Channel>,
+/// The content of `memory`, and the final state, which follows it. `peer` is the first connection, `others` are further
+/// ones.
+fn receive_content<R: Read + Channel + Send>(
+    reader: &mut Reader<R>,
+    peer: Option<&Peer>,
+    others: Vec<Reader<R>>,
     memory: GuestMemory,
     thp: bool,
 ) -> Result<(SnapshotState, GuestMemory), MigrationError> {
     let mut content = ContentWriter::new(memory);
+    let others = others.into_iter();
+    let mut others: Vec<_> = others.map(|it| (it, content.another())).collect();
+    let mut pass = 0_u32;
     loop {
-        let expected = &[Kind::Pages, Kind::Clear, Kind::PassEnd, Kind::State];
-        let message = reader.next(expected, "memory or the final state")?;
+        let expected = &[Kind::PassBegin, Kind::State];
+        let message = reader.next(expected, "a pass over memory or the final state")?;
+        if message.kind == Kind::State {
+            return Ok((read_state(message.text()?)?, content.finish(thp)));
+        }
+        require_pass(&message, pass)?;
+        let first = || receive_share(reader, &mut content, pass);
+        together(peer, &mut others, first, |(reader, content)| {
+            receive_share(reader, content, pass)
+        })?;
+        log::debug!("Pass {pass} over guest RAM has come");
+        pass = pass.wrapping_add(1);
+    }
+}
+
+/// What comes on one connection in a pass.
+fn receive_share(
+    reader: &mut Reader<impl Read + Channel>,
+    content: &mut ContentWriter,
+    pass: u32,
+) -> Result<(), MigrationError> {
+    loop {
+        let expected = &[Kind::Pages, Kind::Clear, Kind::PassEnd];
+        let message = reader.next(expected, "memory or the end of the pass")?;
         match message.kind {
             Kind::Pages => content.write(message.pages()?)?,
             Kind::Clear => {
@@ -253,9 +352,17 @@ fn receive_content(
                     content.clear(run)?;
                 }
             }
-            Kind::PassEnd => log::debug!("Pass {} over guest RAM has come", message.number()?),
-            _ => return Ok((read_state(message.text()?)?, content.finish(thp))),
+            _ => return require_pass(&message, pass),
         }
+    }
+}
+
+fn require_pass(message: &Message<'_>, pass: u32) -> Result<(), MigrationError> {
+    let kind = message.kind;
+    let reason = "it is of another pass";
+    match message.number()? == pass {
+        true => Ok(()),
+        false => Err(WireError::Invalid { kind, reason }.into()),
     }
 }
 

@@ -1,14 +1,17 @@
 //! The source of a migration.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use machine::memory::{GuestMemory, PageRun, Pages, WriteTracker, WrittenPages};
+use machine::memory::{Chunks, GuestMemory, PageRun, Pages, WriteTracker, WrittenPages};
 use machine::random::random_id;
 
 use super::peer::{Cancel, Peer};
+use super::together::together;
 use super::wire::{
     Channel, FILES_MAX, Hello, Kind, MigrationId, RUNS_MAX, Reader, Transfer, WireError, Writer,
 };
@@ -111,6 +114,8 @@ pub struct Outgoing {
     pub state: String,
     /// The guest's RAM.
     pub ram: Ram,
+    /// The number of connections over which its content is sent; at least 1.
+    pub connections: u32,
     /// When to pause.
     pub convergence: Convergence,
     /// How long it waits for the target.
@@ -126,7 +131,9 @@ struct Connection {
     peer: Peer,
     reader: Reader<Peer>,
     writer: Writer<Peer>,
-    data_bytes: u64,
+    /// Further ones.
+    others: Vec<Writer<Peer>>,
+    data_bytes: AtomicU64,
 }
 
 impl Outgoing {
@@ -146,7 +153,8 @@ impl Outgoing {
             reader: Reader::new(peer.clone()),
             writer: Writer::new(peer.clone()),
             peer,
-            data_bytes: 0,
+            others: Vec::new(),
+            data_bytes: AtomicU64::default(),
         };
         connection.set_limit(self.limits.running);
         let sent = self.send_to(&mut connection, &id, owner);
@@ -166,6 +174,7 @@ impl Outgoing {
         connection.writer.hello(&Hello {
             id: *id,
             transfer: self.ram.transfer(),
+            connections: self.connections,
         })?;
         connection
             .writer
@@ -185,6 +194,7 @@ impl Outgoing {
         let Ram::Copied(tracker) = &self.ram else {
             return self.send_paused(connection, None, owner);
         };
+        self.open_others(connection, id)?;
         let started = Instant::now();
         let until = started.checked_add(self.convergence.timeout);
         if !self.convergence.pauses_at_timeout {
@@ -204,6 +214,27 @@ impl Outgoing {
             written,
         };
         self.send_paused(connection, Some(rest), owner)
+    }
+
+    /// Opens the other connections.
+    fn open_others(
+        &self,
+        connection: &mut Connection,
+        id: &MigrationId,
+    ) -> Result<(), MigrationError> {
+        for number in 1..self.connections {
+            let mut peer = self.address.connect(&self.cancel, self.limits.connect)?;
+            peer.join(&connection.peer);
+            peer.set_limit(self.limits.running);
+            let mut writer = Writer::new(peer);
+            writer.join(id, number)?;
+            connection.others.push(writer);
+        }
+        if self.connections > 1 {
+            let expected = "the answer to the other connections";
+            connection.reader.next(&[Kind::Joined], expected)?;
+        }
+        Ok(())
     }
 
     fn timeout(&self) -> MigrationError {
@@ -292,31 +323,21 @@ impl Outgoing {
         let Connection {
             peer,
             writer,
+            others,
             data_bytes,
             ..
         } = connection;
-        let mut runs: Vec<PageRun> = Vec::new();
-        let writer = std::cell::RefCell::new(writer);
-        let send = |pages: Pages<'_>| {
-            writer.borrow_mut().pages(pages)?;
-            *data_bytes += pages.data.len() as u64;
+        writer.send(Kind::PassBegin, &pass.to_le_bytes())?;
+        let left = Chunks::default();
+        let sent = |data: usize| {
+            data_bytes.fetch_add(data as u64, Ordering::Relaxed);
             self.progress.set_wire_bytes(peer.written());
-            Ok::<_, MigrationError>(())
         };
-        let clear = |run| {
-            runs.push(run);
-            if runs.len() == RUNS_MAX {
-                writer.borrow_mut().clear(&runs)?;
-                runs.clear();
-            }
-            Ok(())
+        let send = |writer: &mut Writer<Peer>| -> Result<(), MigrationError> {
+            send_share(writer, memory, written, &left, &sent)?;
+            Ok(writer.send(Kind::PassEnd, &pass.to_le_bytes())?)
         };
-        memory.send_content(written, send, clear)?;
-        let writer = writer.into_inner();
-        if !runs.is_empty() {
-            writer.clear(&runs)?;
-        }
-        writer.send(Kind::PassEnd, &pass.to_le_bytes())?;
+        together(Some(&*peer), others, || send(writer), send)?;
         self.progress.end_pass();
         self.progress.set_wire_bytes(peer.written());
         Ok(())
@@ -348,7 +369,7 @@ impl Outgoing {
             SourceEnd::Finished(SendReport {
                 passes: sent.passes,
                 wire_bytes: connection.peer.written(),
-                data_bytes: connection.data_bytes,
+                data_bytes: connection.data_bytes.load(Ordering::Relaxed),
                 downtime_ms: sent.paused.elapsed().as_millis() as u64,
             })
         };
@@ -407,13 +428,15 @@ impl Outgoing {
 impl Connection {
     fn set_limit(&mut self, limit: Duration) {
         self.reader.get_mut().set_limit(limit);
-        self.writer.get_mut().set_limit(limit);
+        let writers = std::iter::once(&mut self.writer).chain(&mut self.others);
+        writers.for_each(|writer| writer.get_mut().set_limit(limit));
     }
 
     fn set_end(&mut self, until: Option<Instant>) {
         self.peer.set_end(until);
         self.reader.get_mut().set_end(until);
-        self.writer.get_mut().set_end(until);
+        let writers = std::iter::once(&mut self.writer).chain(&mut self.others);
+        writers.for_each(|writer| writer.get_mut().set_end(until));
     }
 
     /// Whether the time of all messages is over.
@@ -449,6 +472,36 @@ impl Connection {
             Err(reason @ WireError::Refused { .. }) => reason.into(),
             _ => error,
         }
+    }
+}
+
+/// Sends the chunks of a pass that no other connection sends. `sent` receives the bytes of data in each message.
+fn send_share(
+    writer: &mut Writer<Peer>,
+    memory: &GuestMemory,
+    written: Option<&WrittenPages>,
+    left: &Chunks,
+    sent: &impl Fn(usize),
+) -> Result<(), MigrationError> {
+    let mut runs: Vec<PageRun> = Vec::new();
+    let cell = RefCell::new(&mut *writer);
+    let send = |pages: Pages<'_>| {
+        cell.borrow_mut().pages(pages)?;
+        sent(pages.data.len());
+        Ok::<_, MigrationError>(())
+    };
+    let clear = |run| {
+        runs.push(run);
+        if runs.len() == RUNS_MAX {
+            cell.borrow_mut().clear(&runs)?;
+            runs.clear();
+        }
+        Ok(())
+    };
+    memory.send_share(written, left, send, clear)?;
+    match runs.is_empty() {
+        true => Ok(()),
+        false => Ok(writer.clear(&runs)?),
     }
 }
 

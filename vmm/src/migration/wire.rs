@@ -15,7 +15,7 @@ use std::time::Duration;
 use machine::memory::{PageRun, Pages};
 
 /// Version of the messages and of their order. Both sides must have the same.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 const MAGIC: [u8; 4] = *b"CHBM";
 const HEADER_BYTES: usize = 16;
 
@@ -27,6 +27,8 @@ const RUN_BYTES: usize = 20;
 pub const RUNS_MAX: usize = 1024;
 /// Longer than any [`Kind::Hello`] of this version: a peer of a later version is refused for its version.
 const INTRODUCTION_BYTES_MAX: u32 = 64;
+/// Connections of one migration.
+pub const CONNECTIONS_MAX: u32 = 128;
 /// Memory files that a target opens for a source.
 pub const FILES_MAX: u32 = 256;
 const REASON_BYTES_MAX: u32 = 4096;
@@ -63,6 +65,8 @@ pub struct Hello {
     pub id: MigrationId,
     /// How RAM comes.
     pub transfer: Transfer,
+    /// Connections over which it comes, from 1 to [`CONNECTIONS_MAX`].
+    pub connections: u32,
 }
 
 macro_rules! kinds {
@@ -97,7 +101,7 @@ macro_rules! kinds {
 }
 
 kinds! {
-    /// Source: the version, the identifier of this migration, and how RAM comes.
+    /// Source: the version, the identifier of this migration, how RAM comes, and over how many connections.
     Hello = 1, INTRODUCTION_BYTES_MAX;
     /// Source: the configuration as JSON.
     Config = 2, CONFIG_BYTES_MAX;
@@ -111,7 +115,7 @@ kinds! {
     Pages = 6, PAGES_HEAD_BYTES as u32 + BITMAP_BYTES_MAX + CHUNK_BYTES;
     /// Source: pages that read as zeros.
     Clear = 7, (RUNS_MAX * RUN_BYTES) as u32;
-    /// Source: all of RAM was sent since the last such message; the number of the pass.
+    /// Source, at the end of a pass on each connection: the number of the pass.
     PassEnd = 8, 4;
     /// Target: the machine exists here and waits.
     Prepared = 9, 0;
@@ -127,6 +131,12 @@ kinds! {
     Abandoned = 14, 0;
     /// Source: the number of a zone. A byte that carries its memory file follows.
     MemoryFile = 15, 4;
+    /// Source, on another connection: the version, the identifier, and the number of the connection.
+    Join = 16, INTRODUCTION_BYTES_MAX;
+    /// Target: all connections are here.
+    Joined = 17, 0;
+    /// Source: the number of a pass over RAM that begins on all connections.
+    PassBegin = 18, 4;
 }
 
 /// Reasons why a stream is not that of a migration.
@@ -284,8 +294,24 @@ impl<W: Write + Channel> Writer<W> {
     /// # Errors
     /// The connection.
     pub fn hello(&mut self, hello: &Hello) -> Result<(), WireError> {
-        let rest = [hello.transfer.number()];
-        self.send_parts(Kind::Hello, &[&VERSION.to_le_bytes(), &hello.id, &rest])
+        let transfer = [hello.transfer.number()];
+        let connections = hello.connections.to_le_bytes();
+        let parts = [
+            &VERSION.to_le_bytes()[..],
+            &hello.id,
+            &transfer,
+            &connections,
+        ];
+        self.send_parts(Kind::Hello, &parts)
+    }
+
+    /// Sends [`Kind::Join`].
+    ///
+    /// # Errors
+    /// The connection.
+    pub fn join(&mut self, id: &MigrationId, number: u32) -> Result<(), WireError> {
+        let parts = [&VERSION.to_le_bytes()[..], id, &number.to_le_bytes()];
+        self.send_parts(Kind::Join, &parts)
     }
 
     /// Sends [`Kind::Ask`].
@@ -505,18 +531,48 @@ impl<'a> Message<'a> {
     /// The content of a [`Kind::Hello`].
     ///
     /// # Errors
-    /// Another version, length or way.
+    /// Another version, length, way or number of connections.
     pub fn hello(&self) -> Result<Hello, WireError> {
         let Some((id, rest)) = self.introduction()?.split_first_chunk() else {
             return self.invalid("it is too short");
         };
-        let transfer = match rest {
-            [0] => Transfer::Copied,
-            [1] => Transfer::HandedOver,
-            [_] => return self.invalid("RAM comes in an unknown way"),
-            _ => return self.invalid("it has another length"),
+        let [transfer, connections @ ..] = rest else {
+            return self.invalid("it has another length");
         };
-        Ok(Hello { id: *id, transfer })
+        let Ok(connections) = connections.try_into().map(u32::from_le_bytes) else {
+            return self.invalid("it has another length");
+        };
+        let transfer = match transfer {
+            0 => Transfer::Copied,
+            1 => Transfer::HandedOver,
+            _ => return self.invalid("RAM comes in an unknown way"),
+        };
+        let connections_max = match transfer {
+            Transfer::Copied => CONNECTIONS_MAX,
+            Transfer::HandedOver => 1,
+        };
+        if !(1..=connections_max).contains(&connections) {
+            return self.invalid("RAM cannot come over that many connections");
+        }
+        Ok(Hello {
+            id: *id,
+            transfer,
+            connections,
+        })
+    }
+
+    /// The identifier and the number of a [`Kind::Join`].
+    ///
+    /// # Errors
+    /// Another version or length.
+    pub fn joins(&self) -> Result<(MigrationId, u32), WireError> {
+        let Some((id, number)) = self.introduction()?.split_first_chunk() else {
+            return self.invalid("it is too short");
+        };
+        match number.try_into().map(u32::from_le_bytes) {
+            Ok(number) => Ok((*id, number)),
+            Err(_) => self.invalid("it has another length"),
+        }
     }
 
     /// The identifier of a [`Kind::Ask`].
@@ -585,7 +641,7 @@ impl<'a> Message<'a> {
         }))
     }
 
-    /// The number of a [`Kind::PassEnd`] or [`Kind::MemoryFile`].
+    /// The number of a [`Kind::PassBegin`], [`Kind::PassEnd`] or [`Kind::MemoryFile`].
     ///
     /// # Errors
     /// It has another length.
@@ -647,7 +703,8 @@ mod tests {
     const ID: MigrationId = *b"0123456789abcdef";
     const HELLO: Hello = Hello {
         id: ID,
-        transfer: Transfer::HandedOver,
+        transfer: Transfer::Copied,
+        connections: 4,
     };
 
     /// One message of each kind.
@@ -679,6 +736,9 @@ mod tests {
         writer.send(Kind::Committed, &[]).unwrap();
         writer.send(Kind::Released, &[]).unwrap();
         writer.ask(&ID).unwrap();
+        writer.join(&ID, 3).unwrap();
+        writer.send(Kind::Joined, &[]).unwrap();
+        writer.send(Kind::PassBegin, &9_u32.to_le_bytes()).unwrap();
         writer.send(Kind::Abandoned, &[]).unwrap();
         std::mem::take(writer.get_mut())
     }
@@ -694,10 +754,11 @@ mod tests {
             match message.kind {
                 Kind::Hello => assert_eq!(message.hello()?, HELLO),
                 Kind::Ask => assert_eq!(message.asked()?, ID),
+                Kind::Join => assert_eq!(message.joins()?, (ID, 3)),
                 Kind::Config | Kind::State => drop(message.text()?),
                 Kind::Pages => assert_eq!(message.pages()?.data, [7; 4096]),
                 Kind::Clear => assert_eq!(message.runs()?.count(), 2),
-                Kind::PassEnd => assert_eq!(message.number()?, 9),
+                Kind::PassBegin | Kind::PassEnd => assert_eq!(message.number()?, 9),
                 Kind::MemoryFile => {
                     assert_eq!(message.number()?, 5);
                     reader.receive_file()?;
@@ -740,6 +801,7 @@ mod tests {
         let message = message.and_then(|message| match message.kind {
             Kind::Hello => message.hello().map(drop),
             Kind::Ask => message.asked().map(drop),
+            Kind::Join => message.joins().map(drop),
             Kind::MemoryFile => message.number().map(drop),
             Kind::Config => message.text().map(drop),
             Kind::Pages => message.pages().map(drop),
@@ -764,12 +826,17 @@ mod tests {
             assert!(error.contains(text), "{kind:?}: {error}");
         };
         expect(Kind::Hello, &[9, 0, 0, 0], "version 9");
-        expect(Kind::Hello, &[2, 0, 0, 0, 5], "too short");
-        let hello = |rest: &[u8]| [&[2, 0, 0, 0][..], &ID, rest].concat();
+        expect(Kind::Hello, &[3, 0, 0, 0, 5], "too short");
+        let hello = |rest: &[u8]| [&[3, 0, 0, 0][..], &ID, rest].concat();
         expect(Kind::Hello, &hello(&[]), "another length");
-        expect(Kind::Hello, &hello(&[2]), "unknown way");
-        expect(Kind::Hello, &hello(&[0, 0]), "another length");
+        expect(Kind::Hello, &hello(&[2, 1, 0, 0, 0]), "unknown way");
+        expect(Kind::Hello, &hello(&[0, 1, 0, 0]), "another length");
+        for [transfer, connections] in [[0, 0], [0, 129], [1, 2]] {
+            let rest = [transfer, connections, 0, 0, 0];
+            expect(Kind::Hello, &hello(&rest), "that many connections");
+        }
         expect(Kind::Ask, &hello(&[0]), "another length");
+        expect(Kind::Join, &hello(&[0]), "another length");
         expect(Kind::MemoryFile, &[1], "too short");
         expect(Kind::Hello, &[], "too short");
         expect(Kind::Config, &[0xff], "not text");

@@ -153,14 +153,18 @@ pub(super) const EVERY_THREAD: &[Call] = calls![
     SYS_writev,
 ];
 
-/// Starts threads, which then install a narrower filter.
+/// Starts threads.
 const STARTS_THREADS: &[Call] = calls![
     SYS_clone [0 with CLONE_THREAD | CLONE_VM],
     // Its flags are in memory, which a filter cannot read.
     SYS_clone3,
+    SYS_set_tid_address,
+];
+
+/// Installs the narrower filter of a thread that was started.
+const FILTERS: &[Call] = calls![
     SYS_prctl [0 is PR_SET_NO_NEW_PRIVS],
     SYS_seccomp [0 is SECCOMP_SET_MODE_FILTER],
-    SYS_set_tid_address,
 ];
 
 /// Transfers bytes over a connected socket or a terminal.
@@ -309,6 +313,7 @@ pub(super) fn own(kind: ThreadKind) -> Vec<&'static [Call]> {
             MACHINE,
             CONFINES,
             STARTS_THREADS,
+            FILTERS,
             SOCKET_IO,
             DISCARD,
             DISK_IO,
@@ -316,12 +321,13 @@ pub(super) fn own(kind: ThreadKind) -> Vec<&'static [Call]> {
             RESIDENCY,
             TCP,
         ],
-        ThreadKind::HttpServer => &[SOCKET_IO, STARTS_THREADS],
+        ThreadKind::HttpServer => &[SOCKET_IO, STARTS_THREADS, FILTERS],
         ThreadKind::ApiQuery => &[RESIDENCY, READ_FILES, calls![SYS_eventfd2]],
         ThreadKind::EventMonitor => &[],
         ThreadKind::Thresholds => &[RESIDENCY, READ_FILES],
-        // Connects to the peer, reads RAM and discards parts of it.
+        // Connects to the peer, reads RAM and discards parts of it. Its threads for further connections have its filter.
         ThreadKind::Migration => &[
+            STARTS_THREADS,
             SOCKET_IO,
             CLEANUP,
             RESIDENCY,

@@ -144,6 +144,7 @@ fn refusal(files: impl FnOnce(&mut Writer<Peer>)) -> String {
     let hello = Hello {
         id: [1; 16],
         transfer: Transfer::HandedOver,
+        connections: 1,
     };
     writer.hello(&hello).unwrap();
     let config = serde_json::to_string(&shared()).unwrap();

@@ -2,6 +2,7 @@
 //! any byte.
 #![allow(clippy::unwrap_used)]
 
+mod connections;
 mod handed_over;
 mod proxy;
 
@@ -167,6 +168,7 @@ struct Source {
     refuses_commit: bool,
     /// Hands over its memory files; otherwise its writes are tracked.
     local: bool,
+    connections: u32,
 }
 
 impl Source {
@@ -190,6 +192,7 @@ impl Source {
             limits: LIMITS,
             refuses_commit: false,
             local: false,
+            connections: 1,
         }
     }
 
@@ -215,6 +218,7 @@ impl Source {
                     Ram::Copied(Box::new(tracker))
                 }
             },
+            connections: self.connections,
             convergence: Convergence {
                 downtime: Duration::from_millis(300),
                 timeout: Duration::from_secs(30),
@@ -372,7 +376,7 @@ fn both_sides_can_be_cancelled_while_they_wait() {
 }
 
 const HEADER: usize = 16;
-const HELLO_BYTES: usize = HEADER + 21;
+const HELLO_BYTES: usize = HEADER + 25;
 
 /// Migrates over a connection that is cut. Returns how it ended on both sides.
 fn migrate(kvm: &Kvm, way: Way, bytes: usize, after: After) -> (SourceEnd, Received, [usize; 2]) {
