@@ -82,7 +82,7 @@ pub struct VmInfo {
 
 /// Progress of a migration, on its source.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-#[schemars(extend("example" = json!({"passes": 2, "wire_bytes": 268435456, "left_bytes": 1048576})))]
+#[schemars(extend("example" = json!({"passes": 2, "wire_bytes": 268435456, "left_bytes": 1048576, "throttle_percent": 20})))]
 pub struct MigrationProgress {
     /// Completed passes over RAM.
     pub passes: u32,
@@ -90,6 +90,9 @@ pub struct MigrationProgress {
     pub wire_bytes: u64,
     /// RAM to be examined in the current pass, bytes. Only pages that hold data are sent.
     pub left_bytes: u64,
+    /// Part of the time for which vCPUs are held by `auto_converge`, percent.
+    #[serde(default)]
+    pub throttle_percent: u8,
 }
 
 /// Progress of a snapshot.

@@ -70,6 +70,19 @@ pub fn with_kicks<R>(vcpu: &mut Vcpu, body: impl FnOnce(&mut Vcpu) -> R) -> R {
     body(vcpu)
 }
 
+/// The number of the calling thread, for [`kick_number`].
+#[must_use]
+pub fn thread_number() -> i32 {
+    // SAFETY: the call takes no argument and always succeeds.
+    unsafe { libc::gettid() }
+}
+
+/// Kicks the vCPU that the thread with this number runs. Has no effect if it runs none, or has ended.
+pub fn kick_number(thread: i32) {
+    // SAFETY: no memory is passed. The kernel finds only threads of this process, all of which have the handler.
+    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, signal()) };
+}
+
 /// Kicks the vCPU that `thread` runs. Has no effect if the thread runs no vCPU or has ended.
 pub fn kick<T>(thread: &JoinHandle<T>) {
     // SAFETY: a thread that is not yet joined keeps its pthread id, and the handle cannot be joined while it is

@@ -6,6 +6,8 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Command;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::bare_metal::{SCENARIO_DEADLINE, expect_all_passed, kvm_opens, start};
@@ -70,6 +72,70 @@ fn guest_at_work_moves_over_several_connections_and_loses_nothing() -> Result<()
     }
     let (first, _image) = guest_at_work("size=256M")?;
     moves_and_loses_nothing(first, 4, &json!({"connections": 4}))
+}
+
+/// Forwards connections, each at about 3 MB/s to the target, until `end` is dropped.
+fn forward_slowly(listener: &TcpListener, target: u16, end: &Receiver<()>) -> Result<()> {
+    let (source, _) = listener.accept()?;
+    let target = TcpStream::connect(("127.0.0.1", target))?;
+    std::thread::scope(|scope| {
+        scope.spawn(|| std::io::copy(&mut &target, &mut &source).ok());
+        let mut buffer = [0; 16 << 10];
+        let pace = Duration::from_millis(5);
+        while end.recv_timeout(pace) == Err(RecvTimeoutError::Timeout) {
+            match (&source).read(&mut buffer) {
+                Ok(count) if count > 0 && (&target).write_all(&buffer[..count]).is_ok() => {}
+                _ => break,
+            }
+        }
+        source.shutdown(Shutdown::Both).ok();
+        target.shutdown(Shutdown::Both).ok();
+    });
+    Ok(())
+}
+
+/// The guest writes all the time, and no pass leaves less than can be sent in a millisecond.
+#[test]
+fn guest_that_writes_too_fast_is_slowed_down_and_runs_freely_afterwards() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let (source, image) = guest_at_work("size=256M")?;
+    let mut settings = json!({"downtime_ms": 1, "auto_converge": true, "timeout_s": 600});
+    let target = target()?;
+    let port = free_port()?;
+    let proxy = TcpListener::bind("127.0.0.1:0")?;
+    let url = format!("tcp:{}", proxy.local_addr()?);
+    let (status, body) = while_receiving(&target, &format!("tcp:127.0.0.1:{port}"), || {
+        send_with(&source, &url, &settings)?;
+        let (end, ends) = channel();
+        std::thread::scope(|scope| {
+            let proxy = &proxy;
+            let slow = scope.spawn(move || forward_slowly(proxy, port, &ends));
+            let throttled = wait_event(&source, "migration-throttled");
+            let info = source.get("vm.info");
+            let cancelled = source.put("vm.cancel-migration", None);
+            drop(end);
+            slow.join().expect("no panic")?;
+            println!("     {}", throttled?);
+            let info = info?;
+            let percent = info["migration_progress"]["throttle_percent"].as_u64();
+            ensure!(
+                percent.is_some_and(|it| (20..=95).contains(&it)),
+                "{info:#}"
+            );
+            cancelled.map(drop)
+        })?;
+        wait_event(&source, "migration-failed").map(drop)
+    })?;
+    ensure!(status == 500, "{status} {body}");
+    expect_still_here(&source, &image)?;
+    settings["timeout_s"] = 2.into();
+    settings["timeout_strategy"] = "Ignore".into();
+    let url = format!("unix:{}", target.folder().join("move").display());
+    let (status, body) = while_receiving(&target, &url, || send_with(&source, &url, &settings))?;
+    ensure!(status == 204, "{status} {body}");
+    wait_rounds(&source, 0).map(drop)
 }
 
 /// The processes map the same pages, one after the other.

@@ -153,6 +153,8 @@ events! {
         MigrationStarted "migration-started"
         /// A pass over RAM begins; 0 is the first.
         MigrationMemoryIteration "migration-memory-iteration" { id: u32 }
+        /// vCPUs are held for this part of the time, because the guest writes memory faster than it can be sent.
+        MigrationThrottled "migration-throttled" { percent: u8 }
         /// The machine runs in the other process. This process ends.
         MigrationFinished "migration-finished" { passes: u32, wire_bytes: u64, data_bytes: u64, downtime_ms: u64 }
         /// The machine stays here; it runs if it ran before, unless the error says otherwise.

@@ -24,6 +24,9 @@ pub struct VmSendMigrationData {
     /// What happens after that time.
     #[key]
     pub timeout_strategy: MigrationTimeoutStrategy,
+    /// Slow the vCPUs down in steps as long as passes do not get shorter.
+    #[key]
+    pub auto_converge: bool,
     /// Number of connections over which memory is sent, 1 to 128.
     #[key(default = 1)]
     pub connections: u32,

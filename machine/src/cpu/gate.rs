@@ -32,13 +32,21 @@ struct State {
     alive: usize,
     /// How often `wanted` was set.
     changes: u64,
+    /// No thread passes for a moment.
+    held: bool,
+}
+
+impl State {
+    fn is_open(&self) -> bool {
+        self.wanted == Wanted::Running && !self.held
+    }
 }
 
 #[derive(Debug)]
 pub(super) struct Gate {
     state: Mutex<State>,
     changed: Condvar,
-    /// `wanted == Running`; checked without a lock before every run.
+    /// [`State::is_open`]; checked without a lock before every run.
     open: AtomicBool,
 }
 
@@ -51,6 +59,7 @@ impl Gate {
                 active: 0,
                 alive: 0,
                 changes: 0,
+                held: false,
             }),
             changed: Condvar::new(),
             open: AtomicBool::new(false),
@@ -79,7 +88,15 @@ impl Gate {
         let mut state = self.lock();
         state.wanted = wanted;
         state.changes += 1;
-        self.open.store(wanted == Wanted::Running, Ordering::SeqCst);
+        self.open.store(state.is_open(), Ordering::SeqCst);
+        self.changed.notify_all();
+    }
+
+    /// Any thread: lets no thread pass, or again those that may run. The caller kicks the threads if they are held.
+    pub(super) fn hold(&self, held: bool) {
+        let mut state = self.lock();
+        state.held = held;
+        self.open.store(state.is_open(), Ordering::SeqCst);
         self.changed.notify_all();
     }
 
@@ -123,12 +140,12 @@ impl Gate {
         loop {
             match state.wanted {
                 _ if leaves.load(Ordering::SeqCst) => return None,
-                Wanted::Running => {
+                Wanted::Running if !state.held => {
                     state.active += 1;
                     return Some(Pass { gate: self });
                 }
                 Wanted::Stopping => return None,
-                Wanted::Paused => {
+                Wanted::Running | Wanted::Paused => {
                     state = self.changed.wait(state).unpoisoned();
                 }
             }
@@ -208,6 +225,39 @@ mod tests {
         }
         gate.set(Wanted::Stopping);
         thread.join().unwrap();
+    }
+
+    #[test]
+    fn gate_that_is_held_lets_nobody_in_and_ends_its_threads() {
+        let gate = Arc::new(Gate::new());
+        gate.set(Wanted::Running);
+        gate.hold(true);
+        assert!(!gate.is_open());
+        let (entered, on_entered) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn({
+            let gate = Arc::clone(&gate);
+            move || {
+                while let Some(_pass) = gate.enter(&STAYS) {
+                    entered.send(()).unwrap();
+                    while gate.is_open() {
+                        std::thread::yield_now();
+                    }
+                }
+            }
+        });
+        gate.wait_parked(DEADLINE).unwrap();
+        assert!(on_entered.try_recv().is_err());
+        gate.hold(false);
+        on_entered.recv_timeout(DEADLINE).unwrap();
+        // A pause and a resume do not end it.
+        gate.hold(true);
+        gate.set(Wanted::Paused);
+        gate.wait_parked(DEADLINE).unwrap();
+        gate.set(Wanted::Running);
+        assert!(!gate.is_open());
+        gate.set(Wanted::Stopping);
+        thread.join().unwrap();
+        assert!(on_entered.try_recv().is_err());
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //!                      └ parked while paused; ends on stop, and after the guest has ejected the vCPU
 //! ```
 
+mod brake;
 mod core_scheduling;
 mod counters;
 mod cpuid;
@@ -21,11 +22,13 @@ mod registers;
 mod run;
 mod stall;
 mod state;
+mod thread_number;
 mod topology;
 mod vcpus;
 
 use std::io;
 
+pub use brake::VcpuBrake;
 pub use counters::{ExitCounters, ExitCounts};
 pub use cpuid::guest_phys_bits;
 pub use exception_path::ExceptionPath;

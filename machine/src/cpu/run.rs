@@ -9,6 +9,7 @@ use virtio_devices::Unpoisoned;
 use super::core_scheduling::CoreCookies;
 use super::counters::{ExitCounters, count};
 use super::gate::Gate;
+use super::thread_number::ThreadNumber;
 use super::{ExceptionPath, GuestEvent, VmExitHandler};
 use crate::threads::{MachineThread, ThreadStart};
 
@@ -44,6 +45,7 @@ pub(super) struct VcpuCell {
     /// A non-maskable interrupt is requested. Set before a kick; the vCPU's thread delivers it.
     pub(super) nmi_requested: AtomicBool,
     pub(super) counters: Arc<ExitCounters>,
+    pub(super) thread: ThreadNumber,
 }
 
 impl VcpuCell {
@@ -55,6 +57,7 @@ impl VcpuCell {
             leaves: AtomicBool::new(false),
             nmi_requested: AtomicBool::new(false),
             counters: Arc::default(),
+            thread: ThreadNumber::default(),
         }
     }
 
@@ -125,6 +128,7 @@ pub(super) fn vcpu_thread(
         context,
     };
     (context.thread_start)(MachineThread::Vcpu);
+    let _number = cell.thread.set();
     cores.take();
     while let Some(pass) = gate.enter(&cell.leaves) {
         let mut vcpu = cell.lock();

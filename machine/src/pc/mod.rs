@@ -31,7 +31,7 @@ use crate::acpi::{self, AcpiParams, IommuEntry, NumaNode, PciSegmentEntry, VcpuE
 use crate::assigned::Containers;
 use crate::boot::Payload;
 use crate::bus::BusDevice;
-use crate::cpu::{GuestEvent, Vcpus, VcpusContext};
+use crate::cpu::{GuestEvent, VcpuBrake, Vcpus, VcpusContext};
 use crate::events::DeviceEventSink;
 use crate::interrupt::IOAPIC_PIN_COUNT;
 use crate::legacy::DebugConsole;
@@ -331,6 +331,11 @@ impl Pc {
         self.check_copyable()?;
         let tracker = self.slots.track_writes(&self.memory);
         tracker.map_err(PcError::Memory)
+    }
+
+    /// A brake for its vCPUs. At most one may exist.
+    pub fn brake(&self) -> VcpuBrake {
+        self.vcpus.brake()
     }
 
     /// Undoes [`Pc::pause`].

@@ -15,7 +15,7 @@ use machine::memory::layout::{MIB, RSDP_START};
 use machine::memory::{GuestMemory, RamSlots};
 use machine::threads::MachineThread;
 use tempfile::NamedTempFile;
-use vm_memory::GuestAddress;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use crate::images::{LOAD_ADDRESS, PVH_NOTE, bzimage, elf};
 
@@ -68,6 +68,7 @@ impl VmExitHandler for Recorder {
 struct Machine {
     // Drop order: threads first, then the parts that they use.
     vcpus: Vcpus,
+    memory: GuestMemory,
     _slots: RamSlots,
     recorder: Arc<Recorder>,
     events: Receiver<GuestEvent>,
@@ -119,6 +120,7 @@ fn machine(image: &[u8], cpus: &CpusConfig) -> Option<Machine> {
     vcpus.configure(entry).expect("registers");
     Some(Machine {
         vcpus,
+        memory,
         _slots: slots,
         recorder,
         events,
@@ -232,6 +234,51 @@ fn pause_guest_that_computes_or_waits_stands_still() {
     machine.vcpus.stop().unwrap();
     assert_eq!(machine.threads.lock().unwrap().len(), 3);
     assert!(machine.events.try_recv().is_err());
+}
+
+#[test]
+fn brake_holds_a_guest_that_computes_and_releases_it_when_dropped() {
+    #[rustfmt::skip]
+    let code = [
+        0xff, 0x05, 0x00, 0x00, 0x40, 0x00, // inc dword [0x400000]
+        0xeb, 0xf8,                         // jmp to it
+    ];
+    let Some(mut machine) = machine(&elf(&code, LOAD_ADDRESS, PVH_NOTE), &cpus(1)) else {
+        return;
+    };
+    let memory = machine.memory.clone();
+    let count = || -> u32 {
+        memory
+            .ram()
+            .memory()
+            .read_obj(GuestAddress(0x40_0000))
+            .unwrap()
+    };
+    machine.vcpus.start().unwrap();
+    wait_until("the guest counts", || count() > 0);
+    let brake = machine.vcpus.brake();
+    for _ in 0..3 {
+        brake.hold();
+        // It is out of the guest once it has counted the exit and made no progress between two looks.
+        wait_until("the guest stands still", || {
+            let before = count();
+            (0..1000).for_each(|_| std::thread::yield_now());
+            count() == before
+        });
+        let held = count();
+        brake.release();
+        wait_until("the guest counts again", || count() != held);
+    }
+    // A pause works while the vCPUs are held, and a resume does not release them.
+    brake.hold();
+    machine.vcpus.pause().unwrap();
+    let held = count();
+    machine.vcpus.resume().unwrap();
+    assert_eq!(count(), held);
+    drop(brake);
+    wait_until("the guest counts after the brake", || count() != held);
+    machine.vcpus.brake().hold();
+    machine.vcpus.stop().unwrap();
 }
 
 #[test]

@@ -31,6 +31,7 @@ use crate::view::PublishedView;
 use crate::vm::{
     BalloonStatsError, HotplugError, Machine, MachineObserver, SavedMachine, VmContext, VmError,
 };
+use machine::cpu::VcpuBrake;
 use machine::memory::{GuestMemory, MemoryFailure, WriteTracker};
 use machine::pc::PcError;
 use machine::signals::VmSignals;
@@ -187,6 +188,10 @@ impl Machine for FakeMachine {
 
     fn track_writes(&self) -> Result<WriteTracker, VmError> {
         Err(VmError::MissingMem)
+    }
+
+    fn brake(&self) -> Option<VcpuBrake> {
+        None
     }
 
     fn hold_disks(&self, _hold: bool) -> Result<(), VmError> {

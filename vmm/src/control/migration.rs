@@ -16,8 +16,9 @@ use crate::config;
 use crate::events::{EventKind, EventSink};
 use crate::landlock::{self, LandlockError, Need};
 use crate::migration::{
-    Address, CONNECTIONS_MAX, Cancel, Convergence, Incoming, Limits, Listener, MigrationError,
-    Outgoing, Ram, SendProgress, SendReport, SourceEnd, SourceOwner, TargetOwner, movable,
+    Address, Brake, CONNECTIONS_MAX, Cancel, Convergence, Incoming, Limits, Listener,
+    MigrationError, Outgoing, Ram, SendProgress, SendReport, SourceEnd, SourceOwner, TargetOwner,
+    movable,
 };
 use crate::snapshot::{self, Snapshot, SnapshotError, SnapshotState};
 use crate::threads::{MIGRATION_THREAD, ThreadKind};
@@ -92,6 +93,7 @@ impl Lifecycle {
                 Ram::Copied(Box::new(tracker))
             }
         };
+        let brake = request.auto_converge.then(|| owned.brake()).flatten();
         let cancel = Cancel::default();
         let progress = Arc::new(SendProgress::default());
         let outgoing = Outgoing {
@@ -105,6 +107,7 @@ impl Lifecycle {
                 timeout: Duration::from_secs(request.timeout_s),
                 pauses_at_timeout: request.timeout_strategy == MigrationTimeoutStrategy::Ignore,
             },
+            brake: brake.map(|brake| Arc::new(brake) as Arc<dyn Brake>),
             limits: Limits::default(),
             cancel: cancel.clone(),
             progress: Arc::clone(&progress),
@@ -514,6 +517,10 @@ impl Steps {
 }
 
 impl SourceOwner for Steps {
+    fn throttled(&mut self, percent: u8) {
+        (self.events)(&EventKind::MigrationThrottled { percent }.into());
+    }
+
     fn begin_pass(&mut self, pass: u32) {
         (self.events)(&EventKind::MigrationMemoryIteration { id: pass }.into());
     }

@@ -27,6 +27,7 @@
 //! Each side runs in a thread of its own. It asks the owner of the machine for each step ([`SourceOwner`],
 //! [`TargetOwner`]).
 
+mod converge;
 mod error;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
@@ -41,6 +42,7 @@ mod tests;
 mod together;
 pub mod wire;
 
+pub use converge::Brake;
 pub use error::MigrationError;
 pub use limits::Limits;
 pub use movable::movable;

@@ -1,6 +1,6 @@
 //! The figures of an outgoing migration.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use api::MigrationProgress;
 
@@ -10,6 +10,7 @@ pub struct SendProgress {
     passes: AtomicU32,
     wire_bytes: AtomicU64,
     left_bytes: AtomicU64,
+    throttle_percent: AtomicU8,
 }
 
 impl SendProgress {
@@ -19,11 +20,16 @@ impl SendProgress {
             passes: self.passes.load(Ordering::Relaxed),
             wire_bytes: self.wire_bytes.load(Ordering::Relaxed),
             left_bytes: self.left_bytes.load(Ordering::Relaxed),
+            throttle_percent: self.throttle_percent.load(Ordering::Relaxed),
         }
     }
 
     pub(super) fn set_wire_bytes(&self, bytes: u64) {
         self.wire_bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn set_throttle(&self, percent: u8) {
+        self.throttle_percent.store(percent, Ordering::Relaxed);
     }
 
     pub(super) fn begin_pass(&self, left_bytes: u64) {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use machine::memory::{Chunks, GuestMemory, PageRun, Pages, WriteTracker, WrittenPages};
 use machine::random::random_id;
 
+use super::converge::{Brake, Converge};
 use super::peer::{Cancel, Peer};
 use super::together::together;
 use super::wire::{
@@ -25,6 +26,9 @@ const ASK_INTERVAL: Duration = Duration::from_millis(200);
 pub trait SourceOwner: Send {
     /// A pass over RAM begins.
     fn begin_pass(&mut self, pass: u32);
+
+    /// The guest is held for this part of the time from now on.
+    fn throttled(&mut self, percent: u8);
 
     /// Pauses the machine, unless it is paused.
     ///
@@ -118,6 +122,8 @@ pub struct Outgoing {
     pub connections: u32,
     /// When to pause.
     pub convergence: Convergence,
+    /// Slows the guest down if it writes faster than the connection transfers.
+    pub brake: Option<Arc<dyn Brake>>,
     /// How long it waits for the target.
     pub limits: Limits,
     /// Ends it.
@@ -200,7 +206,8 @@ impl Outgoing {
         if !self.convergence.pauses_at_timeout {
             connection.set_end(until);
         }
-        let sent = self.send_while_running(connection, tracker, started, owner);
+        let mut converge = self.brake.as_ref().map(Converge::new);
+        let sent = self.send_while_running(connection, tracker, started, converge.as_mut(), owner);
         let (passes, written) = match sent {
             Err(error) if connection.is_over() => {
                 log::info!("The migration is out of time: {}", api::error_line(&error));
@@ -212,6 +219,7 @@ impl Outgoing {
             tracker,
             passes,
             written,
+            converge,
         };
         self.send_paused(connection, Some(rest), owner)
     }
@@ -252,6 +260,7 @@ impl Outgoing {
         connection: &mut Connection,
         tracker: &WriteTracker,
         started: Instant,
+        mut converge: Option<&mut Converge>,
         owner: &mut dyn SourceOwner,
     ) -> Result<(u32, WrittenPages), MigrationError> {
         let zones = tracker.memory().zones().iter();
@@ -277,6 +286,13 @@ impl Outgoing {
                     false => Err(self.timeout()),
                 };
             }
+            if let Some(converge) = &mut converge {
+                let percent = converge.after_pass(left_bytes);
+                if let Some(percent) = percent.map_err(MigrationError::Thread)? {
+                    self.progress.set_throttle(percent);
+                    owner.throttled(percent);
+                }
+            }
             pages = Some(written);
         }
     }
@@ -295,8 +311,14 @@ impl Outgoing {
             false => paused.checked_add(self.convergence.downtime + self.limits.paused),
         });
         owner.pause()?;
-        let state = owner.save()?;
         let mut passes = 0;
+        let rest = rest.map(|mut rest| {
+            // Held until here, so that the guest writes less before the pause.
+            drop(rest.converge.take());
+            self.progress.set_throttle(0);
+            rest
+        });
+        let state = owner.save()?;
         if let Some(mut rest) = rest {
             // Saving the state may have written to RAM.
             rest.written.add_all(&take(rest.tracker)?);
@@ -510,6 +532,7 @@ struct Rest<'a> {
     tracker: &'a WriteTracker,
     passes: u32,
     written: WrittenPages,
+    converge: Option<Converge>,
 }
 
 fn take(tracker: &WriteTracker) -> Result<WrittenPages, MigrationError> {

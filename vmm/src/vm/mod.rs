@@ -25,6 +25,7 @@ use std::sync::Arc;
 use api::config::{PlatformConfig, RateLimiterConfig};
 use api::{HintingAction, PciDeviceInfo, ReportingPolicy, VmBalloonReporting, VmConfig};
 use machine::boot::Payload;
+use machine::cpu::VcpuBrake;
 use machine::memory::on_demand::OnDemand;
 use machine::memory::{GuestMemory, MemoryFailure, WriteTracker};
 use machine::pc::{Pc, Plugged};
@@ -92,6 +93,9 @@ pub trait Machine {
     /// # Errors
     /// KVM cannot record writes.
     fn track_writes(&self) -> Result<WriteTracker, VmError>;
+
+    /// A brake for its vCPUs. At most one may exist.
+    fn brake(&self) -> Option<VcpuBrake>;
 
     /// Releases the locks of all disks of the paused machine, or takes them again.
     ///
@@ -267,6 +271,10 @@ impl Machine for Vm {
 
     fn track_writes(&self) -> Result<WriteTracker, VmError> {
         self.pc.track_writes().map_err(VmError::Pc)
+    }
+
+    fn brake(&self) -> Option<VcpuBrake> {
+        Some(self.pc.brake())
     }
 
     fn hold_disks(&self, hold: bool) -> Result<(), VmError> {

@@ -74,6 +74,10 @@ impl SourceOwner for FakeSource {
         self.steps.lock().unwrap().push(format!("pass {pass}"));
     }
 
+    fn throttled(&mut self, percent: u8) {
+        self.steps.lock().unwrap().push(format!("{percent} %"));
+    }
+
     fn pause(&mut self) -> Result<(), MigrationError> {
         self.steps.lock().unwrap().push("pause".to_owned());
         let ram = self.memory.ram();
@@ -224,6 +228,7 @@ impl Source {
                 timeout: Duration::from_secs(30),
                 pauses_at_timeout: false,
             },
+            brake: None,
             limits: self.limits,
             cancel: cancel.clone(),
             progress: Arc::default(),
