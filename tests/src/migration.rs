@@ -54,8 +54,26 @@ pub fn while_receiving(
     url: &str,
     act: impl FnOnce() -> Result<()>,
 ) -> Result<(u16, String)> {
+    while_receiving_with(target, url, &json!({}), act)
+}
+
+/// The same with further settings of the target.
+///
+/// # Errors
+/// As [`while_receiving`].
+///
+/// # Panics
+/// As [`while_receiving`].
+pub fn while_receiving_with(
+    target: &Vmm,
+    url: &str,
+    settings: &Value,
+    act: impl FnOnce() -> Result<()>,
+) -> Result<(u16, String)> {
     const READY: &str = "migration-receive-ready";
-    let body = json!({"receiver_url": url}).to_string();
+    let mut body = settings.clone();
+    body["receiver_url"] = url.into();
+    let body = body.to_string();
     let earlier = events(target, READY).len();
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| target.request("PUT", "vm.receive-migration", Some(&body)));

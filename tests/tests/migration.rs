@@ -13,7 +13,9 @@ use anyhow::{Context, Result, ensure};
 use integration_tests::bare_metal::{SCENARIO_DEADLINE, expect_all_passed, kvm_opens, start};
 use integration_tests::migration::{
     EVENTS, forward_until, free_port, send, send_with, wait_event, while_receiving,
+    while_receiving_with,
 };
+use integration_tests::paths::workspace;
 use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
 use integration_tests::wait::wait_for;
 use serde_json::{Value, json};
@@ -138,6 +140,60 @@ fn guest_that_writes_too_fast_is_slowed_down_and_runs_freely_afterwards() -> Res
     wait_rounds(&source, 0).map(drop)
 }
 
+/// The folder with these keys.
+fn keys(name: &str) -> String {
+    let keys = workspace().join("vmm/src/migration/tests/keys").join(name);
+    keys.display().to_string()
+}
+
+#[test]
+fn guest_at_work_moves_over_tls_and_loses_nothing() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let (first, _image) = guest_at_work("size=256M")?;
+    let settings = json!({"tls_dir": keys("good"), "connections": 2});
+    moves_and_loses_nothing(first, 3, &settings)
+}
+
+/// Neither side starts anything, and the guest and the target are as before.
+#[test]
+fn source_and_target_with_other_keys_refuse_each_other_by_name() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let (source, image) = guest_at_work("size=256M")?;
+    let target = target()?;
+    let url = format!("tcp:127.0.0.1:{}", free_port()?);
+    for (name, text) in [("expired", "xpired"), ("nowhere", "ca-cert.pem")] {
+        let body = json!({"destination_url": url, "tls_dir": keys(name)}).to_string();
+        let refused = source.request("PUT", "vm.send-migration", Some(&body))?;
+        let body = refused.body.unwrap_or_default();
+        ensure!(
+            refused.status == 400 && body.contains(text),
+            "{} {body}",
+            refused.status
+        );
+    }
+    let with = |name: &str| json!({"tls_dir": keys(name)});
+    let good = with("good");
+    let (status, body) = while_receiving_with(&target, &url, &good, || {
+        send_with(&source, &url, &with("other"))?;
+        let failed = wait_event(&source, "migration-failed")?;
+        let error = failed["error"].as_str().context("error")?;
+        ensure!(
+            error.contains("TLS handshake") && error.contains("UnknownIssuer"),
+            "{error}"
+        );
+        expect_still_here(&source, &image)?;
+        ensure!(!target.text("events").contains("migration-receive-started"));
+        // The target waits for the right one.
+        send_with(&source, &url, &good)
+    })?;
+    ensure!(status == 204, "{status} {body}");
+    wait_rounds(&source, 0).map(drop)
+}
+
 /// The processes map the same pages, one after the other.
 #[test]
 fn guest_at_work_is_handed_over_again_and_again_and_loses_nothing() -> Result<()> {
@@ -178,16 +234,20 @@ fn guest_at_work_on_a_qcow2_disk_moves_and_loses_nothing() -> Result<()> {
 
 fn moves_and_loses_nothing(first: Vmm, hops: u32, settings: &Value) -> Result<()> {
     let is_local = settings["local"] == true;
+    let tls = settings.get("tls_dir");
+    let received = tls.map_or(json!({}), |folder| json!({"tls_dir": folder}));
     let mut hosts = vec![first];
     for hop in 0..hops {
         let path = hosts[0].folder().join(format!("move{hop}"));
-        let url = match is_local || hop % 2 == 0 {
+        let url = match is_local || tls.is_none() && hop % 2 == 0 {
             true => format!("unix:{}", path.display()),
             false => format!("tcp:127.0.0.1:{}", free_port()?),
         };
         let target = target()?;
         let source = hosts.last_mut().context("a source")?;
-        let (status, body) = while_receiving(&target, &url, || send_with(source, &url, settings))?;
+        let (status, body) = while_receiving_with(&target, &url, &received, || {
+            send_with(source, &url, settings)
+        })?;
         ensure!(
             status == 204,
             "hop {hop}: {status} {body}\n{}",

@@ -39,7 +39,7 @@ pub struct VmSendMigrationData {
     /// When memory is sent. Only precopy is supported.
     #[key]
     pub memory_mode: MigrationMemoryMode,
-    /// Folder of TLS keys. Not supported.
+    /// Folder with `ca-cert.pem`, `client-cert.pem` and `client-key.pem`: encrypts TCP by TLS.
     #[key("<path>")]
     pub tls_dir: Option<PathBuf>,
 }
@@ -55,7 +55,7 @@ pub struct VmReceiveMigrationData {
     /// When memory comes. Only precopy is supported.
     #[key]
     pub memory_mode: MigrationMemoryMode,
-    /// Folder of TLS keys. Not supported.
+    /// Folder with `ca-cert.pem`, `server-cert.pem` and `server-key.pem`: accepts only sources with a certificate of this authority.
     #[key("<path>")]
     pub tls_dir: Option<PathBuf>,
 }

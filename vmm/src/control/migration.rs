@@ -1,5 +1,6 @@
 //! Migrations as the control thread sees them: start, the steps that only it can make, and the end.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,9 +17,9 @@ use crate::config;
 use crate::events::{EventKind, EventSink};
 use crate::landlock::{self, LandlockError, Need};
 use crate::migration::{
-    Address, Brake, CONNECTIONS_MAX, Cancel, Convergence, Incoming, Limits, Listener,
-    MigrationError, Outgoing, Ram, SendProgress, SendReport, SourceEnd, SourceOwner, TargetOwner,
-    movable,
+    Address, Brake, CONNECTIONS_MAX, Cancel, Convergence, Destination, Incoming, Limits, Listener,
+    MigrationError, Outgoing, Ram, SendProgress, SendReport, SourceEnd, SourceOwner, SourceTls,
+    TargetOwner, TargetTls, TlsError, movable,
 };
 use crate::snapshot::{self, Snapshot, SnapshotError, SnapshotState};
 use crate::threads::{MIGRATION_THREAD, ThreadKind};
@@ -74,6 +75,7 @@ impl Lifecycle {
         check_send(request)?;
         let address =
             Address::parse(&request.destination_url).map_err(LifecycleError::Migration)?;
+        let tls = self.keys(&address, request.tls_dir.as_deref(), SourceTls::read)?;
         let config = self.config.as_ref().ok_or(LifecycleError::VmNotRunning)?;
         movable(config).map_err(LifecycleError::Migration)?;
         if !self
@@ -97,7 +99,7 @@ impl Lifecycle {
         let cancel = Cancel::default();
         let progress = Arc::new(SendProgress::default());
         let outgoing = Outgoing {
-            address,
+            target: Destination { address, tls },
             config,
             state,
             ram,
@@ -162,6 +164,26 @@ impl Lifecycle {
             events: Arc::clone(&self.context.events),
             endpoint,
         }
+    }
+
+    /// The keys in `folder`, if the connections to or from `address` are to be encrypted.
+    fn keys<T>(
+        &self,
+        address: &Address,
+        folder: Option<&Path>,
+        read: impl FnOnce(&Path) -> Result<T, TlsError>,
+    ) -> Result<Option<T>, LifecycleError> {
+        let Some(folder) = folder else {
+            return Ok(None);
+        };
+        if address.path().is_some() {
+            return Err(request("tls_dir needs a URL of the form tcp:ADDRESS:PORT"));
+        }
+        self.confinement
+            .check(&[landlock::of_restore(folder)])
+            .map_err(LifecycleError::Landlock)?;
+        let keys = read(folder).map_err(|error| MigrationError::Keys(Box::new(error)));
+        keys.map(Some).map_err(LifecycleError::Migration)
     }
 
     /// `confine` is called first, without the filter of the thread.
@@ -301,15 +323,16 @@ impl Lifecycle {
         if self.config.is_some() {
             return Err(LifecycleError::VmAlreadyCreated);
         }
-        check_mode(request.memory_mode, request.tls_dir.is_some())?;
+        check_mode(request.memory_mode)?;
         let address = Address::parse(&request.receiver_url).map_err(LifecycleError::Migration)?;
         let socket: Vec<Need> = address.path().map(Need::socket).into_iter().collect();
         self.confinement
             .check(&socket)
             .map_err(LifecycleError::Landlock)?;
+        let tls = self.keys(&address, request.tls_dir.as_deref(), TargetTls::read)?;
         let cancel = Cancel::default();
         let incoming = Incoming {
-            listener: Listener::bind(&address).map_err(LifecycleError::Migration)?,
+            listener: Listener::bind(&address, tls).map_err(LifecycleError::Migration)?,
             limits: Limits::default(),
             cancel: cancel.clone(),
         };
@@ -454,18 +477,15 @@ fn json<T: serde::Serialize>(value: &T) -> String {
     serde_json::to_string(value).expect("plain data is always JSON")
 }
 
-fn check_mode(mode: MigrationMemoryMode, tls: bool) -> Result<(), LifecycleError> {
+fn check_mode(mode: MigrationMemoryMode) -> Result<(), LifecycleError> {
     if mode == MigrationMemoryMode::Postcopy {
         return Err(request("memory_mode must be precopy"));
-    }
-    if tls {
-        return Err(request("tls_dir is not supported: use an encrypted tunnel"));
     }
     Ok(())
 }
 
 fn check_send(data: &VmSendMigrationData) -> Result<(), LifecycleError> {
-    check_mode(data.memory_mode, data.tls_dir.is_some())?;
+    check_mode(data.memory_mode)?;
     if data.local && !data.destination_url.starts_with("unix:") {
         return Err(request(
             "local needs a destination_url of the form unix:PATH",

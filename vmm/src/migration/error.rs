@@ -5,6 +5,7 @@ use std::io;
 
 use machine::memory::{ContentError, MemoryError, PrivateZone};
 
+use super::tls::TlsError;
 use super::wire::WireError;
 
 /// Reasons why a migration failed.
@@ -70,6 +71,18 @@ pub enum MigrationError {
         /// The number of connections that it has announced.
         expected: u32,
     },
+    /// The keys of this side.
+    #[error("TLS cannot be used")]
+    Keys(#[source] Box<TlsError>),
+    /// The certificates of the two sides.
+    #[error("The TLS handshake with {address} failed")]
+    Handshake {
+        /// The peer's address.
+        address: String,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
     /// The thread of the migration.
     #[error("Cannot start the thread of the migration")]
     Thread(#[source] io::Error),
@@ -121,7 +134,11 @@ impl MigrationError {
     pub fn is_of_request(&self) -> bool {
         matches!(
             self,
-            Self::Url { .. } | Self::Request(_) | Self::PrivateRam(_) | Self::Device { .. }
+            Self::Url { .. }
+                | Self::Keys(_)
+                | Self::Request(_)
+                | Self::PrivateRam(_)
+                | Self::Device { .. }
         )
     }
 }

@@ -80,7 +80,7 @@ fn divided(bytes: &[u8], connections: u32) -> (&[u8], &[u8]) {
 /// Returns whether the target took over a machine.
 fn receive_from_socket(hello: Hello, messages: &[u8], others: &[u8], first: &[u8]) -> bool {
     let any = Address::parse("tcp:127.0.0.1:0").expect("an address");
-    let listener = Listener::bind(&any).expect("a free port");
+    let listener = Listener::bind(&any, None).expect("a free port");
     let Address::Tcp(address) = listener.address() else {
         unreachable!("it is as bound");
     };

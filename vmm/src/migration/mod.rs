@@ -39,6 +39,7 @@ mod receive;
 mod send;
 #[cfg(test)]
 mod tests;
+mod tls;
 mod together;
 pub mod wire;
 
@@ -46,8 +47,9 @@ pub use converge::Brake;
 pub use error::MigrationError;
 pub use limits::Limits;
 pub use movable::movable;
-pub use peer::{Address, Cancel, Listener};
+pub use peer::{Address, Cancel, Destination, Listener};
 pub use progress::{SendProgress, SendReport};
 pub use receive::{Incoming, TargetOwner};
 pub use send::{Convergence, Outgoing, Ram, SourceEnd, SourceOwner};
+pub use tls::{SourceTls, TargetTls, TlsError};
 pub use wire::CONNECTIONS_MAX;

@@ -19,6 +19,7 @@ use vmm_sys_util::errno;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::MigrationError;
+use super::tls::{Session, SourceTls, TargetTls, TlsStream};
 use super::wire::{self, Channel};
 
 /// How often a waiting thread checks whether the migration was cancelled.
@@ -83,6 +84,31 @@ impl Address {
     }
 }
 
+/// The target of a migration.
+#[derive(Debug)]
+pub struct Destination {
+    /// Where it listens.
+    pub address: Address,
+    /// Encrypts the connections, if it does so, too.
+    pub tls: Option<SourceTls>,
+}
+
+impl Destination {
+    /// Connects within `limit`.
+    pub(super) fn connect(&self, cancel: &Cancel, limit: Duration) -> Result<Peer, MigrationError> {
+        let peer = self.address.connect(cancel, limit)?;
+        let (Some(tls), Address::Tcp(address)) = (&self.tls, &self.address) else {
+            return Ok(peer);
+        };
+        let secured = tls.session(address.ip());
+        let secured = secured.and_then(|session| peer.secured(session, limit));
+        secured.map_err(|source| MigrationError::Handshake {
+            address: self.address.to_string(),
+            source,
+        })
+    }
+}
+
 /// `UnixStream::connect` would wait as long as the listener's queue is full.
 fn connect_unix(path: &Path, cancel: &Cancel, limit: Duration) -> io::Result<UnixStream> {
     let until = Instant::now() + limit;
@@ -137,6 +163,7 @@ impl Cancel {
 pub struct Listener {
     socket: ListenerSocket,
     readable: Epoll,
+    tls: Option<TargetTls>,
 }
 
 #[derive(Debug)]
@@ -147,18 +174,18 @@ enum ListenerSocket {
 }
 
 impl Listener {
-    /// Listens on `address`. A stale UNIX socket is replaced.
+    /// Listens on `address`. A stale UNIX socket is replaced. With `tls`, connections are encrypted.
     ///
     /// # Errors
     /// The address is in use or not one of this host.
-    pub fn bind(address: &Address) -> Result<Self, MigrationError> {
-        Self::try_bind(address).map_err(|source| MigrationError::Listen {
+    pub fn bind(address: &Address, tls: Option<TargetTls>) -> Result<Self, MigrationError> {
+        Self::try_bind(address, tls).map_err(|source| MigrationError::Listen {
             address: address.to_string(),
             source,
         })
     }
 
-    fn try_bind(address: &Address) -> io::Result<Self> {
+    fn try_bind(address: &Address, tls: Option<TargetTls>) -> io::Result<Self> {
         let socket = match address {
             Address::Tcp(address) => {
                 let listener = TcpListener::bind(address)?;
@@ -170,7 +197,11 @@ impl Listener {
         let readable = Epoll::new()?;
         let interest = EpollEvent::new(EventSet::IN, 0);
         readable.ctl(ControlOperation::Add, socket.as_raw_fd(), interest)?;
-        Ok(Self { socket, readable })
+        Ok(Self {
+            socket,
+            readable,
+            tls,
+        })
     }
 
     /// The address, with the port that the host has chosen.
@@ -182,8 +213,33 @@ impl Listener {
         }
     }
 
-    /// Waits for a connection, until `until` if given.
-    pub(super) fn accept(&self, cancel: &Cancel, until: Option<Instant>) -> io::Result<Peer> {
+    /// Waits for a connection, until `until` if given. A client has `limit` for the TLS handshake; if it fails, the next
+    /// one is waited for.
+    pub(super) fn accept(
+        &self,
+        cancel: &Cancel,
+        limit: Duration,
+        until: Option<Instant>,
+    ) -> io::Result<Peer> {
+        loop {
+            let peer = self.accept_plain(cancel, until)?;
+            let Some(tls) = &self.tls else {
+                return Ok(peer);
+            };
+            match tls
+                .session()
+                .and_then(|session| peer.secured(session, limit))
+            {
+                Ok(peer) => return Ok(peer),
+                Err(error) => {
+                    let error = api::error_line(&error);
+                    log::warn!("The TLS handshake with a client failed: {error}");
+                }
+            }
+        }
+    }
+
+    fn accept_plain(&self, cancel: &Cancel, until: Option<Instant>) -> io::Result<Peer> {
         loop {
             let accepted = match &self.socket {
                 ListenerSocket::Tcp(listener) => {
@@ -225,6 +281,7 @@ impl AsRawFd for ListenerSocket {
 enum Stream {
     Tcp(TcpStream),
     Unix(UnixStream),
+    Tls(Box<TlsStream>),
 }
 
 /// One end of a connection; clones share it, but not the limits.
@@ -258,6 +315,7 @@ impl Peer {
                 stream.set_read_timeout(Some(TICK))?;
                 stream.set_write_timeout(Some(TICK))?;
             }
+            Stream::Tls(_) => {}
         }
         Ok(Self {
             stream: Arc::new(stream),
@@ -268,6 +326,33 @@ impl Peer {
             written: Arc::default(),
             broken: Cancel::default(),
         })
+    }
+
+    /// Encrypts the connection: completes the handshake within `limit`, and waits for the target's verdict on it.
+    fn secured(mut self, session: Session, limit: Duration) -> io::Result<Self> {
+        let Some(Stream::Tcp(socket)) = Arc::into_inner(self.stream) else {
+            return Err(io::Error::other("only a TCP connection can be encrypted"));
+        };
+        let stream = TlsStream::new(session, socket);
+        let is_source = stream.is_of_source();
+        self.stream = Arc::new(Stream::Tls(Box::new(stream)));
+        self.limit = limit;
+        self.begin_message();
+        self.patiently(|stream| match stream {
+            Stream::Tls(stream) => match stream.shake_hands()? {
+                true => Ok(1),
+                false => Err(io::ErrorKind::WouldBlock.into()),
+            },
+            _ => Ok(0),
+        })?;
+        match is_source {
+            true => self.read_exact(&mut [0])?,
+            false => {
+                self.write_all(&[0])?;
+                self.flush()?;
+            }
+        }
+        Ok(self)
     }
 
     /// Makes this a connection of the same migration as `first`.
@@ -346,7 +431,7 @@ impl Channel for Peer {
 
     fn send_file(&mut self, file: &File) -> io::Result<()> {
         self.patiently(|stream| match stream {
-            Stream::Tcp(_) => Err(wire::no_files()),
+            Stream::Tcp(_) | Stream::Tls(_) => Err(wire::no_files()),
             Stream::Unix(stream) => stream
                 .send_with_fd(&[0_u8][..], file.as_raw_fd())
                 .map_err(of_errno),
@@ -357,7 +442,7 @@ impl Channel for Peer {
     fn receive_file(&mut self) -> io::Result<Option<File>> {
         let mut received = None;
         let bytes = self.patiently(|stream| match stream {
-            Stream::Tcp(_) => Err(wire::no_files()),
+            Stream::Tcp(_) | Stream::Tls(_) => Err(wire::no_files()),
             Stream::Unix(stream) => {
                 let (bytes, file) = stream.recv_with_fd(&mut [0]).map_err(of_errno)?;
                 received = file;
@@ -380,6 +465,7 @@ impl Read for Peer {
         self.patiently(|stream| match stream {
             Stream::Tcp(stream) => (&*stream).read(buffer),
             Stream::Unix(stream) => (&*stream).read(buffer),
+            Stream::Tls(stream) => stream.read(buffer),
         })
     }
 }
@@ -389,12 +475,17 @@ impl Write for Peer {
         let written = self.patiently(|stream| match stream {
             Stream::Tcp(stream) => (&*stream).write(data),
             Stream::Unix(stream) => (&*stream).write(data),
+            Stream::Tls(stream) => stream.write(data),
         })?;
         self.written.fetch_add(written as u64, Ordering::Relaxed);
         Ok(written)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+        self.patiently(|stream| match stream {
+            Stream::Tls(stream) => stream.flush().map(|()| 0),
+            Stream::Tcp(_) | Stream::Unix(_) => Ok(0),
+        })
+        .map(drop)
     }
 }

@@ -123,19 +123,19 @@ impl Incoming {
     /// The other connections of the migration that `first` has begun.
     fn join(&self, first: &Peer, hello: &Hello) -> Result<Vec<Peer>, MigrationError> {
         let until = Instant::now() + self.limits.connect;
-        let expected = hello.connections;
+        let (expected, limit) = (hello.connections, self.limits.question);
         let mut others: Vec<Option<Peer>> = (1..expected).map(|_| None).collect();
         while let opened = others.iter().flatten().count() as u32 + 1
             && opened < expected
         {
-            let mut peer = match self.listener.accept(&self.cancel, Some(until)) {
+            let mut peer = match self.listener.accept(&self.cancel, limit, Some(until)) {
                 Ok(peer) => peer,
                 Err(error) if error.kind() == io::ErrorKind::TimedOut => {
                     return Err(MigrationError::TooFewConnections { opened, expected });
                 }
                 Err(error) => return Err(MigrationError::Wire(error.into())),
             };
-            peer.set_limit(self.limits.question);
+            peer.set_limit(limit);
             let mut reader = Reader::new(peer.clone());
             let joins = reader.next(&[Kind::Join], "another connection of a migration");
             let mut writer = Writer::new(peer.clone());
@@ -176,9 +176,10 @@ impl Incoming {
     /// The first client that speaks this protocol.
     fn accept(&self) -> Result<(Peer, Hello), MigrationError> {
         loop {
-            let accepted = self.listener.accept(&self.cancel, None);
+            let limit = self.limits.hello;
+            let accepted = self.listener.accept(&self.cancel, limit, None);
             let mut peer = accepted.map_err(|error| MigrationError::Wire(error.into()))?;
-            peer.set_limit(self.limits.hello);
+            peer.set_limit(limit);
             let mut reader = Reader::new(peer.clone());
             let hello = reader.next(&[Kind::Hello], "the start of a migration");
             match hello.and_then(|hello| hello.hello()) {
@@ -196,7 +197,9 @@ impl Incoming {
     fn answer(&self, id: &MigrationId, outcome: Kind) {
         let until = Instant::now() + self.limits.answers;
         loop {
-            let mut peer = match self.listener.accept(&Cancel::default(), Some(until)) {
+            let limit = self.limits.question;
+            let accepted = self.listener.accept(&Cancel::default(), limit, Some(until));
+            let mut peer = match accepted {
                 Ok(peer) => peer,
                 Err(error) if error.kind() == io::ErrorKind::TimedOut => return,
                 Err(error) => {
@@ -206,7 +209,7 @@ impl Incoming {
                     return;
                 }
             };
-            peer.set_limit(self.limits.question);
+            peer.set_limit(limit);
             let mut reader = Reader::new(peer.clone());
             let mut writer = Writer::new(peer);
             let asked = reader.next(&[Kind::Ask], "a question");

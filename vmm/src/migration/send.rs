@@ -16,7 +16,7 @@ use super::together::together;
 use super::wire::{
     Channel, FILES_MAX, Hello, Kind, MigrationId, RUNS_MAX, Reader, Transfer, WireError, Writer,
 };
-use super::{Address, Limits, MigrationError, SendProgress, SendReport};
+use super::{Destination, Limits, MigrationError, SendProgress, SendReport};
 
 /// How long a target that does not read may delay the end.
 const FAREWELL: Duration = Duration::from_millis(500);
@@ -111,7 +111,7 @@ impl Ram {
 #[derive(Debug)]
 pub struct Outgoing {
     /// The target.
-    pub address: Address,
+    pub target: Destination,
     /// The configuration, as JSON.
     pub config: String,
     /// A state of the machine by which the target can check whether it can continue it.
@@ -154,7 +154,7 @@ impl Outgoing {
 
     fn send(&self, owner: &mut dyn SourceOwner) -> Result<SourceEnd, MigrationError> {
         let id = random_id().map_err(|error| MigrationError::Owner(Box::new(error)))?;
-        let peer = self.address.connect(&self.cancel, self.limits.connect)?;
+        let peer = self.target.connect(&self.cancel, self.limits.connect)?;
         let mut connection = Connection {
             reader: Reader::new(peer.clone()),
             writer: Writer::new(peer.clone()),
@@ -231,7 +231,7 @@ impl Outgoing {
         id: &MigrationId,
     ) -> Result<(), MigrationError> {
         for number in 1..self.connections {
-            let mut peer = self.address.connect(&self.cancel, self.limits.connect)?;
+            let mut peer = self.target.connect(&self.cancel, self.limits.connect)?;
             peer.join(&connection.peer);
             peer.set_limit(self.limits.running);
             let mut writer = Writer::new(peer);
@@ -434,7 +434,7 @@ impl Outgoing {
 
     fn ask_once(&self, id: &MigrationId) -> Result<bool, MigrationError> {
         let limit = self.limits.question;
-        let mut peer = self.address.connect(&Cancel::default(), limit)?;
+        let mut peer = self.target.connect(&Cancel::default(), limit)?;
         peer.set_limit(limit);
         let mut writer = Writer::new(peer.clone());
         writer.ask(id)?;

@@ -286,7 +286,7 @@ impl<W: Write + Channel> Writer<W> {
         for part in parts {
             self.to.write_all(part)?;
         }
-        Ok(())
+        Ok(self.to.flush()?)
     }
 
     /// Sends [`Kind::Hello`].

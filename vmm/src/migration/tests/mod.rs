@@ -5,6 +5,7 @@
 mod connections;
 mod handed_over;
 mod proxy;
+mod tls;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -173,6 +174,7 @@ struct Source {
     /// Hands over its memory files; otherwise its writes are tracked.
     local: bool,
     connections: u32,
+    tls: Option<SourceTls>,
 }
 
 impl Source {
@@ -197,6 +199,7 @@ impl Source {
             refuses_commit: false,
             local: false,
             connections: 1,
+            tls: None,
         }
     }
 
@@ -212,7 +215,10 @@ impl Source {
         };
         let cancel = Cancel::default();
         let outgoing = Outgoing {
-            address,
+            target: Destination {
+                address,
+                tls: self.tls.clone(),
+            },
             config: serde_json::to_string(&self.config).unwrap(),
             state: state_text(),
             ram: match self.local {
@@ -248,10 +254,19 @@ fn receive_within(
     refuses_to: &'static str,
     limits: Limits,
 ) -> (Receiver<Received>, Address, Cancel) {
+    receive_with(address, refuses_to, limits, None)
+}
+
+fn receive_with(
+    address: &Address,
+    refuses_to: &'static str,
+    limits: Limits,
+    tls: Option<TargetTls>,
+) -> (Receiver<Received>, Address, Cancel) {
     let (ends, end) = channel();
     let cancel = Cancel::default();
     let incoming = Incoming {
-        listener: Listener::bind(address).unwrap(),
+        listener: Listener::bind(address, tls).unwrap(),
         limits,
         cancel: cancel.clone(),
     };
@@ -531,7 +546,7 @@ fn target_that_is_told_of_the_end_answers_no_questions() {
     assert!(error.contains("was cancelled"), "{error}");
     // Its socket is free long before it would end to answer.
     let until = Instant::now() + DEADLINE / 2;
-    while let Err(error) = Listener::bind(&address) {
+    while let Err(error) = Listener::bind(&address, None) {
         assert!(Instant::now() < until, "{error}");
         std::thread::yield_now();
     }
