@@ -30,7 +30,7 @@ use parking_lot::Mutex;
 
 use super::job::{Job, Options, Outcome};
 use super::saved::SavedHost;
-use super::{plan, swap};
+use super::{plan, swap, tsc};
 use crate::apt::{self, Need};
 use crate::guest::debian::{self, DebianKernel};
 use crate::guest::{cpio, programs};
@@ -344,6 +344,9 @@ fn machine(command: &mut Command, job: &Job, host: &HostKernel) {
     } else {
         command.args(["-accel", "tcg,thread=multi"]);
         command.args(["-smp", &options.cpus.to_string()]);
+        // Linux measures the rate of the counter twice. If the first result is wrong, KVM, which needs it before the
+        // second, sets no rate at all: its clocks of guests then jump with each pause.
+        append.push_str(&format!(" tsc_early_khz={}", tsc::khz()));
     }
     if options.assignable {
         append.push_str(" intel_iommu=on");

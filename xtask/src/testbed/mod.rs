@@ -13,6 +13,7 @@ mod plan;
 mod probe;
 mod saved;
 mod swap;
+mod tsc;
 
 pub(crate) use emulated::{PROGRAM as QEMU_PROGRAM, QEMU};
 pub(crate) use job::{KernelChoice, Options, Outcome, parse_size};
