@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::bare_metal::{SCENARIO_DEADLINE, expect_all_passed, kvm_opens, start};
+use integration_tests::huge_pages::ReservedHugePages;
 use integration_tests::migration::{
     EVENTS, forward_until, free_port, send, send_with, wait_event, while_receiving,
     while_receiving_with,
@@ -202,6 +203,37 @@ fn guest_at_work_is_handed_over_again_and_again_and_loses_nothing() -> Result<()
     }
     let (first, _image) = guest_at_work("size=256M,shared=on")?;
     moves_and_loses_nothing(first, 6, &json!({"local": true}))
+}
+
+/// There are exactly as many huge pages as the guest has: the target needs none of its own.
+#[test]
+fn huge_pages_are_handed_over_and_none_is_needed_twice() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let Some(_pool) = ReservedHugePages::new(256 / 2)? else {
+        test_skip::skip("the host has too few huge pages of 2 MiB");
+        return Ok(());
+    };
+    let (source, _image) = guest_at_work("size=256M,hugepages=on,hugepage_size=2M")?;
+    let target = target()?;
+    let url = format!("unix:{}", target.folder().join("move").display());
+    let local = json!({"local": true});
+    let (status, body) = while_receiving(&target, &url, || send_with(&source, &url, &local))?;
+    ensure!(status == 204, "{status} {body}");
+    let now = wait_rounds(&source, 0)?;
+    wait_rounds(&source, now).map(drop)
+}
+
+/// The region for hot-plug is a file of its own.
+#[test]
+fn region_of_virtio_mem_is_handed_over_with_ram() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let memory = "size=256M,shared=on,hotplug_method=virtio-mem,hotplug_size=128M";
+    let (first, _image) = guest_at_work(memory)?;
+    moves_and_loses_nothing(first, 2, &json!({"local": true}))
 }
 
 /// Each process opens the image once the previous one has written its tables.
