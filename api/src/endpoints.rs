@@ -177,6 +177,10 @@ endpoints! {
     VmSnapshot = Upstream Put "vm.snapshot",
         request Some("VmSnapshotConfig"), response None, command "snapshot",
         failure "The VM could not be snapshotted";
+    /// Merge a chain of snapshots into a new one.
+    VmSnapshotMerge = Ours Put "vm.snapshot-merge",
+        request Some("VmSnapshotMergeConfig"), response None, command "snapshot-merge",
+        failure "The snapshots could not be merged";
     /// Write a core file of the guest.
     VmCoredump = Upstream Put "vm.coredump",
         request Some("VmCoredumpData"), response None, command "coredump",

@@ -17,4 +17,29 @@ pub struct VmSnapshotConfig {
     /// is writable.
     #[serde(default)]
     pub keep_paused: bool,
+    /// Record from now on what the guest writes, so that a differential snapshot can follow. The guest is slower
+    /// meanwhile. A full snapshot without this setting ends the record.
+    #[serde(default)]
+    pub track_writes: bool,
+    /// Write a differential snapshot: only what has changed since this one, the VM's last. Its folder must be beside the
+    /// new one, and stay there unchanged. The record of writes continues.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_url: Option<String>,
+}
+
+impl VmSnapshotConfig {
+    /// Whether writes are recorded after the snapshot.
+    pub fn keeps_recording(&self) -> bool {
+        self.track_writes || self.base_url.is_some()
+    }
+}
+
+/// Snapshots to merge.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[schemars(extend("example" = json!({"source_url": "file:///var/lib/vm/third", "destination_url": "file:///var/lib/vm/merged"})))]
+pub struct VmSnapshotMergeConfig {
+    /// The last snapshot of a chain, as `file://` and the absolute path of its folder.
+    pub source_url: String,
+    /// An existing folder without a snapshot, as `file://` and its absolute path.
+    pub destination_url: String,
 }

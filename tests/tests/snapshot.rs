@@ -532,7 +532,7 @@ fn expect_nothing_lost(first: &Vmm, serial: &str, vmm: &Vmm) -> Result<()> {
 }
 
 /// Saves the running VM into a new folder `name`, while the balloon is resized all the time.
-fn save_live(vmm: &Vmm, name: &str, more: serde_json::Value) -> Result<std::path::PathBuf> {
+fn save_live(vmm: &Vmm, name: &str, more: &serde_json::Value) -> Result<std::path::PathBuf> {
     let folder = vmm.folder().join(name);
     std::fs::create_dir(&folder)?;
     let mut body = json!({"destination_url": format!("file://{}", folder.display()), "live": true});
@@ -575,7 +575,7 @@ fn guest_saved_while_it_runs_continues_here_and_from_the_snapshot() -> Result<()
         let first = guest_at_work(&["--memory", memory])?;
         let image = image_of(&first)?;
         let before = wait_rounds(&first, "serial", 0)?;
-        let saved = save_live(&first, "saved", json!({"keep_paused": true}))?;
+        let saved = save_live(&first, "saved", &json!({"keep_paused": true}))?;
         let report = wait_event(&first, "snapshotted")?;
         println!("     {memory}: {report}");
         let passes: u32 = report["passes"].as_str().context("passes")?.parse()?;
@@ -634,5 +634,98 @@ fn running_vm_whose_image_would_change_is_not_saved_live_and_a_failure_leaves_it
     ensure!(first.get("vm.info")?["state"] == "Running");
     let now = wait_rounds(&first, "serial", 0)?;
     wait_rounds(&first, "serial", now)?;
+    expect_nothing_lost(&first, "serial", &first)
+}
+
+/// Saves the paused VM into the folder `name`, based on the snapshot `base` if there is one.
+fn save_beside(vmm: &Vmm, name: &str, base: Option<&str>) -> Result<std::path::PathBuf> {
+    let url = |name: &str| format!("file://{}", vmm.folder().join(name).display());
+    let folder = vmm.folder().join(name);
+    std::fs::create_dir(&folder)?;
+    let mut body = json!({"destination_url": url(name), "track_writes": true});
+    if let Some(base) = base {
+        body["base_url"] = json!(url(base));
+    }
+    vmm.put("vm.snapshot", Some(&body.to_string()))?;
+    Ok(folder)
+}
+
+#[test]
+fn chain_of_snapshots_is_restored_merged_and_refused_when_a_link_is_broken() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let first = guest_at_work(&[])?;
+    let image = image_of(&first)?;
+    let rounds = |serial: &str| -> Result<()> {
+        let now = wait_rounds(&first, serial, 0)?;
+        wait_rounds(&first, serial, now).map(drop)
+    };
+    first.put("vm.pause", None)?;
+    let one = save_beside(&first, "one", None)?;
+    first.put("vm.resume", None)?;
+    rounds("serial")?;
+    let base = json!({"keep_paused": true, "base_url": format!("file://{}", one.display())});
+    let two = save_live(&first, "two", &base)?;
+    first.put("vm.resume", None)?;
+    rounds("serial")?;
+    first.put("vm.pause", None)?;
+    let three = save_beside(&first, "three", Some("two"))?;
+    let copy = first.folder().join("copy");
+    std::fs::copy(&image, &copy)?;
+    first.put("vm.resume", None)?;
+    let sizes: Vec<u64> = [&one, &two, &three]
+        .iter()
+        .map(|folder| disk_bytes(&folder.join("memory-0")))
+        .collect::<Result<_>>()?;
+    println!("     bytes of the chain: {sizes:?}");
+    // The guest writes 2 MiB in each round; it has its code, rings and the balloon's pages besides.
+    ensure!(sizes[2] < sizes[0], "{sizes:?}");
+
+    let url = |folder: &Path| format!("file://{}", folder.display());
+    let merged = first.folder().join("merged");
+    std::fs::create_dir(&merged)?;
+    let helper = Vmm::start(&[])?;
+    let body = json!({"source_url": url(&three), "destination_url": url(&merged)}).to_string();
+    helper.put("vm.snapshot-merge", Some(&body))?;
+    let again = helper.request("PUT", "vm.snapshot-merge", Some(&body))?;
+    ensure!(again.status == 400, "{again:?}");
+
+    let mut modes = vec![
+        (&three, "Copy"),
+        (&merged, "Copy"),
+        (&merged, "CopyOnWrite"),
+    ];
+    match std::fs::File::open("/dev/userfaultfd") {
+        Ok(_) => modes.push((&three, "OnDemand")),
+        Err(_) => skip("/dev/userfaultfd does not open"),
+    }
+    for (number, (folder, mode)) in modes.into_iter().enumerate() {
+        let own = first.folder().join(format!("image{number}"));
+        std::fs::copy(&copy, &own)?;
+        let serial = format!("serial-{number}");
+        move_paths(folder, &own, &first.folder().join(&serial))?;
+        let vmm = Vmm::start(&[])?;
+        let body = json!({"source_url": url(folder), "resume": true, "memory_restore_mode": mode});
+        vmm.put("vm.restore", Some(&body.to_string()))
+            .with_context(|| vmm.stderr())?;
+        expect_nothing_lost(&first, &serial, &vmm).context(mode)?;
+    }
+    let refuse = |mode: &str, word: &str| -> Result<()> {
+        let body = json!({"source_url": url(&three), "memory_restore_mode": mode}).to_string();
+        let refused = helper.request("PUT", "vm.restore", Some(&body))?;
+        let told = refused.json()?.to_string();
+        ensure!(refused.status == 400 && told.contains(word), "{told}");
+        Ok(())
+    };
+    refuse("CopyOnWrite", "merge them first")?;
+    let aside = first.folder().join("aside");
+    std::fs::rename(&one, &aside)?;
+    refuse("Copy", "one/state.json")?;
+    std::fs::rename(&two, &one)?;
+    std::fs::rename(&aside, &two)?;
+    refuse("Copy", "two breaks the chain")?;
+    ensure!(helper.get("vmm.ping").is_ok());
+    std::fs::remove_file(&image)?;
     expect_nothing_lost(&first, "serial", &first)
 }

@@ -28,6 +28,7 @@ pub(crate) fn schemas() -> BTreeMap<String, Value> {
     generator.subschema_for::<VmUpdateRateLimiter>();
     generator.subschema_for::<VmRemoveDevice>();
     generator.subschema_for::<VmSnapshotConfig>();
+    generator.subschema_for::<VmSnapshotMergeConfig>();
     generator.subschema_for::<VmCoredumpData>();
     generator.subschema_for::<RestoreConfig>();
     generator.subschema_for::<VmSendMigrationData>();

@@ -56,6 +56,7 @@ samples![
     VmUpdateRateLimiter,
     VmRemoveDevice,
     VmSnapshotConfig,
+    VmSnapshotMergeConfig,
     VmCoredumpData,
     RestoreConfig,
     MemoryRestoreMode,

@@ -15,8 +15,8 @@ use api::options::{OptionError, parse_bytes};
 use api::{
     Endpoint, HintingAction, ReclaimThresholdsChange, ReportingAction, RestoreConfig,
     VmBalloonHinting, VmBalloonReporting, VmCoredumpData, VmReceiveMigrationData, VmRemoveDevice,
-    VmResize, VmResizeDisk, VmSendMigrationData, VmSnapshotConfig, VmUpdateRateLimiter,
-    to_ascii_json,
+    VmResize, VmResizeDisk, VmSendMigrationData, VmSnapshotConfig, VmSnapshotMergeConfig,
+    VmUpdateRateLimiter, to_ascii_json,
 };
 use clap::error::ErrorKind;
 use clap::{Arg, ArgGroup, ArgMatches, Args, FromArgMatches, Subcommand, ValueEnum};
@@ -131,6 +131,7 @@ impl Arguments {
                 |_| Vec::new(),
             ),
             Endpoint::VmSnapshot => Self::derived::<SnapshotArguments>(),
+            Endpoint::VmSnapshotMerge => Self::derived::<SnapshotMergeArguments>(),
             Endpoint::VmCoredump => Self::text(
                 endpoint,
                 Arg::new("url")
@@ -377,6 +378,35 @@ struct SnapshotArguments {
     /// Leave the VM paused afterwards; required if an image of it is writable
     #[arg(long, requires = "live")]
     keep_paused: bool,
+
+    /// Record writes from now on, so that a differential snapshot can follow
+    #[arg(long)]
+    track_writes: bool,
+
+    /// Write only what has changed since the VM's last snapshot, which must be this one
+    #[arg(long, value_name = "URL")]
+    base: Option<String>,
+}
+
+#[derive(Debug, Args)]
+struct SnapshotMergeArguments {
+    /// Last snapshot of the chain, as file:// and the absolute path of its folder
+    #[arg(value_name = "SOURCE_URL")]
+    source: String,
+
+    /// An existing folder without a snapshot, as file:// and its absolute path
+    #[arg(value_name = "DESTINATION_URL")]
+    destination: String,
+}
+
+impl From<SnapshotMergeArguments> for Command {
+    fn from(merge: SnapshotMergeArguments) -> Self {
+        let body = VmSnapshotMergeConfig {
+            source_url: merge.source,
+            destination_url: merge.destination,
+        };
+        call(Endpoint::VmSnapshotMerge, &body)
+    }
 }
 
 impl From<SnapshotArguments> for Command {
@@ -385,6 +415,8 @@ impl From<SnapshotArguments> for Command {
             destination_url: snapshot.url,
             live: snapshot.live,
             keep_paused: snapshot.keep_paused,
+            track_writes: snapshot.track_writes,
+            base_url: snapshot.base,
         };
         call(Endpoint::VmSnapshot, &body)
     }

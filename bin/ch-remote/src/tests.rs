@@ -145,6 +145,7 @@ fn every_command_calls_its_endpoint() {
             Endpoint::VmAddBalloon => " size=0",
             Endpoint::VmRemoveDevice => " _disk0",
             Endpoint::VmSnapshot => " file:///d",
+            Endpoint::VmSnapshotMerge => " file:///d file:///m",
             Endpoint::VmCoredump => " file:///core",
             Endpoint::VmRestore => " source_url=file:///d",
             Endpoint::VmSendMigration => " destination_url=unix:/s",

@@ -63,7 +63,9 @@ impl Plan {
             }
             if let Some(request) = &restore {
                 let folder = snapshot::folder_of(&request.source_url)?;
-                places.push(landlock::of_restore(&folder).place());
+                let folders = snapshot::folders(&folder, &|_| Ok(()))?;
+                let needs = folders.iter().map(|it| landlock::of_restore(it));
+                places.extend(needs.map(|need| need.place()));
             }
         }
         let plan = Self {

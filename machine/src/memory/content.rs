@@ -26,7 +26,7 @@ use vm_memory::{
 use super::layout::{MIB, PAGE_BYTES};
 use super::{GuestMemory, Zone, backing};
 
-const PART: Part = parts::MEMORY_CONTENT;
+pub(super) const PART: Part = parts::MEMORY_CONTENT;
 
 pub(super) const CHUNK_BYTES: usize = (2 * MIB) as usize;
 pub(super) const PAGE: usize = PAGE_BYTES as usize;
@@ -58,8 +58,15 @@ pub struct ChunkState {
     pub offset: u64,
     /// The pages in the file: one bit each, the first in bit 0 of the first byte.
     pub pages: Bytes,
+    /// In a differential snapshot, the pages that hold no data any more, unlike in its base; none if empty.
+    #[serde(default, skip_serializing_if = "is_empty")]
+    pub zeros: Bytes,
     /// CRC-32 of these pages, one after the other.
     pub crc32: u32,
+}
+
+fn is_empty(bytes: &Bytes) -> bool {
+    bytes.0.is_empty()
 }
 
 /// Reasons why the content of RAM cannot be saved or loaded.
@@ -192,6 +199,7 @@ impl GuestMemory {
                 saved.push(ChunkState {
                     offset: chunk.offset,
                     pages: Bytes(pages),
+                    zeros: Bytes::default(),
                     crc32: crc.finalize(),
                 });
             }
@@ -284,65 +292,6 @@ impl GuestMemory {
         Ok(pages)
     }
 
-    /// Loads a file written by [`GuestMemory::save_zone`] into untouched RAM. `thp`: whether RAM uses transparent huge
-    /// pages. They are disabled while the content is loaded, because huge pages that the content does not fill must not
-    /// become resident. `done` receives the size of each piece of the zone.
-    ///
-    /// # Errors
-    /// The table does not fit the zone, a checksum does not match, or RAM or the file cannot be accessed.
-    pub fn load_zone(
-        &self,
-        zone: &Zone,
-        file: &File,
-        state: &ZoneContentState,
-        thp: bool,
-        mut done: impl FnMut(u64),
-    ) -> Result<(), ContentError> {
-        let table = checked_table(zone, file, state)?;
-        self.advise_huge_pages(zone, false);
-        let mut buffer = vec![0; CHUNK_BYTES];
-        let mut left = table.into_iter().peekable();
-        for chunk in chunks(zone) {
-            done(chunk.bytes as u64);
-            if let Some((_, saved)) = left.next_if(|(it, _)| it.offset == chunk.offset) {
-                self.load_chunk(zone, file, chunk, saved, &mut buffer[..chunk.bytes])?;
-            }
-        }
-        if thp {
-            self.advise_huge_pages(zone, true);
-        }
-        Ok(())
-    }
-
-    /// Verifies the checksum before writing anything to RAM.
-    fn load_chunk(
-        &self,
-        zone: &Zone,
-        file: &File,
-        chunk: Chunk,
-        saved: &ChunkState,
-        buffer: &mut [u8],
-    ) -> Result<(), ContentError> {
-        let count = chunk.bytes / PAGE;
-        let read = read_checked(file, saved, buffer);
-        if !read.map_err(in_file(&zone.id, chunk.offset))? {
-            return Err(ContentError::Damaged {
-                zone: zone.id.clone(),
-                offset: chunk.offset,
-            });
-        }
-        let ram = self.ram().memory();
-        each_run(&saved.pages.0, count, |start, bytes| {
-            let address = GuestAddress(chunk.guest.0 + start as u64);
-            ram.write_slice(&buffer[start..start + bytes], address)
-        })
-        .map_err(|error| ContentError::Ram {
-            zone: zone.id.clone(),
-            offset: chunk.offset,
-            source: io::Error::other(error),
-        })
-    }
-
     pub(super) fn advise_huge_pages(&self, zone: &Zone, wanted: bool) {
         let ram = self.ram().memory();
         let regions = ram.iter().filter(|it| zone.holds(it.start_addr().0));
@@ -352,11 +301,13 @@ impl GuestMemory {
     }
 }
 
-/// Checks that the table and the size of the file match `zone`; returns the chunks that have pages.
+/// Checks that the table and the size of the file match `zone`; returns the chunks that it lists. `differs`: they are a
+/// difference from another file.
 pub(super) fn checked_table<'a>(
     zone: &Zone,
     file: &File,
     state: &'a ZoneContentState,
+    differs: bool,
 ) -> Result<Vec<(Chunk, &'a ChunkState)>, ContentError> {
     let invalid = |field, reason| ContentError::Table(StateError::invalid(PART, field, reason));
     let (saved, own) = (state.bytes, zone.bytes());
@@ -376,14 +327,18 @@ pub(super) fn checked_table<'a>(
             continue;
         };
         let count = chunk.bytes / PAGE;
-        let surplus = (count..count.next_multiple_of(8)).any(|page| {
-            saved
-                .pages
-                .0
-                .get(page / 8)
-                .is_none_or(|it| it & 1 << (page % 8) != 0)
-        });
-        if saved.pages.0.len() != count.div_ceil(8) || surplus {
+        let zeros = &saved.zeros.0;
+        let fits = |bits: &[u8]| {
+            bits.len() == count.div_ceil(8) && (count..bits.len() * 8).all(|it| !is_set(bits, it))
+        };
+        let both = saved
+            .pages
+            .0
+            .iter()
+            .zip(zeros)
+            .any(|(it, zero)| it & zero != 0);
+        let zeros_fit = zeros.is_empty() || (differs && fits(zeros) && !both);
+        if !fits(&saved.pages.0) || !zeros_fit {
             let reason = format!("has other pages at {:#x} than the zone", chunk.offset);
             return Err(invalid("chunks", reason));
         }
@@ -427,6 +382,7 @@ pub(super) fn in_file(zone: &str, offset: u64) -> impl Fn(io::Error) -> ContentE
 
 #[cfg(test)]
 mod tests {
+    use crate::memory::SavedZone;
     use state::{Saved, State};
 
     use super::*;
@@ -485,8 +441,10 @@ mod tests {
 
     fn load(memory: &GuestMemory, files: &[(File, ZoneContentState)]) -> Result<(), ContentError> {
         let mut zones = memory.zones().iter().zip(files);
-        zones
-            .try_for_each(|(zone, (file, state))| memory.load_zone(zone, file, state, true, |_| ()))
+        zones.try_for_each(|(zone, (file, state))| {
+            let saved = SavedZone::from((file.try_clone().unwrap(), state.clone()));
+            memory.load_zone(zone, &saved, true, |_| ())
+        })
     }
 
     #[test]
@@ -574,11 +532,8 @@ mod tests {
             let Ok(state) = damaged.read::<ZoneContentState>() else {
                 return;
             };
-            refused += usize::from(
-                memory
-                    .load_zone(zone, &file, &state, false, |_| ())
-                    .is_err(),
-            );
+            let saved = SavedZone::from((file.try_clone().unwrap(), state));
+            refused += usize::from(memory.load_zone(zone, &saved, false, |_| ()).is_err());
         });
         assert!(count > 100 && refused > 20, "{refused} of {count}");
     }

@@ -18,7 +18,8 @@ use virtio_devices::reclaim::Overlay;
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::content::{self, CHUNK_BYTES, ChunkState, ContentError, PAGE};
-use super::{GuestMemory, Zone, ZoneContentState, source};
+use super::layers::ZoneFile;
+use super::{GuestMemory, SavedZone, Zone, source};
 
 /// Reasons why RAM cannot map the files.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +33,14 @@ pub enum CopyOnWriteError {
         zone: String,
         /// Its kind, as in statistics.
         backing: &'static str,
+    },
+    /// The pages of a zone are in several files, which would need too many mappings.
+    #[error(
+        "memory zone {zone} is in a chain of snapshots; merge them first (ch-remote snapshot-merge)"
+    )]
+    Chain {
+        /// The zone.
+        zone: String,
     },
     /// A file is damaged or cannot be read.
     #[error(transparent)]
@@ -52,10 +61,11 @@ impl GuestMemory {
     /// memory that replaces a file may have transparent huge pages. `done` receives the size of each piece.
     ///
     /// # Errors
-    /// A zone has another kind of memory, a table or file does not match its zone, or a file cannot be mapped.
+    /// A zone has another kind of memory or several files, a table or file does not match its zone, or a file cannot be
+    /// mapped.
     pub fn show_files(
         &mut self,
-        files: &[(File, ZoneContentState)],
+        saved: &[SavedZone],
         thp: bool,
         mut done: impl FnMut(u64),
     ) -> Result<(), CopyOnWriteError> {
@@ -66,8 +76,12 @@ impl GuestMemory {
         }
         let overlay = Arc::new(Overlay::new(thp));
         let mut buffer = vec![0; CHUNK_BYTES];
-        for (zone, (file, table)) in self.zones().iter().zip(files) {
-            let table = content::checked_table(zone, file, table);
+        for (zone, saved) in self.zones().iter().zip(saved) {
+            let Some(ZoneFile { file, table, .. }) = saved.single() else {
+                let zone = zone.id.clone();
+                return Err(CopyOnWriteError::Chain { zone });
+            };
+            let table = content::checked_table(zone, file, table, false);
             for (chunk, saved) in table.map_err(CopyOnWriteError::Content)? {
                 let buffer = &mut buffer[..chunk.bytes];
                 let span = check(file, saved, buffer);
@@ -146,13 +160,13 @@ mod tests {
         ram.write_obj(value, address(page)).unwrap();
     }
 
-    fn save(memory: &GuestMemory) -> Vec<(File, ZoneContentState)> {
+    fn save(memory: &GuestMemory) -> Vec<SavedZone> {
         let file = tempfile::tempfile().unwrap();
         let table = memory.save_zone(&memory.zones()[0], &file, |_| ()).unwrap();
-        vec![(file, table)]
+        vec![SavedZone::from((file, table))]
     }
 
-    fn saved() -> Vec<(File, ZoneContentState)> {
+    fn saved() -> Vec<SavedZone> {
         let memory = memory(false);
         for page in PAGES {
             write(&memory, page, mark(page));
@@ -160,7 +174,7 @@ mod tests {
         save(&memory)
     }
 
-    fn shown(files: &[(File, ZoneContentState)]) -> GuestMemory {
+    fn shown(files: &[SavedZone]) -> GuestMemory {
         let mut memory = memory(false);
         memory.show_files(files, true, |_| ()).unwrap();
         memory
@@ -257,14 +271,19 @@ mod tests {
         // In a page, and between two.
         for at in [600 * PAGE_BYTES + 1, 650 * PAGE_BYTES] {
             let files = saved();
-            files[0].0.write_all_at(&[1], at).unwrap();
+            files[0]
+                .single()
+                .unwrap()
+                .file
+                .write_all_at(&[1], at)
+                .unwrap();
             let told = refused(&files);
             assert!(
                 told.contains("zone a is damaged at offset 0x200000"),
                 "{told}"
             );
         }
-        files[0].0.set_len(MIB).unwrap();
+        files[0].single().unwrap().file.set_len(MIB).unwrap();
         let told = refused(&files);
         assert!(told.contains("the memory file has"), "{told}");
     }

@@ -7,7 +7,8 @@
 //!   paused: the last pages
 //!   finish                  checksums of rewritten chunks, synced
 //! ```
-//! The result is the same as that of [`GuestMemory::save_zone`].
+//! The result is the same as that of [`GuestMemory::save_zone`], or its difference from an earlier one: the pages that
+//! were written since, and those of them that hold no data.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -24,12 +25,13 @@ use super::{ContentError, GuestMemory, PageRun, Pages, Zone, ZoneContentState};
 /// The files of all zones, while they are written.
 #[derive(Debug)]
 pub struct ContentFiles {
-    zones: Vec<ZoneFile>,
+    zones: Vec<WrittenZone>,
+    differs: bool,
     data_bytes: u64,
 }
 
 #[derive(Debug)]
-struct ZoneFile {
+struct WrittenZone {
     zone: Zone,
     file: File,
     /// The chunks that were written, by their offset.
@@ -41,6 +43,8 @@ struct Written {
     bytes: usize,
     /// One bit for each page in the file.
     pages: Vec<u8>,
+    /// The same for the pages that hold no data any more. Empty unless the file is a difference.
+    zeros: Vec<u8>,
     /// `None`: other pages have been written since the first time.
     crc32: Option<u32>,
 }
@@ -54,17 +58,39 @@ impl ContentFiles {
         memory: &GuestMemory,
         files: impl IntoIterator<Item = File>,
     ) -> Result<Self, ContentError> {
+        Self::open(memory, files, false)
+    }
+
+    /// The same for a difference from earlier files. The first pass has only the pages that were written since.
+    ///
+    /// # Errors
+    /// A file cannot be as large as its zone.
+    pub fn difference(
+        memory: &GuestMemory,
+        files: impl IntoIterator<Item = File>,
+    ) -> Result<Self, ContentError> {
+        Self::open(memory, files, true)
+    }
+
+    fn open(
+        memory: &GuestMemory,
+        files: impl IntoIterator<Item = File>,
+        differs: bool,
+    ) -> Result<Self, ContentError> {
         let mut zones = Vec::new();
         for (zone, file) in memory.zones().iter().zip(files) {
             file.set_len(zone.bytes()).map_err(in_file(&zone.id, 0))?;
-            zones.push(ZoneFile {
+            zones.push(WrittenZone {
                 zone: zone.clone(),
                 file,
                 chunks: BTreeMap::new(),
             });
         }
-        let data_bytes = 0;
-        Ok(Self { zones, data_bytes })
+        Ok(Self {
+            zones,
+            differs,
+            data_bytes: 0,
+        })
     }
 
     /// The number of bytes that were written in all passes.
@@ -78,12 +104,13 @@ impl ContentFiles {
     /// The file cannot be written.
     pub fn write(&mut self, pages: Pages<'_>) -> Result<(), ContentError> {
         let Pages {
-            zone,
+            zone: number,
             offset,
             bits,
             data,
         } = pages;
-        let ZoneFile { zone, file, chunks } = &mut self.zones[zone as usize];
+        let number = number as usize;
+        let WrittenZone { zone, file, chunks } = &mut self.zones[number];
         let mut left = data;
         each_run(bits, bits.len() * 8, |start, bytes| {
             let (run, rest) = left.split_at(bytes);
@@ -92,23 +119,34 @@ impl ContentFiles {
         })
         .map_err(in_file(&zone.id, offset))?;
         self.data_bytes += data.len() as u64;
+        let crc32 = crc32fast::hash(data);
         match chunks.get_mut(&offset) {
             Some(written) => {
-                written.crc32 = None;
+                // The checksum of the only pages is known.
+                let is_first = written.pages.iter().all(|byte| *byte == 0);
+                written.crc32 = is_first.then_some(crc32);
                 for (own, new) in written.pages.iter_mut().zip(bits) {
                     *own |= new;
+                }
+                for (zero, new) in written.zeros.iter_mut().zip(bits) {
+                    *zero &= !new;
                 }
             }
             None => {
                 let written = Written {
                     bytes: chunk_bytes(zone, offset),
                     pages: bits.to_vec(),
-                    crc32: Some(crc32fast::hash(data)),
+                    zeros: self.no_zeros(bits.len()),
+                    crc32: Some(crc32),
                 };
-                chunks.insert(offset, written);
+                self.zones[number].chunks.insert(offset, written);
             }
         }
         Ok(())
+    }
+
+    fn no_zeros(&self, bytes: usize) -> Vec<u8> {
+        vec![0; if self.differs { bytes } else { 0 }]
     }
 
     /// Removes pages of a chunk, which hold no data any more.
@@ -117,26 +155,41 @@ impl ContentFiles {
     /// The file cannot be written.
     pub fn clear(&mut self, run: PageRun) -> Result<(), ContentError> {
         let PageRun {
-            zone,
+            zone: number,
             offset,
             bytes,
         } = run;
-        let ZoneFile { zone, file, chunks } = &mut self.zones[zone as usize];
-        let Some((start, written)) = chunks.range_mut(..=offset).next_back() else {
+        let number = number as usize;
+        let start = chunk_start(&self.zones[number].zone, offset);
+        if self.differs && !self.zones[number].chunks.contains_key(&start) {
+            let size = chunk_bytes(&self.zones[number].zone, start);
+            let none = vec![0; (size / PAGE).div_ceil(8)];
+            let written = Written {
+                bytes: size,
+                zeros: none.clone(),
+                pages: none,
+                crc32: Some(crc32fast::hash(&[])),
+            };
+            self.zones[number].chunks.insert(start, written);
+        }
+        let WrittenZone { zone, file, chunks } = &mut self.zones[number];
+        let Some(written) = chunks.get_mut(&start) else {
             return Ok(());
         };
         let first = (offset - start) as usize / PAGE;
-        if first * PAGE >= written.bytes {
-            // Its chunk has no pages.
-            return Ok(());
-        }
+        let mut had_data = false;
         for page in first..first + bytes as usize / PAGE {
             let (byte, bit) = (page / 8, 1 << (page % 8));
-            if written.pages[byte] & bit != 0 {
-                written.pages[byte] &= !bit;
-                written.crc32 = None;
+            had_data |= written.pages[byte] & bit != 0;
+            written.pages[byte] &= !bit;
+            if let Some(zeros) = written.zeros.get_mut(byte) {
+                *zeros |= bit;
             }
         }
+        if !had_data {
+            return Ok(());
+        }
+        written.crc32 = None;
         // Readers that map the file need zeros there.
         make_zeros(file, offset, bytes).map_err(in_file(&zone.id, offset))
     }
@@ -148,7 +201,7 @@ impl ContentFiles {
     pub fn sync_data(&self) -> Result<(), ContentError> {
         self.zones
             .iter()
-            .try_for_each(|ZoneFile { zone, file, .. }| {
+            .try_for_each(|WrittenZone { zone, file, .. }| {
                 file.sync_data().map_err(in_file(&zone.id, 0))
             })
     }
@@ -160,15 +213,18 @@ impl ContentFiles {
     pub fn finish(self) -> Result<Vec<ZoneContentState>, ContentError> {
         let mut buffer = vec![0; CHUNK_BYTES];
         let zones = self.zones.into_iter();
-        let tables = zones.map(|ZoneFile { zone, file, chunks }| {
+        let tables = zones.map(|WrittenZone { zone, file, chunks }| {
             let mut table = Vec::new();
             for (offset, written) in chunks {
-                if written.pages.iter().all(|byte| *byte == 0) {
+                let mut bits = written.pages.iter().chain(&written.zeros);
+                if bits.all(|byte| *byte == 0) {
                     continue;
                 }
+                let has_zeros = written.zeros.iter().any(|byte| *byte != 0);
                 let mut chunk = ChunkState {
                     offset,
                     pages: Bytes(written.pages),
+                    zeros: Bytes(if has_zeros { written.zeros } else { Vec::new() }),
                     crc32: 0,
                 };
                 chunk.crc32 = match written.crc32 {
@@ -192,6 +248,12 @@ fn chunk_bytes(zone: &Zone, offset: u64) -> usize {
     let place = place(zone, offset);
     let (_, _, left) = place.expect("pages are sent from their zone");
     left.min(CHUNK_BYTES as u64) as usize
+}
+
+fn chunk_start(zone: &Zone, offset: u64) -> u64 {
+    let place = place(zone, offset);
+    let (_, at, _) = place.expect("runs are of their zone");
+    offset - at % CHUNK_BYTES as u64
 }
 
 /// A hole, or zeros on a file system without holes.

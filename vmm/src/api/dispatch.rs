@@ -6,6 +6,7 @@
 //! | an `api-query` thread | `vm.counters`, `vm.balloon-stats`, `vm.reclaim-stats` | may take time or wait for the guest |
 //! | control thread | everything that changes something | it owns the VM |
 //! | control thread, then the thread of the migration | `vm.receive-migration` | waits for the source |
+//! | control thread, then the thread `snapshot` | `vm.snapshot-merge` | reads and writes all files |
 //! | control thread, for a running VM then the thread `snapshot` | `vm.snapshot` | writes RAM while the VM runs |
 //! | control thread, then an `api-query` thread | `vm.balloon-reporting` | requested in order, then awaited |
 
@@ -148,6 +149,7 @@ impl Dispatcher {
                 self.change_to(call, |vm, update| vm.update_rate_limiter(&update));
             }
             Endpoint::VmSnapshot => self.snapshot(call),
+            Endpoint::VmSnapshotMerge => self.merge_snapshots(call),
             Endpoint::VmCoredump => self.change_to(call, |vm, request| vm.coredump(&request)),
             Endpoint::VmRestore => {
                 if let Some((request, mut call)) = call.read_body() {
@@ -249,6 +251,14 @@ impl Dispatcher {
         if let Some((request, Call { reply, .. })) = call.read_body() {
             let done = move |outcome| reply.send(ended(outcome));
             self.control.snapshot(request, done);
+        }
+    }
+
+    /// Responds when the new snapshot is on stable storage.
+    fn merge_snapshots(&self, call: Call) {
+        if let Some((request, Call { reply, .. })) = call.read_body() {
+            let done = move |outcome| reply.send(ended(outcome));
+            self.control.merge_snapshots(request, done);
         }
     }
 

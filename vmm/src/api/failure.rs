@@ -99,6 +99,7 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
         | LifecycleError::NotPaused
         | LifecycleError::Migrating
         | LifecycleError::Saving
+        | LifecycleError::Merging
         | LifecycleError::DisksReleased
         | LifecycleError::MemoryIncomplete
         | LifecycleError::NotMigrating

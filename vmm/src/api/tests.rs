@@ -592,6 +592,9 @@ fn body_of(endpoint: Endpoint) -> Option<&'static str> {
         Endpoint::VmRemoveDevice => Some(r#"{"id": "__balloon"}"#),
         Endpoint::VmBalloonReporting => Some(PAUSE),
         Endpoint::VmSnapshot => Some(r#"{"destination_url": "file:///nonexistent"}"#),
+        Endpoint::VmSnapshotMerge => Some(
+            r#"{"source_url": "file:///nonexistent", "destination_url": "file:///nonexistent"}"#,
+        ),
         Endpoint::VmCoredump => Some(r#"{"destination_url": "file:///nonexistent/core"}"#),
         Endpoint::VmRestore => Some(r#"{"source_url": "file:///nonexistent"}"#),
         Endpoint::VmSendMigration => Some(r#"{"destination_url": "tcp:host:1"}"#),
@@ -636,6 +639,7 @@ fn expected(endpoint: Endpoint) -> [u16; 4] {
         Endpoint::VmDelete => [204; 4],
         // The folder is checked last.
         Endpoint::VmSnapshot => [500, 500, 500, 400],
+        Endpoint::VmSnapshotMerge => [400; 4],
         Endpoint::VmCoredump => [500, 500, 400, 400],
         Endpoint::VmRestore => [400, 500, 500, 500],
         Endpoint::VmSendMigration => [500, 500, 400, 400],

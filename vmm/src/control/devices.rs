@@ -9,6 +9,7 @@ use super::lifecycle::Lifecycle;
 use crate::config::{self, NewDevice, has_iommu, with_device, without_device};
 use crate::events::{Event, EventKind};
 use crate::landlock;
+use crate::snapshot;
 use crate::vm::HotplugError;
 
 impl Lifecycle {
@@ -41,6 +42,10 @@ impl Lifecycle {
         self.confinement
             .check(&landlock::of_device(&device))
             .map_err(LifecycleError::Landlock)?;
+        let is_recorded = snapshot::require_recorded(&wanted).is_ok();
+        if self.live_snapshot.is_some() && !is_recorded {
+            return Err(LifecycleError::Saving);
+        }
         let Some(machine) = &mut self.machine else {
             self.config = Some(wanted);
             self.taps.keep(fds);
@@ -57,6 +62,9 @@ impl Lifecycle {
         }
         self.config = Some(with_device(config, device));
         self.taps.keep(fds);
+        if !is_recorded {
+            self.forget_writes("the new device's writes to memory are not recorded");
+        }
         let bdf = added.bdf.clone();
         self.emit_device(EventKind::DeviceAdded { bdf }, &added.id);
         Ok(Some(added))

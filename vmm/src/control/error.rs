@@ -118,6 +118,9 @@ pub enum LifecycleError {
     /// The target may have the machine.
     #[error("The migration can no longer be cancelled")]
     Committed,
+    /// One merge at a time.
+    #[error("Snapshots are being merged: wait until that has ended")]
+    Merging,
     /// A migration cannot start or failed.
     #[error(transparent)]
     Migration(MigrationError),

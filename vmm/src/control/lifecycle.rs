@@ -20,14 +20,14 @@ use api::config::MemoryUnavailableAction;
 use api::{Endpoint, ReclaimThresholdsChange, VmBalloonReporting, VmConfig, VmState};
 
 use super::current_migration::Migration;
-use super::current_snapshot::LiveSnapshot;
+use super::current_snapshot::{Done, LiveSnapshot};
 use super::error::{LifecycleError, RequestError};
 use super::reporting::Reporting;
 use super::taps::Taps;
 use crate::config;
 use crate::events::EventKind;
 use crate::landlock::Confinement;
-use crate::snapshot::{Progress, Snapshot};
+use crate::snapshot::{Progress, Recorder, Snapshot};
 use crate::thresholds::{Subjects, Thresholds};
 use crate::view::{MachineView, PublishedView, View};
 use crate::vm::{Machine, MachineFactory, VmContext, VmError};
@@ -58,6 +58,10 @@ pub struct Lifecycle {
     pub(super) migration: Option<Migration>,
     /// The machine is being saved while it runs.
     pub(super) live_snapshot: Option<LiveSnapshot>,
+    /// Records the writes of the machine since a snapshot.
+    pub(super) recorder: Option<Recorder>,
+    /// Snapshots are being merged.
+    pub(super) merging: Option<Done>,
     /// The paused machine does not hold the locks of its disks.
     pub(super) disks_released: bool,
 }
@@ -89,6 +93,8 @@ impl Lifecycle {
             ended: false,
             migration: None,
             live_snapshot: None,
+            recorder: None,
+            merging: None,
             disks_released: false,
         }
     }
@@ -113,6 +119,9 @@ impl Lifecycle {
         if self.live_snapshot.is_some() && endpoint == Endpoint::VmSendMigration {
             let cause = LifecycleError::Saving;
             return Err(RequestError { endpoint, cause });
+        }
+        if endpoint == Endpoint::VmSendMigration {
+            self.forget_writes("the VM is sent to another process");
         }
         self.run(endpoint, change)
     }
@@ -285,6 +294,7 @@ impl Lifecycle {
         if let Some(saving) = &self.live_snapshot {
             saving.cancel();
         }
+        self.recorder = None;
         self.disks_released = false;
         self.paused = false;
         self.reset_requested = false;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use api::{Endpoint, VmConfig, VmSnapshotConfig, VmState};
+use api::{Endpoint, VmConfig, VmSnapshotConfig, VmSnapshotMergeConfig, VmState};
 
 use super::current_snapshot::{Done, LiveSnapshot};
 use super::error::{LifecycleError, RequestError};
@@ -11,8 +11,8 @@ use super::lifecycle::Lifecycle;
 use super::thread::{ControlHandle, Job, queue_full};
 use crate::events::EventKind;
 use crate::snapshot::{
-    LiveOwner, LiveReport, LiveSave, Progress, SnapshotError, SnapshotState,
-    require_content_is_ours, require_steady_disks, require_tracked_writes,
+    LiveOwner, LiveReport, LiveSave, Progress, Recorder, SnapshotError, SnapshotState,
+    require_recordable, require_recorded, require_steady_disks,
 };
 use crate::threads::{SNAPSHOT_THREAD, ThreadKind};
 use crate::vm::SavedMachine;
@@ -31,6 +31,30 @@ impl ControlHandle {
         let job: Job = Box::new(move |lifecycle| match lifecycle {
             Some(lifecycle) => lifecycle.snapshot_request(&request, control, Box::new(done)),
             None => done(Err(queue_full(endpoint))),
+        });
+        self.queue_job(endpoint, job);
+    }
+}
+
+impl ControlHandle {
+    /// `vm.snapshot-merge`: `done` is called on the control thread when the new snapshot is on stable storage.
+    pub fn merge_snapshots(
+        &self,
+        request: VmSnapshotMergeConfig,
+        done: impl FnOnce(Result<(), RequestError>) + Send + 'static,
+    ) {
+        let endpoint = Endpoint::VmSnapshotMerge;
+        let control = self.clone();
+        let job: Job = Box::new(move |lifecycle| {
+            let Some(lifecycle) = lifecycle else {
+                return done(Err(queue_full(endpoint)));
+            };
+            let mut done: Option<Done> = Some(Box::new(done));
+            let outcome =
+                lifecycle.run_request(endpoint, |vm| vm.start_merge(&request, control, &mut done));
+            if let Some(done) = done {
+                done(outcome);
+            }
         });
         self.queue_job(endpoint, job);
     }
@@ -64,18 +88,27 @@ impl Lifecycle {
         let (Some(machine), Some(config)) = (&self.machine, &self.config) else {
             return Err(LifecycleError::VmNotRunning);
         };
-        let folder = self.snapshot_folder(request)?;
+        let folder = self.snapshot_folder(&request.destination_url)?;
         check_live(config, request.keep_paused)?;
+        if request.track_writes {
+            require_recordable(config).map_err(LifecycleError::Snapshot)?;
+        }
         if !machine.is_memory_complete() {
             return Err(LifecycleError::MemoryIncomplete);
         }
-        let tracker = machine.track_writes().map_err(LifecycleError::Machine)?;
+        let link = self.link_of(request, &folder)?;
+        let recorder = match self.recorder.take() {
+            Some(recorder) => recorder,
+            None => Recorder::new(machine.track_writes().map_err(LifecycleError::Machine)?),
+        };
         let events = Arc::clone(&self.context.events);
-        let progress = Arc::new(Progress::of_snapshot(tracker.memory(), events));
+        let progress = Arc::new(Progress::of_snapshot(recorder.memory(), events));
         let cancel = Arc::new(AtomicBool::new(false));
         let save = LiveSave {
             folder,
-            tracker,
+            link,
+            recorder,
+            keeps_recording: request.keeps_recording(),
             progress: Arc::clone(&progress),
             cancel: Arc::clone(&cancel),
         };
@@ -149,7 +182,7 @@ impl Lifecycle {
         }
     }
 
-    fn end_live(&mut self, end: Result<LiveReport, SnapshotError>) {
+    fn end_live(&mut self, end: Result<LiveReport, SnapshotError>, recorder: Option<Recorder>) {
         let resumed = match &end {
             Ok(_) => Ok(()),
             Err(_) => self.resume_saved(true),
@@ -157,6 +190,9 @@ impl Lifecycle {
         let Some(saving) = self.live_snapshot.take() else {
             return;
         };
+        if Some(saving.machine) == self.machine_number() {
+            self.recorder = recorder;
+        }
         let outcome = end.map_err(LifecycleError::Snapshot);
         self.emit(match &outcome {
             Ok(report) => EventKind::Snapshotted {
@@ -183,8 +219,7 @@ impl Lifecycle {
 }
 
 fn check_live(config: &VmConfig, keep_paused: bool) -> Result<(), LifecycleError> {
-    let checked = require_content_is_ours(config).and_then(|()| require_tracked_writes(config));
-    let checked = checked.and_then(|()| match keep_paused {
+    let checked = require_recorded(config).and_then(|()| match keep_paused {
         true => Ok(()),
         false => require_steady_disks(config),
     });
@@ -216,9 +251,9 @@ impl LiveOwner for LiveSteps {
         self.step(|vm| vm.resume_saved(false))
     }
 
-    fn end(&mut self, end: Result<LiveReport, SnapshotError>) {
+    fn end(&mut self, end: Result<LiveReport, SnapshotError>, recorder: Option<Recorder>) {
         let ended = self.step(move |vm| {
-            vm.end_live(end);
+            vm.end_live(end, recorder);
             Ok(())
         });
         if let Err(error) = ended {

@@ -342,12 +342,15 @@ pub(super) fn own(kind: ThreadKind) -> Vec<&'static [Call]> {
             CLEANUP,
             READ_FILES,
             calls![
+                // Resolves a path that ends with a slash.
+                SYS_faccessat2,
                 SYS_fallocate [1 is PUNCH_HOLE],
                 SYS_fdatasync,
                 SYS_fsync,
                 SYS_ftruncate,
                 SYS_openat [2 with O_CREAT | O_EXCL],
                 SYS_pwrite64,
+                SYS_readlink,
                 SYS_rename,
             ],
         ],

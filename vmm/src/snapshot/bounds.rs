@@ -21,7 +21,7 @@ const IOMMU_BYTES: u64 = MAPPINGS_MAX as u64 * 34 + (64 << 10);
 /// Content is listed in chunks of this size.
 const CHUNK_BYTES: u64 = 2 << 20;
 /// Maximum length of a chunk's entry.
-const CHUNK_TEXT_BYTES: u64 = 192;
+const CHUNK_TEXT_BYTES: u64 = 320;
 /// Maximum length of a table without chunks.
 const TABLE_BYTES: u64 = 256;
 
@@ -80,6 +80,7 @@ mod tests {
         let chunk = ChunkState {
             offset: u64::MAX,
             pages: state::Bytes(vec![255; 64]),
+            zeros: state::Bytes(vec![255; 64]),
             crc32: u32::MAX,
         };
         let table = ZoneContentState {

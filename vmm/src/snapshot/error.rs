@@ -7,6 +7,8 @@ use machine::memory::on_demand::OnDemandError;
 use machine::memory::{ContentError, CopyOnWriteError, MemoryError};
 use state::StateError;
 
+use super::link::CHAIN_MAX;
+
 /// Reasons why a snapshot cannot be written or read.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
@@ -46,14 +48,47 @@ pub enum SnapshotError {
         /// The name of the device.
         id: String,
     },
-    /// Writes to its memory are not recorded, or its disks go on.
-    #[error("Device {id} prevents a snapshot of the running VM: {reason}")]
+    /// Its writes to memory are not recorded, or its image changes.
+    #[error("Device {id} prevents this snapshot: {reason}")]
     NotLive {
         /// The name of the device.
         id: String,
         /// What it does.
         reason: &'static str,
     },
+    /// A link of a chain is broken.
+    #[error("{} breaks the chain of snapshots: {reason}", path.display())]
+    Chain {
+        /// The snapshot.
+        path: PathBuf,
+        /// The fault.
+        reason: &'static str,
+    },
+    /// More snapshots than a chain may have.
+    #[error(
+        "A chain has at most {CHAIN_MAX} snapshots: merge it (ch-remote snapshot-merge), or save all of RAM"
+    )]
+    ChainTooLong,
+    /// The difference from another snapshot is unknown.
+    #[error(
+        "Writes have not been recorded since snapshot {}: it must be the VM's last one, saved with track_writes",
+        path.display()
+    )]
+    NotRecorded {
+        /// The folder of the base.
+        path: PathBuf,
+    },
+    /// Memory that is recorded cannot be plugged or unplugged.
+    #[error(
+        "Writes of a VM with hotplug_method=virtio-mem cannot be recorded: no memory could be plugged meanwhile"
+    )]
+    VirtioMem,
+    /// The VMM must not open the folder of a base.
+    #[error(transparent)]
+    NotAdmitted(Box<dyn std::error::Error + Send + Sync>),
+    /// A new snapshot has no id.
+    #[error("The host provides no random numbers")]
+    Random(#[source] io::Error),
     /// The VM ended or was reset while it was being saved.
     #[error("The snapshot was cancelled because the VM ended or was reset")]
     Cancelled,
@@ -172,6 +207,11 @@ impl SnapshotError {
             | Self::SharedFolder { .. }
             | Self::OtherProcess { .. }
             | Self::NotLive { .. }
+            | Self::Chain { .. }
+            | Self::ChainTooLong
+            | Self::NotRecorded { .. }
+            | Self::VirtioMem
+            | Self::NotAdmitted(_)
             | Self::Damaged { .. }
             | Self::Json { .. }
             | Self::NetFds { .. }
@@ -187,10 +227,14 @@ impl SnapshotError {
             | Self::OnDemand(OnDemandError::Content(error)) => {
                 matches!(error, ContentError::Damaged { .. } | ContentError::Table(_))
             }
-            Self::CopyOnWrite(error) => matches!(error, CopyOnWriteError::Backing { .. }),
+            Self::CopyOnWrite(error) => matches!(
+                error,
+                CopyOnWriteError::Backing { .. } | CopyOnWriteError::Chain { .. }
+            ),
             Self::OnDemand(error) => matches!(error, OnDemandError::Backing { .. }),
             Self::Incomplete
             | Self::Cancelled
+            | Self::Random(_)
             | Self::Track(_)
             | Self::Owner(_)
             | Self::Thread(_) => false,

@@ -9,20 +9,21 @@ use std::sync::Arc;
 use api::VmConfig;
 use machine::memory::on_demand::{Faults, OnDemand, OnDemandError};
 use machine::memory::{
-    DEFAULT_ZONE_ID, GuestMemory, MemoryState, RestoreError, ZoneContentState, ZoneFiles,
+    ContentFiles, DEFAULT_ZONE_ID, GuestMemory, RestoreError, SavedZone, WrittenPages,
+    ZoneContentState, ZoneFile, ZoneFiles,
 };
 use machine::pc::PcState;
 use state::Saved;
 
 use super::adapt::set_prefault;
-use super::bounds::{Bounds, CONFIG_BYTES_MAX};
+use super::chain::{self, Admit};
 use super::on_demand::{Filling, Owner, RestoreContext};
-use super::read::{open_file, read};
-use super::state_file::{StateFile, checksum_line};
+use super::pass::write_pass;
+use super::saveable::require_content_is_ours;
+use super::saved_files::{CONFIG, STATE, SavedFiles, memory_name};
+use super::state_file::checksum_line;
 use super::{Progress, SnapshotError, SnapshotState};
 
-const CONFIG: &str = "config.json";
-const STATE: &str = "state.json";
 const STATE_PARTIAL: &str = "state.json.partial";
 
 /// The folder that `url` names.
@@ -39,10 +40,6 @@ pub fn folder_of(url: &str) -> Result<PathBuf, SnapshotError> {
         true => Ok(path),
         false => Err(SnapshotError::NotAFolder { path }),
     }
-}
-
-fn memory_name(zone: usize) -> String {
-    format!("memory-{zone}")
 }
 
 /// Files that are removed unless the snapshot is completed.
@@ -143,6 +140,18 @@ impl<'a> NewSnapshot<'a> {
         self.files.create(&memory_name(zone)).map(|(file, _)| file)
     }
 
+    /// The same for all zones.
+    ///
+    /// # Errors
+    /// As for one.
+    pub(super) fn memory_files(
+        &mut self,
+        memory: &GuestMemory,
+    ) -> Result<Vec<File>, SnapshotError> {
+        let zones = 0..memory.zones().len();
+        zones.map(|at| self.memory_file(at)).collect()
+    }
+
     /// Writes the rest and syncs the folder. `tables` describe the memory files, which are complete and synced.
     ///
     /// # Errors
@@ -169,7 +178,8 @@ impl<'a> NewSnapshot<'a> {
     }
 }
 
-/// Writes the snapshot of a paused machine into `folder`. Returns the number of bytes of RAM in it.
+/// Writes the snapshot of a paused machine into `folder`: all of RAM, or the pages in `written`. Returns the number of
+/// bytes of RAM in it.
 ///
 /// # Errors
 /// The folder has such files, the VM cannot be saved, or writing fails. In these cases the folder is unchanged.
@@ -178,10 +188,21 @@ pub fn write(
     config: &VmConfig,
     state: &SnapshotState,
     memory: &GuestMemory,
+    written: Option<&WrittenPages>,
     progress: &Progress,
 ) -> Result<u64, SnapshotError> {
     require_content_is_ours(config)?;
     let mut new = NewSnapshot::create(folder)?;
+    if written.is_some() {
+        let files = new.memory_files(memory)?;
+        let content = ContentFiles::difference(memory, files);
+        let mut content = content.map_err(SnapshotError::Content)?;
+        write_pass(memory, written, &mut content, progress, || false)?;
+        let data_bytes = content.data_bytes();
+        let tables = content.finish().map_err(SnapshotError::Content)?;
+        new.finish(config, state, &tables)?;
+        return Ok(data_bytes);
+    }
     let mut tables = Vec::new();
     for (at, zone) in memory.zones().iter().enumerate() {
         let file = new.memory_file(at)?;
@@ -193,40 +214,8 @@ pub fn write(
     Ok(data_bytes)
 }
 
-/// Rejects a VM with state outside the snapshot. At a restore, this also rejects a configuration that was edited so
-/// that restoring RAM would overwrite a file of the host.
-///
-/// # Errors
-/// The device or zone whose state is elsewhere.
-pub fn require_content_is_ours(config: &VmConfig) -> Result<(), SnapshotError> {
-    let mut zones = config.memory.zones.iter().flatten();
-    if let Some(zone) = zones.find(|zone| zone.file.is_some()) {
-        let zone = zone.id.clone();
-        return Err(SnapshotError::ZoneInFile { zone });
-    }
-    if let Some(fs) = config.fs.iter().flatten().next() {
-        let tag = fs.tag.clone();
-        return Err(SnapshotError::SharedFolder { tag });
-    }
-    if let Some(device) = config.generic_vhost_user.iter().flatten().next() {
-        let id = device.id.clone().unwrap_or_default();
-        return Err(SnapshotError::OtherProcess { id });
-    }
-    Ok(())
-}
-
 fn text_of<T: serde::Serialize>(value: &T) -> String {
     serde_json::to_string(value).expect("plain data is always JSON")
-}
-
-/// The configuration of the snapshot in `folder`.
-///
-/// # Errors
-/// The file is missing or not a configuration.
-pub fn saved_config(folder: &Path) -> Result<VmConfig, SnapshotError> {
-    let path = folder.join(CONFIG);
-    let text = read(&path, CONFIG_BYTES_MAX)?;
-    serde_json::from_str(&text).map_err(|source| SnapshotError::Json { path, source })
 }
 
 /// A snapshot that was opened and checked. Its memory is checked while it is loaded.
@@ -240,43 +229,60 @@ pub struct Snapshot {
     pub state: SnapshotState,
     /// When RAM is filled.
     pub filling: Filling,
-    /// The memory file of each zone and its table.
-    memory: Vec<(File, ZoneContentState)>,
+    /// The memory files of each zone.
+    pub(super) memory: Vec<SavedZone>,
 }
 
 impl Snapshot {
-    /// Opens the snapshot in `folder`.
+    /// Opens the snapshot in `folder`, and those that it is based on if `admit` allows their folders.
     ///
     /// # Errors
-    /// A file is missing, damaged, or of another version.
-    pub fn open(folder: &Path) -> Result<Self, SnapshotError> {
-        let config = saved_config(folder)?;
-        require_content_is_ours(&config)?;
-        let bounds = Bounds::of(&config);
-        let path = folder.join(STATE);
-        let mut lines = StateFile::open(&path, bounds.file)?;
-        let saved: Saved = lines.next(bounds.machine)?;
-        let state: SnapshotState = saved.read().map_err(SnapshotError::State)?;
-        let pc: PcState = state.pc.read().map_err(SnapshotError::State)?;
-        let map: MemoryState = pc.memory.read().map_err(SnapshotError::State)?;
-        let mut memory = Vec::new();
-        for at in 0..map.zones.len() {
-            let table: ZoneContentState = lines.next(bounds.table)?;
-            let path = folder.join(memory_name(at));
-            let (file, bytes) = open_file(&path)?;
-            if bytes != table.bytes {
-                let reason = "its size is not that of its zone";
-                return Err(SnapshotError::Damaged { path, reason });
+    /// A file is missing, damaged, or of another version, or a base is not the right one.
+    pub fn open(folder: &Path, admit: &Admit<'_>) -> Result<Self, SnapshotError> {
+        let mut newest = None;
+        let mut zones: Vec<Vec<ZoneFile>> = Vec::new();
+        chain::visit(folder, admit, |saved| {
+            let name = saved.folder.file_name().unwrap_or_default();
+            let name = name.to_string_lossy().into_owned();
+            let SavedFiles {
+                folder,
+                config,
+                pc,
+                state,
+                memory,
+            } = saved;
+            let is_alone = newest.is_none() && !state.is_difference();
+            if newest.is_none() {
+                zones.resize_with(memory.len(), Vec::new);
+                newest = Some((config, pc, state));
             }
-            memory.push((file, table));
-        }
-        lines.end()?;
+            if zones.len() != memory.len() {
+                return Err(SnapshotError::Chain {
+                    path: folder,
+                    reason: "it has another number of memory zones",
+                });
+            }
+            for (files, (file, table)) in zones.iter_mut().zip(memory) {
+                let snapshot = (!is_alone).then(|| name.clone());
+                files.push(ZoneFile {
+                    snapshot,
+                    file,
+                    table,
+                });
+            }
+            Ok(())
+        })?;
+        let (config, pc, state) = newest.expect("a chain has at least one snapshot");
+        let oldest_first = |mut files: Vec<ZoneFile>| {
+            files.reverse();
+            SavedZone::new(files)
+        };
         Ok(Self {
             config,
             pc,
             state,
             filling: Filling::default(),
-            memory,
+            memory: zones.into_iter().map(oldest_first).collect(),
         })
     }
 
@@ -333,9 +339,9 @@ impl Snapshot {
             let on_demand = self.on_demand(&memory, faults, *background, progress, context)?;
             return Ok((memory, Some(on_demand)));
         }
-        for (zone, (file, table)) in memory.zones().iter().zip(&self.memory) {
+        for (zone, saved) in memory.zones().iter().zip(&self.memory) {
             let thp = config.memory.thp;
-            let loaded = memory.load_zone(zone, file, table, thp, |bytes| progress.add(bytes));
+            let loaded = memory.load_zone(zone, saved, thp, |bytes| progress.add(bytes));
             loaded.map_err(SnapshotError::Content)?;
         }
         if config.memory.prefault {
@@ -357,10 +363,7 @@ impl Snapshot {
             events: Arc::clone(&context.events),
             signals: Arc::clone(&context.signals),
         };
-        let files = self.memory.iter().map(|(file, table)| {
-            let file = file.try_clone();
-            file.map(|file| (file, table.clone()))
-        });
+        let files = self.memory.iter().map(SavedZone::try_clone);
         let files: Vec<_> = files
             .collect::<io::Result<_>>()
             .map_err(|error| SnapshotError::OnDemand(OnDemandError::Thread(error)))?;

@@ -9,19 +9,19 @@
 //! ```
 //! The files are those of a paused machine at the moment of the pause. Writes are recorded as for a migration.
 
-use std::cell::RefCell;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use api::VmConfig;
-use machine::memory::{
-    ContentError, ContentFiles, PageRun, Pages, WriteTracker, WrittenPages, Zone,
-};
+use machine::memory::{ContentFiles, WrittenPages};
 
-use super::files::{NewSnapshot, require_content_is_ours};
-use super::{Progress, SnapshotError, SnapshotState};
+use super::files::NewSnapshot;
+use super::pass::write_pass;
+use super::recorder::Recorder;
+use super::saveable::require_content_is_ours;
+use super::{Link, Progress, SnapshotError, SnapshotState};
 
 /// The machine is paused as soon as the rest can be written in this time.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -42,8 +42,8 @@ pub trait LiveOwner: Send {
     /// It cannot be resumed.
     fn resume(&mut self) -> Result<(), SnapshotError>;
 
-    /// The snapshot is on stable storage, or nothing of it is left.
-    fn end(&mut self, end: Result<LiveReport, SnapshotError>);
+    /// The snapshot is on stable storage, or nothing of it is left. The record of writes continues if there is one.
+    fn end(&mut self, end: Result<LiveReport, SnapshotError>, recorder: Option<Recorder>);
 }
 
 /// The figures of a completed snapshot.
@@ -62,8 +62,12 @@ pub struct LiveReport {
 pub struct LiveSave {
     /// An existing folder without a snapshot.
     pub folder: PathBuf,
-    /// The machine's RAM, whose writes are recorded.
-    pub tracker: WriteTracker,
+    /// The place in its chain. With a base, only what was written since is saved.
+    pub link: Link,
+    /// The record of the writes to the machine's RAM.
+    pub recorder: Recorder,
+    /// Whether the record continues after the snapshot.
+    pub keeps_recording: bool,
     /// The figures while it runs.
     pub progress: Arc<Progress>,
     /// Ends it soon if set.
@@ -72,29 +76,55 @@ pub struct LiveSave {
 
 impl LiveSave {
     /// Saves the machine; returns when [`LiveOwner::end`] has returned.
-    pub fn run(self, owner: &mut dyn LiveOwner) {
+    pub fn run(mut self, owner: &mut dyn LiveOwner) {
         let end = self.save(owner).map_err(|error| match self.is_cancelled() {
             true => SnapshotError::Cancelled,
             false => error,
         });
-        // The guest's writes are no longer recorded.
-        drop(self);
-        owner.end(end);
+        let Self {
+            folder,
+            link,
+            mut recorder,
+            keeps_recording,
+            ..
+        } = self;
+        if end.is_ok() {
+            recorder.saved(&folder, &link);
+        }
+        let keeps = match end {
+            Ok(_) => keeps_recording,
+            Err(_) => recorder.has_base(),
+        };
+        // Otherwise, the guest's writes are no longer recorded.
+        let recorder = keeps.then_some(recorder);
+        owner.end(end, recorder);
     }
 
-    fn save(&self, owner: &mut dyn LiveOwner) -> Result<LiveReport, SnapshotError> {
-        let mut new = NewSnapshot::create(&self.folder)?;
-        let memory = self.tracker.memory();
-        let files = (0..memory.zones().len()).map(|at| new.memory_file(at));
-        let files: Vec<_> = files.collect::<Result<_, _>>()?;
-        let mut content = ContentFiles::new(memory, files).map_err(SnapshotError::Content)?;
-        let (passes, mut written) = self.write_while_running(&mut content)?;
+    fn save(&mut self, owner: &mut dyn LiveOwner) -> Result<LiveReport, SnapshotError> {
+        let folder = self.folder.clone();
+        let mut new = NewSnapshot::create(&folder)?;
+        let memory = self.recorder.tracker.memory().clone();
+        let files = new.memory_files(&memory)?;
+        let (content, first) = match self.link.base {
+            Some(_) => {
+                let written = self.recorder.take_all()?;
+                (ContentFiles::difference(&memory, files), Some(written))
+            }
+            None => {
+                // What was written so far is in the first pass.
+                self.recorder.take()?;
+                (ContentFiles::new(&memory, files), None)
+            }
+        };
+        let mut content = content.map_err(SnapshotError::Content)?;
+        let (passes, mut written) = self.write_while_running(first, &mut content)?;
         let begun = Instant::now();
-        let saved = owner.pause().and_then(|(config, state)| {
+        let saved = owner.pause().and_then(|(config, mut state)| {
             require_content_is_ours(&config)?;
             // Saving the state may have written to RAM.
-            written.add_all(&self.take()?);
+            written.add_all(&self.recorder.take()?);
             self.write_pass(Some(&written), &mut content)?;
+            state.link = Some(self.link.clone());
             Ok((config, state))
         });
         let resumed = owner.resume();
@@ -113,10 +143,10 @@ impl LiveSave {
 
     /// Writes RAM until the rest is small, or does not become smaller. Returns the number of passes, and the rest.
     fn write_while_running(
-        &self,
+        &mut self,
+        mut pages: Option<WrittenPages>,
         content: &mut ContentFiles,
     ) -> Result<(u32, WrittenPages), SnapshotError> {
-        let mut pages: Option<WrittenPages> = None;
         let mut passes = 0;
         loop {
             let (before, begun) = (content.data_bytes(), Instant::now());
@@ -125,7 +155,7 @@ impl LiveSave {
             let seconds_per_byte = begun.elapsed().as_secs_f64() / bytes as f64;
             content.sync_data().map_err(SnapshotError::Content)?;
             passes += 1;
-            let left = self.take()?;
+            let left = self.recorder.take()?;
             let is_small = seconds_per_byte * left.bytes() as f64 <= PAUSE.as_secs_f64();
             let grows = pages.is_some_and(|last| left.bytes() >= last.bytes());
             if is_small || grows || passes == PASSES_MAX {
@@ -135,83 +165,18 @@ impl LiveSave {
         }
     }
 
-    fn is_cancelled(&self) -> bool {
-        self.cancel.load(Ordering::Relaxed)
-    }
-
-    fn take(&self) -> Result<WrittenPages, SnapshotError> {
-        self.tracker.take().map_err(SnapshotError::Track)
-    }
-
     fn write_pass(
         &self,
         written: Option<&WrittenPages>,
         content: &mut ContentFiles,
     ) -> Result<(), SnapshotError> {
-        let memory = self.tracker.memory();
-        let sizes: Vec<u64> = memory.zones().iter().map(Zone::bytes).collect();
-        let content = RefCell::new(content);
-        let send = |pages: Pages<'_>| {
-            if self.is_cancelled() {
-                return Err(Failure(SnapshotError::Cancelled));
-            }
-            content.borrow_mut().write(pages)?;
-            let before: u64 = sizes[..pages.zone as usize].iter().sum();
-            self.progress.reach(before + pages.offset);
-            Ok(())
-        };
-        let clear = |run: PageRun| content.borrow_mut().clear(run).map_err(Failure::from);
-        memory
-            .send_content(written, send, clear)
-            .map_err(|Failure(error)| error)?;
-        self.progress.reach(sizes.iter().sum());
-        Ok(())
+        let memory = self.recorder.tracker.memory();
+        write_pass(memory, written, content, &self.progress, || {
+            self.is_cancelled()
+        })
     }
-}
 
-/// An error of a pass.
-struct Failure(SnapshotError);
-
-impl From<ContentError> for Failure {
-    fn from(error: ContentError) -> Self {
-        Self(SnapshotError::Content(error))
-    }
-}
-
-/// Rejects a VM with a device whose writes to guest memory are not recorded.
-///
-/// # Errors
-/// The device.
-pub fn require_tracked_writes(config: &VmConfig) -> Result<(), SnapshotError> {
-    let disks = config.disks.iter().flatten();
-    let disks = disks
-        .filter(|it| it.vhost_socket.is_some())
-        .map(|it| &it.id);
-    let nets = config.net.iter().flatten();
-    let nets = nets.filter(|it| it.vhost_socket.is_some()).map(|it| &it.id);
-    match disks.chain(nets).next() {
-        Some(id) => Err(SnapshotError::NotLive {
-            id: id.clone().unwrap_or_default(),
-            reason: "another process serves it, whose writes to memory are not recorded",
-        }),
-        None => Ok(()),
-    }
-}
-
-/// Rejects a VM whose images change after the snapshot: the restored guest would find other data than it knows.
-///
-/// # Errors
-/// The device.
-pub fn require_steady_disks(config: &VmConfig) -> Result<(), SnapshotError> {
-    let disks = config.disks.iter().flatten();
-    let disks = disks.filter(|it| !it.readonly).map(|it| &it.id);
-    let pmems = config.pmem.iter().flatten();
-    let pmems = pmems.filter(|it| !it.discard_writes).map(|it| &it.id);
-    match disks.chain(pmems).next() {
-        Some(id) => Err(SnapshotError::NotLive {
-            id: id.clone().unwrap_or_default(),
-            reason: "its image changes when the VM continues; set keep_paused, copy the image, then resume the VM",
-        }),
-        None => Ok(()),
+    fn is_cancelled(&self) -> bool {
+        self.cancel.load(Ordering::Relaxed)
     }
 }

@@ -11,16 +11,24 @@
 //!  open:   config.json ─► state.json: size, checksum, versions ─► memory-N opened ─► VM created
 //! ```
 //! A folder without `state.json` is not a snapshot, so a crash or a full disk leaves none. [`LiveSave`] writes the
-//! memory files of a running machine in several passes. File names are fixed and never read from the files. The formats of the states are in `docs/state.md`.
+//! memory files of a running machine in several passes. A snapshot may have only the difference from another one
+//! ([`Link`]). File names are fixed and never read from the files. The formats of the states are in `docs/state.md`.
 
 mod adapt;
 mod bounds;
+mod chain;
 mod error;
 mod files;
+mod link;
 mod live;
+mod merge;
 mod on_demand;
+mod pass;
 mod progress;
 mod read;
+mod recorder;
+mod saveable;
+mod saved_files;
 mod state_file;
 #[cfg(test)]
 mod tests;
@@ -31,11 +39,19 @@ use state::{Fields, Part, Saved, State, StateError, parts};
 
 pub use adapt::adapt;
 pub use bounds::state_bytes_max;
+pub use chain::{Admit, folders};
 pub use error::SnapshotError;
-pub use files::{Snapshot, folder_of, memory_of, require_content_is_ours, saved_config, write};
-pub use live::{LiveOwner, LiveReport, LiveSave, require_steady_disks, require_tracked_writes};
+pub use files::{Snapshot, folder_of, memory_of, write};
+pub use link::{Base, CHAIN_MAX, Link};
+pub use live::{LiveOwner, LiveReport, LiveSave};
+pub use merge::merge;
 pub use on_demand::{Filling, RestoreContext};
 pub use progress::Progress;
+pub use recorder::Recorder;
+pub use saveable::{
+    require_content_is_ours, require_recordable, require_recorded, require_steady_disks,
+};
+pub use saved_files::saved_config;
 
 /// The machine as it was paused, and the operator's settings that are not in the configuration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -49,14 +65,27 @@ pub struct SnapshotState {
     pub reporting_paused: bool,
     /// The requested size of RAM that takes effect at the next reboot, if any.
     pub memory_size_after_reboot: Option<u64>,
+    /// The place in a chain of snapshots; none in a migration and in earlier versions.
+    pub link: Option<Link>,
+}
+
+impl SnapshotState {
+    /// Whether the snapshot has only the difference from another one.
+    pub fn is_difference(&self) -> bool {
+        self.link.as_ref().is_some_and(|link| link.base.is_some())
+    }
 }
 
 impl State for SnapshotState {
     const PART: Part = parts::SNAPSHOT;
 
-    /// In version 2, RAM had the size of the configuration.
-    fn upgrade(_from: u32, fields: &mut Fields) -> Result<(), StateError> {
-        fields.insert("memory_size_after_reboot".to_owned(), ().into());
+    /// In version 2, RAM had the size of the configuration. In version 3, there were no chains.
+    fn upgrade(from: u32, fields: &mut Fields) -> Result<(), StateError> {
+        let new = match from {
+            2 => "memory_size_after_reboot",
+            _ => "link",
+        };
+        fields.insert(new.to_owned(), ().into());
         Ok(())
     }
 }

@@ -1,13 +1,12 @@
 //! Tracks the pages that are still missing, and their place in the files.
 
-use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::super::content::{self, CHUNK_BYTES, ChunkState, ContentError, PAGE};
-use super::super::{GuestMemory, Zone, ZoneContentState};
+use super::super::content::{self, CHUNK_BYTES, ContentError, PAGE};
+use super::super::layers::SavedChunk;
+use super::super::{GuestMemory, SavedZone, Zone};
 
 /// Maximum number of mappings into which memory may be divided: a process can have 65530.
 const RUNS_MAX: u64 = 8192;
@@ -17,27 +16,25 @@ const RUNS_MAX: u64 = 8192;
 pub(super) struct Chunk {
     /// Its addresses in this process.
     pub(super) host: Range<u64>,
-    /// Its place in the file.
-    offset: u64,
     zone: usize,
-    saved: ChunkState,
+    saved: SavedChunk,
     /// The pages that were neither filled in nor discarded.
     left: Vec<u8>,
-    /// The checksum matched.
+    /// The checksums matched.
     pub(super) is_checked: bool,
 }
 
-/// The file of a zone.
+/// The files of a zone.
 #[derive(Debug)]
-struct ZoneFile {
+struct Source {
     id: String,
-    file: File,
+    saved: SavedZone,
 }
 
 /// All chunks, in the order of their addresses.
 #[derive(Debug)]
 pub(super) struct Chunks {
-    zones: Vec<ZoneFile>,
+    zones: Vec<Source>,
     all: Vec<Chunk>,
 }
 
@@ -53,31 +50,29 @@ impl Chunks {
     /// Adds the chunks of `zone`.
     ///
     /// # Errors
-    /// The table or the size of the file does not match the zone.
+    /// The table or the size of a file does not match the zone.
     pub(super) fn add(
         &mut self,
         memory: &GuestMemory,
         zone: &Zone,
-        file: File,
-        state: &ZoneContentState,
+        saved: SavedZone,
     ) -> Result<(), ContentError> {
         let ram = memory.ram().memory();
-        for (chunk, saved) in content::checked_table(zone, &file, state)? {
+        for (chunk, pages) in saved.chunks(zone)? {
             let region = ram.find_region(chunk.guest);
             let region = region.expect("the zones are made of the regions");
             let host = region.as_ptr() as u64 + (chunk.guest.0 - region.start_addr().0);
             self.all.push(Chunk {
                 host: host..host + chunk.bytes as u64,
-                offset: chunk.offset,
                 zone: self.zones.len(),
-                saved: saved.clone(),
-                left: saved.pages.0.clone(),
+                left: pages.pages.clone(),
+                saved: pages,
                 is_checked: false,
             });
         }
         self.all.sort_unstable_by_key(|chunk| chunk.host.start);
         let id = zone.id.clone();
-        self.zones.push(ZoneFile { id, file });
+        self.zones.push(Source { id, saved });
         Ok(())
     }
 
@@ -99,20 +94,14 @@ impl Chunks {
     /// Reads the pages of a chunk to their places in `buffer`, and checks them.
     ///
     /// # Errors
-    /// The file cannot be read, or its checksum does not match.
+    /// A file cannot be read, or its checksum does not match.
     pub(super) fn read(&mut self, at: usize, buffer: &mut [u8]) -> Result<(), ContentError> {
         let chunk = &mut self.all[at];
-        let ZoneFile { id, file } = &self.zones[chunk.zone];
+        let Source { id, saved } = &self.zones[chunk.zone];
         let buffer = &mut buffer[..chunk.bytes()];
-        let read = content::read_checked(file, &chunk.saved, buffer);
-        chunk.is_checked = read.map_err(content::in_file(id, chunk.offset))?;
-        match chunk.is_checked {
-            true => Ok(()),
-            false => Err(ContentError::Damaged {
-                zone: id.clone(),
-                offset: chunk.offset,
-            }),
-        }
+        saved.read(id, &chunk.saved, buffer)?;
+        chunk.is_checked = true;
+        Ok(())
     }
 
     /// Reads one page of a chunk that has been checked; `buffer` has its size.
@@ -126,10 +115,8 @@ impl Chunks {
         buffer: &mut [u8],
     ) -> Result<(), ContentError> {
         let chunk = &self.all[at];
-        let ZoneFile { id, file } = &self.zones[chunk.zone];
-        let offset = chunk.offset + (page * PAGE) as u64;
-        file.read_exact_at(buffer, offset)
-            .map_err(content::in_file(id, offset))
+        let Source { id, saved } = &self.zones[chunk.zone];
+        saved.read_page(id, &chunk.saved, page, buffer)
     }
 
     /// Drops the pages in `[start, end)`, which are no longer missing. Only whole pages can be discarded.

@@ -27,7 +27,6 @@ mod orders;
 mod tests;
 mod uffd;
 
-use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
@@ -39,7 +38,7 @@ use self::chunks::Chunks;
 use self::handler::Handler;
 use self::orders::{Orders, Outcome};
 use self::uffd::Userfaultfd;
-use super::{GuestMemory, ZoneContentState};
+use super::{GuestMemory, SavedZone};
 use crate::threads::{FILL_THREAD, MachineThread, ThreadStart};
 
 pub use self::error::{DEVICE, FillError, OnDemandError};
@@ -71,19 +70,19 @@ impl OnDemand {
     /// A zone has another kind of memory, a table or file does not match its zone, or the host rejects a request.
     pub fn start(
         memory: &GuestMemory,
-        files: impl IntoIterator<Item = (File, ZoneContentState)>,
+        saved: impl IntoIterator<Item = SavedZone>,
         faults: &Faults,
         fills: bool,
         thread_start: &ThreadStart,
         owner: Box<dyn FillOwner>,
     ) -> Result<Self, OnDemandError> {
         let mut chunks = Chunks::new();
-        for (zone, (file, state)) in memory.zones().iter().zip(files) {
+        for (zone, saved) in memory.zones().iter().zip(saved) {
             if zone.backing != super::source::ANONYMOUS {
                 let (zone, backing) = (zone.id.clone(), zone.backing);
                 return Err(OnDemandError::Backing { zone, backing });
             }
-            let added = chunks.add(memory, zone, file, &state);
+            let added = chunks.add(memory, zone, saved);
             added.map_err(OnDemandError::Content)?;
         }
         let uffd = Arc::clone(&faults.0);

@@ -1,6 +1,7 @@
 //! Tests of memory that is filled on demand, without a guest. Without userfaultfd, the tests print the reason and pass
 //! without testing anything.
 
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
@@ -8,6 +9,7 @@ use std::time::Duration;
 use virtio_devices::reclaim::{DiscardEngine, Expected, GuestRange, ResidencyProbe};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
+use super::super::ZoneContentState;
 use super::super::content::PAGE;
 use super::super::layout::{MIB, PAGE_BYTES};
 use super::super::test_memory::{address, mark, zones};
@@ -41,10 +43,10 @@ fn saved(pages: impl IntoIterator<Item = u64>) -> Vec<(File, ZoneContentState)> 
     zones.map(save).collect()
 }
 
-fn copies(files: &[(File, ZoneContentState)]) -> Vec<(File, ZoneContentState)> {
+fn copies(files: &[(File, ZoneContentState)]) -> Vec<SavedZone> {
     let copy =
-        |(file, table): &(File, _)| (file.try_clone().unwrap(), ZoneContentState::clone(table));
-    files.iter().map(copy).collect()
+        |(file, table): &(File, ZoneContentState)| (file.try_clone().unwrap(), table.clone());
+    files.iter().map(copy).map(SavedZone::from).collect()
 }
 
 #[derive(Debug, PartialEq)]
@@ -325,7 +327,7 @@ fn other_memory_than_private_memory_is_refused_by_name() {
     let start: ThreadStart = Arc::new(|_| ());
     let owner = Box::new(Owner(owner));
     let files = saved(PAGES);
-    let refused = OnDemand::start(&memory(true), files, &faults, true, &start, owner);
+    let refused = OnDemand::start(&memory(true), copies(&files), &faults, true, &start, owner);
     let told = refused.unwrap_err().to_string();
     assert!(told.contains("zone b is memfd-shared"), "{told}");
 }
@@ -335,8 +337,8 @@ fn ranges_are_joined_so_that_there_are_not_too_many() {
     let files = saved(PAGES);
     let memory = memory(false);
     let mut chunks = Chunks::new();
-    for (zone, (file, table)) in memory.zones().iter().zip(files) {
-        chunks.add(&memory, zone, file, &table).unwrap();
+    for (zone, saved) in memory.zones().iter().zip(copies(&files)) {
+        chunks.add(&memory, zone, saved).unwrap();
     }
     let ram = memory.ram().memory();
     let host = |page: u64| ram.get_host_address(address(page)).unwrap() as u64;

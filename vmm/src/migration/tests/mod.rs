@@ -56,6 +56,7 @@ fn state_text() -> String {
         thresholds: ReclaimThresholdsChange::default(),
         reporting_paused: true,
         memory_size_after_reboot: None,
+        link: None,
     };
     serde_json::to_string(&Saved::of(&state)).unwrap()
 }

@@ -1,5 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
+mod chain;
+
 use api::config::{FsConfig, MemoryRestoreMode, MemoryZoneConfig, NetConfig, RestoredNetConfig};
 use api::{RestoreConfig, VmConfig, error_line};
 use machine::memory::GuestMemory;
@@ -27,6 +29,7 @@ fn state(memory: &GuestMemory) -> SnapshotState {
         thresholds: ReclaimThresholdsChange::default(),
         reporting_paused: true,
         memory_size_after_reboot: None,
+        link: None,
     }
 }
 
@@ -58,7 +61,7 @@ fn memory() -> GuestMemory {
 fn write_to(folder: &tempfile::TempDir, config: &VmConfig) -> Result<(), SnapshotError> {
     let memory = memory();
     let (state, progress) = (state(&memory), progress(&memory));
-    write(folder.path(), config, &state, &memory, &progress).map(drop)
+    write(folder.path(), config, &state, &memory, None, &progress).map(drop)
 }
 
 fn written() -> tempfile::TempDir {
@@ -77,7 +80,7 @@ fn names(folder: &tempfile::TempDir) -> Vec<String> {
 }
 
 fn load(folder: &tempfile::TempDir) -> Result<GuestMemory, SnapshotError> {
-    let snapshot = Snapshot::open(folder.path())?;
+    let snapshot = Snapshot::open(folder.path(), &|_| Ok(()))?;
     let loaded = snapshot.memory(&snapshot.config, &context());
     loaded.map(|(memory, _)| memory)
 }
@@ -86,7 +89,7 @@ fn load(folder: &tempfile::TempDir) -> Result<GuestMemory, SnapshotError> {
 fn snapshot_comes_back_from_its_folder() {
     let folder = written();
     assert_eq!(names(&folder), ["config.json", "memory-0", "state.json"]);
-    let snapshot = Snapshot::open(folder.path()).unwrap();
+    let snapshot = Snapshot::open(folder.path(), &|_| Ok(())).unwrap();
     assert_eq!(snapshot.config, config());
     assert!(snapshot.state.reporting_paused);
     let mut bytes = [0; 5001];
@@ -102,6 +105,7 @@ fn state_of_the_version_without_a_pending_size_is_read() {
     let fields = older.as_object_mut().unwrap();
     fields.insert("version".to_owned(), json!(2));
     fields.remove("memory_size_after_reboot").unwrap();
+    fields.remove("link").unwrap();
     let older: Saved = serde_json::from_value(older).unwrap();
     assert_eq!(older.read::<SnapshotState>().unwrap(), state(&memory()));
 }
@@ -120,7 +124,7 @@ fn snapshot_comes_back_on_demand() {
         Err(SnapshotError::OnDemand(error)) => return test_skip::skip(error),
         filling => filling.unwrap(),
     };
-    let mut snapshot = Snapshot::open(folder.path()).unwrap();
+    let mut snapshot = Snapshot::open(folder.path(), &|_| Ok(())).unwrap();
     snapshot.filling = filling;
     let (memory, on_demand) = snapshot.memory(&snapshot.config, &context()).unwrap();
     let mut bytes = [0; 5001];
@@ -159,7 +163,7 @@ fn memory_devices_come_back_where_they_were() {
     memory.ram().memory().write_obj(7_u8, address).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let (state, progress) = (state(&memory), progress(&memory));
-    write(folder.path(), &config, &state, &memory, &progress).unwrap();
+    write(folder.path(), &config, &state, &memory, None, &progress).unwrap();
     let mut loaded = load(&folder).unwrap();
     assert_eq!(loaded.state(), memory.state());
     let byte: u8 = loaded.ram().memory().read_obj(address).unwrap();
@@ -217,7 +221,7 @@ fn restored_configuration_with_a_zone_in_a_file_is_refused() {
     }]);
     let text = serde_json::to_string(&edited).unwrap();
     std::fs::write(folder.path().join("config.json"), text).unwrap();
-    let error = Snapshot::open(folder.path()).unwrap_err();
+    let error = Snapshot::open(folder.path(), &|_| Ok(())).unwrap_err();
     assert!(error.to_string().contains("zone disk"), "{error}");
 }
 
@@ -229,7 +233,7 @@ fn fifo_in_place_of_a_file_is_refused_without_waiting_for_a_writer() {
         std::fs::remove_file(&path).unwrap();
         let made = std::process::Command::new("mkfifo").arg(&path).status();
         assert!(made.unwrap().success());
-        let error = Snapshot::open(folder.path()).unwrap_err();
+        let error = Snapshot::open(folder.path(), &|_| Ok(())).unwrap_err();
         assert!(error.to_string().contains(name), "{error}");
         assert!(error.to_string().contains("is not a file"), "{error}");
     }
@@ -273,7 +277,7 @@ fn state_cut_or_changed_anywhere_is_refused() {
     let text = std::fs::read(&path).unwrap();
     let refused = |bytes: &[u8]| {
         std::fs::write(&path, bytes).unwrap();
-        let error = Snapshot::open(folder.path()).unwrap_err();
+        let error = Snapshot::open(folder.path(), &|_| Ok(())).unwrap_err();
         assert!(error.to_string().contains("state.json"), "{error}");
         assert!(error.is_of_request());
     };
@@ -293,7 +297,7 @@ fn file_that_is_absent_or_of_another_size_is_refused_by_name() {
     for name in ["config.json", "memory-0", "state.json"] {
         let folder = written();
         std::fs::remove_file(folder.path().join(name)).unwrap();
-        let error = Snapshot::open(folder.path()).unwrap_err();
+        let error = Snapshot::open(folder.path(), &|_| Ok(())).unwrap_err();
         assert!(
             error.to_string().contains(name) && error.is_of_request(),
             "{error}"
@@ -304,7 +308,7 @@ fn file_that_is_absent_or_of_another_size_is_refused_by_name() {
         .write(true)
         .open(folder.path().join("memory-0"));
     file.unwrap().set_len(4096).unwrap();
-    let error = Snapshot::open(folder.path()).unwrap_err();
+    let error = Snapshot::open(folder.path(), &|_| Ok(())).unwrap_err();
     assert!(error.to_string().contains("memory-0"), "{error}");
 }
 
@@ -346,7 +350,7 @@ fn state_with_other_lines_is_refused() {
     for (expected, change) in changes {
         let folder = written();
         rewrite(&folder, change);
-        let error = Snapshot::open(folder.path()).unwrap_err();
+        let error = Snapshot::open(folder.path(), &|_| Ok(())).unwrap_err();
         let told = error_line(&error);
         assert!(
             told.contains(expected) && told.contains("state.json"),
@@ -364,7 +368,7 @@ fn state_too_long_for_the_configured_machine_is_refused_unread() {
         .open(folder.path().join("state.json"));
     // A size that would not fit into the host's memory.
     file.unwrap().set_len(1 << 40).unwrap();
-    let error = Snapshot::open(folder.path()).unwrap_err();
+    let error = Snapshot::open(folder.path(), &|_| Ok(())).unwrap_err();
     assert!(error.to_string().contains("too long"), "{error}");
     assert!(error.is_of_request());
 }
@@ -372,7 +376,7 @@ fn state_too_long_for_the_configured_machine_is_refused_unread() {
 #[test]
 fn memory_is_populated_only_if_the_snapshot_fits_it() {
     let folder = written();
-    let snapshot = Snapshot::open(folder.path()).unwrap();
+    let snapshot = Snapshot::open(folder.path(), &|_| Ok(())).unwrap();
     let mut config = config();
     config.memory.prefault = true;
     let (memory, _) = snapshot.memory(&config, &context()).unwrap();
