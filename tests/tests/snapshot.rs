@@ -379,6 +379,9 @@ fn guest_restored_on_demand_discards_while_its_memory_comes() -> Result<()> {
             })?,
         }
         expect_data(&first, vmm).context(background)?;
+        // The order of the first run, which the next one follows.
+        let order = std::fs::read_to_string(first.folder().join("saved/touched.json"))?;
+        ensure!(order.lines().count() == 2, "{order}");
     }
     Ok(())
 }

@@ -368,7 +368,14 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [Call]] {
             // Registers of assigned devices that are not mapped.
             calls![SYS_pread64, SYS_pwrite64],
         ],
-        MachineThread::Fill => &[calls![SYS_pread64]],
+        // Records the order in which RAM was touched in a new file.
+        MachineThread::Fill => &[calls![
+            SYS_fsync,
+            SYS_openat [2 with O_CREAT | O_EXCL],
+            SYS_pread64,
+            SYS_rename,
+            SYS_unlink,
+        ]],
         // The console's socket is removed here if a client connects just as the control thread closes it.
         MachineThread::Serial => &[SOCKET_IO, TIMERS, calls![SYS_eventfd2, SYS_unlink]],
         MachineThread::Worker(DeviceKind::Balloon) => &[DISCARD, TIMERS, RESIDENCY],

@@ -22,6 +22,7 @@ use super::pass::write_pass;
 use super::saveable::require_content_is_ours;
 use super::saved_files::{CONFIG, STATE, SavedFiles, memory_name};
 use super::state_file::checksum_line;
+use super::touched::read_order;
 use super::{Progress, SnapshotError, SnapshotState};
 
 const STATE_PARTIAL: &str = "state.json.partial";
@@ -229,6 +230,8 @@ pub struct Snapshot {
     pub state: SnapshotState,
     /// When RAM is filled.
     pub filling: Filling,
+    /// Its folder; none if a migration has brought it.
+    folder: Option<PathBuf>,
     /// The memory files of each zone.
     pub(super) memory: Vec<SavedZone>,
 }
@@ -282,6 +285,7 @@ impl Snapshot {
             pc,
             state,
             filling: Filling::default(),
+            folder: Some(folder.to_owned()),
             memory: zones.into_iter().map(oldest_first).collect(),
         })
     }
@@ -300,6 +304,7 @@ impl Snapshot {
             pc: state.pc.read().map_err(SnapshotError::State)?,
             state,
             filling: Filling::Done(Box::new(memory)),
+            folder: None,
             memory: Vec::new(),
         })
     }
@@ -358,7 +363,15 @@ impl Snapshot {
         progress: Progress,
         context: &RestoreContext,
     ) -> Result<OnDemand, SnapshotError> {
+        let id = self.state.link.as_ref().map(|link| link.id.clone());
+        let folder = self.folder.as_deref();
+        let order = folder.and_then(|folder| read_order(folder, id.as_deref()));
         let owner = Owner {
+            record: self
+                .folder
+                .clone()
+                .filter(|_| order.is_none())
+                .map(|it| (it, id)),
             progress,
             events: Arc::clone(&context.events),
             signals: Arc::clone(&context.signals),
@@ -373,6 +386,7 @@ impl Snapshot {
             files,
             faults,
             background,
+            &order.unwrap_or_default(),
             &context.thread_start,
             owner,
         )

@@ -32,6 +32,7 @@ mod saved_files;
 mod state_file;
 #[cfg(test)]
 mod tests;
+mod touched;
 
 use api::ReclaimThresholdsChange;
 use serde::{Deserialize, Serialize};

@@ -1,5 +1,6 @@
 //! Restores RAM on demand: fills it while the VM runs.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use api::RestoreConfig;
@@ -9,6 +10,7 @@ use machine::memory::on_demand::{Faults, FillError, FillOwner, FillReport};
 use machine::signals::VmSignals;
 use machine::threads::ThreadStart;
 
+use super::touched::write_order;
 use super::{Progress, SnapshotError};
 use crate::events::{EventKind, EventSink};
 
@@ -70,6 +72,8 @@ pub(super) struct Owner {
     pub(super) progress: Progress,
     pub(super) events: EventSink,
     pub(super) signals: Arc<VmSignals>,
+    /// Where the order of the first demands is recorded, unless it is known: the snapshot's folder, and its id.
+    pub(super) record: Option<(PathBuf, Option<String>)>,
 }
 
 impl FillOwner for Owner {
@@ -90,6 +94,16 @@ impl FillOwner for Owner {
             filled_pages,
         };
         (self.events)(&kind.into());
+    }
+
+    fn touched(&self, pages: &[u32]) {
+        let Some((folder, id)) = self.record.as_ref().filter(|_| !pages.is_empty()) else {
+            return;
+        };
+        if let Err(error) = write_order(folder, id.as_deref(), pages) {
+            let folder = folder.display();
+            log::info!("The order in which RAM was touched is not recorded in {folder}: {error}");
+        }
     }
 
     fn failed(&self, error: &FillError) {

@@ -1,5 +1,6 @@
 //! Tracks the pages that are still missing, and their place in the files.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
@@ -16,6 +17,8 @@ const RUNS_MAX: u64 = 8192;
 pub(super) struct Chunk {
     /// Its addresses in this process.
     pub(super) host: Range<u64>,
+    /// Number of its first page in guest memory.
+    guest_page: u64,
     zone: usize,
     saved: SavedChunk,
     /// The pages that were neither filled in nor discarded.
@@ -64,6 +67,7 @@ impl Chunks {
             let host = region.as_ptr() as u64 + (chunk.guest.0 - region.start_addr().0);
             self.all.push(Chunk {
                 host: host..host + chunk.bytes as u64,
+                guest_page: chunk.guest.0 / PAGE as u64,
                 zone: self.zones.len(),
                 left: pages.pages.clone(),
                 saved: pages,
@@ -89,6 +93,25 @@ impl Chunks {
         let at = self.all.partition_point(|chunk| chunk.host.end <= address);
         let chunk = self.all.get(at)?;
         chunk.host.contains(&address).then_some(at)
+    }
+
+    /// The chunks and pages there of the guest's pages with these numbers, without those that no chunk has.
+    pub(super) fn places(&self, guest_pages: &[u32]) -> VecDeque<(usize, usize)> {
+        let mut starts: Vec<(u64, usize)> = self
+            .all
+            .iter()
+            .enumerate()
+            .map(|(at, chunk)| (chunk.guest_page, at))
+            .collect();
+        starts.sort_unstable();
+        let places = guest_pages.iter().filter_map(|number| {
+            let number = u64::from(*number);
+            let after = starts.partition_point(|(start, _)| *start <= number);
+            let (start, at) = *starts.get(after.checked_sub(1)?)?;
+            let page = (number - start) as usize;
+            (page < self.all[at].bytes() / PAGE).then_some((at, page))
+        });
+        places.collect()
     }
 
     /// Reads the pages of a chunk to their places in `buffer`, and checks them.
@@ -169,6 +192,11 @@ impl Chunk {
     /// Its size.
     pub(super) fn bytes(&self) -> usize {
         (self.host.end - self.host.start) as usize
+    }
+
+    /// The number of a page in guest memory, unless it is beyond 16 TiB.
+    pub(super) fn guest_page(&self, page: usize) -> Option<u32> {
+        u32::try_from(self.guest_page + page as u64).ok()
     }
 
     /// Whether a page is still missing.

@@ -15,7 +15,7 @@ use super::super::GuestMemory;
 use super::super::content::{CHUNK_BYTES, PAGE};
 use super::chunks::Chunks;
 use super::error::FillError;
-use super::orders::{FillOwner, FillReport, Orders, Outcome};
+use super::orders::{FillOwner, FillReport, Orders, Outcome, TOUCHED_MAX};
 use super::uffd::{Filled, Report, Userfaultfd};
 
 const TOKEN_REPORTS: u64 = 0;
@@ -40,6 +40,10 @@ pub(super) struct Handler {
     loaded: Option<usize>,
     /// Addresses that threads wait for: at most one per thread, so these are few.
     faults: VecDeque<u64>,
+    /// Chunks and pages that the background fill fills in first.
+    first: VecDeque<(usize, usize)>,
+    /// The guest's pages that were filled in on demand.
+    touched: Vec<u32>,
     /// The next chunk of the background fill.
     next: usize,
     report: FillReport,
@@ -74,6 +78,8 @@ impl Handler {
             buffer: vec![0; CHUNK_BYTES + PAGE],
             loaded: None,
             faults: VecDeque::new(),
+            first: VecDeque::new(),
+            touched: Vec::new(),
             next: 0,
             report: FillReport {
                 demanded_pages: 0,
@@ -81,6 +87,12 @@ impl Handler {
             },
             memory: memory.clone(),
         })
+    }
+
+    /// Has the background fill begin with these pages.
+    pub(super) fn beginning_with(mut self, first: VecDeque<(usize, usize)>) -> Self {
+        self.first = first;
+        self
     }
 
     /// Runs until all of RAM is complete or no longer in use.
@@ -96,6 +108,8 @@ impl Handler {
                 );
                 return drop(guard);
             }
+        } else {
+            self.owner.touched(&self.touched);
         }
         std::mem::forget(guard);
     }
@@ -123,7 +137,10 @@ impl Handler {
             }
             match self.faults.pop_front() {
                 Some(address) => self.answer(address)?,
-                None if fills && !reported => self.fill_next()?,
+                None if fills && !reported => match self.first.pop_front() {
+                    Some((at, page)) => self.fill_page(at, page)?,
+                    None => self.fill_next()?,
+                },
                 None => {}
             }
         }
@@ -215,6 +232,7 @@ impl Handler {
                     if let Some((at, page)) = found {
                         self.chunks.done(at, page..page + 1);
                         self.report.demanded_pages += 1;
+                        self.record(at, page);
                     }
                     return Ok(());
                 }
@@ -225,6 +243,31 @@ impl Handler {
                 }
             }
         }
+    }
+
+    fn record(&mut self, at: usize, page: usize) {
+        if self.touched.len() < TOUCHED_MAX {
+            self.touched.extend(self.chunks.get(at).guest_page(page));
+        }
+    }
+
+    /// Fills in a page that no thread waits for, unless it is no longer missing.
+    fn fill_page(&mut self, at: usize, page: usize) -> Result<(), FillError> {
+        while self.chunks.get(at).is_left(page) {
+            let data = self.load_page(at, page)?;
+            let start = self.chunks.get(at).host.start + (page * PAGE) as u64;
+            let filled = self.uffd.copy(start, &self.buffer[data..data + PAGE]);
+            match filled.map_err(FillError::Faults)? {
+                Filled::Bytes(0) => self.let_discard()?,
+                Filled::Bytes(_) => {
+                    self.chunks.done(at, page..page + 1);
+                    self.report.filled_pages += 1;
+                }
+                // Never overwrites: a present page is newer.
+                Filled::Present => self.chunks.done(at, page..page + 1),
+            }
+        }
+        Ok(())
     }
 
     /// Reads one page into the buffer; returns its place there.

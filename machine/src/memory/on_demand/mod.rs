@@ -5,7 +5,8 @@
 //!  balloon ── discards ──► waits until read ─────┤                 │
 //!                                                ▼                 ▼
 //!                                    thread: forget what is discarded; fill in a page of the file, or zeros
-//!                                                └─ nothing to do: the next 2 MiB, in order
+//!                                                └─ nothing to do: the pages that an earlier machine touched first,
+//!                                                                  then the next 2 MiB, in order
 //! ```
 //! The kernel reports a missing page through [`uffd`], and the thread that touched it waits. If a page is discarded
 //! before it was filled in, it reads as zeros, as discarded memory does. Ranges without data in the file are ordinary
@@ -42,7 +43,7 @@ use super::{GuestMemory, SavedZone};
 use crate::threads::{FILL_THREAD, MachineThread, ThreadStart};
 
 pub use self::error::{DEVICE, FillError, OnDemandError};
-pub use self::orders::{FillOwner, FillReport};
+pub use self::orders::{FillOwner, FillReport, TOUCHED_MAX};
 
 /// The descriptor on which the kernel reports page faults, for one [`OnDemand`].
 #[derive(Debug, Clone)]
@@ -64,7 +65,8 @@ pub struct OnDemand {
 }
 
 impl OnDemand {
-    /// Starts to fill `memory`, which is untouched, from the files of its zones. `fills`: fill in the background, too.
+    /// Starts to fill `memory`, which is untouched, from the files of its zones. `fills`: fill in the background, too,
+    /// beginning with the guest's pages that have the numbers in `first`. Numbers of other pages are ignored.
     ///
     /// # Errors
     /// A zone has another kind of memory, a table or file does not match its zone, or the host rejects a request.
@@ -73,6 +75,7 @@ impl OnDemand {
         saved: impl IntoIterator<Item = SavedZone>,
         faults: &Faults,
         fills: bool,
+        first: &[u32],
         thread_start: &ThreadStart,
         owner: Box<dyn FillOwner>,
     ) -> Result<Self, OnDemandError> {
@@ -97,8 +100,11 @@ impl OnDemand {
             outcome: Mutex::new(None),
             over: Condvar::new(),
         });
+        let first = chunks.places(first);
         let handler = Handler::new(memory, uffd, watched, chunks, Arc::clone(&orders), owner);
-        let handler = handler.map_err(OnDemandError::Thread)?;
+        let handler = handler
+            .map_err(OnDemandError::Thread)?
+            .beginning_with(first);
         let thread_start = Arc::clone(thread_start);
         let thread = thread::Builder::new().name(FILL_THREAD.to_owned());
         let thread = thread.spawn(move || {

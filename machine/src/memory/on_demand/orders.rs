@@ -17,6 +17,9 @@ pub struct FillReport {
     pub filled_pages: u64,
 }
 
+/// Maximum number of pages whose order is recorded: 256 MiB of RAM.
+pub const TOUCHED_MAX: usize = 1 << 16;
+
 /// Callbacks of the handler thread.
 pub trait FillOwner: Send {
     /// `bytes` more of RAM are complete.
@@ -24,6 +27,10 @@ pub trait FillOwner: Send {
 
     /// All of RAM is complete.
     fn filled(&self, report: FillReport);
+
+    /// Numbers of the guest's pages in the order in which they were filled in on demand, at most [`TOUCHED_MAX`]. Called once,
+    /// when RAM is complete or no longer in use.
+    fn touched(&self, pages: &[u32]);
 
     /// RAM is no longer filled. The owner must drop the machine and [`OnDemand`]; otherwise, the process is soon aborted.
     fn failed(&self, error: &FillError);

@@ -53,6 +53,7 @@ fn copies(files: &[(File, ZoneContentState)]) -> Vec<SavedZone> {
 enum Sent {
     Filled(FillReport),
     Failed(String),
+    Touched(Vec<u32>),
 }
 
 struct Owner(Sender<Sent>);
@@ -62,6 +63,11 @@ impl FillOwner for Owner {
 
     fn filled(&self, report: FillReport) {
         self.0.send(Sent::Filled(report)).unwrap();
+    }
+
+    fn touched(&self, pages: &[u32]) {
+        // The test may have ended.
+        self.0.send(Sent::Touched(pages.to_vec())).ok();
     }
 
     fn failed(&self, error: &FillError) {
@@ -78,12 +84,20 @@ struct Restored {
 }
 
 fn restored(files: &[(File, ZoneContentState)], fills: bool) -> Option<Restored> {
+    restored_first(files, fills, &[])
+}
+
+fn restored_first(
+    files: &[(File, ZoneContentState)],
+    fills: bool,
+    first: &[u32],
+) -> Option<Restored> {
     let faults = Faults::open().map_err(test_skip::skip).ok()?;
     let (owner, told) = channel();
     let memory = memory(false);
     let start: ThreadStart = Arc::new(|_| ());
     let owner = Box::new(Owner(owner));
-    let on_demand = OnDemand::start(&memory, copies(files), &faults, fills, &start, owner);
+    let on_demand = OnDemand::start(&memory, copies(files), &faults, fills, first, &start, owner);
     Some(Restored {
         on_demand: on_demand.unwrap(),
         memory,
@@ -327,7 +341,15 @@ fn other_memory_than_private_memory_is_refused_by_name() {
     let start: ThreadStart = Arc::new(|_| ());
     let owner = Box::new(Owner(owner));
     let files = saved(PAGES);
-    let refused = OnDemand::start(&memory(true), copies(&files), &faults, true, &start, owner);
+    let refused = OnDemand::start(
+        &memory(true),
+        copies(&files),
+        &faults,
+        true,
+        &[],
+        &start,
+        owner,
+    );
     let told = refused.unwrap_err().to_string();
     assert!(told.contains("zone b is memfd-shared"), "{told}");
 }
@@ -350,4 +372,39 @@ fn ranges_are_joined_so_that_there_are_not_too_many() {
         host(3328)..host(3583) + PAGE_BYTES,
     ];
     assert_eq!(chunks.ranges(&memory), expected);
+}
+
+#[test]
+fn pages_touched_first_are_recorded_in_their_order_and_come_first_in_the_next_run() {
+    let files = saved(PAGES);
+    let Some(it) = restored(&files, false) else {
+        return;
+    };
+    let touched = [1792, 3, 700, 0, 511, 700];
+    for page in touched {
+        read(&it.memory, page);
+    }
+    drop(it.on_demand);
+    let recorded = match it.told.recv_timeout(DEADLINE).unwrap() {
+        Sent::Touched(pages) => pages,
+        other => panic!("{other:?}"),
+    };
+    // Page 3 holds no data, and page 700 comes once.
+    assert_eq!(recorded, [1792, 700, 0, 511]);
+
+    // Numbers of no page do no harm.
+    let first = [&recorded[..], &[3, 9999, u32::MAX, 1792]].concat();
+    let Some(it) = restored_first(&files, true, &first) else {
+        return;
+    };
+    let told = it.told.recv_timeout(DEADLINE).unwrap();
+    let pages = PAGES.len() as u64;
+    let Sent::Filled(report) = told else {
+        panic!("{told:?}");
+    };
+    assert_eq!(report.demanded_pages + report.filled_pages, pages);
+    for page in PAGES {
+        assert_eq!(read(&it.memory, page), mark(page));
+    }
+    assert_eq!(it.resident_pages(), pages);
 }
