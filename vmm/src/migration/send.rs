@@ -491,7 +491,7 @@ impl Connection {
             return error;
         }
         match self.reader.next(&[], "no further message") {
-            Err(reason @ WireError::Refused { .. }) => reason.into(),
+            Err(reason @ (WireError::Refused { .. } | WireError::Encrypted)) => reason.into(),
             _ => error,
         }
     }

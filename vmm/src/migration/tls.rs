@@ -268,7 +268,7 @@ impl TlsStream {
     pub(super) fn shake_hands(&self) -> io::Result<bool> {
         let (session, socket) = &mut *self.0.lock().unpoisoned();
         if session.is_handshaking() {
-            session.complete_io(socket)?;
+            session.complete_io(socket).map_err(explained)?;
         }
         Ok(!session.is_handshaking())
     }
@@ -300,6 +300,18 @@ impl TlsStream {
     /// Whether the source, rather than the target, has this end.
     pub(super) fn is_of_source(&self) -> bool {
         matches!(self.0.lock().unpoisoned().0, rustls::Connection::Client(_))
+    }
+}
+
+/// Names the most likely cause of what no side of TLS sends.
+fn explained(error: io::Error) -> io::Error {
+    let inner = error.get_ref().and_then(|it| it.downcast_ref());
+    match inner {
+        Some(rustls::Error::InvalidMessage(_)) => {
+            let kind = error.kind();
+            io::Error::new(kind, "the peer does not use TLS: it needs tls_dir, too")
+        }
+        _ => error,
     }
 }
 

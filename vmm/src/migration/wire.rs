@@ -19,6 +19,12 @@ pub const VERSION: u32 = 3;
 const MAGIC: [u8; 4] = *b"CHBM";
 const HEADER_BYTES: usize = 16;
 
+/// Size of the header of a TLS record, and what it begins with.
+const TLS_RECORD_BYTES: usize = 5;
+const TLS_ALERT: u8 = 21;
+const TLS_HANDSHAKE: u8 = 22;
+const TLS_MAJOR: u8 = 3;
+
 const CHUNK_BYTES: u32 = 2 << 20;
 const BITMAP_BYTES_MAX: u32 = 64;
 const PAGES_HEAD_BYTES: usize = 16;
@@ -151,6 +157,9 @@ pub enum WireError {
     /// No message begins here.
     #[error("The peer does not send messages of a migration")]
     Magic,
+    /// A record of TLS.
+    #[error("The peer encrypts the connection by TLS, and this side does not: use tls_dir")]
+    Encrypted,
     /// The header or the payload was damaged.
     #[error("A message of kind {kind} is damaged: its checksum does not match")]
     Checksum {
@@ -419,7 +428,7 @@ impl<R: Read + Channel> Reader<R> {
     ) -> Result<Message<'_>, WireError> {
         let mut header = [0; HEADER_BYTES];
         self.from.begin_message();
-        self.read_exact(&mut header)?;
+        self.read_header(&mut header)?;
         let [
             m0,
             m1,
@@ -498,8 +507,14 @@ impl<R: Read + Channel> Reader<R> {
         })
     }
 
-    fn read_exact(&mut self, data: &mut [u8]) -> Result<(), WireError> {
-        self.from.read_exact(data).map_err(of_read)
+    /// A record of TLS may be shorter than a header.
+    fn read_header(&mut self, header: &mut [u8; HEADER_BYTES]) -> Result<(), WireError> {
+        let (start, rest) = header.split_at_mut(TLS_RECORD_BYTES);
+        self.from.read_exact(start).map_err(of_read)?;
+        match start {
+            [TLS_ALERT | TLS_HANDSHAKE, TLS_MAJOR, ..] => Err(WireError::Encrypted),
+            _ => self.from.read_exact(rest).map_err(of_read),
+        }
     }
 }
 
@@ -863,6 +878,9 @@ mod tests {
         long[8] = 1;
         assert!(first_error(&long, Kind::ALL).contains("at most 0"));
         assert!(first_error(b"GET / HTTP/1.1\r\n\r\n", Kind::ALL).contains("does not send"));
+        let alert = [21, 3, 3, 0, 2, 2, 10];
+        let error = first_error(&alert, Kind::ALL);
+        assert!(error.contains("use tls_dir"), "{error}");
     }
 
     #[test]
