@@ -8,6 +8,7 @@ mod api;
 mod balloon;
 mod boot;
 mod chaos;
+mod churn;
 mod consoles;
 mod debian;
 mod devices;
@@ -24,6 +25,7 @@ mod power;
 mod promises;
 mod shared_folder;
 mod snapshot;
+mod snapshot_cycles;
 mod stress;
 mod vhost_user_disk;
 mod vsock;
@@ -80,6 +82,7 @@ fn main() -> ExitCode {
         zones::tests(),
         promises::tests(),
         snapshot::tests(),
+        snapshot_cycles::tests(),
         fleet::tests(),
         patched::tests(),
         debian::tests(),
