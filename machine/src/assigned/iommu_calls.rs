@@ -138,14 +138,7 @@ pub(super) fn map(
     if !allows.has_write() {
         // Kernels before 6.2 would pin the page of zeros, and give the guest another page when it writes. It fails
         // on kernels before 5.14, and then the guest must have written before.
-        // SAFETY: makes guest RAM resident, and changes no content.
-        unsafe {
-            libc::madvise(
-                guard.as_ptr().cast(),
-                memory.len(),
-                libc::MADV_POPULATE_WRITE,
-            )
-        };
+        populate(memory).ok();
     }
     let map = vfio_iommu_type1_dma_map {
         argsz: size_of::<vfio_iommu_type1_dma_map>() as u32,
@@ -154,9 +147,37 @@ pub(super) fn map(
         iova: input,
         size: memory.len() as u64,
     };
-    // SAFETY: guest RAM is accessed through raw pointers and volatile accesses only, because vCPUs change it at any
-    // time, too. The machine drops its devices before RAM.
-    match unsafe { ioctl_with_ref(vfio, VFIO_IOMMU_MAP_DMA(), &map) } {
+    with_pages(memory, || {
+        // SAFETY: guest RAM is accessed through raw pointers and volatile accesses only, because vCPUs change it at any
+        // time, too. The machine drops its devices before RAM.
+        match unsafe { ioctl_with_ref(vfio, VFIO_IOMMU_MAP_DMA(), &map) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    })
+}
+
+/// Calls `map`, and a second time if pages of `memory` are missing: the kernel does not wait for the thread that fills
+/// in restored memory (userfaultfd) while it pins, and returns EFAULT.
+fn with_pages(memory: &VolatileSlice<'_>, map: impl Fn() -> io::Result<()>) -> io::Result<()> {
+    match map() {
+        Err(error) if error.raw_os_error() == Some(libc::EFAULT) => {
+            // The first error says more than that of a kernel that cannot populate.
+            populate(memory).map_err(|_| error)?;
+            map()
+        }
+        mapped => mapped,
+    }
+}
+
+/// Makes guest RAM resident and writable, and waits for what has to be filled in.
+///
+/// # Errors
+/// The kernel is older than 5.14, or cannot provide a page.
+fn populate(memory: &VolatileSlice<'_>) -> io::Result<()> {
+    let (guard, advice) = (memory.ptr_guard_mut(), libc::MADV_POPULATE_WRITE);
+    // SAFETY: makes guest RAM resident, and changes no content.
+    match unsafe { libc::madvise(guard.as_ptr().cast(), memory.len(), advice) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
@@ -183,6 +204,10 @@ pub(super) fn unmap(vfio: &VfioContainer, input: u64, bytes: u64) -> io::Result<
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+
+    use vm_memory::{MmapRegion, VolatileMemory};
+
     use super::*;
 
     /// Properties with these flags and capabilities: the number, and what follows the header.
@@ -245,6 +270,45 @@ mod tests {
             let mut bytes = info(3, &[(3, vec![0; 8])]);
             bytes[28..32].copy_from_slice(&next.to_ne_bytes());
             assert_eq!(IommuInfo::parse(&bytes).usable, [0..=u64::MAX]);
+        }
+    }
+
+    /// Whether each page of a mapping is resident.
+    fn resident(region: &MmapRegion<()>) -> Vec<bool> {
+        let mut pages = vec![0_u8; region.size() / PAGE_BYTES as usize];
+        // SAFETY: one byte per page of a mapping that is alive.
+        let read =
+            unsafe { libc::mincore(region.as_ptr().cast(), region.size(), pages.as_mut_ptr()) };
+        assert_eq!(read, 0);
+        pages.iter().map(|page| page & 1 == 1).collect()
+    }
+
+    #[test]
+    fn mapping_of_missing_pages_is_tried_again_once_they_are_there() {
+        let region = MmapRegion::<()>::new(4 * PAGE_BYTES as usize).unwrap();
+        let part = region.get_slice(PAGE_BYTES as usize, 2 * PAGE_BYTES as usize);
+        let part = part.unwrap();
+        let seen = RefCell::new(Vec::new());
+        // As the kernel does, which maps only what is present.
+        let present = || {
+            seen.borrow_mut().push(resident(&region));
+            match seen.borrow().last() {
+                Some(pages) if pages[1..3] == [true; 2] => Ok(()),
+                _ => Err(io::Error::from_raw_os_error(libc::EFAULT)),
+            }
+        };
+        with_pages(&part, present).unwrap();
+        let filled = [false, true, true, false].to_vec();
+        assert_eq!(seen.take(), [vec![false; 4], filled]);
+        // Pages that are present and cannot be pinned, and other errors.
+        for (number, calls) in [(libc::EFAULT, 2), (libc::ENOMEM, 1)] {
+            let refuse = || {
+                seen.borrow_mut().push(Vec::new());
+                Err(io::Error::from_raw_os_error(number))
+            };
+            let refused = with_pages(&part, refuse).unwrap_err();
+            assert_eq!(refused.raw_os_error(), Some(number));
+            assert_eq!(seen.take().len(), calls);
         }
     }
 }
