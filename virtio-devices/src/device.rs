@@ -68,7 +68,7 @@ impl GuestRam {
 
     /// What assigned devices can access through the virtual IOMMU.
     #[must_use]
-    pub fn dma_mapped(&self) -> &DmaMapped {
+    pub fn dma_mapped(&self) -> &Arc<DmaMapped> {
         &self.dma_mapped
     }
 }

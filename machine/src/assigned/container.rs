@@ -1,6 +1,7 @@
 //! What assigned devices can access: all of guest RAM, at its guest addresses; or for a device behind the virtual IOMMU,
 //! what the guest maps ([`super::dma`]).
 
+use std::any::Any;
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -22,6 +23,8 @@ pub(crate) struct Container {
     vfio: Arc<VfioContainer>,
     claims: Arc<Claims>,
     has_ram: Mutex<bool>,
+    /// Dropped after `vfio`, whose end ends all mappings.
+    kept: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
 }
 
 virtio_devices::debug_fields!(Container { has_ram });
@@ -40,11 +43,17 @@ impl Container {
             vfio: Arc::new(vfio.map_err(AssignError::Container)?),
             claims,
             has_ram: Mutex::new(false),
+            kept: Mutex::default(),
         }))
     }
 
     pub(super) fn vfio(&self) -> Arc<VfioContainer> {
         Arc::clone(&self.vfio)
+    }
+
+    /// Keeps `value` until the kernel has ended all mappings.
+    pub(super) fn keep(&self, value: Arc<dyn Any + Send + Sync>) {
+        self.kept.lock().unpoisoned().push(value);
     }
 
     /// Before a device is opened; kept until it is closed.

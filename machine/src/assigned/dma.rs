@@ -1,5 +1,6 @@
 //! The IOMMU of the host in front of one device: a container that has no mappings but those of the guest.
 
+use std::any::Any;
 use std::io;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -48,5 +49,9 @@ impl HostIommu for DeviceIommu {
 
     fn unmap(&self, input: u64, bytes: u64) -> io::Result<()> {
         unmap(&self.container.vfio(), input, bytes)
+    }
+
+    fn keep(&self, value: Arc<dyn Any + Send + Sync>) {
+        self.container.keep(value);
     }
 }

@@ -131,7 +131,7 @@ pub(crate) struct VfioFunction {
     /// Given back after `device` was closed.
     _claim: Claim,
     /// The mappings of guest RAM, for as long as the device can access it.
-    _container: Arc<Container>,
+    container: ManuallyDrop<Arc<Container>>,
     /// Accesses that the device did not answer.
     unanswered: Count,
 }
@@ -158,7 +158,7 @@ impl VfioFunction {
             file: ManuallyDrop::new(file.into()),
             device: ManuallyDrop::new(device),
             _claim: claim,
-            _container: container,
+            container: ManuallyDrop::new(container),
             unanswered: Count::default(),
         })
     }
@@ -196,13 +196,15 @@ impl VfioFunction {
 
 impl Drop for VfioFunction {
     fn drop(&mut self) {
-        // The group is found by this link, and the crate panics if it is gone. A device that has vanished stays open.
+        // The group is found by this link, and the crate panics if it is gone. A device that has vanished stays open, and
+        // what it can access stays pinned.
         let is_present = std::fs::read_link(self.path.join("iommu_group")).is_ok();
         // SAFETY: neither is used or dropped again.
         unsafe {
             ManuallyDrop::drop(&mut self.file);
             if is_present {
                 ManuallyDrop::drop(&mut self.device);
+                ManuallyDrop::drop(&mut self.container);
             }
         }
     }

@@ -32,7 +32,8 @@ pub(crate) struct Mapping {
     pub(crate) allows: Permissions,
 }
 
-/// Carries out what the guest maps for a device of the host. Called while the tables are locked.
+/// Carries out what the guest maps for a device of the host. Called while the tables are not locked, because the host
+/// may have to provide memory first.
 pub(crate) trait HostMappings: Debug + Send + Sync {
     /// Gives the device access to the guest addresses of a mapping, from the input address `first` on: to all of them,
     /// or to none.
@@ -41,11 +42,17 @@ pub(crate) trait HostMappings: Debug + Send + Sync {
     /// They are not RAM, or the host refuses.
     fn map(&self, first: u64, mapping: &Mapping) -> Result<(), Refusal>;
 
-    /// Undoes that. The device has no access to the memory when this returns.
+    /// Undoes the mapping at `first`, if there is one. The device has no access to the memory when this returns.
     ///
     /// # Errors
     /// The host fails: the device may still have access.
-    fn unmap(&self, first: u64, mapping: &Mapping) -> Result<(), Refusal>;
+    fn unmap(&self, first: u64) -> Result<(), Refusal>;
+
+    /// Undoes all mappings, as far as the host can.
+    ///
+    /// # Errors
+    /// As for [`HostMappings::unmap`].
+    fn unmap_all(&self) -> Result<(), Refusal>;
 
     /// Bytes that the device can access now, each counted as often as it is mapped.
     fn mapped_bytes(&self) -> u64;

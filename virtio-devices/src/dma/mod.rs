@@ -13,7 +13,7 @@
 //! never lead outside of guest RAM.
 //!
 //! A device of the host translates for itself: the IOMMU of the host contains the mappings of its endpoint
-//! ([`HostMappings`]).
+//! ([`HostMappings`]). It is called after the tables have changed, and before the request is answered.
 //!
 //! A buffer is translated when its chain is taken, and holds its [`Access`] until the device no longer uses it. The
 //! answer to a request that removes a mapping waits for the accesses that began before it. Between turns, a device may
@@ -21,6 +21,7 @@
 
 mod endpoint;
 mod eras;
+mod host_calls;
 mod mapping;
 mod shared;
 mod tables;

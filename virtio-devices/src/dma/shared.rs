@@ -9,7 +9,9 @@ use vm_memory::Permissions;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::eras::EndedEra;
-use super::tables::{FaultReason, Piece, Tables};
+use super::host_calls::{HostCall, PIECE_MAX};
+use super::mapping::Refusal;
+use super::tables::{Effects, FaultReason, Piece, Tables};
 use crate::Unpoisoned;
 use crate::counters::counters;
 
@@ -50,8 +52,7 @@ pub(crate) struct Fault {
 pub(crate) struct Shared {
     /// Applies to endpoints without a domain. Not in the tables, because a vCPU thread changes it.
     bypass: AtomicBool,
-    /// Held for one request or one translation. A request for an assigned device can take as long as the host needs to
-    /// provide and pin its memory.
+    /// Held for one request or one translation, but not while the host provides, pins or releases memory.
     tables: RwLock<Tables>,
     /// Figures of the tables after the last change, for those who do not wait for the next.
     mappings: AtomicU64,
@@ -85,27 +86,64 @@ impl Shared {
         self.bypass.store(bypass, Ordering::SeqCst);
     }
 
-    /// Changes the tables. Accesses in progress may continue.
+    /// Changes the tables. Accesses of emulated devices in progress may continue. Assigned devices have lost what the
+    /// change took away from them; what the host keeps mapped stays pinned, and has been logged.
     pub(crate) fn change<T>(&self, change: impl FnOnce(&mut Tables) -> T) -> T {
-        let (result, _ended) = self.change_and_end(change);
+        let (result, effects) = self.lock_and_change(change);
+        self.call_hosts(&effects).ok();
         result
     }
 
     /// Changes the tables, and returns when no device uses memory that the change took away from it. Only for the
     /// worker of the IOMMU, because it waits for other workers.
     pub(crate) fn change_and_wait<T>(&self, change: impl FnOnce(&mut Tables) -> T) -> T {
-        let (result, ended) = self.change_and_end(change);
-        ended.into_iter().for_each(EndedEra::wait);
+        let (result, effects) = self.lock_and_change(change);
+        self.call_hosts(&effects).ok();
+        effects.ended.into_iter().for_each(EndedEra::wait);
         result
     }
 
-    fn change_and_end<T>(&self, change: impl FnOnce(&mut Tables) -> T) -> (T, Vec<EndedEra>) {
+    /// The same for a request of the driver, which succeeds if the hosts accept it, too. If they do not accept what it
+    /// adds, `undo` takes it out of the tables again.
+    ///
+    /// # Errors
+    /// Of the change, or of a host.
+    pub(crate) fn request(
+        &self,
+        change: impl FnOnce(&mut Tables) -> Result<(), Refusal>,
+        undo: impl FnOnce(&mut Tables),
+    ) -> Result<(), Refusal> {
+        let (result, effects) = self.lock_and_change(change);
+        let called = self.call_hosts(&effects);
+        effects.ended.into_iter().for_each(EndedEra::wait);
+        if called.is_err() {
+            self.change_and_wait(undo);
+        }
+        result.and(called)
+    }
+
+    fn lock_and_change<T>(&self, change: impl FnOnce(&mut Tables) -> T) -> (T, Effects) {
         let mut tables = self.tables.write().unpoisoned();
         let result = change(&mut tables);
+        self.store_figures(&tables);
+        (result, tables.take_effects())
+    }
+
+    fn call_hosts(&self, effects: &Effects) -> Result<(), Refusal> {
+        if effects.calls.is_empty() {
+            return Ok(());
+        }
+        let called = HostCall::make_all(&effects.calls, &|place, from| {
+            self.read(|tables| tables.mappings_of(place, from, PIECE_MAX))
+        });
+        self.read(|tables| self.store_figures(tables));
+        called
+    }
+
+    fn store_figures(&self, tables: &Tables) {
         let store = |figure: &AtomicU64, value| figure.store(value, Ordering::Relaxed);
         store(&self.mappings, tables.mappings() as u64);
         store(&self.host_mapped_bytes, tables.host_mapped_bytes());
-        (result, tables.take_ended())
     }
 
     /// Number of mappings in all domains.

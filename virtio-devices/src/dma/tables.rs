@@ -7,6 +7,7 @@ use std::sync::Arc;
 use vm_memory::Permissions;
 
 use super::eras::{EndedEra, Eras};
+use super::host_calls::HostCall;
 use super::mapping::{HostMappings, Mapping, Refusal};
 
 /// Smallest unit of a mapping.
@@ -81,8 +82,17 @@ pub(crate) struct Tables {
     /// Number of mappings in all domains.
     mappings: usize,
     owners: u64,
-    /// The eras that ended because a device lost access to memory, until the caller takes them.
-    ended: Vec<EndedEra>,
+    /// What the caller does next.
+    effects: Effects,
+}
+
+/// What follows from changes of the tables.
+#[derive(Debug, Default)]
+pub(crate) struct Effects {
+    /// The eras that ended because a device lost access to memory.
+    pub(crate) ended: Vec<EndedEra>,
+    /// For devices of the host.
+    pub(crate) calls: Vec<HostCall>,
 }
 
 impl Tables {
@@ -93,7 +103,7 @@ impl Tables {
             domains: BTreeMap::new(),
             mappings: 0,
             owners: 0,
-            ended: Vec::new(),
+            effects: Effects::default(),
         }
     }
 
@@ -109,8 +119,7 @@ impl Tables {
         let key = self.owners;
         let known = self.endpoints.get(&endpoint);
         if known.is_some_and(|known| known.owner.is_some() || host.is_some()) {
-            // An earlier device in the slot has gone, whatever the host says.
-            self.leave(endpoint).ok();
+            self.leave(endpoint);
         }
         let attachment = self.endpoints.entry(endpoint).or_default();
         attachment.owner = Some(Owner { key, eras, host });
@@ -121,8 +130,7 @@ impl Tables {
     pub(crate) fn unplug(&mut self, endpoint: u32, owner: u64) {
         let known = self.endpoints.get(&endpoint);
         if known.is_some_and(|known| known.is_of(owner)) {
-            // What the host keeps mapped stays pinned; it has been logged.
-            self.leave(endpoint).ok();
+            self.leave(endpoint);
             self.endpoints.remove(&endpoint);
         }
     }
@@ -134,21 +142,16 @@ impl Tables {
     /// Detaches every endpoint, as a reset of the device does.
     pub(crate) fn clear(&mut self) {
         for attachment in self.endpoints.values_mut() {
-            let Some(left) = attachment.domain.take() else {
-                continue;
-            };
-            if let (Some(host), Some(domain)) = (attachment.host(), self.domains.get(&left)) {
-                // What the host keeps mapped stays pinned; it has been logged.
-                unmap_all(&**host, domain).ok();
+            if attachment.domain.take().is_some() {
+                self.effects.takes_all(attachment);
             }
-            end_era(attachment, &mut self.ended);
         }
         self.domains.clear();
         self.mappings = 0;
     }
 
     /// Attaches an endpoint to a domain, which is created if there is none; detaches it from its former one. If the host
-    /// does not accept the mappings of the domain, the endpoint has no domain afterwards.
+    /// does not accept the mappings of the domain, [`Tables::undo_attach`] must follow.
     pub(crate) fn attach(
         &mut self,
         domain: u32,
@@ -166,23 +169,32 @@ impl Tables {
         if attachment.domain == Some(domain) {
             return Ok(());
         }
-        self.leave(endpoint)?;
-        if let (Some(host), Some(present)) = (
-            self.endpoints.get(&endpoint).and_then(Attachment::host),
-            self.domains.get(&domain),
-        ) {
-            map_all(&**host, present)?;
-        }
+        self.leave(endpoint);
         let joined = self.domains.entry(domain).or_insert(Domain {
             bypass,
             ..Domain::default()
         });
         joined.endpoints += 1;
+        let has_mappings = !joined.mappings.is_empty();
         if let Some(attachment) = self.endpoints.get_mut(&endpoint) {
             attachment.domain = Some(domain);
-            end_era(attachment, &mut self.ended);
+            self.effects.ends_era(attachment);
+            let host = attachment.host().filter(|_| has_mappings);
+            self.effects.calls.extend(host.map(|host| HostCall::Join {
+                host: Arc::clone(host),
+                endpoint,
+                domain,
+            }));
         }
         Ok(())
+    }
+
+    /// Detaches an endpoint that was attached just now, and whose device has none of the mappings.
+    pub(crate) fn undo_attach(&mut self, domain: u32, endpoint: u32) {
+        let known = self.endpoints.get(&endpoint);
+        if known.is_some_and(|known| known.domain == Some(domain)) {
+            self.leave(endpoint);
+        }
     }
 
     pub(crate) fn detach(&mut self, domain: u32, endpoint: u32) -> Result<(), Refusal> {
@@ -190,10 +202,11 @@ impl Tables {
         if attachment.domain != Some(domain) {
             return Err(Refusal::Invalid);
         }
-        self.leave(endpoint)
+        self.leave(endpoint);
+        Ok(())
     }
 
-    /// Maps `input` to guest addresses from `to` on.
+    /// Maps `input` to guest addresses from `to` on. If a host does not accept it, [`Tables::undo_map`] must follow.
     pub(crate) fn map(
         &mut self,
         id: u32,
@@ -223,23 +236,27 @@ impl Tables {
             return Err(Refusal::NoMemory);
         }
         let mapping = Mapping { last, to, allows };
-        let hosts = || hosts_of(&self.endpoints, id);
-        for (done, host) in hosts().enumerate() {
-            if let Err(refusal) = host.map(first, &mapping) {
-                hosts().take(done).for_each(|host| {
-                    // What the host keeps mapped stays pinned; it has been logged.
-                    host.unmap(first, &mapping).ok();
-                });
-                return Err(refusal);
-            }
-        }
         domain.mappings.insert(first, mapping);
         self.mappings += 1;
+        let calls = hosts_of(&self.endpoints, id).map(|host| HostCall::Map {
+            host: Arc::clone(host),
+            first,
+            mapping,
+        });
+        self.effects.calls.extend(calls);
         Ok(())
     }
 
-    /// Removes the mappings in `input`; none, if one of them is only partly inside. [`Refusal::Device`]: they are removed,
-    /// but the IOMMU of the host failed, and a device may still have access.
+    /// Removes the mapping at `first`, which was made just now, and which no device of the host has.
+    pub(crate) fn undo_map(&mut self, id: u32, first: u64) {
+        let domain = self.domains.get_mut(&id);
+        if domain.is_some_and(|domain| domain.mappings.remove(&first).is_some()) {
+            self.mappings -= 1;
+            self.end_eras(id);
+        }
+    }
+
+    /// Removes the mappings in `input`; none, if one of them is only partly inside.
     pub(crate) fn unmap(&mut self, id: u32, input: RangeInclusive<u64>) -> Result<(), Refusal> {
         let (first, last) = (*input.start(), *input.end());
         let domain = self.domains.get_mut(&id).ok_or(Refusal::NoEntry)?;
@@ -255,23 +272,45 @@ impl Tables {
         }
         // One by one: splitting the map would take time for all that stay. Each mapping that goes was one request, so
         // this is not more work than the guest has done.
-        let removed: Vec<u64> = domain.mappings.range(input).map(|(at, _)| *at).collect();
-        let mut result = Ok(());
-        for at in &removed {
-            let Some(mapping) = domain.mappings.remove(at) else {
-                continue;
-            };
-            for host in hosts_of(&self.endpoints, id) {
-                result = result.and(host.unmap(*at, &mapping));
-            }
+        let removed = domain.mappings.range(input).map(|(at, _)| *at);
+        let removed: Arc<[u64]> = removed.collect::<Vec<_>>().into();
+        for at in removed.iter() {
+            domain.mappings.remove(at);
         }
         self.mappings -= removed.len();
         if !removed.is_empty() {
-            let endpoints = self.endpoints.values();
-            let attached = endpoints.filter(|attachment| attachment.domain == Some(id));
-            attached.for_each(|attachment| end_era(attachment, &mut self.ended));
+            let calls = hosts_of(&self.endpoints, id).map(|host| HostCall::Unmap {
+                host: Arc::clone(host),
+                firsts: Arc::clone(&removed),
+            });
+            self.effects.calls.extend(calls);
+            self.end_eras(id);
         }
-        result
+        Ok(())
+    }
+
+    /// Ends the eras of all endpoints in a domain.
+    fn end_eras(&mut self, id: u32) {
+        let endpoints = self.endpoints.values();
+        let attached = endpoints.filter(|attachment| attachment.domain == Some(id));
+        attached.for_each(|attachment| self.effects.ends_era(attachment));
+    }
+
+    /// Mappings of a domain from the input address `from` on, at most `most`; none if the endpoint is not in it.
+    pub(super) fn mappings_of(
+        &self,
+        (endpoint, id): (u32, u32),
+        from: u64,
+        most: usize,
+    ) -> Vec<(u64, Mapping)> {
+        let attached = self.endpoints.get(&endpoint).and_then(|it| it.domain);
+        let domain = attached.filter(|attached| *attached == id);
+        let domain = domain.and_then(|id| self.domains.get(&id));
+        let mappings = domain.map(|domain| domain.mappings.range(from..).take(most));
+        let mappings = mappings.into_iter().flatten();
+        mappings
+            .map(|(first, mapping)| (*first, *mapping))
+            .collect()
     }
 
     /// The guest addresses of `bytes` bytes from `input` on, as at most `pieces_max` pieces; `None` if there are more.
@@ -324,25 +363,22 @@ impl Tables {
     }
 
     /// Detaches the endpoint. A domain without endpoints ends, and its mappings with it.
-    fn leave(&mut self, endpoint: u32) -> Result<(), Refusal> {
+    fn leave(&mut self, endpoint: u32) {
         let Some(attachment) = self.endpoints.get_mut(&endpoint) else {
-            return Ok(());
+            return;
         };
         let Some(left) = attachment.domain.take() else {
-            return Ok(());
+            return;
         };
-        end_era(attachment, &mut self.ended);
+        self.effects.takes_all(attachment);
         let Some(domain) = self.domains.get_mut(&left) else {
-            return Ok(());
+            return;
         };
-        let host = attachment.host();
-        let unmapped = host.map_or(Ok(()), |host| unmap_all(&**host, domain));
         domain.endpoints -= 1;
         if domain.endpoints == 0 {
             self.mappings -= domain.mappings.len();
             self.domains.remove(&left);
         }
-        unmapped
     }
 
     /// Addresses that an endpoint cannot map, without those of interrupts.
@@ -367,9 +403,9 @@ impl Tables {
         &self.domains
     }
 
-    /// The eras that the last change has ended.
-    pub(crate) fn take_ended(&mut self) -> Vec<EndedEra> {
-        std::mem::take(&mut self.ended)
+    /// What follows from the changes since the last call.
+    pub(crate) fn take_effects(&mut self) -> Effects {
+        std::mem::take(&mut self.effects)
     }
 
     /// Number of mappings in all domains.
@@ -385,39 +421,30 @@ impl Tables {
     }
 }
 
-/// Ends the era of an endpoint that has lost access to memory.
-fn end_era(attachment: &Attachment, ended: &mut Vec<EndedEra>) {
-    ended.extend(attachment.owner.iter().map(|owner| owner.eras.end()));
+impl Effects {
+    /// The endpoint has lost access to memory.
+    fn ends_era(&mut self, attachment: &Attachment) {
+        let owner = attachment.owner.iter();
+        self.ended.extend(owner.map(|owner| owner.eras.end()));
+    }
+
+    /// The endpoint has no domain any more.
+    fn takes_all(&mut self, attachment: &Attachment) {
+        self.ends_era(attachment);
+        let host = attachment.host().map(Arc::clone);
+        self.calls.extend(host.map(HostCall::Leave));
+    }
 }
 
 /// The host's part of the endpoints in a domain.
 fn hosts_of(
     endpoints: &BTreeMap<u32, Attachment>,
     domain: u32,
-) -> impl Iterator<Item = &dyn HostMappings> {
+) -> impl Iterator<Item = &Arc<dyn HostMappings>> {
     let attached = endpoints
         .values()
         .filter(move |it| it.domain == Some(domain));
-    attached.filter_map(|it| Some(&**it.host()?))
-}
-
-/// Gives a device all mappings of a domain, or none.
-fn map_all(host: &dyn HostMappings, domain: &Domain) -> Result<(), Refusal> {
-    for (done, (first, mapping)) in domain.mappings.iter().enumerate() {
-        if let Err(refusal) = host.map(*first, mapping) {
-            let mapped = domain.mappings.iter().take(done);
-            let undone = mapped.map(|(first, mapping)| host.unmap(*first, mapping));
-            return undone.fold(Ok(()), Result::and).and(Err(refusal));
-        }
-    }
-    Ok(())
-}
-
-/// Takes all mappings of a domain away from a device, as far as the host can.
-fn unmap_all(host: &dyn HostMappings, domain: &Domain) -> Result<(), Refusal> {
-    let mappings = domain.mappings.iter();
-    let unmapped = mappings.map(|(first, mapping)| host.unmap(*first, mapping));
-    unmapped.fold(Ok(()), Result::and)
+    attached.filter_map(Attachment::host)
 }
 
 fn is_aligned(first: u64, last: u64) -> bool {

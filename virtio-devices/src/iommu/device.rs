@@ -211,9 +211,9 @@ impl Handler {
                 Next::Chain(Popped { head, buffers }) => {
                     let before = self.shared.host_mapped_bytes();
                     let written = answer(&self.shared, buffers, self.features);
-                    let pinned = self.shared.host_mapped_bytes().saturating_sub(before);
-                    if pinned > 0 {
-                        turn.charge_call(1, pinned);
+                    let changed = self.shared.host_mapped_bytes().abs_diff(before);
+                    if changed > 0 {
+                        turn.charge_call(1, changed);
                     }
                     queue.push_used(&ram, head, written)?;
                 }
@@ -256,8 +256,7 @@ fn answer(shared: &Shared, request: Result<ChainBuffers, ChainError>, features: 
         let bytes = bytes.get_mut(..length)?;
         buffers.readable.copy_out(bytes);
         let request = Request::read(bytes, buffers.writable.bytes(), features)?;
-        let (result, succeeded) =
-            shared.change_and_wait(|tables| request.execute(tables, features));
+        let (result, succeeded) = request.execute(shared, features);
         if !succeeded {
             shared.stats.refused_requests.count();
         }

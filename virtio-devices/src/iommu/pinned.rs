@@ -4,20 +4,24 @@
 //! begins ([`crate::dma_mapped`]); the discards of it that had begun are over; its memory is looked up, so that
 //! memory that was plugged out meanwhile is not found; the host maps it.
 
+use std::any::Any;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::ops::{Range, RangeInclusive};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use vm_memory::{
     GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
     Permissions, VolatileSlice,
 };
 
+use crate::Unpoisoned;
 use crate::counters::Count;
 use crate::device::GuestRam;
 use crate::dma::{HostMappings, MSI_RANGE, Mapping, Refusal};
+use crate::dma_mapped::DmaMapped;
 
 /// Maximum size of a device's mappings, as a multiple of RAM. Without it, a guest could map the same memory all over the
 /// input range: the host's page tables would have no bound, nor would the time for a device to join a domain.
@@ -41,13 +45,41 @@ pub trait HostIommu: Send + Sync {
     /// # Errors
     /// The host fails. The device may still have access.
     fn unmap(&self, input: u64, bytes: u64) -> io::Result<()>;
+
+    /// Keeps `value` until the host has ended all mappings, also those that it did not undo. It does so at the latest
+    /// when the device is closed.
+    fn keep(&self, value: Arc<dyn Any + Send + Sync>);
+}
+
+/// The guest memory that the host has pinned, and which is not discarded as long as it is.
+#[derive(Debug)]
+struct Held {
+    book: Arc<DmaMapped>,
+    ranges: Mutex<Ranges>,
+}
+
+#[derive(Debug, Default)]
+struct Ranges {
+    /// By first input address.
+    mapped: BTreeMap<u64, Range<u64>>,
+    /// What the host did not unmap.
+    stuck: Vec<Range<u64>>,
+}
+
+impl Drop for Held {
+    /// The host has closed the device, and so pins nothing.
+    fn drop(&mut self) {
+        let ranges = std::mem::take(self.ranges.get_mut().unpoisoned());
+        let all = ranges.mapped.values().chain(&ranges.stuck);
+        all.for_each(|range| self.book.release(range));
+    }
 }
 
 /// Maps guest RAM for one device.
 pub(crate) struct PinnedMappings {
     iommu: Arc<dyn HostIommu>,
     ram: GuestRam,
-    /// Changed while the tables are locked.
+    held: Arc<Held>,
     mapped_bytes: AtomicU64,
     /// Mappings that the host refused.
     refused: Count,
@@ -63,9 +95,15 @@ impl fmt::Debug for PinnedMappings {
 
 impl PinnedMappings {
     pub(crate) fn new(iommu: Arc<dyn HostIommu>, ram: GuestRam) -> Self {
+        let held = Arc::new(Held {
+            book: Arc::clone(ram.dma_mapped()),
+            ranges: Mutex::default(),
+        });
+        iommu.keep(held.clone());
         Self {
             iommu,
             ram,
+            held,
             mapped_bytes: AtomicU64::new(0),
             refused: Count::default(),
             stuck: Count::default(),
@@ -116,6 +154,18 @@ impl PinnedMappings {
         }
     }
 
+    /// Undoes the mapping at the input address `first`. What the host does not release is never discarded.
+    fn unmap_held(&self, first: u64, range: Range<u64>) -> Result<(), Refusal> {
+        let bytes = range.end - range.start;
+        if let Err(refusal) = self.unmap_range(first, bytes) {
+            self.held.ranges.lock().unpoisoned().stuck.push(range);
+            return Err(refusal);
+        }
+        self.held.book.release(&range);
+        self.mapped_bytes.fetch_sub(bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
     fn unmap_range(&self, input: u64, bytes: u64) -> Result<(), Refusal> {
         self.iommu.unmap(input, bytes).map_err(|error| {
             if self.stuck.count_loudly() {
@@ -145,28 +195,40 @@ impl HostMappings for PinnedMappings {
         }
         let range = target(first, mapping).ok_or(Refusal::Invalid)?;
         let bytes = range.end - range.start;
-        let dma_mapped = self.ram.dma_mapped();
-        dma_mapped.hold(&range);
+        self.held.book.hold(&range);
         let mapped = self.map_parts(&self.ram.memory(), first, &range, mapping.allows);
         if let Err((refusal, false)) = mapped {
-            dma_mapped.release(&range);
+            self.held.book.release(&range);
             return Err(refusal);
         }
-        // What the host has pinned and does not release is never discarded.
         self.mapped_bytes.fetch_add(bytes, Ordering::Relaxed);
-        mapped.map_err(|(refusal, _)| refusal)
+        let mut ranges = self.held.ranges.lock().unpoisoned();
+        match mapped {
+            Ok(()) => {
+                ranges.mapped.insert(first, range);
+                Ok(())
+            }
+            Err((refusal, _)) => {
+                ranges.stuck.push(range);
+                Err(refusal)
+            }
+        }
     }
 
-    fn unmap(&self, first: u64, mapping: &Mapping) -> Result<(), Refusal> {
-        if mapping.allows == Permissions::No {
-            return Ok(());
+    fn unmap(&self, first: u64) -> Result<(), Refusal> {
+        let removed = self.held.ranges.lock().unpoisoned().mapped.remove(&first);
+        removed.map_or(Ok(()), |range| self.unmap_held(first, range))
+    }
+
+    fn unmap_all(&self) -> Result<(), Refusal> {
+        let mut result = Ok(());
+        loop {
+            let removed = self.held.ranges.lock().unpoisoned().mapped.pop_first();
+            let Some((first, range)) = removed else {
+                return result;
+            };
+            result = result.and(self.unmap_held(first, range));
         }
-        let range = target(first, mapping).ok_or(Refusal::Invalid)?;
-        let bytes = range.end - range.start;
-        self.unmap_range(first, bytes)?;
-        self.ram.dma_mapped().release(&range);
-        self.mapped_bytes.fetch_sub(bytes, Ordering::Relaxed);
-        Ok(())
     }
 
     fn mapped_bytes(&self) -> u64 {

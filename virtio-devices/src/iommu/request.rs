@@ -4,7 +4,7 @@ use std::ops::RangeInclusive;
 
 use vm_memory::Permissions;
 
-use crate::dma::{Fault, FaultReason, MSI_RANGE, Refusal, Tables};
+use crate::dma::{Fault, FaultReason, MSI_RANGE, Refusal, Shared, Tables};
 
 pub(super) const F_MAP_UNMAP: u64 = 1 << 2;
 pub(super) const F_BYPASS_CONFIG: u64 = 1 << 6;
@@ -129,15 +129,22 @@ impl Request {
         fits.then_some(request)
     }
 
-    /// Executes the request and returns the bytes for the driver, and whether it succeeded.
-    pub(super) fn execute(self, tables: &mut Tables, features: u64) -> (Vec<u8>, bool) {
-        let mut bytes = match self {
-            Self::Probe { bytes, .. } => vec![0; bytes],
-            _ => Vec::new(),
-        };
-        let result = match self {
-            Self::Probe { endpoint, .. } => probe(tables, endpoint, &mut bytes),
-            request => request.apply(tables, features),
+    /// Executes the request and returns the bytes for the driver, and whether it succeeded. If it takes memory away from a
+    /// device, this returns after the device's last access to it.
+    pub(super) fn execute(self, shared: &Shared, features: u64) -> (Vec<u8>, bool) {
+        let mut bytes = Vec::new();
+        let result = match &self {
+            Self::Probe {
+                endpoint,
+                bytes: room,
+            } => {
+                bytes.resize(*room, 0);
+                shared.read(|tables| probe(tables, *endpoint, &mut bytes))
+            }
+            request => shared.request(
+                |tables| request.apply(tables, features),
+                |tables| request.undo(tables),
+            ),
         };
         let status = match result {
             Ok(()) => S_OK,
@@ -152,12 +159,23 @@ impl Request {
         (bytes, result.is_ok())
     }
 
-    fn apply(self, tables: &mut Tables, features: u64) -> Result<(), Refusal> {
+    /// Takes out of the tables what an assigned device cannot have. What was taken away stays away.
+    fn undo(&self, tables: &mut Tables) {
+        match self {
+            Self::Attach {
+                domain, endpoint, ..
+            } => tables.undo_attach(*domain, *endpoint),
+            Self::Map { domain, input, .. } => tables.undo_map(*domain, *input.start()),
+            Self::Detach { .. } | Self::Unmap { .. } | Self::Probe { .. } => {}
+        }
+    }
+
+    fn apply(&self, tables: &mut Tables, features: u64) -> Result<(), Refusal> {
         let known_flags = match features & F_BYPASS_CONFIG {
             0 => 0,
             _ => ATTACH_F_BYPASS,
         };
-        match self {
+        match self.clone() {
             Self::Attach {
                 flags, reserved, ..
             } if flags & !known_flags != 0 || reserved != 0 => Err(Refusal::Invalid),
@@ -191,28 +209,29 @@ impl Request {
 }
 
 /// Writes the properties of an endpoint: the range of message-signalled interrupts, and what an assigned device cannot
-/// map. The first zeros end them.
+/// map, as far as there is space. The first zeros end them.
 fn probe(tables: &Tables, endpoint: u32, bytes: &mut [u8]) -> Result<(), Refusal> {
     if !tables.has_endpoint(endpoint) {
         return Err(Refusal::NoEntry);
     }
+    // A driver that was set up by another version of this device may have less space.
+    let room = (bytes.len() / PROPERTY_BYTES).checked_sub(1);
+    let room = room.ok_or(Refusal::Invalid)?;
     let mut reserved = tables.reserved(endpoint);
     // A host with more gaps than there is space for: the last one reaches to the end.
     if let Some(end) = reserved.last().map(|last| *last.end())
-        && reserved.len() >= PROPERTIES_MAX
+        && reserved.len() > room
     {
-        reserved.truncate(PROPERTIES_MAX - 1);
+        reserved.truncate(room);
         if let Some(last) = reserved.last_mut() {
             *last = *last.start()..=end;
         }
     }
     let all = std::iter::once((RESV_MEM_T_MSI, MSI_RANGE))
         .chain(reserved.into_iter().map(|it| (RESV_MEM_T_RESERVED, it)));
-    let all: Vec<u8> = all
-        .flat_map(|(kind, range)| property(kind, &range))
-        .collect();
-    let room = bytes.get_mut(..all.len()).ok_or(Refusal::Invalid)?;
-    room.copy_from_slice(&all);
+    for (room, (kind, range)) in bytes.chunks_exact_mut(PROPERTY_BYTES).zip(all) {
+        room.copy_from_slice(&property(kind, &range));
+    }
     Ok(())
 }
 

@@ -1,10 +1,12 @@
 //! An IOMMU of the host, in memory. It behaves as VFIO does, and panics when the VMM would break the host's memory.
 
+use std::any::Any;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::io;
 use std::ops::RangeInclusive;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use vm_memory::{Permissions, VolatileSlice};
 
@@ -28,11 +30,17 @@ pub struct HostMapped {
 }
 
 /// The IOMMU in front of one device.
-#[derive(Debug)]
 pub struct MockHostIommu {
     mapped: Mutex<BTreeMap<u64, HostMapped>>,
     entries_max: usize,
     fails: AtomicBool,
+    kept: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
+}
+
+impl fmt::Debug for MockHostIommu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MockHostIommu").finish_non_exhaustive()
+    }
 }
 
 impl MockHostIommu {
@@ -43,12 +51,24 @@ impl MockHostIommu {
             mapped: Mutex::default(),
             entries_max,
             fails: AtomicBool::new(false),
+            kept: Mutex::default(),
         }
     }
 
     /// The mappings by input address.
     pub fn mapped(&self) -> BTreeMap<u64, HostMapped> {
         self.mapped.lock().unpoisoned().clone()
+    }
+
+    /// Every call waits until the result is dropped.
+    pub fn busy(&self) -> impl Drop + '_ {
+        self.mapped.lock().unpoisoned()
+    }
+
+    /// Ends all mappings, as the kernel does when the device is closed.
+    pub fn close(&self) {
+        self.mapped.lock().unpoisoned().clear();
+        self.kept.lock().unpoisoned().clear();
     }
 
     /// Makes every request that unmaps fail from now on, or no more.
@@ -116,5 +136,9 @@ impl HostIommu for MockHostIommu {
             mapped.remove(start);
         });
         Ok(())
+    }
+
+    fn keep(&self, value: Arc<dyn Any + Send + Sync>) {
+        self.kept.lock().unpoisoned().push(value);
     }
 }

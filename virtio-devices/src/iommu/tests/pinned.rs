@@ -11,7 +11,7 @@ use super::{Harness, attach, detach, iommu, map, probe, send, start, status, unm
 use crate::device::VirtioDevice;
 use crate::dma::DmaEndpoint;
 use crate::reclaim::{DiscardEngine, Expected, GuestRange, SkipReason};
-use crate::testing::{HostMapped, MockHostIommu, TestRam};
+use crate::testing::{HostMapped, MockHostIommu, TestRam, wait_until};
 
 const ENDPOINT: u32 = 0x18;
 /// A device of the VMM.
@@ -33,7 +33,7 @@ struct Rig {
     device: Iommu,
     host: Arc<MockHostIommu>,
     endpoint: Option<Arc<DmaEndpoint>>,
-    _other: Arc<DmaEndpoint>,
+    other: Arc<DmaEndpoint>,
     ram: TestRam,
     engine: DiscardEngine,
     harness: Harness,
@@ -53,7 +53,7 @@ impl Rig {
             device,
             host,
             endpoint: Some(endpoint),
-            _other: other,
+            other,
             ram,
             engine: DiscardEngine::new(Arc::default()),
             harness,
@@ -230,7 +230,7 @@ fn limit_of_the_host_bounds_mappings() {
 }
 
 #[test]
-fn memory_that_the_host_does_not_unmap_is_never_discarded() {
+fn memory_that_the_host_does_not_unmap_is_not_discarded_until_the_device_is_closed() {
     let mut rig = Rig::new();
     assert_eq!(rig.status(&attach(1, ENDPOINT, 0)), OK);
     assert_eq!(rig.status(&map(1, 0x1000, 0x2fff, 0x7000, 3)), OK);
@@ -241,6 +241,43 @@ fn memory_that_the_host_does_not_unmap_is_never_discarded() {
     assert_eq!(rig.pinned_bytes(), 2 * PAGE);
     assert_eq!(rig.status(&detach(1, ENDPOINT)), OK);
     assert_eq!(rig.pinned_bytes(), 2 * PAGE);
+    // A mapping that it does not unmap when the device goes.
+    assert_eq!(rig.status(&attach(2, ENDPOINT, 0)), OK);
+    assert_eq!(rig.status(&map(2, 0x8000, 0x8fff, 0, 3)), OK);
+    rig.host.fail_to_unmap(true);
+    drop(rig.endpoint.take());
+    assert_eq!(rig.pinned_bytes(), 3 * PAGE);
+    rig.host.close();
+    assert_eq!(rig.pinned_bytes(), 0);
+}
+
+#[test]
+fn other_devices_translate_while_the_host_is_busy() {
+    let mut rig = Rig::new();
+    assert_eq!(rig.status(&attach(1, ENDPOINT, 0)), OK);
+    assert_eq!(rig.status(&attach(2, OTHER, 0)), OK);
+    assert_eq!(rig.status(&map(2, 0x1000, 0x1fff, 0x4000, 3)), OK);
+    let (host, other) = (Arc::clone(&rig.host), Arc::clone(&rig.other));
+    let shared = Arc::clone(rig.device.shared());
+    let translates = || {
+        let translated = other.access().translate(0x1000, 8, Permissions::Read, 1);
+        translated.unwrap();
+    };
+    let mut while_busy = |request: &[u8], mappings: u64| {
+        std::thread::scope(|scope| {
+            let busy = host.busy();
+            let answer = scope.spawn(|| rig.status(request));
+            wait_until("the request", || shared.mappings() == mappings);
+            translates();
+            assert!(!answer.is_finished(), "before the host is");
+            drop(busy);
+            assert_eq!(answer.join().unwrap(), OK);
+        });
+    };
+    while_busy(&map(1, 0x2000, 0x2fff, 0, 3), 2);
+    while_busy(&unmap(1, 0x2000, 0x2fff), 1);
+    while_busy(&map(1, 0x2000, 0x2fff, 0, 3), 2);
+    while_busy(&detach(1, ENDPOINT), 1);
 }
 
 #[test]
@@ -269,11 +306,12 @@ fn probe_reserves_what_the_host_cannot_map() {
     expected.resize(192, 0);
     expected.extend([OK, 0, 0, 0]);
     assert_eq!(rig.send(&probe(ENDPOINT), 196), expected);
-    let short = rig.send(&probe(ENDPOINT), 28);
-    assert_eq!(short[24], INVAL, "no space for both");
+    // A driver that has less space, as earlier versions of the device announced.
     let mut expected = property(1, 0xfee0_0000..=0xfeef_ffff);
     expected.extend([OK, 0, 0, 0]);
+    assert_eq!(rig.send(&probe(ENDPOINT), 28), expected);
     assert_eq!(rig.send(&probe(OTHER), 28), expected);
+    assert_eq!(rig.send(&probe(OTHER), 27)[23], INVAL, "no space");
 }
 
 /// The device writes to each page as soon as it is mapped, and finds its own content until the page is unmapped. The
