@@ -27,11 +27,12 @@ use crate::threads::{DeviceKind, MachineThread, ThreadStart};
 /// Maximum time of one access to a device. It is one system call, on a host that may not run the vCPU for a while.
 const ACCESS_DEADLINE: Duration = Duration::from_secs(60);
 
-/// Returns when only the caller holds a function that is not on the bus anymore: vCPUs have finished their accesses, and
-/// find it no more. Observers may still look at it, and then drop it under a lock of its owner.
-fn wait_for_accesses<T: ?Sized>(function: &Arc<T>, deadline: Duration) {
+/// Returns when only the caller holds a function that is not on the bus anymore, `own` times: vCPUs have finished their
+/// accesses, and find it no more. Its drop ends workers and calls VFIO, which a vCPU thread may not. Observers may still
+/// look at it, and then drop it under a lock of its owner.
+fn wait_for_accesses<T: ?Sized>(function: &Arc<T>, own: usize, deadline: Duration) {
     let begun = Instant::now();
-    while Arc::strong_count(function) > 1 {
+    while Arc::strong_count(function) > own {
         if begun.elapsed() > deadline {
             log::warn!("An access to a removed device does not end");
             return;
@@ -68,6 +69,7 @@ impl Pc {
         self.chassis.hotplug.announce(plugged.bdf);
         if let Err(source) = self.chassis.ged.announce_pci_change() {
             self.chassis.pci.remove(plugged.bdf);
+            wait_for_accesses(&plugged.function, plugged.holds(), ACCESS_DEADLINE);
             let id = plugged.id;
             return Err(PcError::Announce { id, source });
         }
@@ -118,10 +120,7 @@ impl Pc {
         for plugged in &gone {
             // Work in progress ends here and not on a vCPU thread that happens to hold the last reference.
             plugged.function.reset();
-            if plugged.kind == DeviceKind::Assigned {
-                // Its drop calls VFIO, which a vCPU thread may not.
-                wait_for_accesses(&plugged.function, ACCESS_DEADLINE);
-            }
+            wait_for_accesses(&plugged.function, plugged.holds(), ACCESS_DEADLINE);
         }
         gone
     }
@@ -237,10 +236,10 @@ mod tests {
             receiver.recv().unwrap();
             drop(held);
         });
-        wait_for_accesses(&function, Duration::ZERO);
+        wait_for_accesses(&function, 1, Duration::ZERO);
         assert_eq!(Arc::strong_count(&function), 2, "the access goes on");
         sender.send(()).unwrap();
-        wait_for_accesses(&function, Duration::from_secs(60));
+        wait_for_accesses(&function, 1, Duration::from_secs(60));
         assert_eq!(Arc::strong_count(&function), 1);
         vcpu.join().unwrap();
     }

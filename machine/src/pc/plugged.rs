@@ -118,6 +118,11 @@ impl Plugged {
         }
     }
 
+    /// How often this value holds the function.
+    pub(super) fn holds(&self) -> usize {
+        1 + usize::from(self.virtio.is_some())
+    }
+
     /// A view for observers.
     pub fn view(&self) -> FunctionView {
         FunctionView::new(Arc::downgrade(&self.function))
