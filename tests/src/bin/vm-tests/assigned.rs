@@ -152,10 +152,14 @@ fn behind_the_iommu(path: &Path) -> Result<()> {
         let count = counter(&guest, name)?;
         ensure!(count == 0, "{name}: {count}");
     }
+    // Absent if nothing was skipped: a guest with a sound driver does not report what it maps.
+    let report = guest.vmm.get("vm.reclaim-stats")?;
     println!(
         "     {} requests, {} bytes not discarded because they were mapped",
         counter(&guest, "requests")?,
-        stats(&guest, "/report/skipped_bytes/dma_mapped")?
+        report["report"]["skipped_bytes"]["dma_mapped"]
+            .as_u64()
+            .unwrap_or(0)
     );
     guest.end_cleanly()
 }

@@ -5,6 +5,7 @@
 
 mod adopters;
 mod api;
+mod assigned;
 mod balloon;
 mod boot;
 mod chaos;
@@ -75,6 +76,7 @@ fn main() -> ExitCode {
         vsock::tests(),
         pmem::tests(),
         iommu::tests(),
+        assigned::tests(),
         balloon::tests(),
         stress::tests(),
         chaos::tests(),
