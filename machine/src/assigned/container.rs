@@ -9,14 +9,14 @@ use std::sync::{Arc, Mutex};
 use vfio_ioctls::{VfioContainer, VfioDeviceFd};
 use virtio_devices::Unpoisoned;
 use vm_memory::{
-    GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, Permissions,
-    VolatileSlice,
+    GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress, Permissions, VolatileSlice,
 };
 
 use super::claims::{Claim, Claims};
 use super::error::AssignError;
-use super::iommu_calls::{map, unmap};
-use crate::memory::{GuestMemory, PinnedBlocks};
+use super::iommu_calls::{PAGE_BYTES, map, unmap};
+use crate::memory::{GuestMemory, PinnedBlocks, is_in_memory};
 
 /// A container. It exists as long as one of its devices.
 pub(crate) struct Container {
@@ -95,7 +95,27 @@ impl Container {
     pub(crate) fn map_region(&self, region: &GuestRegionMmap<()>) -> Result<(), AssignError> {
         let whole = region.as_volatile_slice().map_err(io::Error::other);
         let mapped = whole.and_then(|whole| self.pin(region.start_addr().0, &whole));
-        mapped.map_err(AssignError::MapRam)
+        mapped.map_err(|error| refused(region, error))
+    }
+
+    /// Checks that the kernel pins pages of all RAM, while the container is empty. `input` is an address that can be
+    /// mapped.
+    ///
+    /// # Errors
+    /// It does not.
+    pub(super) fn check_ram(
+        &self,
+        ram: &GuestMemoryMmap<()>,
+        input: u64,
+    ) -> Result<(), AssignError> {
+        for region in ram.iter().filter(|it| is_in_ordinary_file(it)) {
+            let page = region.get_slice(MemoryRegionAddress(0), PAGE_BYTES as usize);
+            let page = page.map_err(io::Error::other);
+            let mapped = page.and_then(|page| self.pin(input, &page));
+            mapped.map_err(|error| refused(region, error))?;
+            self.unpin(input, PAGE_BYTES).map_err(AssignError::Host)?;
+        }
+        Ok(())
     }
 
     /// Undoes that, before the region is unmapped.
@@ -115,5 +135,78 @@ impl PinnedBlocks for Container {
 
     fn unpin(&self, guest_address: u64, bytes: u64) -> io::Result<()> {
         unmap(&self.vfio, guest_address, bytes)
+    }
+}
+
+/// Whether guest writes go to a file that is not memory alone.
+fn is_in_ordinary_file(region: &GuestRegionMmap<()>) -> bool {
+    let file = region
+        .file_offset()
+        .filter(|_| region.flags() & libc::MAP_SHARED != 0);
+    file.is_some_and(|file| !is_in_memory(file.file()))
+}
+
+/// Why a region was not mapped.
+fn refused(region: &GuestRegionMmap<()>, error: io::Error) -> AssignError {
+    match error.raw_os_error() {
+        Some(libc::EFAULT | libc::EOPNOTSUPP) if is_in_ordinary_file(region) => {
+            AssignError::OrdinaryFile {
+                start: region.start_addr().0,
+            }
+        }
+        _ => AssignError::MapRam(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use api::config::MemoryConfig;
+    use vm_memory::mmap::MmapRegionBuilder;
+    use vm_memory::{FileOffset, GuestAddress};
+
+    use super::*;
+
+    #[test]
+    fn ram_in_an_ordinary_file_is_named_if_it_cannot_be_pinned() {
+        let region = |file: Option<File>, sharing| {
+            let mut builder = MmapRegionBuilder::new(PAGE_BYTES as usize)
+                .with_mmap_prot(libc::PROT_READ)
+                .with_mmap_flags(sharing);
+            if let Some(file) = file {
+                builder = builder.with_file_offset(FileOffset::new(file, 0));
+            }
+            GuestRegionMmap::new(builder.build().unwrap(), GuestAddress(0x7000)).unwrap()
+        };
+        // The program that runs: on a disk, if this is not a folder in memory.
+        let program = || File::open("/proc/self/exe").unwrap();
+        if is_in_memory(&program()) {
+            test_skip::skip("the programs are in memory");
+            return;
+        }
+        let config = MemoryConfig {
+            size: 64 << 20,
+            shared: true,
+            ..MemoryConfig::default()
+        };
+        let memory = GuestMemory::new(&config, 46).unwrap();
+        let ram = memory.ram().memory();
+        let memfd = ram.iter().next().unwrap().file_offset().unwrap().file();
+        let (shared, private) = (libc::MAP_SHARED, libc::MAP_PRIVATE);
+        let anonymous = private | libc::MAP_ANONYMOUS;
+        for (file, sharing, is_ordinary) in [
+            (Some(program()), shared, true),
+            (Some(program()), private, false),
+            (Some(memfd.try_clone().unwrap()), shared, false),
+            (None, anonymous, false),
+        ] {
+            let region = region(file, sharing);
+            for (number, is_of_files) in [(libc::EFAULT, true), (libc::ENOMEM, false)] {
+                let error = refused(&region, io::Error::from_raw_os_error(number)).to_string();
+                let names_file = error.contains("RAM at 0x7000") && error.contains("tmpfs");
+                assert_eq!(names_file, is_ordinary && is_of_files, "{error}");
+            }
+        }
     }
 }

@@ -6,11 +6,12 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use virtio_devices::iommu::HostIommu;
-use vm_memory::{Permissions, VolatileSlice};
+use vm_memory::{GuestAddressSpace, Permissions, VolatileSlice};
 
 use super::container::Container;
 use super::error::AssignError;
 use super::iommu_calls::{PAGE_BYTES, map, read_info, unmap};
+use crate::memory::GuestMemory;
 
 /// The container of a device that is behind the virtual IOMMU.
 #[derive(Debug)]
@@ -23,14 +24,19 @@ impl DeviceIommu {
     /// Reads the properties of the container's IOMMU. The container has a device, and no mappings.
     ///
     /// # Errors
-    /// The kernel does not answer, or the IOMMU has larger pages than the guest.
-    pub(crate) fn new(container: Arc<Container>) -> Result<Self, AssignError> {
+    /// The kernel does not answer, the IOMMU has larger pages than the guest, or RAM cannot be pinned.
+    pub(crate) fn new(
+        container: Arc<Container>,
+        memory: &GuestMemory,
+    ) -> Result<Self, AssignError> {
         let info = read_info(&container.vfio()).map_err(AssignError::Host)?;
         if info.page_sizes & PAGE_BYTES == 0 {
             return Err(AssignError::IommuPages {
                 page_sizes: info.page_sizes,
             });
         }
+        let first = info.usable.first().map_or(0, |range| *range.start());
+        container.check_ram(&memory.ram().memory(), first)?;
         Ok(Self {
             container,
             usable: info.usable,

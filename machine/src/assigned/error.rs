@@ -54,6 +54,15 @@ pub enum AssignError {
     /// The IOMMU, or the limit of locked memory.
     #[error("cannot map guest RAM for the device: is the limit of locked memory as large as RAM?")]
     MapRam(#[source] io::Error),
+    /// The kernel tracks changes of such files.
+    #[error(
+        "cannot map guest RAM at {start:#x} for the device: it is in an ordinary file with shared=on, whose pages the \
+         kernel does not pin: use a file on tmpfs or hugetlbfs, or RAM without a file"
+    )]
+    OrdinaryFile {
+        /// Its first guest address.
+        start: u64,
+    },
     /// The guest maps memory in smaller units.
     #[error("the IOMMU of the host has no pages of 4 KiB: its page sizes are {page_sizes:#x}")]
     IommuPages {

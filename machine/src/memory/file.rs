@@ -151,15 +151,23 @@ fn nameless_file(directory: &Path) -> io::Result<File> {
 
 /// Page size of a file or directory on hugetlbfs; `None` on any other file system.
 pub(super) fn huge_page_bytes_of(file: &File) -> Option<u64> {
+    let stat = file_system_of(file)?;
+    (stat.f_type == libc::HUGETLBFS_MAGIC).then(|| u64::try_from(stat.f_bsize).ok())?
+}
+
+/// Whether the pages of a file are memory alone, so that the kernel lets devices write to them at any time. It tracks
+/// changes of all other files, and since Linux 6.5 refuses to pin their pages.
+pub(crate) fn is_in_memory(file: &File) -> bool {
+    let kind = file_system_of(file).map(|stat| stat.f_type);
+    matches!(kind, Some(libc::TMPFS_MAGIC | libc::HUGETLBFS_MAGIC))
+}
+
+fn file_system_of(file: &File) -> Option<libc::statfs> {
     let mut stat = MaybeUninit::<libc::statfs>::uninit();
     // SAFETY: the descriptor is open and `stat` is large enough for what the kernel writes.
     let ret = unsafe { libc::fstatfs(file.as_raw_fd(), stat.as_mut_ptr()) };
-    if ret != 0 {
-        return None;
-    }
     // SAFETY: the kernel has filled it, because it returned zero.
-    let stat = unsafe { stat.assume_init() };
-    (stat.f_type == libc::HUGETLBFS_MAGIC).then(|| u64::try_from(stat.f_bsize).ok())?
+    (ret == 0).then(|| unsafe { stat.assume_init() })
 }
 
 #[cfg(test)]

@@ -43,6 +43,7 @@ pub use dimms::{DIMMS_MAX, Dimm, DimmError, RestoreError};
 pub use e820::{E820Entry, E820Kind, e820_map};
 pub use error::{MemoryError, ZoneError};
 pub use faults::{MemoryFailure, MemoryFault, MemoryFaults};
+pub(crate) use file::is_in_memory;
 pub use guest_ram::GuestMemory;
 pub use handed_over::PrivateZone;
 pub use hotplug::{MEMORY_HOTPLUG_BYTES, MemoryHotplug, MemoryHotplugState};

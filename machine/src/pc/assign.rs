@@ -136,7 +136,7 @@ impl Pc {
         let device = VfioFunction::open(path, Arc::clone(&container))?;
         let dma = match iommu {
             Some(iommu) => {
-                let own = Arc::new(DeviceIommu::new(container)?);
+                let own = Arc::new(DeviceIommu::new(container, &self.memory)?);
                 Some(iommu.endpoint_of_host(own, self.memory.device_ram().clone()))
             }
             None => {
