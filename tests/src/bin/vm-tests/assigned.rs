@@ -148,6 +148,7 @@ fn behind_the_iommu(path: &Path) -> Result<()> {
     let begun = Instant::now();
     let mut round = 0;
     while round < 2 || begun.elapsed() < load {
+        let before = guest.vmm.resident_bytes()?;
         expect(&guest, "vm.add-device", &device(path, true), 200)?;
         wait_disk(&mut guest)?;
         let added = guest.vmm.resident_bytes()?;
@@ -157,15 +158,15 @@ fn behind_the_iommu(path: &Path) -> Result<()> {
         // The memory that was reported beside the device still holds the right data, and so does the disk.
         write_and_verify(&mut guest, 9 + round)?;
         println!(
-            "     resident MiB: without a device {}, when it was added {}, after I/O and reports {}; mapped for DMA {} KiB then",
-            without / MIB,
+            "     resident MiB: before the device was added {}, then {}, after I/O and reports {}; mapped for DMA {} KiB",
+            before / MIB,
             added / MIB,
             used / MIB,
             mapped / 1024
         );
         ensure!(mapped > 0, "its queues are mapped");
-        for resident in [added, used] {
-            ensure!(resident < without + GROWTH_MAX_BYTES, "{resident} bytes");
+        for (resident, of) in [(added, before), (used, without)] {
+            ensure!(resident < of + GROWTH_MAX_BYTES, "{resident} bytes");
         }
         expect(&guest, "vm.remove-device", &json!({"id": "nvme"}), 204)?;
         wait_gone(&guest, "nvme")?;
