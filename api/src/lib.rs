@@ -57,7 +57,7 @@ pub use reclaim::{
 };
 pub use reporting::*;
 pub use resize::*;
-pub use scale::scale_bytes;
+pub use scale::{exact_bytes, format_bytes, scale_bytes};
 pub use schemars::JsonSchema;
 pub use similar::{suggestion, suggestion_among, suggestion_for};
 pub use snapshot::*;

@@ -216,9 +216,7 @@ fn default(default: &KeyDefault, values: &str, is_bytes: bool) -> String {
         KeyDefault::Required => "required".to_owned(),
         KeyDefault::Value(Value::Bool(on)) => if *on { "on" } else { "off" }.to_owned(),
         KeyDefault::Value(Value::Number(number)) => match number.as_u64() {
-            Some(bytes) if is_bytes && bytes > 0 && bytes % (1 << 20) == 0 => {
-                format!("{}M", bytes >> 20)
-            }
+            Some(bytes) if is_bytes => crate::exact_bytes(bytes, &["", "K", "M", "G"]),
             _ => number.to_string(),
         },
         KeyDefault::Value(Value::String(text)) => word(text, values),

@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::time::Duration;
 
-use api::{ReclaimPath, ReclaimStats, ReportingStatus};
+use api::{ReclaimPath, ReclaimStats, ReportingStatus, format_bytes};
 
-use crate::units::{age, bytes, micros, percent};
+use crate::units::{age, micros, percent};
 
 /// Width of the bar, characters.
 const BAR_WIDTH: usize = 40;
@@ -100,50 +100,67 @@ impl<'a> Sample<'a> {
     fn memory(&self, table: &mut String) {
         let stats = self.stats;
         let share = |part| format!("{:5.1} %", percent(part, stats.configured_bytes));
-        row(table, "Configured", &[&bytes(stats.configured_bytes)]);
+        row(
+            table,
+            "Configured",
+            &[&format_bytes(stats.configured_bytes)],
+        );
         row(
             table,
             "Resident on the host",
-            &[&bytes(stats.resident_bytes), &share(stats.resident_bytes)],
+            &[
+                &format_bytes(stats.resident_bytes),
+                &share(stats.resident_bytes),
+            ],
         );
         row(
             table,
             "Reclaimed",
-            &[&bytes(stats.reclaimed_bytes), &share(stats.reclaimed_bytes)],
+            &[
+                &format_bytes(stats.reclaimed_bytes),
+                &share(stats.reclaimed_bytes),
+            ],
         );
         if stats.charged_bytes > 0 {
             let method = format!("({})", stats.charged_method);
             row(
                 table,
                 "Charged by the host",
-                &[&bytes(stats.charged_bytes), &method],
+                &[&format_bytes(stats.charged_bytes), &method],
             );
         }
         if let Some(swapped) = stats.swapped_bytes {
             row(
                 table,
                 "In the host's swap",
-                &[&bytes(swapped), &share(swapped)],
+                &[&format_bytes(swapped), &share(swapped)],
             );
         }
         row(
             table,
             "In the balloon",
-            &[&bytes(stats.ballooned_bytes), &share(stats.ballooned_bytes)],
+            &[
+                &format_bytes(stats.ballooned_bytes),
+                &share(stats.ballooned_bytes),
+            ],
         );
         row(
             table,
             "Balloon target",
-            &[&bytes(stats.balloon_target_bytes)],
+            &[&format_bytes(stats.balloon_target_bytes)],
         );
         if self.previous.is_some() {
             row(
                 table,
                 "Discard rate",
-                &[&format!("{}/s", bytes(self.discarded_bytes_per_s()))],
+                &[&format!("{}/s", format_bytes(self.discarded_bytes_per_s()))],
             );
         }
-        row(table, "Repopulated", &[&bytes(stats.repopulated_bytes)]);
+        row(
+            table,
+            "Repopulated",
+            &[&format_bytes(stats.repopulated_bytes)],
+        );
         append(
             table,
             format_args!(
@@ -192,7 +209,8 @@ impl<'a> Sample<'a> {
         for zone in &self.stats.zones {
             let backing = printable(&zone.backing);
             let label = format!("{}, {backing}", printable(&zone.id));
-            let figures = [zone.resident_bytes, zone.configured_bytes, zone.page_bytes].map(bytes);
+            let figures =
+                [zone.resident_bytes, zone.configured_bytes, zone.page_bytes].map(format_bytes);
             row(table, &label, &figures.each_ref().map(String::as_str));
         }
         table.push('\n');
@@ -208,9 +226,13 @@ impl<'a> Sample<'a> {
             );
         };
         row(table, "", &["report", "inflate", "hint"]);
-        all(table, "Requested", &|path| bytes(path.requested_bytes));
+        all(table, "Requested", &|path| {
+            format_bytes(path.requested_bytes)
+        });
         all(table, "  ranges", &|path| path.requested_ranges.to_string());
-        all(table, "Discarded", &|path| bytes(path.discarded_bytes));
+        all(table, "Discarded", &|path| {
+            format_bytes(path.discarded_bytes)
+        });
         all(table, "  ranges", &|path| path.discarded_ranges.to_string());
         all(table, "  system calls", &|path| {
             path.discard_syscalls.to_string()
@@ -222,10 +244,10 @@ impl<'a> Sample<'a> {
         for reason in reasons {
             let label = format!("Skipped, {}", printable(reason));
             all(table, &label, &|path| {
-                bytes(path.skipped_bytes.get(reason).copied().unwrap_or(0))
+                format_bytes(path.skipped_bytes.get(reason).copied().unwrap_or(0))
             });
         }
-        all(table, "Failed", &|path| bytes(path.failed_bytes));
+        all(table, "Failed", &|path| format_bytes(path.failed_bytes));
         all(table, "Batches", &|path| path.batches.to_string());
         all(table, "Latency, median", &|path| {
             micros(path.latency_us.p50)
@@ -234,7 +256,7 @@ impl<'a> Sample<'a> {
         all(table, "  longest", &|path| micros(path.latency_us.max));
         all(table, "Last batch", &|path| {
             path.last_batch
-                .map_or_else(|| "-".to_owned(), |batch| bytes(batch.bytes))
+                .map_or_else(|| "-".to_owned(), |batch| format_bytes(batch.bytes))
         });
         all(table, "  completed", &|path| {
             path.last_batch
@@ -254,7 +276,9 @@ impl<'a> Sample<'a> {
         ];
         let figures: Vec<_> = known
             .iter()
-            .filter_map(|(name, value)| value.map(|value| format!("{name} {}", bytes(value))))
+            .filter_map(|(name, value)| {
+                value.map(|value| format!("{name} {}", format_bytes(value)))
+            })
             .collect();
         append(
             table,
@@ -270,8 +294,8 @@ impl<'a> Sample<'a> {
         };
         let line = format!(
             "{} pending, {} reported and free, {} batches, {} isolation failures",
-            reporting.pending_bytes.map_or_else(unknown, bytes),
-            reporting.reported_bytes.map_or_else(unknown, bytes),
+            reporting.pending_bytes.map_or_else(unknown, format_bytes),
+            reporting.reported_bytes.map_or_else(unknown, format_bytes),
             reporting
                 .batches
                 .map_or_else(unknown, |count| count.to_string()),

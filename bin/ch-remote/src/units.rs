@@ -1,21 +1,5 @@
 //! Formats numbers with units.
 
-use api::scale_bytes;
-
-/// `bytes` with a binary unit and three significant digits or more, `1.50 GiB`.
-pub(crate) fn bytes(bytes: u64) -> String {
-    if bytes < 1024 {
-        return format!("{bytes} B");
-    }
-    let (amount, unit) = scale_bytes(bytes, &["B", "KiB", "MiB", "GiB", "TiB", "PiB"]);
-    let decimals = match amount {
-        ..10.0 => 2,
-        10.0..100.0 => 1,
-        _ => 0,
-    };
-    format!("{amount:.decimals$} {unit}")
-}
-
 /// `us` microseconds in a suitable unit.
 pub(crate) fn micros(us: u64) -> String {
     match us {
@@ -46,21 +30,6 @@ pub(crate) fn percent(part: u64, whole: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn bytes_are_shown_with_three_digits() {
-        for (number, text) in [
-            (0, "0 B"),
-            (1023, "1023 B"),
-            (1024, "1.00 KiB"),
-            (1536 << 20, "1.50 GiB"),
-            (109 << 20, "109 MiB"),
-            ((1 << 30) - 1, "1.00 GiB"),
-            (u64::MAX, "16384 PiB"),
-        ] {
-            assert_eq!(bytes(number), text);
-        }
-    }
 
     #[test]
     fn durations_are_shown_in_a_fitting_unit() {

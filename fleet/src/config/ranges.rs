@@ -10,7 +10,6 @@ use api::ReportingPolicy;
 use super::{Config, ConfigFault, Millis, PolicyConfig};
 use crate::model::{Amount, Bytes, Fraction};
 
-const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 /// More memory than any host has.
 const SIZE_MAX: u64 = 64 << 40;
@@ -79,21 +78,9 @@ impl fmt::Display for Range {
     }
 }
 
-/// The exact size, in the syntax of a file.
+/// A size in the syntax of a file.
 fn size(bytes: u64) -> String {
-    let units = [
-        ("TiB", MIB * MIB),
-        ("GiB", KIB * MIB),
-        ("MiB", MIB),
-        ("KiB", KIB),
-    ];
-    units
-        .iter()
-        .find(|(_, unit)| bytes >= *unit && bytes.is_multiple_of(*unit))
-        .map_or_else(
-            || bytes.to_string(),
-            |(name, unit)| format!("{}{name}", bytes / unit),
-        )
+    api::exact_bytes(bytes, &["", "KiB", "MiB", "GiB", "TiB"])
 }
 
 impl From<Millis> for Quantity {

@@ -111,14 +111,7 @@ impl fmt::Display for Bytes {
         if f.alternate() {
             return f.pad(&self.short());
         }
-        let mib = self.0 as f64 / f64::from(1 << 20);
-        f.pad(&if self.0 < 1 << 20 {
-            format!("{} B", self.0)
-        } else if mib < 1024.0 {
-            format!("{mib:.0} MiB")
-        } else {
-            format!("{:.1} GiB", mib / 1024.0)
-        })
+        f.pad(&api::format_bytes(self.0))
     }
 }
 
