@@ -50,6 +50,10 @@ const TOOLS: &[Need] = &[
         package: "libssl-dev",
         why: "kernel build: certificates",
     },
+    Need {
+        package: "zstd",
+        why: "compresses the kernel",
+    },
 ];
 
 /// Set apart from Debian's kernels by its release, so that both can be installed.
@@ -186,15 +190,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     )?;
     let base = config.text()?;
     let tree = BuildTree::open(&source)?;
+    let objects = tree.separate_objects(&format!("package-{}/objects", config.name()));
     if *config != Config::Small {
-        disk::require(
-            &paths::cache()?,
-            CLOUD_BYTES,
-            "building a kernel with modules",
-        )?;
+        disk::require_in_all(&objects.dir, CLOUD_BYTES, "building a kernel with modules")?;
     }
     tree.put(&series.applied(&tree.pristine)?)?;
-    let objects = tree.separate_objects(&format!("package-{}/objects", config.name()));
     let fragment = format!("{base}\n{}", plan.options);
     match config {
         Config::Small => objects.configure(&fragment)?,
@@ -266,6 +266,8 @@ fn has_modules(configuration: &str) -> bool {
 fn publish(plan: &Plan, objects: &Objects, from: &Path) -> Result<Vec<PathBuf>> {
     let folder = paths::guest().join("package");
     fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
+    // Two versions of one package would both match the pattern that the documentation installs.
+    remove_packages(&folder)?;
     let mut packages = Vec::new();
     for name in plan.packages(has_modules(&objects.config()?)) {
         let made = from.join(&name);

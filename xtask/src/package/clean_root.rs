@@ -177,6 +177,7 @@ pub(crate) struct Root {
 impl Root {
     pub(crate) fn unpack(archive: &Path) -> Result<Self> {
         let folder = paths::target().join("package");
+        fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
         disk::require(&folder, SPACE_BYTES, TASK)?;
         let path = folder.join(format!("root-{}", std::process::id()));
         fs::create_dir_all(&path).with_context(|| format!("creating {}", path.display()))?;
