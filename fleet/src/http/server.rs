@@ -4,8 +4,8 @@ use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::AsFd;
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -13,6 +13,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 
 use super::message::{ReadError, read_request};
@@ -57,7 +58,25 @@ pub struct HttpServer {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
     address: Option<SocketAddr>,
-    socket: Option<PathBuf>,
+    socket: Option<SocketFile>,
+}
+
+/// The file of a socket that this process created.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let found = fs::symlink_metadata(&self.path);
+        if found.is_ok_and(|it| (it.dev(), it.ino()) == (self.device, self.inode)) {
+            // Another process may have removed the file by now.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
 }
 
 impl HttpServer {
@@ -74,39 +93,35 @@ impl Drop for HttpServer {
             // A panic there has already been printed.
             let _ = thread.join();
         }
-        if let Some(socket) = &self.socket {
-            // The file may not exist any more.
-            let _ = fs::remove_file(socket);
-        }
+        drop(self.socket.take());
     }
 }
 
-/// Serves a UNIX socket with this mode.
+/// Serves a UNIX socket with this mode. Replaces a socket on which no process listens, and no other file.
 ///
 /// # Errors
-/// Another process listens there, or the socket cannot be created.
+/// Another process listens there, the path is another file, or the socket cannot be created.
 pub fn serve_unix(
     path: &Path,
     mode: u32,
     handler: impl Fn(&Request) -> Response + Send + Sync + 'static,
 ) -> io::Result<HttpServer> {
-    if UnixStream::connect(path).is_ok() {
-        return Err(io::Error::new(
-            io::ErrorKind::AddrInUse,
-            format!("another process already listens at {}", path.display()),
-        ));
-    }
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
+    remove_stale(path)?;
     // Bound under another name first, so that no client can connect before the mode is set.
     let hidden = path.with_extension("new");
-    // The file is left over from a killed agent, or does not exist.
-    let _ = fs::remove_file(&hidden);
+    remove_stale(&hidden)?;
     let listener = UnixListener::bind(&hidden)?;
     fs::set_permissions(&hidden, fs::Permissions::from_mode(mode))?;
-    fs::rename(&hidden, path)?;
+    let bound = fs::symlink_metadata(&hidden)?;
+    // Unlike a rename, a link does not replace what another process has put there meanwhile.
+    let linked = fs::hard_link(&hidden, path);
+    fs::remove_file(&hidden)?;
+    linked?;
+    let socket = SocketFile {
+        path: path.to_owned(),
+        device: bound.dev(),
+        inode: bound.ino(),
+    };
     listener.set_nonblocking(true)?;
     let accept = move |listener: &UnixListener| {
         let (stream, _) = listener.accept()?;
@@ -119,8 +134,39 @@ pub fn serve_unix(
         Ok((Limited::new(stream), Some(peer)))
     };
     let mut server = start(listener, accept, Deadlines::default(), handler)?;
-    server.socket = Some(path.to_owned());
+    server.socket = Some(socket);
     Ok(server)
+}
+
+/// Removes the socket that a killed agent left behind.
+///
+/// A stream connection would occupy a client's place in the backlog of a live listener, so the probe uses another socket
+/// type. The kernel returns "wrong type" if a process listens, and "refused" if none does.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    let found = match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        found => found?,
+    };
+    let path_text = path.display();
+    if !found.file_type().is_socket() {
+        return Err(io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            format!("{path_text} exists and is not a socket"),
+        ));
+    }
+    match UnixDatagram::unbound()?.connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
+        Err(error) if error.raw_os_error() != Some(Errno::PROTOTYPE.raw_os_error()) => {
+            Err(io::Error::new(
+                error.kind(),
+                format!("cannot check whether another process listens at {path_text}: {error}"),
+            ))
+        }
+        _ => Err(io::Error::new(
+            io::ErrorKind::AddrInUse,
+            format!("another process already listens at {path_text}"),
+        )),
+    }
 }
 
 /// Serves a TCP address, with TLS if configured.

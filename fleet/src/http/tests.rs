@@ -4,7 +4,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -121,6 +121,44 @@ fn unix_socket_is_for_its_owner_and_tells_who_asks() {
     assert_eq!(second.kind(), std::io::ErrorKind::AddrInUse);
     drop(server);
     assert!(!path.exists());
+}
+
+#[test]
+fn unix_socket_replaces_only_a_socket_that_nobody_listens_on() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("agent.sock");
+    let hidden = folder.path().join("agent.new");
+    let refused = || serve_unix(&path, 0o600, echo).unwrap_err().kind();
+    // A file of the user, at the path or beside it, and a link to a socket.
+    for file in [&path, &hidden] {
+        std::fs::write(file, "kept").unwrap();
+        assert_eq!(refused(), std::io::ErrorKind::AlreadyExists);
+        assert_eq!(std::fs::read_to_string(file).unwrap(), "kept");
+        std::fs::remove_file(file).unwrap();
+    }
+    let elsewhere = folder.path().join("elsewhere");
+    drop(UnixListener::bind(&elsewhere).unwrap());
+    std::os::unix::fs::symlink(&elsewhere, &path).unwrap();
+    assert_eq!(refused(), std::io::ErrorKind::AlreadyExists);
+    assert!(path.is_symlink() && elsewhere.exists());
+    std::fs::remove_file(&path).unwrap();
+    // A listener of another kind, which refuses streams.
+    let datagrams = UnixDatagram::bind(&path).unwrap();
+    assert!(serve_unix(&path, 0o600, echo).is_err());
+    assert!(path.exists());
+    drop(datagrams);
+    std::fs::remove_file(&path).unwrap();
+    // Killed agents leave these.
+    drop(UnixListener::bind(&path).unwrap());
+    drop(UnixListener::bind(&hidden).unwrap());
+    let server = serve_unix(&path, 0o600, echo).unwrap();
+    assert!(!hidden.exists());
+    // A socket that another process has put in place of ours is not ours to remove.
+    std::fs::remove_file(&path).unwrap();
+    let other = UnixListener::bind(&path).unwrap();
+    drop(server);
+    assert!(path.exists());
+    drop(other);
 }
 
 #[test]
