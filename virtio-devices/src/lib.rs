@@ -20,7 +20,7 @@ mod dma_mapped;
 mod empty_state;
 pub mod fs;
 pub mod iommu;
-mod listening_socket;
+pub mod listening_socket;
 pub mod mem;
 pub mod net;
 pub mod pci;

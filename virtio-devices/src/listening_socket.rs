@@ -1,8 +1,9 @@
 //! A UNIX socket on which the VMM listens, and its path in the file system.
 
+use std::fs::{self, Metadata};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -10,7 +11,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug)]
 pub struct ListeningSocket {
     listener: UnixListener,
-    path: PathBuf,
+    file: SocketFile,
 }
 
 impl ListeningSocket {
@@ -19,12 +20,9 @@ impl ListeningSocket {
     /// # Errors
     /// The path is not a socket, or another process listens on it.
     pub fn bind(path: &Path) -> io::Result<Self> {
-        let socket = Self {
-            listener: bind(path)?,
-            path: path.to_owned(),
-        };
-        socket.listener.set_nonblocking(true)?;
-        Ok(socket)
+        let (listener, file) = bind(path)?;
+        listener.set_nonblocking(true)?;
+        Ok(Self { listener, file })
     }
 
     /// Accepts the next client; its stream is non-blocking as well. `WouldBlock` if there is none.
@@ -39,7 +37,7 @@ impl ListeningSocket {
 
     /// The path of the socket.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.file.path()
     }
 }
 
@@ -49,40 +47,103 @@ impl AsRawFd for ListeningSocket {
     }
 }
 
-impl Drop for ListeningSocket {
+/// The file of a socket that this process has bound. Removed on drop, unless another file has taken its place.
+#[derive(Debug)]
+pub struct SocketFile {
+    path: PathBuf,
+    identity: Identity,
+}
+
+impl SocketFile {
+    /// The path of the socket.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for SocketFile {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.path) {
-            log::warn!("Cannot remove {}: {error}", self.path.display());
+        let path = &self.path;
+        let removed = match path.symlink_metadata() {
+            Ok(found) if Identity::of(&found) != self.identity => {
+                log::warn!("{} is left, because it was replaced", path.display());
+                return;
+            }
+            Ok(_) => fs::remove_file(path),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = removed {
+            log::warn!("Cannot remove {}: {error}", path.display());
         }
     }
 }
 
-fn bind(path: &Path) -> io::Result<UnixListener> {
-    match UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_dead(path) => {
+/// Distinguishes a file from others that had or will have its path. A file system may reuse the number of an inode at
+/// once; its modification time then differs.
+#[derive(Debug, PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+    modified: (i64, i64),
+}
+
+impl Identity {
+    fn of(file: &Metadata) -> Self {
+        Self {
+            device: file.dev(),
+            inode: file.ino(),
+            modified: (file.mtime(), file.mtime_nsec()),
+        }
+    }
+}
+
+/// Listens on `path`, as [`ListeningSocket::bind`].
+///
+/// # Errors
+/// `AddrInUse`: the path is not a socket, or another process listens on it.
+pub fn bind(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
+    let listener = match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            let stale = find_stale(path).ok_or(error)?;
             log::info!(
                 "{} is replaced, because no process listens on it",
                 path.display()
             );
-            std::fs::remove_file(path)?;
-            UnixListener::bind(path)
+            remove(path, &stale)?;
+            UnixListener::bind(path)?
         }
-        bound => bound,
-    }
+        bound => bound?,
+    };
+    let file = SocketFile {
+        path: path.to_owned(),
+        identity: Identity::of(&path.symlink_metadata()?),
+    };
+    Ok((listener, file))
 }
 
-/// Whether this is a stale socket. A stream connection would occupy a client's place in the backlog of a live listener,
-/// so the attempt uses another socket type. The kernel returns "wrong type" if there is a listener, and "refused" if
-/// there is none (`unix_find_bsd` in net/unix/af_unix.c).
-fn is_dead(path: &Path) -> bool {
-    let is_socket = path
-        .symlink_metadata()
-        .is_ok_and(|found| found.file_type().is_socket());
-    let refused = || {
-        let probe = UnixDatagram::unbound()?;
-        probe.connect(path)
-    };
-    is_socket && refused().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+/// The identity of a socket on which no process listens. A stream connection would occupy a client's place in the backlog
+/// of a live listener, so the attempt uses another socket type. The kernel returns "wrong type" if there is a listener,
+/// and "refused" if there is none (`unix_find_bsd` in net/unix/af_unix.c).
+fn find_stale(path: &Path) -> Option<Identity> {
+    let found = path.symlink_metadata().ok()?;
+    let probe = || UnixDatagram::unbound()?.connect(path);
+    let is_stale = found.file_type().is_socket()
+        && probe().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+    is_stale.then(|| Identity::of(&found))
+}
+
+/// Removes this file and no other: another process may have replaced it since it was found. Therefore the file is moved
+/// aside before it is compared.
+fn remove(path: &Path, stale: &Identity) -> io::Result<()> {
+    let mut aside = path.as_os_str().to_owned();
+    aside.push(format!(".stale-{}", std::process::id()));
+    let aside = PathBuf::from(aside);
+    fs::rename(path, &aside)?;
+    if Identity::of(&aside.symlink_metadata()?) == *stale {
+        return fs::remove_file(&aside);
+    }
+    fs::rename(&aside, path)?;
+    Err(io::ErrorKind::AddrInUse.into())
 }
 
 #[cfg(test)]
@@ -95,8 +156,7 @@ mod tests {
         let path = folder.path().join("serial");
         // A process that was killed leaves its socket behind.
         drop(UnixListener::bind(&path).unwrap());
-        let listener = bind(&path).unwrap();
-        listener.set_nonblocking(true).unwrap();
+        let listener = ListeningSocket::bind(&path).unwrap();
         // A socket in use is neither replaced nor disturbed.
         let refusal = bind(&path).unwrap_err();
         assert_eq!(refusal.kind(), io::ErrorKind::AddrInUse);
@@ -110,8 +170,33 @@ mod tests {
         assert_eq!(std::fs::read_to_string(&file).unwrap(), "kept");
         let link = folder.path().join("link");
         drop(listener);
+        drop(UnixListener::bind(&path).unwrap());
         std::os::unix::fs::symlink(&path, &link).unwrap();
         assert!(bind(&link).is_err());
+        assert!(link.is_symlink() && path.exists());
+    }
+
+    #[test]
+    fn socket_that_another_process_replaced_meanwhile_is_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        drop(UnixListener::bind(&path).unwrap());
+        let stale = find_stale(&path).unwrap();
+        let aside = folder.path().join("aside");
+        std::fs::rename(&path, &aside).unwrap();
+        let other = ListeningSocket::bind(&path).unwrap();
+        let refusal = remove(&path, &stale).unwrap_err();
+        assert_eq!(refusal.kind(), io::ErrorKind::AddrInUse);
+        UnixStream::connect(&path).unwrap();
+        // The same holds for a socket that is no longer ours when we end.
+        std::fs::rename(&path, folder.path().join("moved")).unwrap();
+        let third = ListeningSocket::bind(&path).unwrap();
+        drop(other);
+        UnixStream::connect(&path).unwrap();
+        drop(third);
+        assert!(!path.exists());
+        remove(&aside, &stale).unwrap();
+        assert!(!aside.exists());
     }
 
     #[test]

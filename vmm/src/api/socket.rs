@@ -1,7 +1,7 @@
 //! The API socket: creation, locking and removal.
 //!
-//! A lock on `<path>.lock` distinguishes the socket of a running VMM from one that a killed VMM left behind. The latter
-//! is replaced.
+//! The socket that a killed VMM left behind is replaced, the socket of a running process never. A lock on `<path>.lock`
+//! lets only one VMM at a time decide which one it is.
 
 // UNSAFETY: open file description locks have no safe interface in the standard library.
 #![allow(unsafe_code)]
@@ -9,11 +9,12 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use api::config::PathOrFd;
+use virtio_devices::listening_socket::{self, SocketFile};
 
 use crate::inherited_fd;
 
@@ -94,12 +95,8 @@ impl ApiSocket {
 
     fn bind(path: &Path) -> Result<Self, ApiSocketError> {
         let mut files = SocketFiles::lock(path)?;
-        remove_stale(path)?;
-        let listener = UnixListener::bind(path).map_err(|source| ApiSocketError::Bind {
-            path: path.to_owned(),
-            source,
-        })?;
-        files.socket = Some(path.to_owned());
+        let (listener, socket) = bind(path)?;
+        files.socket = Some(socket);
         Ok(Self {
             listener,
             files: Some(files),
@@ -108,14 +105,14 @@ impl ApiSocket {
 
     /// The path of a socket that was created here, not inherited.
     pub fn path(&self) -> Option<&Path> {
-        self.files.as_ref()?.socket.as_deref()
+        Some(self.files.as_ref()?.socket.as_ref()?.path())
     }
 }
 
 /// The files of the socket, removed when dropped. The lock is released last.
 #[derive(Debug)]
 struct SocketFiles {
-    socket: Option<PathBuf>,
+    socket: Option<SocketFile>,
     lock_path: PathBuf,
     _lock: File,
 }
@@ -163,28 +160,31 @@ impl SocketFiles {
 
 impl Drop for SocketFiles {
     fn drop(&mut self) {
-        for path in self.socket.iter().chain([&self.lock_path]) {
-            if let Err(error) = fs::remove_file(path) {
-                log::warn!("Cannot remove {}: {error}", path.display());
-            }
+        drop(self.socket.take());
+        if let Err(error) = fs::remove_file(&self.lock_path) {
+            log::warn!("Cannot remove {}: {error}", self.lock_path.display());
         }
     }
 }
 
-/// Removes the socket of a killed VMM. Does not remove anything that is not a socket.
-fn remove_stale(path: &Path) -> Result<(), ApiSocketError> {
-    use std::os::unix::fs::FileTypeExt;
+/// Listens on the path. Replaces a socket that a killed VMM left behind, and no other file. Programs without our lock,
+/// such as other VMMs, may listen there too.
+fn bind(path: &Path) -> Result<(UnixListener, SocketFile), ApiSocketError> {
+    let path_buf = || path.to_owned();
     match fs::symlink_metadata(path) {
-        Ok(found) if !found.file_type().is_socket() => Err(ApiSocketError::NotASocket {
-            path: path.to_owned(),
-        }),
-        Ok(_) => fs::remove_file(path).map_err(|source| ApiSocketError::Bind {
-            path: path.to_owned(),
-            source,
-        }),
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(ApiSocketError::NotASocket { path: path_buf() });
+        }
         // For any other problem, the error from bind is clearer.
-        Err(_) => Ok(()),
+        _ => {}
     }
+    listening_socket::bind(path).map_err(|source| match source.kind() {
+        ErrorKind::AddrInUse => ApiSocketError::InUse { path: path_buf() },
+        _ => ApiSocketError::Bind {
+            path: path_buf(),
+            source,
+        },
+    })
 }
 
 /// Tries to take a write lock on the whole file; false if another process holds it.
@@ -242,6 +242,35 @@ mod tests {
         let socket = ApiSocket::open(&PathOrFd::Path(path.clone())).unwrap();
         UnixStream::connect(&path).unwrap();
         drop(socket);
+    }
+
+    #[test]
+    fn api_socket_of_a_process_without_our_lock_is_left_and_not_disturbed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let other = UnixListener::bind(&path).unwrap();
+        other.set_nonblocking(true).unwrap();
+        let place = PathOrFd::Path(path.clone());
+        let refused = ApiSocket::open(&place).unwrap_err();
+        assert!(
+            matches!(refused, ApiSocketError::InUse { .. }),
+            "{refused:?}"
+        );
+        assert_eq!(
+            other.accept().unwrap_err().kind(),
+            ErrorKind::WouldBlock,
+            "a connection that nobody made"
+        );
+        UnixStream::connect(&path).unwrap();
+        assert_eq!(entries(dir.path()), 1);
+        // A socket put in the place of ours is not ours to remove.
+        std::fs::remove_file(&path).unwrap();
+        let ours = ApiSocket::open(&place).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let _other = UnixListener::bind(&path).unwrap();
+        drop(ours);
+        assert_eq!(entries(dir.path()), 1);
+        UnixStream::connect(&path).unwrap();
     }
 
     #[test]

@@ -289,8 +289,8 @@ const CONFINES: &[Call] = calls![
     SYS_landlock_restrict_self,
 ];
 
-/// Restores the terminal and removes the sockets at the end.
-const CLEANUP: &[Call] = calls![SYS_munlock, SYS_unlink, SYS_unlinkat];
+/// Restores the terminal and removes the sockets at the end, if they are still those of this process.
+const CLEANUP: &[Call] = calls![SYS_munlock, SYS_statx, SYS_unlink, SYS_unlinkat];
 
 /// The threads a thread of this kind starts.
 pub(super) fn children(kind: ThreadKind) -> Vec<ThreadKind> {
@@ -377,7 +377,11 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [Call]] {
             SYS_unlink,
         ]],
         // The console's socket is removed here if a client connects just as the control thread closes it.
-        MachineThread::Serial => &[SOCKET_IO, TIMERS, calls![SYS_eventfd2, SYS_unlink]],
+        MachineThread::Serial => &[
+            SOCKET_IO,
+            TIMERS,
+            calls![SYS_eventfd2, SYS_statx, SYS_unlink],
+        ],
         MachineThread::Worker(DeviceKind::Balloon) => &[DISCARD, TIMERS, RESIDENCY],
         MachineThread::Worker(DeviceKind::Mem) => &[DISCARD],
         MachineThread::Worker(DeviceKind::Block) => &[DISK_IO, TIMERS],
