@@ -152,7 +152,7 @@ impl Machine {
         self.vcpus.pause().unwrap();
         let states = [
             Saved::of(&memory.state()),
-            Saved::of(&self.vcpus.state(1).unwrap()),
+            Saved::of(&self.vcpus.state(&[0]).unwrap()),
             Saved::of(&self.ioapic.state()),
             Saved::of(&self.cmos.state()),
             Saved::of(&self.pm_timer.state()),

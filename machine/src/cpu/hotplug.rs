@@ -118,11 +118,18 @@ impl CpuHotplug {
         }
     }
 
-    /// The number of vCPUs that the guest has: the first ones, unless a removal is pending.
+    /// The number of vCPUs that the guest has.
     pub fn present(&self) -> u32 {
+        u32::try_from(self.present_vcpus().len()).expect("vCPUs have 32-bit numbers")
+    }
+
+    /// The vCPUs that the guest has: the first ones, unless a removal is pending. The guest may release them in any order.
+    pub fn present_vcpus(&self) -> Vec<u32> {
         let registers = self.lock();
-        let present = registers.vcpus.iter().filter(|it| it.present).count();
-        u32::try_from(present).expect("vCPUs have 32-bit numbers")
+        let vcpus = (0..).zip(&registers.vcpus);
+        vcpus
+            .filter_map(|(index, flags)| flags.present.then_some(index))
+            .collect()
     }
 
     /// The number of vCPUs whose removal was requested and is not complete: the guest still has them, or their threads

@@ -36,13 +36,14 @@ pub struct IndexedVcpuState {
 }
 
 impl Vcpus {
-    /// The current state of the first `present` vCPUs, which are the vCPUs that the guest has.
+    /// The current state of these vCPUs, in this order. Each of them has been added.
     ///
     /// # Errors
     /// [`CpuError::NotPaused`], or KVM refused to read a part.
-    pub fn state(&self, present: u32) -> Result<VcpusState, CpuError> {
+    pub fn state(&self, vcpus: &[u32]) -> Result<VcpusState, CpuError> {
         let clock = self.paused_clock.ok_or(CpuError::NotPaused)?;
-        let vcpus = self.cells.iter().take(present as usize).map(|cell| {
+        let cells = vcpus.iter().map(|vcpu| &self.cells[*vcpu as usize]);
+        let vcpus = cells.map(|cell| {
             let vcpu = cell.lock();
             // An interrupt requested during the pause becomes part of the state.
             cell.deliver_nmi(&vcpu);

@@ -40,10 +40,12 @@ impl Pc {
     /// # Errors
     /// The machine is not paused, or RAM or the file cannot be accessed.
     pub fn write_core(&self, file: &File) -> Result<(), PcError> {
-        let present = self.chassis.cpu_hotplug.present();
-        let vcpus = self.vcpus.state(present).map_err(PcError::Cpu)?.vcpus;
-        let vcpus = vcpus.iter().map(|vcpu| vcpu.state.read());
-        let vcpus: Vec<VcpuState> = vcpus.collect::<Result<_, _>>().map_err(PcError::State)?;
+        let present = self.chassis.cpu_hotplug.present_vcpus();
+        let states = self.vcpus.state(&present).map_err(PcError::Cpu)?.vcpus;
+        let states = present.iter().zip(&states);
+        let vcpus = states.map(|(vcpu, saved)| Ok((*vcpu, saved.state.read()?)));
+        let vcpus: Vec<(u32, VcpuState)> =
+            vcpus.collect::<Result<_, _>>().map_err(PcError::State)?;
         let (head, content_at) = head(&vcpus, self.memory.zones());
         self.write_parts(file, &head, content_at)
             .map_err(PcError::Core)
@@ -66,7 +68,7 @@ impl Pc {
 }
 
 /// Everything before RAM, and where RAM begins.
-fn head(vcpus: &[VcpuState], zones: &[Zone]) -> (Vec<u8>, u64) {
+fn head(vcpus: &[(u32, VcpuState)], zones: &[Zone]) -> (Vec<u8>, u64) {
     let notes = notes(vcpus);
     let ranges = zones.iter().flat_map(|zone| &zone.ranges);
     let loads = ranges.clone().count();
@@ -97,12 +99,12 @@ fn head(vcpus: &[VcpuState], zones: &[Zone]) -> (Vec<u8>, u64) {
     (head.0, content_at)
 }
 
-fn notes(vcpus: &[VcpuState]) -> Vec<u8> {
+fn notes(vcpus: &[(u32, VcpuState)]) -> Vec<u8> {
     let mut notes = Record::default();
-    for (index, vcpu) in (0..).zip(vcpus) {
-        notes.note(*b"CORE\0", NT_PRSTATUS, &prstatus(index, vcpu));
+    for (index, vcpu) in vcpus {
+        notes.note(*b"CORE\0", NT_PRSTATUS, &prstatus(*index, vcpu));
     }
-    for vcpu in vcpus {
+    for (_, vcpu) in vcpus {
         notes.note(*b"QEMU\0", 0, &qemu_state(vcpu));
     }
     notes.0

@@ -124,7 +124,7 @@ impl Pc {
         if leaving > 0 {
             return Err(PcError::LeavingVcpus { count: leaving });
         }
-        let vcpus = self.vcpus.state(chassis.cpu_hotplug.present());
+        let vcpus = self.vcpus.state(&chassis.cpu_hotplug.present_vcpus());
         Ok(PcState {
             memory: Saved::of(&self.memory.state()),
             vcpus: Saved::of(&vcpus.map_err(PcError::Cpu)?),
