@@ -16,12 +16,8 @@ impl Pc {
     /// # Errors
     /// [`PcError::LeavingVcpus`], a vCPU cannot be added, or the guest cannot be notified.
     pub fn resize_vcpus(&mut self, count: u32) -> Result<(), PcError> {
-        self.take_ejected_vcpus()?;
+        self.settle_vcpus()?;
         let hotplug = &self.chassis.cpu_hotplug;
-        let leaving = hotplug.leaving();
-        if leaving > 0 {
-            return Err(PcError::LeavingVcpus { count: leaving });
-        }
         let present = hotplug.present();
         if count > present {
             self.vcpus.add(present..count).map_err(PcError::Cpu)?;
@@ -31,6 +27,18 @@ impl Pc {
         }
         let told = self.chassis.ged.announce_cpu_change();
         told.map_err(PcError::AnnounceVcpus)
+    }
+
+    /// Ends the vCPUs that the guest has released, and checks that no other is to be removed.
+    ///
+    /// # Errors
+    /// [`PcError::LeavingVcpus`], or a vCPU did not end within its deadline.
+    pub fn settle_vcpus(&mut self) -> Result<(), PcError> {
+        self.take_ejected_vcpus()?;
+        match self.chassis.cpu_hotplug.leaving() {
+            0 => Ok(()),
+            count => Err(PcError::LeavingVcpus { count }),
+        }
     }
 
     /// Ends the vCPUs that the guest has released.

@@ -231,11 +231,19 @@ impl Machine for FakeMachine {
         Ok(())
     }
 
-    fn resize_vcpus(&mut self, count: u32) -> Result<(), VmError> {
+    fn settle_vcpus(&mut self) -> Result<(), VmError> {
         // Its guest never releases a vCPU.
-        if self.vcpus_leave {
-            return Err(VmError::Pc(PcError::LeavingVcpus { count: 1 }));
+        match self.vcpus_leave {
+            false => Ok(()),
+            true => Err(VmError::Pc(PcError::LeavingVcpus { count: 1 })),
         }
+    }
+
+    fn resize_vcpus(&mut self, count: u32) -> Result<(), VmError> {
+        self.settle_vcpus()?;
+        let mut steered = self.observer.steered.lock().unwrap();
+        steered.push(format!("{count} vCPUs"));
+        drop(steered);
         self.vcpus_leave = count < self.vcpus;
         self.vcpus = count;
         Ok(())
@@ -1288,6 +1296,105 @@ fn resize_of_the_balloon_to_all_ram_or_more_is_refused_and_changes_nothing() {
     vmm.ok(Endpoint::VmShutdown, None);
     vmm.ok(Endpoint::VmBoot, None);
     assert_eq!(vmm.state(), "Running");
+}
+
+#[test]
+fn resize_before_a_boot_is_refused_if_the_vm_could_not_boot_with_it() {
+    let zones = json!({"size": 0, "zones": [{"id": "z", "size": 512 << 20}]});
+    let plain = json!({"size": 512 << 20});
+    let room = json!({
+        "size": 512 << 20, "hotplug_method": "VirtioMem", "hotplug_size": 1 << 30,
+    });
+    for (memory, desired, status) in [
+        (&zones, json!({"desired_ram": 1 << 30}), 500),
+        (&plain, json!({"desired_ram": 0}), 400),
+        (&plain, json!({"desired_ram": 4097 << 10}), 400),
+        (&plain, json!({"desired_ram": u64::MAX}), 400),
+        (&plain, json!({"desired_vcpus": 0}), 500),
+        (&plain, json!({"desired_vcpus": 9}), 500),
+        (&plain, json!({"desired_balloon": 4096}), 500),
+        (&room, json!({"desired_ram": 256 << 20}), 400),
+        (&room, json!({"desired_ram": 2_u64 << 30}), 400),
+        (&room, json!({"desired_ram": (512 << 20) + 1}), 400),
+    ] {
+        let vmm = vmm();
+        let cpus = json!({"boot_vcpus": 1, "max_vcpus": 4});
+        let config = json!({"payload": {"kernel": "/k"}, "cpus": cpus, "memory": memory});
+        vmm.ok(Endpoint::VmCreate, Some(&config.to_string()));
+        let stored = || vmm.ok(Endpoint::VmInfo, None)["config"].clone();
+        // Created, and after a shutdown.
+        for _ in 0..2 {
+            let before = stored();
+            let answer = vmm.call(Endpoint::VmResize, Some(&desired.to_string()));
+            assert_eq!(answer.status, status, "{memory} {desired}: {answer:?}");
+            assert_eq!(stored(), before, "{memory} {desired}");
+            vmm.ok(Endpoint::VmBoot, None);
+            vmm.ok(Endpoint::VmShutdown, None);
+        }
+    }
+}
+
+#[test]
+fn resize_before_a_boot_is_of_the_whole_ram() {
+    let vmm = vmm();
+    let config = json!({
+        "payload": {"kernel": "/k"},
+        "memory": {"size": 512 << 20, "hotplug_method": "VirtioMem", "hotplug_size": 1 << 30},
+    });
+    vmm.ok(Endpoint::VmCreate, Some(&config.to_string()));
+    vmm.ok(Endpoint::VmBoot, None);
+    let resize = |mib: u64| {
+        let body = json!({"desired_ram": mib << 20}).to_string();
+        vmm.ok(Endpoint::VmResize, Some(&body));
+        let memory = &vmm.ok(Endpoint::VmInfo, None)["config"]["memory"];
+        ["size", "hotplugged_size"].map(|key| memory[key].as_u64().unwrap_or(0) >> 20)
+    };
+    assert_eq!(resize(1024), [512, 512]);
+    vmm.ok(Endpoint::VmShutdown, None);
+    // Its present total, then other sizes.
+    for (mib, expected) in [
+        (1024, [512, 512]),
+        (1536, [512, 1024]),
+        (512, [512, 0]),
+        (640, [512, 128]),
+    ] {
+        assert_eq!(resize(mib), expected);
+    }
+    vmm.ok(Endpoint::VmBoot, None);
+    assert_eq!(vmm.state(), "Running");
+}
+
+#[test]
+fn resize_that_fails_has_changed_nothing() {
+    let vmm = vmm();
+    let config = json!({
+        "payload": {"kernel": "/k"},
+        "cpus": {"boot_vcpus": 2, "max_vcpus": 4},
+        "memory": {"size": 512 << 20, "hotplug_size": 1 << 30},
+    });
+    vmm.ok(Endpoint::VmCreate, Some(&config.to_string()));
+    vmm.ok(Endpoint::VmBoot, None);
+    let refused = |body: Value, status| {
+        let before = vmm.ok(Endpoint::VmInfo, None);
+        let answer = vmm.call(Endpoint::VmResize, Some(&body.to_string()));
+        assert_eq!(answer.status, status, "{body}: {answer:?}");
+        assert_eq!(vmm.ok(Endpoint::VmInfo, None), before, "{body}");
+    };
+    let steered = || {
+        let view = vmm.view.get();
+        let observer = &view.machine.as_ref().unwrap().observer;
+        let shown = observer.reporting(Instant::now() + PATIENCE).unwrap();
+        shown.reason.unwrap()
+    };
+    // There is no balloon. A memory device of 600 MiB cannot be made.
+    let none = json!({"desired_vcpus": 3, "desired_ram": 640 << 20, "desired_balloon": 4096});
+    refused(none, 500);
+    refused(json!({"desired_vcpus": 3, "desired_ram": 600 << 20}), 400);
+    assert_eq!(steered(), "");
+    // The guest does not release the second vCPU.
+    vmm.ok(Endpoint::VmResize, Some(r#"{"desired_vcpus": 1}"#));
+    refused(json!({"desired_vcpus": 2, "desired_ram": 640 << 20}), 429);
+    assert_eq!(steered(), "1 vCPUs");
 }
 
 #[test]

@@ -7,58 +7,35 @@ use super::error::LifecycleError;
 use super::lifecycle::Lifecycle;
 use crate::config;
 use crate::events::EventKind;
+use crate::vm::VmError;
 
 impl Lifecycle {
     /// `vm.resize`: changes the stored configuration, or the running machine.
     ///
     /// # Errors
-    /// There is no VM, or the size is invalid.
+    /// There is no VM, or a size is invalid; in this case nothing has changed.
     pub fn resize(&mut self, resize: VmResize) -> Result<(), LifecycleError> {
         let config = self.config.as_mut().ok_or(LifecycleError::VmNotCreated)?;
         let Some(machine) = &mut self.machine else {
-            let mut wanted = config.clone();
-            resize_stored(&mut wanted, resize);
-            config::validate_balloon(&wanted).map_err(LifecycleError::ConfigValidation)?;
-            *config = wanted;
+            *config = resized(config, &resize, false)?;
             return Ok(());
         };
         (self.context.events)(&EventKind::Resizing.into());
-        let max = config.cpus.max_vcpus;
-        if let Some(desired) = resize.desired_vcpus
-            && !(1..=max).contains(&desired)
-        {
-            return Err(LifecycleError::VcpusOutOfRange { desired, max });
-        }
-        let vcpus = resize
-            .desired_vcpus
-            .filter(|desired| *desired != config.cpus.boot_vcpus);
-        let ram = resize
-            .desired_ram
-            .filter(|desired| Some(*desired) != config.memory.total_bytes());
-        let mut wanted = config.clone();
-        if let Some(desired) = ram {
-            wanted.memory = resized_memory(&config.memory, desired)?;
-        }
-        if let (Some(bytes), Some(balloon)) = (resize.desired_balloon, &mut wanted.balloon) {
-            balloon.size = bytes;
-        }
         // A size with which the VM could not boot is rejected before anything changes.
-        config::validate_sizes(&wanted).map_err(LifecycleError::ConfigValidation)?;
-        if let Some(desired) = vcpus {
-            machine
-                .resize_vcpus(desired)
-                .map_err(LifecycleError::Machine)?;
-            // The requested count is stored at once: the guest may take time to comply, and a reboot uses the new
-            // count.
-            config.cpus.boot_vcpus = desired;
+        let wanted = resized(config, &resize, true)?;
+        let vcpus = wanted.cpus.boot_vcpus;
+        let has_other_vcpus = vcpus != config.cpus.boot_vcpus;
+        if has_other_vcpus {
+            machine.settle_vcpus().map_err(LifecycleError::Machine)?;
         }
-        if let Some(desired) = ram {
+        // First the step that the host's memory or the sizes that KVM accepts can make impossible.
+        if wanted.memory.total_bytes() != config.memory.total_bytes() {
             match wanted.memory.hotplug_method {
                 // The snapshot that is being written has a file for each device of memory.
                 HotplugMethod::Acpi if self.live_snapshot.is_some() => {
                     return Err(LifecycleError::Saving);
                 }
-                HotplugMethod::Acpi => machine.grow_memory(desired),
+                HotplugMethod::Acpi => machine.grow_memory(wanted.memory.size),
                 HotplugMethod::VirtioMem => {
                     machine.resize_memory(wanted.memory.hotplugged_size.unwrap_or(0))
                 }
@@ -69,13 +46,18 @@ impl Lifecycle {
             // It does not have the new memory.
             self.recorder = None;
         }
-        if let Some(desired) = resize.desired_balloon {
+        if has_other_vcpus {
             machine
-                .resize_balloon(desired)
+                .resize_vcpus(vcpus)
                 .map_err(LifecycleError::Machine)?;
-            if let Some(balloon) = &mut config.balloon {
-                balloon.size = desired;
-            }
+            // As for memory.
+            config.cpus.boot_vcpus = vcpus;
+        }
+        if let Some(bytes) = resize.desired_balloon {
+            machine
+                .resize_balloon(bytes)
+                .map_err(LifecycleError::Machine)?;
+            config.balloon = wanted.balloon;
         }
         (self.context.events)(&EventKind::Resized.into());
         Ok(())
@@ -116,40 +98,57 @@ impl Lifecycle {
     }
 }
 
+/// The configuration with the requested sizes, with which the VM can boot.
+fn resized(
+    config: &VmConfig,
+    resize: &VmResize,
+    is_running: bool,
+) -> Result<VmConfig, LifecycleError> {
+    let mut wanted = config.clone();
+    if let Some(desired) = resize.desired_vcpus {
+        let max = config.cpus.max_vcpus;
+        if !(1..=max).contains(&desired) {
+            return Err(LifecycleError::VcpusOutOfRange { desired, max });
+        }
+        wanted.cpus.boot_vcpus = desired;
+    }
+    if let Some(desired) = resize.desired_ram
+        && Some(desired) != config.memory.total_bytes()
+    {
+        wanted.memory = resized_memory(&config.memory, desired, is_running)?;
+    }
+    if let Some(bytes) = resize.desired_balloon {
+        let missing = LifecycleError::Machine(VmError::MissingBalloon);
+        wanted.balloon.as_mut().ok_or(missing)?.size = bytes;
+    }
+    config::validate_sizes(&wanted).map_err(LifecycleError::ConfigValidation)?;
+    Ok(wanted)
+}
+
 /// The configuration of a guest that has `desired` bytes of RAM.
-fn resized_memory(memory: &MemoryConfig, desired: u64) -> Result<MemoryConfig, LifecycleError> {
+fn resized_memory(
+    memory: &MemoryConfig,
+    desired: u64,
+    is_running: bool,
+) -> Result<MemoryConfig, LifecycleError> {
     let has_zones = memory.zones.iter().flatten().next().is_some();
     let room = memory.room_bytes(HotplugMethod::VirtioMem);
     let mut resized = memory.clone();
-    match memory.hotplug_method {
-        HotplugMethod::Acpi if !has_zones => resized.size = desired,
-        HotplugMethod::VirtioMem if room > 0 => {
-            let added = desired.checked_sub(memory.size);
-            let added = added.filter(|added| *added <= room);
-            let added = added.ok_or(LifecycleError::MemoryOutOfRange {
-                desired,
-                least: memory.size,
-                most: memory.size.saturating_add(room),
-            })?;
-            resized.hotplugged_size = (added > 0).then_some(added);
-        }
-        _ => {
-            let current = memory.total_bytes().unwrap_or(memory.size);
-            return Err(LifecycleError::MemoryHotplug { current, desired });
-        }
+    if room > 0 {
+        let added = desired.checked_sub(memory.size);
+        let added = added.filter(|added| *added <= room);
+        let added = added.ok_or(LifecycleError::MemoryOutOfRange {
+            desired,
+            least: memory.size,
+            most: memory.size.saturating_add(room),
+        })?;
+        resized.hotplugged_size = (added > 0).then_some(added);
+    } else if !has_zones && (!is_running || memory.hotplug_method == HotplugMethod::Acpi) {
+        // The size at boot. A running guest reaches a larger one by memory devices.
+        resized.size = desired;
+    } else {
+        let current = memory.total_bytes().unwrap_or(memory.size);
+        return Err(LifecycleError::MemoryHotplug { current, desired });
     }
     Ok(resized)
-}
-
-/// Before boot only the configuration changes; it is validated at boot.
-fn resize_stored(config: &mut VmConfig, resize: VmResize) {
-    if let Some(vcpus) = resize.desired_vcpus {
-        config.cpus.boot_vcpus = vcpus;
-    }
-    if let Some(bytes) = resize.desired_ram {
-        config.memory.size = bytes;
-    }
-    if let (Some(bytes), Some(balloon)) = (resize.desired_balloon, &mut config.balloon) {
-        balloon.size = bytes;
-    }
 }

@@ -136,6 +136,12 @@ pub trait Machine {
     /// [`VmError::MissingBalloon`].
     fn resize_balloon(&self, bytes: u64) -> Result<(), VmError>;
 
+    /// Completes the removal of vCPUs that the guest has released. Without an error, the number of vCPUs can change.
+    ///
+    /// # Errors
+    /// A removal is pending, or a vCPU did not end within its deadline.
+    fn settle_vcpus(&mut self) -> Result<(), VmError>;
+
     /// Adds vCPUs, or requests the release of the last ones from the guest, and returns at once.
     ///
     /// # Errors
@@ -351,6 +357,10 @@ impl Machine for Vm {
         let balloon = self.balloon.as_ref().ok_or(VmError::MissingBalloon)?;
         balloon.set_target_bytes(bytes);
         Ok(())
+    }
+
+    fn settle_vcpus(&mut self) -> Result<(), VmError> {
+        self.pc.settle_vcpus().map_err(VmError::Pc)
     }
 
     fn resize_vcpus(&mut self, count: u32) -> Result<(), VmError> {
