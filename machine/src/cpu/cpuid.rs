@@ -355,7 +355,8 @@ fn patch_caches(leaf: &mut kvm_cpuid_entry2, topology: &Topology) {
     } else {
         1 << topology.die_shift()
     };
-    let host_shared_by = ((leaf.eax >> 14 & 0xfff) + 1).next_power_of_two();
+    // Ids that share a cache are a power of two in the guest. AMD's hosts may have any number, such as 12.
+    let host_shared_by = 1 << ((leaf.eax >> 14 & 0xfff) + 1).ilog2();
     let sharing_ids: u32 = (host_shared_by.min(shared_by) - 1).min(0xfff);
     leaf.eax = leaf.eax & !(0xfff << 14) | sharing_ids << 14;
     if leaf.function == 4 {
@@ -541,6 +542,19 @@ pub(super) mod tests {
                 let eax = get(&cpuid, 4, index).unwrap().eax;
                 assert_eq!((eax >> 14) & 0xfff, 0, "{topology:?}, cache {index}");
             }
+        }
+    }
+
+    #[test]
+    fn cpuid_cache_that_twelve_share_on_the_host_is_not_shared_by_sixteen() {
+        let mut supported = intel();
+        supported.push(leaf(0x8000_001d, 3, [11 << 14 | 0x163, 0, 0, 0]));
+        for (cores, shared_by) in [(16, 8), (8, 8), (3, 4)] {
+            let cpuid = GuestCpuid::new(&supported, &options([1, cores, 1, 1]))
+                .of_vcpu(0)
+                .unwrap();
+            let eax = get(&cpuid, 0x8000_001d, 3).unwrap().eax;
+            assert_eq!((eax >> 14) & 0xfff, shared_by - 1, "{cores} cores");
         }
     }
 
