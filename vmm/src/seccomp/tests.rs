@@ -242,6 +242,9 @@ fn forbidden() -> Vec<Forbidden> {
     let path = c"/proc/self/no-such-file".as_ptr() as libc::c_long;
     let at_cwd = libc::c_long::from(libc::AT_FDCWD);
     let flags = |flags: libc::c_int| libc::c_long::from(flags);
+    let but_migrating =
+        |kind: ThreadKind| !matches!(kind, ThreadKind::Control | ThreadKind::Migration);
+    let stream = flags(libc::SOCK_STREAM | libc::SOCK_CLOEXEC);
     let code = flags(libc::PROT_WRITE | libc::PROT_EXEC);
     let private = flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
     let parent = libc::c_long::from(std::os::unix::process::parent_id());
@@ -263,9 +266,28 @@ fn forbidden() -> Vec<Forbidden> {
         ),
         call(
             "TCP socket",
+            but_migrating,
+            libc::SYS_socket,
+            [flags(libc::AF_INET), stream, 0, 0, 0, 0],
+        ),
+        call(
+            "TCP socket over IPv6",
+            but_migrating,
+            libc::SYS_socket,
+            [flags(libc::AF_INET6), stream, 0, 0, 0, 0],
+        ),
+        call(
+            "netlink socket",
             every,
             libc::SYS_socket,
-            [flags(libc::AF_INET), flags(libc::SOCK_STREAM), 0, 0, 0, 0],
+            [
+                flags(libc::AF_NETLINK),
+                flags(libc::SOCK_RAW | libc::SOCK_CLOEXEC),
+                0,
+                0,
+                0,
+                0,
+            ],
         ),
         call(
             "tgkill",
