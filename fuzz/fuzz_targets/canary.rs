@@ -61,6 +61,8 @@ fn refutes(target: &str, bytes: &[u8]) -> bool {
         "registers" => any_registers::run(bytes),
         // No changed state is accepted.
         "saved_state" => bytes.len() > BYTES_MIN && any_registers::run_state(bytes),
+        // No longer input is a good chain.
+        "snapshot" => bytes.len() > BYTES_MIN && fuzz::snapshot::run(bytes),
         other => panic!("{other:?} is not a target"),
     }
 }

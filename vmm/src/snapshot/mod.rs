@@ -19,6 +19,8 @@ mod bounds;
 mod chain;
 mod error;
 mod files;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod link;
 mod live;
 mod merge;

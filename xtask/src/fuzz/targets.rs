@@ -153,6 +153,18 @@ pub(super) const TARGETS: &[Target] = &[
         ],
         &["state/src/testing.rs"],
     ),
+    target(
+        "snapshot",
+        &[
+            "machine/src/memory/layers.rs",
+            "machine/src/memory/load.rs",
+            "vmm/src/snapshot/chain.rs",
+            "vmm/src/snapshot/merge.rs",
+            "vmm/src/snapshot/saved_files.rs",
+            "vmm/src/snapshot/state_file.rs",
+        ],
+        &[],
+    ),
 ];
 
 impl Target {
