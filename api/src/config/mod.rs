@@ -59,7 +59,7 @@ pub use pmem::PmemConfig;
 pub use process::{JailConfig, ResourceLimitsConfig};
 pub(crate) use rate_limit::RATE_LIMIT_KEYS;
 pub use rate_limit::{RateLimitGroupConfig, RateLimiterConfig, TokenBucket};
-pub use restore::{MemoryRestoreMode, RestoreConfig, RestoredNetConfig};
+pub use restore::{MemoryRestoreMode, RestoreConfig, RestoredNetConfig, ZoneUpdate};
 pub use rng::{DEFAULT_RNG_SOURCE, RngConfig};
 pub use vsock::VsockConfig;
 

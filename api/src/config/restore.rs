@@ -5,7 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::options::{OptionValue, ValueError, parse_named_integers};
+use crate::options::{OptionValue, ValueError, parse_named_integers, parse_numbered_names};
 
 /// The snapshot to restore, and how.
 #[section(option = "restore", about = "Restore from a VM snapshot")]
@@ -30,6 +30,9 @@ pub struct RestoreConfig {
     /// Resume the VM afterwards.
     #[key]
     pub resume: bool,
+    /// Host NUMA nodes that provide memory zones instead of the saved ones.
+    #[key]
+    pub zone_updates: Option<Vec<ZoneUpdate>>,
 }
 
 /// How RAM is filled.
@@ -60,6 +63,27 @@ pub struct RestoredNetConfig {
     /// On the command line the process's own descriptors; never on the wire.
     #[serde(skip)]
     pub fds: Vec<i32>,
+}
+
+/// The host NUMA node of one memory zone.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub struct ZoneUpdate {
+    /// Name of the zone.
+    pub id: String,
+    /// Number of the node.
+    pub host_numa_node: u32,
+}
+
+impl OptionValue for Vec<ZoneUpdate> {
+    fn values() -> String {
+        "<list_of_zone_ids_with_their_host_nodes>".to_owned()
+    }
+
+    fn read(text: &str) -> Result<Self, ValueError> {
+        let zones = parse_numbered_names(text)?.into_iter();
+        let zones = zones.map(|(id, host_numa_node)| ZoneUpdate { id, host_numa_node });
+        Ok(zones.collect())
+    }
 }
 
 impl OptionValue for Vec<RestoredNetConfig> {
@@ -109,8 +133,16 @@ mod tests {
             (&wire["memory_restore_mode"], &wire["background_fill"]),
             (&json!("OnDemand"), &json!(false))
         );
-        assert!(restore.background_fill);
+        assert!(restore.background_fill && restore.zone_updates.is_none());
+        let moved = RestoreConfig::parse("source_url=file:///d,zone_updates=[a@0,b@12]").unwrap();
+        assert_eq!(
+            serde_json::to_value(&moved).unwrap()["zone_updates"],
+            json!([{"id": "a", "host_numa_node": 0}, {"id": "b", "host_numa_node": 12}])
+        );
         for text in [
+            "source_url=file:///d,zone_updates=[a]",
+            "source_url=file:///d,zone_updates=[a@x]",
+            "source_url=file:///d,zone_updates=[a@4294967296]",
             "resume=on",
             "source_url=file:///d,memory_restore_mode=lazy",
             "source_url=file:///d,net_fds=[a]",

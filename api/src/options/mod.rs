@@ -29,5 +29,6 @@ pub(crate) use option_value::{OptionValue, Words};
 pub(crate) use page::{KeyDefault, KeyReference, OptionReference};
 pub(crate) use parsed::{KeyGroup, Options};
 pub(crate) use value::{
-    parse_integer_map, parse_integer_pairs, parse_named_integers, parse_strings,
+    parse_integer_map, parse_integer_pairs, parse_named_integers, parse_numbered_names,
+    parse_strings,
 };

@@ -154,6 +154,15 @@ pub(crate) fn parse_named_integers<V: TryFrom<u64>>(
     })
 }
 
+/// A list of names, each with an integer: `[a@1,b@2]`.
+pub(crate) fn parse_numbered_names<V: TryFrom<u64>>(
+    text: &str,
+) -> Result<Vec<(String, V)>, ValueError> {
+    parse_pairs(text, ValueError::Tuple, |name, value| {
+        Ok((name.to_owned(), integer_in_range(value)?))
+    })
+}
+
 /// `[1@2,3@4]`.
 pub(crate) fn parse_integer_pairs<A, B>(text: &str) -> Result<Vec<(A, B)>, ValueError>
 where

@@ -62,6 +62,7 @@ samples![
     MemoryRestoreMode,
     MemoryUnavailableAction,
     RestoredNetConfig,
+    ZoneUpdate,
     VmSendMigrationData,
     VmReceiveMigrationData,
     MigrationTimeoutStrategy,

@@ -2,7 +2,7 @@
 
 use api::RestoreConfig;
 use api::VmConfig;
-use api::config::{MemoryConfig, NetConfig};
+use api::config::{MemoryConfig, NetConfig, ZoneUpdate};
 
 use super::SnapshotError;
 
@@ -10,13 +10,17 @@ use super::SnapshotError;
 /// the order of `net_fds`. It is empty if the request names descriptors of this process.
 ///
 /// # Errors
-/// An interface lacks descriptors or is named twice.
+/// An interface lacks descriptors or is named twice, or there is no such zone or it is named twice.
 pub fn adapt(
     config: &mut VmConfig,
     request: &RestoreConfig,
     fds: &[i32],
 ) -> Result<(), SnapshotError> {
     set_prefault(&mut config.memory, request.prefault);
+    move_zones(
+        &mut config.memory,
+        request.zone_updates.as_deref().unwrap_or_default(),
+    )?;
     let mut named = request.net_fds.clone().unwrap_or_default();
     let ids = named.iter().map(|net| &net.id);
     if let Some((_, twice)) = ids
@@ -55,6 +59,20 @@ pub fn adapt(
             });
         }
         *fds = given.to_vec();
+    }
+    Ok(())
+}
+
+fn move_zones(memory: &mut MemoryConfig, updates: &[ZoneUpdate]) -> Result<(), SnapshotError> {
+    for (at, update) in updates.iter().enumerate() {
+        let id = || update.id.clone();
+        if updates[..at].iter().any(|earlier| earlier.id == update.id) {
+            return Err(SnapshotError::ZoneTwice { id: id() });
+        }
+        let mut zones = memory.zones.iter_mut().flatten();
+        let zone = zones.find(|zone| zone.id == update.id);
+        let zone = zone.ok_or_else(|| SnapshotError::NoZone { id: id() })?;
+        zone.host_numa_node = Some(update.host_numa_node);
     }
     Ok(())
 }

@@ -177,6 +177,18 @@ pub enum SnapshotError {
         /// The interface.
         id: String,
     },
+    /// A zone is named twice.
+    #[error("zone_updates lists memory zone {id} twice")]
+    ZoneTwice {
+        /// The zone.
+        id: String,
+    },
+    /// The saved VM has no such zone.
+    #[error("zone_updates lists memory zone {id}, which the VM does not have")]
+    NoZone {
+        /// The zone.
+        id: String,
+    },
     /// The number of received descriptors differs from the announced one.
     #[error("net_fds announces {announced} file descriptors; got {got}")]
     FdCount {
@@ -216,6 +228,8 @@ impl SnapshotError {
             | Self::Json { .. }
             | Self::NetFds { .. }
             | Self::NetTwice { .. }
+            | Self::ZoneTwice { .. }
+            | Self::NoZone { .. }
             | Self::Prefault
             | Self::CopyOnWriteZone { .. }
             | Self::NoBackground

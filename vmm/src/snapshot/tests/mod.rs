@@ -2,7 +2,9 @@
 
 mod chain;
 
-use api::config::{FsConfig, MemoryRestoreMode, MemoryZoneConfig, NetConfig, RestoredNetConfig};
+use api::config::{
+    FsConfig, MemoryRestoreMode, MemoryZoneConfig, NetConfig, RestoredNetConfig, ZoneUpdate,
+};
 use api::{RestoreConfig, VmConfig, error_line};
 use machine::memory::GuestMemory;
 use serde_json::json;
@@ -428,5 +430,43 @@ fn interfaces_from_descriptors_get_those_of_the_request() {
         (&[("a", 2), ("a", 2), ("c", 1)], &[1, 2, 3, 4, 5]),
     ] {
         assert!(with_taps(named, fds).is_err(), "{named:?}");
+    }
+}
+
+#[test]
+fn zones_move_to_the_nodes_of_the_request() {
+    let zone = |id: &str| MemoryZoneConfig {
+        id: id.to_owned(),
+        host_numa_node: Some(7),
+        ..MemoryZoneConfig::default()
+    };
+    let moved = |updates: &[(&str, u32)]| {
+        let mut config = config();
+        config.memory.zones = Some(vec![zone("a"), zone("b")]);
+        let updates = updates.iter().map(|(id, node)| ZoneUpdate {
+            id: (*id).to_owned(),
+            host_numa_node: *node,
+        });
+        let request = RestoreConfig {
+            zone_updates: Some(updates.collect()),
+            ..RestoreConfig::default()
+        };
+        adapt(&mut config, &request, &[]).map(|()| {
+            let zones = config.memory.zones.unwrap().into_iter();
+            zones.map(|zone| zone.host_numa_node).collect::<Vec<_>>()
+        })
+    };
+    assert_eq!(moved(&[("b", 0)]).unwrap(), [Some(7), Some(0)]);
+    assert_eq!(moved(&[("b", 1), ("a", 2)]).unwrap(), [Some(2), Some(1)]);
+    for (updates, word) in [
+        (&[("a", 0), ("a", 1)][..], "zone a twice"),
+        (&[("", 0)], "does not have"),
+        (&[("a", 0), ("c", 0)], "zone c, which"),
+    ] {
+        let error = moved(updates).unwrap_err();
+        assert!(
+            error.to_string().contains(word) && error.is_of_request(),
+            "{error}"
+        );
     }
 }
