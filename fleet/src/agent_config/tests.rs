@@ -168,7 +168,7 @@ fn packaged_settings_name_the_control_group_of_the_packaged_slice() {
         .collect();
     let (_folder, file) = files(&settings, &[]);
     let config = load(&file, true).unwrap().config;
-    assert_eq!(config.planning.host.cgroup, Some(group.clone().into()));
+    assert_eq!(config.planning.host.cgroup, Some(group.clone()));
 
     let setting = format!("cgroup = \"{group}\"");
     for text in [
