@@ -37,8 +37,8 @@ const CANARY: &str = "canary";
 const CANARY_FOUND: &str = "canary: found";
 /// Time limit for a canary, which is found within seconds.
 const CANARY_SECONDS_MAX: u32 = 120;
-/// Longer inputs are cut by the targets.
-const INPUT_BYTES_MAX: u32 = 4096;
+/// Room for a whole migration; libFuzzer makes no longer inputs.
+const INPUT_BYTES_MAX: u32 = 8192;
 /// Timeout of one input: thousands are tried per second.
 const INPUT_SECONDS_MAX: u32 = 60;
 
