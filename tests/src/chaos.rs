@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use strum::VariantArray as _;
 
 use crate::MIB;
-use crate::literal_client::request;
+use crate::literal_client::{Answer, request};
 use crate::migration::move_in_vain;
 use crate::random::Random;
 use crate::vmm::Vmm;
@@ -37,8 +37,9 @@ const SETTLE_DEADLINE: Duration = Duration::from_secs(300);
 const REFUSALS: [&str; 3] = [
     "Invalid VM state transition",
     "VM is not running",
-    "The VM is being migrated",
+    REFUSAL_OF_MOVE,
 ];
+const REFUSAL_OF_MOVE: &str = "The VM is being migrated";
 /// Time for the guest to release vCPUs, for threads to end and clients' connections to close.
 const RELEASE_DEADLINE: Duration = SETTLE_DEADLINE;
 
@@ -299,9 +300,12 @@ impl Client<'_> {
             Action::PauseAndResume => {
                 let answer = request(self.socket, "PUT", "vm.pause", None)?;
                 self.get("vm.reclaim-stats")?;
-                self.put("vm.resume", None)?;
+                // A machine that stays paused makes no rounds, for which all clients would wait.
+                while is_of_move(&self.answer("PUT", "vm.resume", None)?) {
+                    std::thread::park_timeout(POLL_INTERVAL);
+                }
                 // A host that does not run the vCPUs for seconds cannot stop them either, which is an error.
-                Ok(matches!(answer.status, 200 | 204))
+                Ok(is_accepted(&answer))
             }
             Action::Balloon => {
                 let pages = self.random.below(self.limits.balloon_bytes / 4096 + 1);
@@ -379,15 +383,17 @@ impl Client<'_> {
     }
 
     fn get(&self, endpoint: &str) -> Result<bool> {
-        self.send("GET", endpoint, None)
+        let answer = self.answer("GET", endpoint, None)?;
+        Ok(is_accepted(&answer))
     }
 
     fn put(&self, endpoint: &str, body: Option<&Value>) -> Result<bool> {
-        self.send("PUT", endpoint, body)
+        let answer = self.answer("PUT", endpoint, body)?;
+        Ok(is_accepted(&answer))
     }
 
-    /// Whether the request was accepted. Others may have made it impossible, but the VMM must not fail.
-    fn send(&self, method: &str, endpoint: &str, body: Option<&Value>) -> Result<bool> {
+    /// Others may have made the request impossible, but the VMM must not fail.
+    fn answer(&self, method: &str, endpoint: &str, body: Option<&Value>) -> Result<Answer> {
         let text = body.map(Value::to_string);
         let answer = request(self.socket, method, endpoint, text.as_deref())?;
         let body = answer.body.as_deref().unwrap_or_default();
@@ -398,8 +404,18 @@ impl Client<'_> {
             "{endpoint} {}: {answer:?}",
             text.unwrap_or_default()
         );
-        Ok(matches!(answer.status, 200 | 204))
+        Ok(answer)
     }
+}
+
+fn is_accepted(answer: &Answer) -> bool {
+    matches!(answer.status, 200 | 204)
+}
+
+/// Whether the request was refused because the machine is being moved.
+fn is_of_move(answer: &Answer) -> bool {
+    let body = answer.body.as_deref();
+    !is_accepted(answer) && body.is_some_and(|body| body.contains(REFUSAL_OF_MOVE))
 }
 
 /// Undoes the changes: the machine runs with the devices, vCPUs and memory that it had at boot.
