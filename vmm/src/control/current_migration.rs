@@ -4,11 +4,8 @@ use std::sync::Arc;
 
 use api::VmConfig;
 
-use super::error::RequestError;
+use super::error::Done;
 use crate::migration::{Cancel, SendProgress};
-
-/// Called with the outcome of a migration that was received.
-pub(super) type Received = Box<dyn FnOnce(Result<(), RequestError>) + Send>;
 
 /// The migration under way.
 pub(super) struct Migration {
@@ -28,7 +25,7 @@ pub(super) enum Role {
     Target {
         /// Known once the source has sent it.
         config: Option<Box<VmConfig>>,
-        done: Option<Received>,
+        done: Option<Done>,
     },
 }
 

@@ -3,11 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::error::RequestError;
+use super::error::Done;
 use crate::snapshot::Progress;
-
-/// Called with the outcome, on the control thread.
-pub(super) type Done = Box<dyn FnOnce(Result<(), RequestError>) + Send>;
 
 /// The snapshot of a running machine that is being written.
 pub(super) struct LiveSnapshot {

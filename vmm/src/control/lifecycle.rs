@@ -20,8 +20,8 @@ use api::config::MemoryUnavailableAction;
 use api::{Endpoint, ReclaimThresholdsChange, VmBalloonReporting, VmConfig, VmState};
 
 use super::current_migration::Migration;
-use super::current_snapshot::{Done, LiveSnapshot};
-use super::error::{LifecycleError, RequestError};
+use super::current_snapshot::LiveSnapshot;
+use super::error::{Done, LifecycleError, RequestError};
 use super::reporting::Reporting;
 use super::taps::Taps;
 use crate::config;

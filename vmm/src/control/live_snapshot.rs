@@ -5,10 +5,10 @@ use std::sync::atomic::AtomicBool;
 
 use api::{Endpoint, VmConfig, VmSnapshotConfig, VmSnapshotMergeConfig, VmState};
 
-use super::current_snapshot::{Done, LiveSnapshot};
-use super::error::{LifecycleError, RequestError};
+use super::current_snapshot::LiveSnapshot;
+use super::error::{Done, LifecycleError, RequestError};
 use super::lifecycle::Lifecycle;
-use super::thread::{ControlHandle, Job, queue_full};
+use super::thread::ControlHandle;
 use crate::events::EventKind;
 use crate::snapshot::{
     LiveOwner, LiveReport, LiveSave, Progress, Recorder, SnapshotError, SnapshotState,
@@ -26,60 +26,36 @@ impl ControlHandle {
         request: VmSnapshotConfig,
         done: impl FnOnce(Result<(), RequestError>) + Send + 'static,
     ) {
-        let endpoint = Endpoint::VmSnapshot;
-        let control = self.clone();
-        let job: Job = Box::new(move |lifecycle| match lifecycle {
-            Some(lifecycle) => lifecycle.snapshot_request(&request, control, Box::new(done)),
-            None => done(Err(queue_full(endpoint))),
-        });
-        self.queue_job(endpoint, job);
+        let start = move |vm: &mut Lifecycle, control: &Self, done: &mut Option<Done>| match request
+            .live
+            && vm.has_machine()
+            && vm.machine_state() == VmState::Running
+        {
+            true => vm.start_live(&request, control, done),
+            false => vm.snapshot(&request),
+        };
+        self.submit_long(Endpoint::VmSnapshot, start, done);
     }
-}
 
-impl ControlHandle {
     /// `vm.snapshot-merge`: `done` is called on the control thread when the new snapshot is on stable storage.
     pub fn merge_snapshots(
         &self,
         request: VmSnapshotMergeConfig,
         done: impl FnOnce(Result<(), RequestError>) + Send + 'static,
     ) {
-        let endpoint = Endpoint::VmSnapshotMerge;
-        let control = self.clone();
-        let job: Job = Box::new(move |lifecycle| {
-            let Some(lifecycle) = lifecycle else {
-                return done(Err(queue_full(endpoint)));
-            };
-            let mut done: Option<Done> = Some(Box::new(done));
-            let outcome =
-                lifecycle.run_request(endpoint, |vm| vm.start_merge(&request, control, &mut done));
-            if let Some(done) = done {
-                done(outcome);
-            }
-        });
-        self.queue_job(endpoint, job);
+        let start = move |vm: &mut Lifecycle, control: &Self, done: &mut Option<Done>| {
+            vm.start_merge(&request, control, done)
+        };
+        self.submit_long(Endpoint::VmSnapshotMerge, start, done);
     }
 }
 
 impl Lifecycle {
-    /// A running machine is saved by another thread, which calls `done` later.
-    fn snapshot_request(&mut self, request: &VmSnapshotConfig, control: ControlHandle, done: Done) {
-        let is_live =
-            request.live && self.has_machine() && self.machine_state() == VmState::Running;
-        let mut done = Some(done);
-        let outcome = self.run_request(Endpoint::VmSnapshot, |vm| match is_live {
-            true => vm.start_live(request, control, &mut done),
-            false => vm.snapshot(request),
-        });
-        if let Some(done) = done {
-            done(outcome);
-        }
-    }
-
-    /// Takes `done` if the snapshot has been started.
+    /// Has a running machine saved by another thread. Takes `done` if that has begun.
     fn start_live(
         &mut self,
         request: &VmSnapshotConfig,
-        control: ControlHandle,
+        control: &ControlHandle,
         done: &mut Option<Done>,
     ) -> Result<(), LifecycleError> {
         if self.live_snapshot.is_some() {
@@ -113,7 +89,7 @@ impl Lifecycle {
             cancel: Arc::clone(&cancel),
         };
         self.emit(EventKind::Snapshotting);
-        let thread_start = Arc::clone(&self.context.thread_start);
+        let (thread_start, control) = (Arc::clone(&self.context.thread_start), control.clone());
         // It inherits the confinement of this thread.
         let started = std::thread::Builder::new()
             .name(SNAPSHOT_THREAD.to_owned())

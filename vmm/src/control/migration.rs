@@ -9,10 +9,10 @@ use api::{Endpoint, VmConfig, VmReceiveMigrationData, VmSendMigrationData, VmSta
 use machine::memory::{GuestMemory, ZoneFiles};
 use state::Saved;
 
-use super::current_migration::{Migration, Received, Role};
-use super::error::{LifecycleError, RequestError};
+use super::current_migration::{Migration, Role};
+use super::error::{Done, LifecycleError, RequestError};
 use super::lifecycle::Lifecycle;
-use super::thread::{ControlHandle, Job, queue_full};
+use super::thread::ControlHandle;
 use crate::config;
 use crate::events::{EventKind, EventSink};
 use crate::landlock::{self, LandlockError, Need};
@@ -42,16 +42,10 @@ impl ControlHandle {
         request: VmReceiveMigrationData,
         done: impl FnOnce(Result<(), RequestError>) + Send + 'static,
     ) {
-        let endpoint = Endpoint::VmReceiveMigration;
-        let control = self.clone();
-        let job: Job = Box::new(move |lifecycle| match lifecycle {
-            Some(lifecycle) => {
-                lifecycle.receive_migration(&request, &control, Box::new(done));
-                lifecycle.publish();
-            }
-            None => done(Err(queue_full(endpoint))),
-        });
-        self.queue_job(endpoint, job);
+        let start = move |vm: &mut Lifecycle, control: &Self, done: &mut Option<Done>| {
+            vm.start_receiving(&request, control, done)
+        };
+        self.submit_long(Endpoint::VmReceiveMigration, start, done);
     }
 }
 
@@ -293,29 +287,12 @@ impl Lifecycle {
         self.emit(EventKind::MigrationUnconfirmed { error });
     }
 
-    /// `vm.receive-migration`: listens, and returns. `done` receives the outcome when the migration has ended.
-    fn receive_migration(
-        &mut self,
-        request: &VmReceiveMigrationData,
-        control: &ControlHandle,
-        done: Received,
-    ) {
-        if let Err(cause) = self.start_receiving(request, control) {
-            return done(Err(received_error(cause)));
-        }
-        if let Some(Migration {
-            role: Role::Target { done: kept, .. },
-            ..
-        }) = &mut self.migration
-        {
-            *kept = Some(done);
-        }
-    }
-
+    /// `vm.receive-migration`: listens, and returns. Takes `done` if it does.
     fn start_receiving(
         &mut self,
         request: &VmReceiveMigrationData,
         control: &ControlHandle,
+        done: &mut Option<Done>,
     ) -> Result<(), LifecycleError> {
         if self.migration.is_some() {
             return Err(LifecycleError::Migrating);
@@ -345,7 +322,7 @@ impl Lifecycle {
             is_committed: false,
             role: Role::Target {
                 config: None,
-                done: None,
+                done: done.take(),
             },
         });
         self.emit(EventKind::MigrationReceiveReady);
@@ -429,7 +406,10 @@ impl Lifecycle {
                 let text = api::error_line(&error);
                 log::warn!("No VM was received: {text}");
                 self.emit(EventKind::MigrationReceiveFailed { error: text });
-                Err(received_error(LifecycleError::Migration(error)))
+                Err(RequestError {
+                    endpoint: Endpoint::VmReceiveMigration,
+                    cause: LifecycleError::Migration(error),
+                })
             }
         };
         // The response shows the state after the migration.
@@ -463,13 +443,6 @@ fn confine_receiver(address: &Address, cancel: &Cancel) {
             log::error!("{}", api::error_line(&error));
             cancel.set();
         }
-    }
-}
-
-fn received_error(cause: LifecycleError) -> RequestError {
-    RequestError {
-        endpoint: Endpoint::VmReceiveMigration,
-        cause,
     }
 }
 

@@ -12,8 +12,7 @@ use api::{
 use machine::memory::GuestMemory;
 use state::Saved;
 
-use super::current_snapshot::Done;
-use super::error::{LifecycleError, RequestError};
+use super::error::{Done, LifecycleError, RequestError};
 use super::lifecycle::Lifecycle;
 use super::thread::ControlHandle;
 use crate::config;
@@ -279,7 +278,7 @@ impl Lifecycle {
     pub(super) fn start_merge(
         &mut self,
         request: &VmSnapshotMergeConfig,
-        control: ControlHandle,
+        control: &ControlHandle,
         done: &mut Option<Done>,
     ) -> Result<(), LifecycleError> {
         if self.merging.is_some() {
@@ -289,7 +288,7 @@ impl Lifecycle {
         let destination = self.snapshot_folder(&request.destination_url)?;
         let bases = snapshot::folders(&source, &|base| self.admit_base(base));
         bases.map_err(LifecycleError::Snapshot)?;
-        let thread_start = Arc::clone(&self.context.thread_start);
+        let (thread_start, control) = (Arc::clone(&self.context.thread_start), control.clone());
         let started = std::thread::Builder::new()
             .name(SNAPSHOT_THREAD.to_owned())
             .spawn(move || {

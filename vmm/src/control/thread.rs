@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 use api::Endpoint;
 use api::config::MemoryUnavailableAction;
 
-use super::error::{LifecycleError, RequestError};
+use super::error::{Done, LifecycleError, RequestError};
 use super::lifecycle::Lifecycle;
 use crate::events::EventKind;
 use crate::figures_thread::FiguresThread;
@@ -52,7 +52,7 @@ const TOKEN_REQUEST: u64 = 6;
 const TOKENS: usize = 7;
 
 /// A change and the callback for its result. Without a lifecycle, it reports that the change was not made.
-pub(super) type Job = Box<dyn FnOnce(Option<&mut Lifecycle>) + Send>;
+type Job = Box<dyn FnOnce(Option<&mut Lifecycle>) + Send>;
 
 struct Request {
     /// Absent for a step of a change that is under way.
@@ -111,7 +111,30 @@ impl ControlHandle {
         self.queue_job(endpoint, job);
     }
 
-    pub(super) fn queue_job(&self, endpoint: Endpoint, job: Job) {
+    /// Queues a request whose work continues after `start`, which takes `done` if the work has begun.
+    pub(super) fn submit_long(
+        &self,
+        endpoint: Endpoint,
+        start: impl FnOnce(&mut Lifecycle, &Self, &mut Option<Done>) -> Result<(), LifecycleError>
+        + Send
+        + 'static,
+        done: impl FnOnce(Result<(), RequestError>) + Send + 'static,
+    ) {
+        let control = self.clone();
+        let job: Job = Box::new(move |lifecycle| {
+            let Some(lifecycle) = lifecycle else {
+                return done(Err(queue_full(endpoint)));
+            };
+            let mut done: Option<Done> = Some(Box::new(done));
+            let started = lifecycle.run_request(endpoint, |vm| start(vm, &control, &mut done));
+            if let Some(done) = done {
+                done(started);
+            }
+        });
+        self.queue_job(endpoint, job);
+    }
+
+    fn queue_job(&self, endpoint: Endpoint, job: Job) {
         let request = Request {
             endpoint: Some(endpoint),
             job,
@@ -178,7 +201,7 @@ impl ControlHandle {
     }
 }
 
-pub(super) fn queue_full(endpoint: Endpoint) -> RequestError {
+fn queue_full(endpoint: Endpoint) -> RequestError {
     let cause = LifecycleError::QueueFull;
     RequestError { endpoint, cause }
 }
