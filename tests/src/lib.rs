@@ -9,6 +9,7 @@ pub mod control_group;
 pub mod descriptors;
 pub mod ended;
 pub mod fleet;
+pub mod guest_at_work;
 pub mod huge_pages;
 mod idle;
 pub mod linux;

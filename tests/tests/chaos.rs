@@ -7,6 +7,7 @@ use integration_tests::bare_metal::{SCENARIO_DEADLINE, expect_all_passed, kvm_op
 use integration_tests::chaos::{
     Belongings, Limits, Progress, Upheavals, length_and_seed, run_clients, settle,
 };
+use integration_tests::guest_at_work::END_BYTES;
 use integration_tests::vmm::Vmm;
 use integration_tests::wait::wait_for;
 use serde_json::json;
@@ -16,8 +17,6 @@ const LENGTH: Duration = Duration::from_secs(10);
 const LENGTH_MAX: Duration = Duration::from_secs(120);
 /// Rounds of the guest between two looks at it.
 const ROUNDS_MIN: u64 = 16;
-/// The balloon target, in bytes, by which the guest ends.
-const END_BYTES: u64 = 1000 * 4096;
 
 /// The rounds of all boots: one line for 16.
 fn rounds(vmm: &mut Vmm) -> Result<u64> {

@@ -10,7 +10,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use integration_tests::bare_metal::{SCENARIO_DEADLINE, expect_all_passed, kvm_opens, start};
+use integration_tests::bare_metal::{expect_all_passed, kvm_opens, start};
+use integration_tests::guest_at_work::{expect_nothing_lost, wait_rounds};
 use integration_tests::huge_pages::ReservedHugePages;
 use integration_tests::migration::{
     EVENTS, forward_until, free_port, send, send_with, wait_event, while_receiving,
@@ -24,8 +25,6 @@ use tempfile::NamedTempFile;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 const BALLOON: &[&str] = &["--balloon", "size=0,free_page_reporting=on"];
-/// The balloon's target that ends the guest's scenario.
-const END_BYTES: u64 = 1000 * 4096;
 
 fn target() -> Result<Vmm> {
     Vmm::start(EVENTS)
@@ -44,19 +43,8 @@ fn guest_at_work_on(image: &NamedTempFile, image_type: &str, memory: &str) -> Re
     let arguments = ["--memory", memory, "--disk", &disk];
     let mut vmm = start("chaos", &[&arguments, BALLOON, EVENTS].concat())?;
     vmm.wait_api()?;
-    wait_rounds(&vmm, 0)?;
+    wait_rounds(&vmm, "serial", 0)?;
     Ok(vmm)
-}
-
-/// Waits for a round later than `after`. `first` has the file of the serial port.
-fn wait_rounds(first: &Vmm, after: u32) -> Result<u32> {
-    wait_for("another round of the guest", SCENARIO_DEADLINE, || {
-        let text = first.text("serial");
-        ensure!(!text.contains("FAIL"), "{text}");
-        let rounds = text.split("ROUND ").skip(1);
-        let numbers = rounds.filter_map(|it| it.split_once(' ')?.0.parse().ok());
-        Ok(numbers.max().filter(|newest: &u32| *newest > after))
-    })
 }
 
 #[test]
@@ -138,7 +126,7 @@ fn guest_that_writes_too_fast_is_slowed_down_and_runs_freely_afterwards() -> Res
     let url = format!("unix:{}", target.folder().join("move").display());
     let (status, body) = while_receiving(&target, &url, || send_with(&source, &url, &settings))?;
     ensure!(status == 204, "{status} {body}");
-    wait_rounds(&source, 0).map(drop)
+    wait_rounds(&source, "serial", 0).map(drop)
 }
 
 /// The folder with these keys.
@@ -192,7 +180,7 @@ fn source_and_target_with_other_keys_refuse_each_other_by_name() -> Result<()> {
         send_with(&source, &url, &good)
     })?;
     ensure!(status == 204, "{status} {body}");
-    wait_rounds(&source, 0).map(drop)
+    wait_rounds(&source, "serial", 0).map(drop)
 }
 
 /// The processes map the same pages, one after the other.
@@ -221,8 +209,8 @@ fn huge_pages_are_handed_over_and_none_is_needed_twice() -> Result<()> {
     let local = json!({"local": true});
     let (status, body) = while_receiving(&target, &url, || send_with(&source, &url, &local))?;
     ensure!(status == 204, "{status} {body}");
-    let now = wait_rounds(&source, 0)?;
-    wait_rounds(&source, now).map(drop)
+    let now = wait_rounds(&source, "serial", 0)?;
+    wait_rounds(&source, "serial", now).map(drop)
 }
 
 /// The region for hot-plug is a file of its own.
@@ -294,21 +282,10 @@ fn moves_and_loses_nothing(first: Vmm, hops: u32, settings: &Value) -> Result<()
         ensure!(target.get("vm.info")?["state"] == "Running");
         hosts.push(target);
         // The file was emptied when the target opened it.
-        wait_rounds(&hosts[0], 0)?;
+        wait_rounds(&hosts[0], "serial", 0)?;
     }
     let last = hosts.last().context("a target")?;
-    let body = json!({"desired_balloon": END_BYTES}).to_string();
-    last.put("vm.resize", Some(&body))?;
-    let text = wait_for("the guest's closing line", SCENARIO_DEADLINE, || {
-        let text = hosts[0].text("serial");
-        // The last word of that line.
-        Ok(text.contains(" failed").then_some(text))
-    })?;
-    ensure!(
-        text.contains("PASS chaos_loses_nothing") && text.contains(" 0 failed"),
-        "{text}"
-    );
-    Ok(())
+    expect_nothing_lost(&hosts[0], "serial", last)
 }
 
 #[test]
@@ -379,8 +356,8 @@ fn expect_still_here(source: &Vmm, image: &NamedTempFile) -> Result<()> {
             .any(|lock| lock.contains("WRITE") && lock.contains(&format!(":{inode} "))),
         "no lock on inode {inode}: {locks}"
     );
-    let now = wait_rounds(source, 0)?;
-    wait_rounds(source, now).map(drop)
+    let now = wait_rounds(source, "serial", 0)?;
+    wait_rounds(source, "serial", now).map(drop)
 }
 
 #[test]
@@ -630,7 +607,7 @@ fn target_drops_a_guest_whose_source_dies_and_can_receive_another() -> Result<()
     let url = format!("unix:{}", target.folder().join("move").display());
     let (status, body) = while_receiving(&target, &url, || send(&source, &url))?;
     ensure!(status == 204, "{status} {body}");
-    wait_rounds(&source, 0).map(drop)
+    wait_rounds(&source, "serial", 0).map(drop)
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::bare_metal::{SCENARIO_DEADLINE, expect_all_passed, kvm_opens, start};
+use integration_tests::guest_at_work::{expect_nothing_lost, wait_rounds};
 use integration_tests::migration::{EVENTS, wait_event};
 use integration_tests::paths;
 use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
@@ -482,9 +483,6 @@ fn memory_that_cannot_come_ends_the_vm_with_its_name() -> Result<()> {
     Ok(())
 }
 
-/// The balloon's target that ends the scenario `chaos`.
-const END_BYTES: u64 = 1000 * 4096;
-
 /// A guest that writes and verifies memory and the disk `image` in its folder.
 fn guest_at_work(vmm_arguments: &[&str]) -> Result<Vmm> {
     let image = tempfile::NamedTempFile::new()?;
@@ -501,37 +499,11 @@ fn guest_at_work(vmm_arguments: &[&str]) -> Result<Vmm> {
     Ok(vmm)
 }
 
-/// Waits for a round later than `after` in this file of a serial port, in the folder of `vmm`.
-fn wait_rounds(vmm: &Vmm, serial: &str, after: u32) -> Result<u32> {
-    wait_for("another round of the guest", SCENARIO_DEADLINE, || {
-        let text = vmm.text(serial);
-        ensure!(!text.contains("FAIL"), "{text}");
-        let rounds = text.split("ROUND ").skip(1);
-        let numbers = rounds.filter_map(|it| it.split_once(' ')?.0.parse().ok());
-        Ok(numbers.max().filter(|newest: &u32| *newest > after))
-    })
-}
-
 /// The path of the VM's disk.
 fn image_of(vmm: &Vmm) -> Result<String> {
     let info = vmm.get("vm.info")?;
     let path = info["config"]["disks"][0]["path"].as_str();
     path.map(str::to_owned).context("a disk")
-}
-
-/// Has the guest verify everything and end. `first` has the file of the serial port.
-fn expect_nothing_lost(first: &Vmm, serial: &str, vmm: &Vmm) -> Result<()> {
-    let body = json!({"desired_balloon": END_BYTES}).to_string();
-    vmm.put("vm.resize", Some(&body))?;
-    let text = wait_for("the guest's closing line", SCENARIO_DEADLINE, || {
-        let text = first.text(serial);
-        Ok(text.contains(" failed").then_some(text))
-    })?;
-    ensure!(
-        text.contains("PASS chaos_loses_nothing") && text.contains(" 0 failed"),
-        "{text}"
-    );
-    Ok(())
 }
 
 /// Saves the running VM into a new folder `name`, while the balloon is resized all the time.
