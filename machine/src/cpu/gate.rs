@@ -196,25 +196,31 @@ impl Drop for Pass<'_> {
 mod tests {
     use super::*;
     use std::sync::Arc;
+    use std::sync::mpsc::{Receiver, channel};
+    use std::thread::JoinHandle;
 
     const DEADLINE: Duration = Duration::from_secs(10);
     static STAYS: AtomicBool = AtomicBool::new(false);
 
-    #[test]
-    fn gate_closed_lets_nobody_in_until_it_opens() {
-        let gate = Arc::new(Gate::new());
-        let (entered, on_entered) = std::sync::mpsc::channel();
-        let thread = std::thread::spawn({
-            let gate = Arc::clone(&gate);
-            move || {
-                while let Some(_pass) = gate.enter(&STAYS) {
-                    entered.send(()).unwrap();
-                    while gate.is_open() {
-                        std::thread::yield_now();
-                    }
+    /// A thread that passes as long as the gate is open, and says when it has entered.
+    fn passer(gate: &Arc<Gate>) -> (JoinHandle<()>, Receiver<()>) {
+        let (entered, on_entered) = channel();
+        let gate = Arc::clone(gate);
+        let thread = std::thread::spawn(move || {
+            while let Some(_pass) = gate.enter(&STAYS) {
+                entered.send(()).unwrap();
+                while gate.is_open() {
+                    std::thread::yield_now();
                 }
             }
         });
+        (thread, on_entered)
+    }
+
+    #[test]
+    fn gate_closed_lets_nobody_in_until_it_opens() {
+        let gate = Arc::new(Gate::new());
+        let (thread, on_entered) = passer(&gate);
         assert!(on_entered.try_recv().is_err());
         for _ in 0..3 {
             gate.set(Wanted::Running);
@@ -233,18 +239,7 @@ mod tests {
         gate.set(Wanted::Running);
         gate.hold(true);
         assert!(!gate.is_open());
-        let (entered, on_entered) = std::sync::mpsc::channel();
-        let thread = std::thread::spawn({
-            let gate = Arc::clone(&gate);
-            move || {
-                while let Some(_pass) = gate.enter(&STAYS) {
-                    entered.send(()).unwrap();
-                    while gate.is_open() {
-                        std::thread::yield_now();
-                    }
-                }
-            }
-        });
+        let (thread, on_entered) = passer(&gate);
         gate.wait_parked(DEADLINE).unwrap();
         assert!(on_entered.try_recv().is_err());
         gate.hold(false);

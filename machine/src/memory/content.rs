@@ -386,17 +386,12 @@ mod tests {
     use state::{Saved, State};
 
     use super::*;
-    use crate::memory::test_memory::zones;
+    use crate::memory::test_memory::private_and_shared;
     use virtio_devices::reclaim::{DiscardEngine, Expected, GuestRange, ResidencyProbe};
 
     /// Only the tests wrap a table in its own envelope.
     impl State for ZoneContentState {
         const PART: Part = PART;
-    }
-
-    /// Two zones, the second shared.
-    fn memory() -> GuestMemory {
-        zones(&[("a", false), ("b", true)])
     }
 
     fn resident_bytes(memory: &GuestMemory) -> u64 {
@@ -419,7 +414,7 @@ mod tests {
 
     /// Pages with data at the borders of chunks and zones, and one page of zeros.
     fn filled() -> GuestMemory {
-        let memory = memory();
+        let memory = private_and_shared();
         for page in [0, 1, 511, 512, 1700, 1791, 1792, 2303, 2304, 3583] {
             put(&memory, page, page as u8 | 1);
         }
@@ -460,7 +455,7 @@ mod tests {
             assert_eq!(pages.map(|byte| byte.count_ones()).sum::<u32>(), expected);
             assert!(file.metadata().unwrap().blocks() * 512 <= 64 << 10);
         }
-        let other = self::memory();
+        let other = private_and_shared();
         load(&other, &files).unwrap();
         assert_eq!(resident_bytes(&other), 10 * PAGE_BYTES);
         assert!(content(&other) == content(&memory));
@@ -492,7 +487,7 @@ mod tests {
             bytes[5 * PAGE] = 1;
             file.write_all_at(&bytes, 0).unwrap();
         }
-        let other = self::memory();
+        let other = private_and_shared();
         load(&other, &files).unwrap();
         assert_eq!(resident_bytes(&other), 10 * PAGE_BYTES);
         assert!(content(&other) == content(&memory));
@@ -508,16 +503,16 @@ mod tests {
                 let mut byte = [0];
                 file.read_exact_at(&mut byte, at).unwrap();
                 file.write_all_at(&[byte[0] ^ 1 << bit], at).unwrap();
-                let error = load(&memory(), &files).unwrap_err();
+                let error = load(&private_and_shared(), &files).unwrap_err();
                 assert!(matches!(error, ContentError::Damaged { .. }), "{error}");
                 assert!(error.to_string().contains("zone a"), "{error}");
                 file.write_all_at(&byte, at).unwrap();
             }
         }
-        load(&memory(), &files).unwrap();
+        load(&private_and_shared(), &files).unwrap();
         for bytes in [0, PAGE_BYTES, 7 * MIB - 1, 7 * MIB + 1] {
             files[1].0.set_len(bytes).unwrap();
-            let error = load(&memory(), &files).unwrap_err();
+            let error = load(&private_and_shared(), &files).unwrap_err();
             assert!(error.to_string().contains("the memory file has"), "{error}");
         }
     }
@@ -525,7 +520,7 @@ mod tests {
     #[test]
     fn damaged_table_is_refused_or_loads() {
         let (file, state) = saved(&filled()).remove(0);
-        let memory = memory();
+        let memory = private_and_shared();
         let zone = &memory.zones()[0];
         let mut refused = 0;
         let count = state::testing::damage(&Saved::of(&state), |damaged| {

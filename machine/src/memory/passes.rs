@@ -276,12 +276,7 @@ mod tests {
     use super::*;
     use crate::memory::WrittenPages;
     use crate::memory::layout::PAGE_BYTES;
-    use crate::memory::test_memory::{address, mark, zones};
-
-    /// Two zones of 7 MiB, the second shared. The last chunk of each has 1 MiB.
-    fn memory() -> GuestMemory {
-        zones(&[("a", false), ("b", true)])
-    }
+    use crate::memory::test_memory::{address, mark, private_and_shared};
 
     fn put(memory: &GuestMemory, page: u64, value: u64) {
         let ram = memory.ram().memory();
@@ -304,7 +299,7 @@ mod tests {
 
     #[test]
     fn passes_leave_the_same_files_and_tables_as_one_export_at_the_end() {
-        let memory = memory();
+        let memory = private_and_shared();
         for page in [0, 1, 511, 512, 700, 1791, 1792, 2304, 3583] {
             put(&memory, page, mark(page));
         }
@@ -346,7 +341,7 @@ mod tests {
 
     #[test]
     fn full_file_is_reported_with_its_zone() {
-        let memory = memory();
+        let memory = private_and_shared();
         put(&memory, 5, 1);
         let read_only = File::open("/dev/zero").unwrap();
         let error = ContentFiles::new(&memory, [read_only]).unwrap_err();

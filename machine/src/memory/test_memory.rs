@@ -22,6 +22,11 @@ pub(super) fn zones(zones: &[(&str, bool)]) -> GuestMemory {
     GuestMemory::new(&config, 46).unwrap()
 }
 
+/// Two such zones, the second shared. The last chunk of each has 1 MiB.
+pub(super) fn private_and_shared() -> GuestMemory {
+    zones(&[("a", false), ("b", true)])
+}
+
 /// What a page starts with: its number, and never zero.
 pub(super) fn mark(page: u64) -> u64 {
     page | 1 << 63

@@ -288,12 +288,7 @@ mod tests {
 
     use super::*;
     use crate::memory::layout::MIB;
-    use crate::memory::test_memory::{address, mark, zones};
-
-    /// Two zones of 7 MiB, the second shared.
-    fn memory() -> GuestMemory {
-        zones(&[("a", false), ("b", true)])
-    }
+    use crate::memory::test_memory::{address, mark, private_and_shared};
 
     fn put(memory: &GuestMemory, page: u64, value: u64) {
         memory
@@ -339,12 +334,12 @@ mod tests {
 
     #[test]
     fn target_has_the_data_of_each_pass_and_no_page_that_was_given_back() {
-        let source = memory();
+        let source = private_and_shared();
         for page in [0, 511, 512, 1791, 1792, 3583] {
             put(&source, page, mark(page));
         }
         put(&source, 100, 0);
-        let mut writer = ContentWriter::new(memory());
+        let mut writer = ContentWriter::new(private_and_shared());
         assert_eq!(send(&source, None, &mut writer), (6 * PAGE, 0));
         assert_eq!(resident_bytes(&writer.memory), 6 * PAGE_BYTES);
 
@@ -374,12 +369,12 @@ mod tests {
 
     #[test]
     fn senders_that_share_a_pass_send_each_page_once() {
-        let source = memory();
+        let source = private_and_shared();
         let count = 3584;
         for page in (0..count).step_by(7) {
             put(&source, page, mark(page));
         }
-        let (left, writer) = (Chunks::default(), ContentWriter::new(memory()));
+        let (left, writer) = (Chunks::default(), ContentWriter::new(private_and_shared()));
         let sent: usize = std::thread::scope(|scope| {
             let senders = (0..3).map(|_| {
                 let (source, left, writer) = (&source, &left, writer.another());
@@ -405,7 +400,7 @@ mod tests {
 
     #[test]
     fn content_for_another_place_or_of_another_size_is_refused_and_writes_nothing() {
-        let mut writer = ContentWriter::new(memory());
+        let mut writer = ContentWriter::new(private_and_shared());
         let data = vec![1; 2 * PAGE];
         let mut bits = vec![0; 64];
         bits[0] = 0b101;

@@ -1334,8 +1334,8 @@ fn resize_before_a_boot_is_refused_if_the_vm_could_not_boot_with_it() {
     }
 }
 
-#[test]
-fn resize_before_a_boot_is_of_the_whole_ram() {
+/// A VM that runs with 512 MiB, and can get 1 GiB more.
+fn growing_vmm() -> Vmm {
     let vmm = vmm();
     let config = json!({
         "payload": {"kernel": "/k"},
@@ -1343,6 +1343,12 @@ fn resize_before_a_boot_is_of_the_whole_ram() {
     });
     vmm.ok(Endpoint::VmCreate, Some(&config.to_string()));
     vmm.ok(Endpoint::VmBoot, None);
+    vmm
+}
+
+#[test]
+fn resize_before_a_boot_is_of_the_whole_ram() {
+    let vmm = growing_vmm();
     let resize = |mib: u64| {
         let body = json!({"desired_ram": mib << 20}).to_string();
         vmm.ok(Endpoint::VmResize, Some(&body));
@@ -1448,13 +1454,7 @@ fn resize_of_the_vcpus_is_stored_and_waits_for_a_pending_removal() {
 
 #[test]
 fn resize_of_ram_that_can_grow_is_kept_and_bounded() {
-    let vmm = vmm();
-    let config = json!({
-        "payload": {"kernel": "/k"},
-        "memory": {"size": 512 << 20, "hotplug_method": "VirtioMem", "hotplug_size": 1 << 30},
-    });
-    vmm.ok(Endpoint::VmCreate, Some(&config.to_string()));
-    vmm.ok(Endpoint::VmBoot, None);
+    let vmm = growing_vmm();
     let resize = |mib: u64| {
         let body = json!({"desired_ram": mib << 20}).to_string();
         vmm.call(Endpoint::VmResize, Some(&body))

@@ -31,13 +31,7 @@ fn machine_moves_over_several_connections_with_what_was_written_last() {
         let source = source(&kvm);
         let (received, address, _) = receive(&address, "");
         let (sent, steps, _) = source.send(address);
-        let end = sent.recv_timeout(DEADLINE).unwrap();
-        let SourceEnd::Finished(report) = end else {
-            panic!("{end:?}");
-        };
-        let received = received.recv_timeout(DEADLINE).unwrap();
-        assert_eq!((received.error.as_deref(), received.runs), (None, true));
-        expect_content(&source, &received);
+        let (report, _) = expect_arrival(&source, &sent, &received);
         let pages = RAM_BYTES / 4096;
         assert!(report.data_bytes > pages / 3 * 4096, "{report:?}");
         assert!(report.wire_bytes > report.data_bytes, "{report:?}");
@@ -114,11 +108,7 @@ fn target_that_refuses_is_heard_while_all_connections_are_busy() {
     let source = source(&kvm);
     let (received, address, cancel) = receive(&local(), "build");
     let (sent, ..) = source.send(address);
-    let end = sent.recv_timeout(DEADLINE).unwrap();
-    let SourceEnd::Failed(error) = end else {
-        panic!("{end:?}");
-    };
-    let error = api::error_line(&error);
+    let error = expect_failure(&sent, DEADLINE);
     assert!(error.contains("ended the migration: build"), "{error}");
     assert!(received.recv_timeout(DEADLINE).unwrap().error.is_some());
     drop(cancel);

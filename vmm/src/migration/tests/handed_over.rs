@@ -32,13 +32,7 @@ fn target_maps_the_pages_of_its_source_and_no_content_is_sent() {
     let source = source(&kvm);
     let (received, address, _) = receive(&socket(folder.path()), "");
     let (sent, steps, _) = source.send(address);
-    let end = sent.recv_timeout(DEADLINE).unwrap();
-    let SourceEnd::Finished(report) = end else {
-        panic!("{end:?}");
-    };
-    let received = received.recv_timeout(DEADLINE).unwrap();
-    assert_eq!((received.error.as_deref(), received.runs), (None, true));
-    expect_content(&source, &received);
+    let (report, received) = expect_arrival(&source, &sent, &received);
     // They are the same pages, not equal ones.
     let target = received.memory.as_ref().unwrap();
     let write = GuestAddress(8 << 20);
@@ -104,15 +98,8 @@ fn connection_cut_around_each_message_leaves_exactly_one_owner() {
         let arrives = bytes > commit + HEADER;
         for after in [After::Closed, After::Reopened] {
             let (end, received, _) = run(Way::ToTarget, bytes, after);
-            let owner = (received.runs, received.error.is_none());
-            assert_eq!(owner, (arrives, arrives), "{bytes}: {received:?}");
             let may_be_unsure = bytes >= commit && after == After::Closed;
-            match end {
-                SourceEnd::Failed(_) if !arrives => {}
-                SourceEnd::Finished(_) if arrives => {}
-                SourceEnd::Unconfirmed(_) if may_be_unsure => {}
-                end => panic!("{bytes}: {end:?}"),
-            }
+            expect_one_owner(&end, &received, arrives, may_be_unsure, bytes);
         }
     }
     for bytes in [
@@ -196,11 +183,7 @@ fn tcp_carries_no_files() {
     let source = source(&kvm);
     let (received, address, _) = receive(&local(), "");
     let (sent, ..) = source.send(address);
-    let end = sent.recv_timeout(DEADLINE).unwrap();
-    let SourceEnd::Failed(error) = end else {
-        panic!("{end:?}");
-    };
-    let error = api::error_line(&error);
+    let error = expect_failure(&sent, DEADLINE);
     assert!(error.contains("only a UNIX socket"), "{error}");
     assert!(received.recv_timeout(DEADLINE).unwrap().error.is_some());
 }

@@ -285,6 +285,48 @@ fn local() -> Address {
     Address::parse("tcp:127.0.0.1:0").unwrap()
 }
 
+/// How the migration has failed on the source.
+fn expect_failure(sent: &Receiver<SourceEnd>, within: Duration) -> String {
+    match sent.recv_timeout(within).unwrap() {
+        SourceEnd::Failed(error) => api::error_line(&error),
+        end => panic!("{end:?}"),
+    }
+}
+
+/// The machine runs on the target, with its content.
+fn expect_arrival(
+    source: &Source,
+    sent: &Receiver<SourceEnd>,
+    received: &Receiver<Received>,
+) -> (SendReport, Received) {
+    let end = sent.recv_timeout(DEADLINE).unwrap();
+    let SourceEnd::Finished(report) = end else {
+        panic!("{end:?}");
+    };
+    let received = received.recv_timeout(DEADLINE).unwrap();
+    assert_eq!((received.error.as_deref(), received.runs), (None, true));
+    expect_content(source, &received);
+    (report, received)
+}
+
+/// After the connection was cut behind `bytes`, the machine runs on the target if it `arrives`, else on the source.
+fn expect_one_owner(
+    end: &SourceEnd,
+    received: &Received,
+    arrives: bool,
+    may_be_unsure: bool,
+    bytes: usize,
+) {
+    let of_target = (received.runs, received.error.is_none());
+    assert_eq!(of_target, (arrives, arrives), "{bytes}: {received:?}");
+    match end {
+        SourceEnd::Failed(_) if !arrives => {}
+        SourceEnd::Finished(_) if arrives => {}
+        SourceEnd::Unconfirmed(_) if may_be_unsure => {}
+        end => panic!("{bytes}: {end:?}"),
+    }
+}
+
 fn expect_content(source: &Source, received: &Received) {
     let target = received.memory.as_ref().unwrap();
     for page in 0..RAM_BYTES / 4096 {
@@ -338,11 +380,7 @@ fn target_that_refuses_names_the_reason_and_the_source_keeps_the_machine() {
         let source = Source::new(&kvm);
         let (received, address, _) = receive(&local(), step);
         let (sent, ..) = source.send(address);
-        let end = sent.recv_timeout(DEADLINE).unwrap();
-        let SourceEnd::Failed(error) = end else {
-            panic!("{step}: {end:?}");
-        };
-        let error = api::error_line(&error);
+        let error = expect_failure(&sent, DEADLINE);
         assert!(
             error.contains("ended the migration") && error.contains(step),
             "{error}"
@@ -445,19 +483,9 @@ fn connection_cut_at_any_byte_to_the_target_leaves_exactly_one_owner() {
         let arrives = bytes > commit + HEADER;
         for after in [After::Closed, After::Reopened] {
             let (end, received, _) = migrate(&kvm, Way::ToTarget, bytes, after);
-            assert_eq!(
-                (received.runs, received.error.is_none()),
-                (arrives, arrives),
-                "{bytes}: {received:?}"
-            );
             // A source that has tried to send the commit must ask.
             let may_be_unsure = bytes >= commit && after == After::Closed;
-            match end {
-                SourceEnd::Failed(_) if !arrives => {}
-                SourceEnd::Finished(_) if arrives => {}
-                SourceEnd::Unconfirmed(_) if may_be_unsure => {}
-                end => panic!("{bytes}: {end:?}"),
-            }
+            expect_one_owner(&end, &received, arrives, may_be_unsure, bytes);
         }
     }
 }
@@ -575,11 +603,7 @@ fn target_that_falls_silent_after_the_pause_gives_the_machine_back() {
     let mut source = Source::new(&kvm);
     source.limits.paused = Duration::from_millis(200);
     let (sent, steps, _) = source.send(silent_target());
-    let end = sent.recv_timeout(LIMITS.running / 2).unwrap();
-    let SourceEnd::Failed(error) = end else {
-        panic!("{end:?}");
-    };
-    let error = api::error_line(&error);
+    let error = expect_failure(&sent, LIMITS.running / 2);
     assert!(error.contains("in time"), "{error}");
     assert_eq!(
         *steps.lock().unwrap(),

@@ -33,13 +33,7 @@ fn machine_moves_over_encrypted_connections() {
         let any = Address::parse(any).unwrap();
         let (received, address, _) = receive_with(&any, "", LIMITS, target_tls("good"));
         let (sent, ..) = source.send(address);
-        let end = sent.recv_timeout(DEADLINE).unwrap();
-        let SourceEnd::Finished(report) = end else {
-            panic!("{end:?}");
-        };
-        let received = received.recv_timeout(DEADLINE).unwrap();
-        assert_eq!((received.error.as_deref(), received.runs), (None, true));
-        expect_content(&source, &received);
+        let (report, _) = expect_arrival(&source, &sent, &received);
         assert_eq!(report.data_bytes, 6 * 4096);
     }
 }
@@ -103,10 +97,7 @@ fn mismatch(kvm: &Kvm, source_keys: Option<&str>, target_keys: Option<&str>) -> 
     let tls = target_keys.and_then(target_tls);
     let (received, address, cancel) = receive_with(&local(), "", limits, tls);
     let (sent, steps, _) = source.send(address.clone());
-    let end = sent.recv_timeout(DEADLINE).unwrap();
-    let SourceEnd::Failed(error) = end else {
-        panic!("{end:?}");
-    };
+    let error = expect_failure(&sent, DEADLINE);
     assert!(steps.lock().unwrap().is_empty(), "the machine was touched");
     assert!(received.try_recv().is_err(), "the target has ended");
     let mut right = Source::new(kvm);
@@ -121,7 +112,7 @@ fn mismatch(kvm: &Kvm, source_keys: Option<&str>, target_keys: Option<&str>) -> 
         assert!(received.recv_timeout(DEADLINE).unwrap().runs);
     }
     cancel.set();
-    api::error_line(&error)
+    error
 }
 
 #[test]
