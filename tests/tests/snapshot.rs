@@ -644,6 +644,10 @@ fn chain_of_snapshots_is_restored_merged_and_refused_when_a_link_is_broken() -> 
     let two = save_live(&first, "two", &base)?;
     first.put("vm.resume", None)?;
     rounds("serial")?;
+    // A move that is refused does not end the record of writes.
+    let body = json!({"destination_url": "unix:/move", "local": true}).to_string();
+    let refused = first.request("PUT", "vm.send-migration", Some(&body))?;
+    ensure!(refused.status == 400, "{refused:?}");
     first.put("vm.pause", None)?;
     let three = save_beside(&first, "three", Some("two"))?;
     let copy = first.folder().join("copy");

@@ -116,13 +116,6 @@ impl Lifecycle {
             let cause = LifecycleError::Migrating;
             return Err(RequestError { endpoint, cause });
         }
-        if self.live_snapshot.is_some() && endpoint == Endpoint::VmSendMigration {
-            let cause = LifecycleError::Saving;
-            return Err(RequestError { endpoint, cause });
-        }
-        if endpoint == Endpoint::VmSendMigration {
-            self.forget_writes("the VM is sent to another process");
-        }
         self.run(endpoint, change)
     }
 

@@ -62,6 +62,9 @@ impl Lifecycle {
         if self.migration.is_some() {
             return Err(LifecycleError::Migrating);
         }
+        if self.live_snapshot.is_some() {
+            return Err(LifecycleError::Saving);
+        }
         let Some(machine) = self.machine_number() else {
             return Err(LifecycleError::VmNotRunning);
         };
@@ -81,10 +84,13 @@ impl Lifecycle {
         }
         let was_running = self.machine_state() == VmState::Running;
         let (config, state, memory) = self.state_to_check(was_running)?;
+        let handed_over = request.local.then(|| Ram::handed_over(&memory));
+        let handed_over = handed_over.transpose().map_err(LifecycleError::Migration)?;
+        self.forget_writes("the VM is sent to another process");
         let owned = self.machine.as_ref().ok_or(LifecycleError::VmNotRunning)?;
-        let ram = match request.local {
-            true => Ram::handed_over(&memory).map_err(LifecycleError::Migration)?,
-            false => {
+        let ram = match handed_over {
+            Some(ram) => ram,
+            None => {
                 let tracker = owned.track_writes().map_err(LifecycleError::Machine)?;
                 Ram::Copied(Box::new(tracker))
             }
