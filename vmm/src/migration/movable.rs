@@ -13,29 +13,22 @@ use crate::snapshot;
 pub fn movable(config: &VmConfig) -> Result<(), MigrationError> {
     let content = snapshot::require_content_is_ours(config);
     content.map_err(|error| MigrationError::Owner(Box::new(error)))?;
-    let other_process = "another process serves it, whose writes to memory are not recorded";
     let device = |kind: &str, id: &Option<String>, reason| {
         let device = format!("{kind} {}", id.as_deref().unwrap_or_default());
         Err(MigrationError::Device { device, reason })
     };
-    for disk in config.disks.iter().flatten() {
-        if disk.vhost_socket.is_some() {
-            return device("Disk", &disk.id, other_process);
-        }
+    if let Some((kind, id)) = snapshot::served_elsewhere(config) {
+        return device(kind, id, snapshot::SERVED_ELSEWHERE);
     }
-    for net in config.net.iter().flatten() {
-        if net.vhost_socket.is_some() {
-            return device("Network device", &net.id, other_process);
-        }
-        if net.fds.is_some() {
-            return device(
-                "Network device",
-                &net.id,
-                "it was created from file descriptors",
-            );
-        }
+    let mut nets = config.net.iter().flatten();
+    match nets.find(|net| net.fds.is_some()) {
+        Some(net) => device(
+            "Network device",
+            &net.id,
+            "it was created from file descriptors",
+        ),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 #[cfg(test)]

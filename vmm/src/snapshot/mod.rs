@@ -52,7 +52,8 @@ pub use on_demand::{Filling, RestoreContext};
 pub use progress::Progress;
 pub use recorder::Recorder;
 pub use saveable::{
-    require_content_is_ours, require_recordable, require_recorded, require_steady_disks,
+    SERVED_ELSEWHERE, require_content_is_ours, require_recordable, require_recorded,
+    require_steady_disks, served_elsewhere,
 };
 pub use saved_files::saved_config;
 

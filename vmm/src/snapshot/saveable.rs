@@ -41,19 +41,26 @@ pub fn require_recorded(config: &VmConfig) -> Result<(), SnapshotError> {
         let reason = "it is assigned, and its writes to memory are not recorded";
         return not_recorded(&device.id, reason);
     }
-    let disks = config.disks.iter().flatten();
-    let disks = disks
-        .filter(|it| it.vhost_socket.is_some())
-        .map(|it| &it.id);
-    let nets = config.net.iter().flatten();
-    let nets = nets.filter(|it| it.vhost_socket.is_some()).map(|it| &it.id);
-    match disks.chain(nets).next() {
-        Some(id) => not_recorded(
-            id,
-            "another process serves it, whose writes to memory are not recorded",
-        ),
+    match served_elsewhere(config) {
+        Some((_, id)) => not_recorded(id, SERVED_ELSEWHERE),
         None => Ok(()),
     }
+}
+
+/// Why a device of [`served_elsewhere`] is rejected.
+pub const SERVED_ELSEWHERE: &str =
+    "another process serves it, whose writes to memory are not recorded";
+
+/// The kind and the identifier of a disk or network device of another process.
+pub fn served_elsewhere(config: &VmConfig) -> Option<(&'static str, &Option<String>)> {
+    let disks = config.disks.iter().flatten();
+    let disks = disks.filter(|it| it.vhost_socket.is_some());
+    let nets = config.net.iter().flatten();
+    let nets = nets.filter(|it| it.vhost_socket.is_some());
+    let mut all = disks
+        .map(|it| ("Disk", &it.id))
+        .chain(nets.map(|it| ("Network device", &it.id)));
+    all.next()
 }
 
 /// Rejects a VM whose images change after the snapshot: the restored guest would find other data than it knows.
