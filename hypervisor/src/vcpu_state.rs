@@ -217,14 +217,25 @@ impl State for VcpuState {
 }
 
 impl VcpuState {
+    /// Replaces the time stamp counter by a later value.
+    pub fn set_tsc(&mut self, tsc: u64) {
+        for msr in self.msrs.iter_mut().filter(|msr| msr.index == MSR_TSC) {
+            msr.data = tsc;
+        }
+    }
+
     /// Moves the time stamp counter by the ticks of `ns` nanoseconds, if its frequency is known.
     pub fn move_tsc(&mut self, ns: i64) {
-        let khz = i128::from(self.tsc_khz.unwrap_or(0));
-        // Modulo 2^64, as the counter itself.
-        let ticks = (i128::from(ns) * khz / 1_000_000) as u64;
+        let ticks = self.ticks(ns);
         for msr in self.msrs.iter_mut().filter(|msr| msr.index == MSR_TSC) {
             msr.data = msr.data.wrapping_add(ticks);
         }
+    }
+
+    /// Modulo 2^64, as the counter itself; 0 if its frequency is unknown.
+    fn ticks(&self, ns: i64) -> u64 {
+        let khz = i128::from(self.tsc_khz.unwrap_or(0));
+        (i128::from(ns) * khz / 1_000_000) as u64
     }
 }
 
@@ -274,14 +285,54 @@ impl Vcpu {
     /// # Errors
     /// A field has a value that no vCPU can have, or KVM refuses one. The vCPU must not run then.
     pub fn restore(&self, state: &VcpuState) -> std::result::Result<(), StateError> {
+        self.restore_after(state, &|| 0)
+    }
+
+    /// The same some nanoseconds after the state was saved, which `passed_ns` returns. Its time stamp counter has counted
+    /// on since. The rest of this takes longer than a guest tolerates as a difference between its clocks, so the time is
+    /// asked for immediately before the counter is written.
+    ///
+    /// # Errors
+    /// As for [`Vcpu::restore`].
+    pub fn restore_after(
+        &self,
+        state: &VcpuState,
+        passed_ns: &dyn Fn() -> i64,
+    ) -> std::result::Result<(), StateError> {
         let converted = Converted::of(state, self.xsave_bytes())?;
-        self.restore_converted(state, &converted)
+        self.restore_converted(state, &converted, passed_ns)
             .map_err(|error| StateError::host(PART, error))
     }
 
-    /// Restores in the order KVM needs: CPUID first because it decides which registers exist, the APIC's base with the
-    /// system registers, the timer's deadline after the APIC page, and events last.
-    fn restore_converted(&self, state: &VcpuState, converted: &Converted) -> Result<()> {
+    /// The time stamp counter.
+    ///
+    /// # Errors
+    /// `KVM_GET_MSRS` failed.
+    pub fn tsc(&self) -> Result<u64> {
+        let found = self.msrs(&[MSR_TSC])?;
+        Ok(found.first().map_or(0, |msr| msr.data))
+    }
+
+    /// Sets the time stamp counter, if the state has one. The timer's deadline, which comes later, depends on it.
+    fn restore_tsc(&self, state: &VcpuState, passed_ns: &dyn Fn() -> i64) -> Result<()> {
+        let is_tsc = |msr: &&MsrState| msr.index == MSR_TSC;
+        let Some(saved) = state.msrs.iter().find(is_tsc).copied() else {
+            return Ok(());
+        };
+        self.restore_msrs(&[MsrState {
+            data: saved.data.wrapping_add(state.ticks(passed_ns())),
+            ..saved
+        }])
+    }
+
+    /// Restores in the order KVM needs: CPUID first because it decides which registers exist, the time stamp counter after
+    /// its rate, the APIC's base with the system registers, the timer's deadline after the APIC page, and events last.
+    fn restore_converted(
+        &self,
+        state: &VcpuState,
+        converted: &Converted,
+        passed_ns: &dyn Fn() -> i64,
+    ) -> Result<()> {
         let fd = self.fd();
         self.set_cpuid(&converted.cpuid)?;
         if let Some(khz) = state.tsc_khz
@@ -289,6 +340,7 @@ impl Vcpu {
         {
             fd.set_tsc_khz(khz).map_err(ioctl("KVM_SET_TSC_KHZ"))?;
         }
+        self.restore_tsc(state, passed_ns)?;
         self.set_mp_state(kvm_mp_state {
             mp_state: state.mp_state,
         })?;
@@ -301,7 +353,8 @@ impl Vcpu {
         fd.set_debug_regs(&state.debug_regs.into())
             .map_err(ioctl("KVM_SET_DEBUGREGS"))?;
         self.set_lapic(&converted.lapic)?;
-        self.restore_msrs(&state.msrs)?;
+        let others = state.msrs.iter().filter(|msr| msr.index != MSR_TSC);
+        self.restore_msrs(&others.copied().collect::<Vec<_>>())?;
         if let Some(nested) = &converted.nested {
             fd.set_nested_state(nested)
                 .map_err(ioctl("KVM_SET_NESTED_STATE"))?;

@@ -104,6 +104,46 @@ fn time_stamp_counter_moves_by_its_frequency() {
     assert_eq!(tsc(&state), before.wrapping_sub(1000));
 }
 
+/// The guest compares this counter with its clock, which is set from the same time.
+#[test]
+fn time_stamp_counter_goes_on_from_the_moment_at_which_the_time_is_asked_for() {
+    const PASSED_NS: i64 = 5_000_000_000;
+    let Some(kvm) = kvm() else { return };
+    let mut first = guest(&kvm, &COUNTER);
+    expect_count(&mut first.vcpu, 1);
+    settle(&mut first.vcpu);
+    let indices = kvm.msr_indices().expect("list");
+    let state = first.vcpu.state(&indices).expect("saved");
+    let Ok(khz) = first.vcpu.tsc_khz() else {
+        test_skip::skip("KVM tells no frequency of the time stamp counter");
+        return;
+    };
+    let mut later = state;
+    later.set_tsc(0);
+    let second = machine(&kvm, Page::with(&COUNTER));
+    second.vcpu.restore(&later).expect("restored");
+    let ticks = |ns: u128| u64::try_from(ns * u128::from(khz) / 1_000_000).expect("ticks");
+    if second.vcpu.tsc().expect("read") > ticks(3_600_000_000_000) {
+        test_skip::skip("this KVM does not set the time stamp counter");
+        return;
+    }
+    let asked = std::cell::Cell::new(None);
+    let restored = second.vcpu.restore_after(&later, &|| {
+        asked.set(Some(std::time::Instant::now()));
+        PASSED_NS
+    });
+    restored.expect("restored");
+    let counted = second.vcpu.tsc().expect("read");
+    let since = asked.get().expect("the time was asked for").elapsed();
+    let passed = ticks(PASSED_NS.unsigned_abs().into());
+    // Emulated counters and clocks differ by a little.
+    let latest = passed + ticks(since.as_nanos()) * 2 + ticks(1_000_000);
+    assert!(
+        (passed..=latest).contains(&counted),
+        "{passed} {counted} {latest}"
+    );
+}
+
 #[test]
 fn clock_of_the_machine_is_a_state() {
     let Some(kvm) = kvm() else { return };

@@ -49,7 +49,10 @@ impl Vcpus {
             cell.deliver_nmi(&vcpu);
             let state = vcpu.state(&self.msr_indices);
             let mut state = state.map_err(vcpu_error(cell.index, "save"))?;
-            // The counter runs on during the pause.
+            // The counter runs on during the pause. It is read last: reading the rest takes long.
+            if let Ok(tsc) = vcpu.tsc() {
+                state.set_tsc(tsc);
+            }
             state.move_tsc(clock.time_since().saturating_neg());
             Ok(IndexedVcpuState {
                 apic_id: cell.apic_id,
@@ -86,10 +89,9 @@ impl Vcpus {
                     saved.apic_id
                 )
             })?;
-            let mut saved: VcpuState = saved.state.read()?;
-            saved.move_tsc(clock.time_since());
+            let saved: VcpuState = saved.state.read()?;
             let vcpu = cell.lock();
-            vcpu.restore(&saved)?;
+            vcpu.restore_after(&saved, &|| clock.time_since())?;
             if self.kvmclock_ctrl {
                 let told = vcpu.kvmclock_ctrl();
                 told.map_err(|error| StateError::host(PART, error))?;
