@@ -86,19 +86,23 @@ fn forward(
         let mut done = 0;
         while done < limit {
             let wanted = buffer.len().min(limit - done);
-            match from.receive(&mut buffer[..wanted]) {
-                _ if is_silent.load(Ordering::Relaxed) => return done,
-                Ok((count, file))
-                    if count > 0 && to.send(&buffer[..count], file.as_ref()).is_ok() =>
-                {
-                    done += count;
-                }
-                _ => break,
+            let received = from.receive(&mut buffer[..wanted]);
+            if is_silent.load(Ordering::Relaxed) {
+                return done;
             }
+            let Ok((count, file)) = received else {
+                break;
+            };
+            if done + count == limit && after == After::Silent {
+                // Before the last byte arrives: its answer must not pass.
+                is_silent.store(true, Ordering::Relaxed);
+            }
+            if count == 0 || to.send(&buffer[..count], file.as_ref()).is_err() {
+                break;
+            }
+            done += count;
         }
-        if done == limit && after == After::Silent {
-            is_silent.store(true, Ordering::Relaxed);
-        } else {
+        if done < limit || after != After::Silent {
             source.end();
             target.end();
         }
