@@ -52,15 +52,18 @@ impl TestsSeen {
         {
             let rest = without_count(rest);
             match word {
-                "PASS" | "FAIL" => {
+                "PASS" | "FAIL" | "TRY 2 PASS" | "TRY 2 FAIL" => {
                     let name = rest.split(": ").next().unwrap_or(rest);
                     if let Some(took) = seconds(time) {
                         self.timed.push((took, name.into()));
                     }
-                    if word == "FAIL" {
-                        self.fail(rest);
+                    match word {
+                        "PASS" => {}
+                        "TRY 2 PASS" => self.pass_again(rest),
+                        _ => self.fail(rest),
                     }
                 }
+                "TRY 1 FAIL" => self.fail(rest),
                 "SKIP" => self.skip(rest),
                 _ => {}
             }
@@ -78,13 +81,30 @@ impl TestsSeen {
         }
     }
 
+    /// A test that has failed passed when it was tried again.
+    fn pass_again(&mut self, what: &str) {
+        let Some(at) = self.failed.iter().position(|known| known.what == what) else {
+            return;
+        };
+        let first = self.failed.remove(at);
+        let mut lines = first.lines.iter().map(|line| line.trim());
+        // The message follows the place of the panic.
+        let why = lines
+            .find(|it| it.contains("panicked at"))
+            .and(lines.next());
+        let why = why.unwrap_or("failed at first");
+        self.tried_twice.push(format!("{what}: {why}"));
+    }
+
     /// Adds a line to the last failed test, unless the line belongs to the next test.
     fn continue_failure(&mut self, line: &str) {
-        const NEXT: [&str; 8] = [
+        const NEXT: [&str; 10] = [
             "PASS",
             "FAIL",
+            "FLAKY",
             "SKIP",
             "SLOW",
+            "TRY",
             "AGAIN",
             "ran for",
             "Summary",
@@ -326,6 +346,31 @@ mod tests {
             "\nTaken from caches:\n  Test kernel: x\n\nTried twice (1):\n  guest_boots: late\n\n\
              Skipped (4):\n  guest_with_tun: no tun\n  store::etcd: needs etcd\n  \
              fleet no_such_test: ignored\n  the newest source: no network\n"
+        );
+    }
+
+    #[test]
+    fn test_that_passes_when_tried_again_is_no_failure() {
+        let seen = seen(&[
+            "  TRY 1 FAIL [   0.085s] (───) api tests::always",
+            "    thread 'tests::always' (7) panicked at api/src/lib.rs:3:20:",
+            "    always",
+            "  TRY 1 FAIL [   0.086s] (───) api tests::flaky",
+            "    thread 'tests::flaky' (8) panicked at api/src/lib.rs:9:20:",
+            "    late",
+            "    stack backtrace:",
+            "  TRY 2 PASS [   0.500s] (1/3) api tests::flaky",
+            "  TRY 2 FAIL [   0.250s] (3/3) api tests::always",
+            "     Summary [   0.154s] 2 tests run: 1 passed (1 flaky), 1 failed, 0 skipped",
+            "   FLAKY 2/2 [   0.004s] (1/3) api tests::flaky",
+            "  TRY 2 FAIL [   0.250s] (3/3) api tests::always",
+        ]);
+        assert_eq!(
+            seen.summary("/nowhere".as_ref()),
+            "\nSlowest tests:\n      0.50 s  api tests::flaky\n      0.25 s  api tests::always\n      \
+             0.25 s  api tests::always\n\nTried twice (1):\n  api tests::flaky: late\n\n\
+             Failed (1):\n  api tests::always\n        \
+             thread 'tests::always' (7) panicked at api/src/lib.rs:3:20:\n        always\n"
         );
     }
 
