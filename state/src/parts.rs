@@ -74,7 +74,7 @@ parts! {
     /// Content of guest memory: which pages are in which file.
     MEMORY_CONTENT = "memory-content", 1..=1;
     /// A snapshot: a PC, and the operator's settings.
-    SNAPSHOT = "snapshot", 2..=4;
+    SNAPSHOT = "snapshot", 2..=5;
     /// PCI buses: location of each function.
     PCI_BUS = "pci-bus", 1..=2;
     /// A PC: an envelope for each of its parts.

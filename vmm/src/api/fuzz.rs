@@ -7,7 +7,7 @@ use state::testing::change;
 use super::body;
 use super::http::fuzz::requests;
 use crate::config::{
-    NewDevice, assign_ids, rate_limits, take_id, validate, validate_addition, validate_sizes,
+    DeviceNumbers, NewDevice, rate_limits, take_id, validate, validate_addition, validate_sizes,
     with_device, with_rate_limit, without_device,
 };
 
@@ -148,7 +148,7 @@ fn read(body: &[u8]) -> bool {
 /// # Panics
 /// The removed device is not there, or the configuration changes otherwise.
 fn plug_again(mut config: VmConfig) {
-    assign_ids(&mut config);
+    DeviceNumbers::default().assign(&mut config);
     // The results do not matter.
     validate_sizes(&config).ok();
     let mut disks = config.disks.iter().flatten();

@@ -1008,6 +1008,38 @@ fn devices_added_become_part_of_the_configuration_until_they_are_removed() {
 }
 
 #[test]
+fn generated_name_is_used_once_in_the_life_of_a_vm() {
+    let vmm = vmm();
+    let folder = tempfile::tempdir().unwrap();
+    let url = format!("file://{}", folder.path().display());
+    let added = |body: &str| vmm.ok(Endpoint::VmAddDisk, Some(body))["id"].clone();
+    let remove = |id: &str| {
+        let body = json!({ "id": id }).to_string();
+        vmm.ok(Endpoint::VmRemoveDevice, Some(&body));
+    };
+    vmm.create("");
+    vmm.ok(Endpoint::VmBoot, None);
+    assert_eq!(added(r#"{"path": "/f"}"#), "_disk1");
+    remove("_disk1");
+    assert_eq!(added(r#"{"path": "/g"}"#), "_disk2", "the guest has _disk1");
+    remove("_disk2");
+    vmm.ok(Endpoint::VmReboot, None);
+    assert_eq!(added(r#"{"path": "/h", "id": "_disk7"}"#), "_disk7");
+    remove("_disk7");
+    vmm.ok(Endpoint::VmPause, None);
+    let to = json!({"destination_url": url}).to_string();
+    vmm.ok(Endpoint::VmSnapshot, Some(&to));
+    vmm.ok(Endpoint::VmDelete, None);
+    let from = json!({"source_url": url}).to_string();
+    vmm.ok(Endpoint::VmRestore, Some(&from));
+    assert_eq!(added(r#"{"path": "/i"}"#), "_disk8");
+    vmm.ok(Endpoint::VmDelete, None);
+    vmm.create("");
+    vmm.ok(Endpoint::VmBoot, None);
+    assert_eq!(added(r#"{"path": "/f"}"#), "_disk1", "another VM");
+}
+
+#[test]
 fn shared_folder_can_be_added_to_shared_memory() {
     let vmm = vmm();
     let config = json!({

@@ -110,7 +110,7 @@ pub fn balloon_id(balloon: &BalloonConfig) -> &str {
 mod tests {
     use api::config::{DiskConfig, NetConfig};
 
-    use super::super::assign_ids;
+    use super::super::DeviceNumbers;
     use super::*;
 
     fn disk(id: Option<&str>) -> NewDevice {
@@ -171,23 +171,23 @@ mod tests {
         let config = with_device(&VmConfig::default(), disk(Some("_disk0")));
         let mut device = disk(None);
         let mut config = with_device(&config, device.clone());
-        assign_ids(&mut config);
+        DeviceNumbers::default().assign(&mut config);
         take_id(&config, &mut device);
         assert_eq!(device.id(), Some("_disk1"));
         let mut vsock = NewDevice::Vsock(VsockConfig::default());
         let config = with_device(&VmConfig::default(), disk(None));
         let mut config = with_device(&config, vsock.clone());
-        assign_ids(&mut config);
+        DeviceNumbers::default().assign(&mut config);
         take_id(&config, &mut vsock);
         assert_eq!(vsock.id(), Some("_vsock1"));
         let mut fs = NewDevice::Fs(FsConfig::default());
         let mut config = with_device(&config, fs.clone());
-        assign_ids(&mut config);
+        DeviceNumbers::default().assign(&mut config);
         take_id(&config, &mut fs);
         assert_eq!(fs.id(), Some("_fs2"), "after _disk0 and _vsock1");
         let mut pmem = NewDevice::Pmem(PmemConfig::default());
         let mut config = with_device(&config, pmem.clone());
-        assign_ids(&mut config);
+        DeviceNumbers::default().assign(&mut config);
         take_id(&config, &mut pmem);
         assert_eq!(pmem.id(), Some("_pmem3"));
     }

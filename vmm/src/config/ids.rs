@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use api::VmConfig;
 use api::config::HotplugMethod;
+use state::{StateError, parts, require};
 
 use super::device_list::{GENERATED_PREFIXES, name_devices};
 use super::error::ValidationError;
@@ -42,20 +43,59 @@ fn generated_number(id: &str) -> Option<u64> {
     digits.next()?.parse().ok()
 }
 
-/// Assigns a name to every disk, network device, shared folder, persistent memory and vsock device without one, as
-/// upstream does: `_disk0`, `_net1`, `_fs2`, `_pmem3`, `_vsock4`. One counter numbers all kinds, including devices
-/// added later: a number that one kind uses is skipped for all kinds.
-pub fn assign_ids(config: &mut VmConfig) {
-    let taken: BTreeSet<u64> = given(config)
-        .filter_map(|id| generated_number(id))
-        .collect();
-    let mut counter = 0u64;
-    name_devices(config, |prefix| {
-        while taken.contains(&counter) {
-            counter += 1;
+/// The numbers of generated names in the life of a VM, from its creation to its deletion. Each number is used once:
+/// a guest may still hold a removed device, and alerts and events name devices.
+#[derive(Debug, Clone, Default)]
+pub struct DeviceNumbers {
+    next: u64,
+}
+
+/// A user's own name with a larger number does not advance the counter, which therefore never overflows.
+const USERS_NUMBER_MAX: u64 = u32::MAX as u64;
+/// Only a damaged state has this number or a larger one.
+const SAVED_END: u64 = 1 << 62;
+
+impl DeviceNumbers {
+    /// Continues with the number that [`DeviceNumbers::next`] has returned.
+    ///
+    /// # Errors
+    /// No VM has used so many numbers.
+    pub fn from_saved(next: u64) -> Result<Self, StateError> {
+        require(
+            next < SAVED_END,
+            parts::SNAPSHOT,
+            "next_device_number",
+            || format!("{next} is not below {SAVED_END}"),
+        )?;
+        Ok(Self { next })
+    }
+
+    /// The first number that was never used.
+    pub fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// Assigns a name to every disk, network device, shared folder, persistent memory and vsock device without one, as
+    /// upstream does: `_disk0`, `_net1`, `_fs2`, `_pmem3`, `_vsock4`. One counter numbers all kinds, including devices
+    /// added later: a number that one kind uses is skipped for all kinds.
+    pub fn assign(&mut self, config: &mut VmConfig) {
+        let taken: BTreeSet<u64> = given(config)
+            .filter_map(|id| generated_number(id))
+            .collect();
+        name_devices(config, |prefix| {
+            while taken.contains(&self.next) {
+                self.next += 1;
+            }
+            let id = format!("{prefix}{}", self.next);
+            self.next += 1;
+            id
+        });
+    }
+
+    /// Excludes the name of a removed device, which may be the user's own.
+    pub fn retire(&mut self, id: &str) {
+        if let Some(number) = generated_number(id).filter(|number| *number <= USERS_NUMBER_MAX) {
+            self.next = self.next.max(number + 1);
         }
-        let id = format!("{prefix}{counter}");
-        counter += 1;
-        id
-    });
+    }
 }

@@ -1172,15 +1172,16 @@ fn validate_landlock_rules_need_landlock_and_known_access() {
 }
 
 #[test]
-fn assign_ids_gives_a_device_added_later_no_number_of_another_kind() {
+fn generated_name_of_a_device_added_later_has_no_number_of_another_kind() {
     let mut config = parse(json!({
         "payload": {"kernel": "/k"},
         "disks": [{"path": "/a", "id": "_disk_of_mine"}, {"path": "/b"}],
         "net": [{}],
     }));
-    assign_ids(&mut config);
+    let mut numbers = DeviceNumbers::default();
+    numbers.assign(&mut config);
     let mut config = with_device(&config, NewDevice::Net(api::config::NetConfig::default()));
-    assign_ids(&mut config);
+    numbers.assign(&mut config);
     let disks = config.disks.iter().flatten().map(|disk| &disk.id);
     let nets = config.net.iter().flatten().map(|net| &net.id);
     let ids: Vec<_> = disks.chain(nets).flatten().collect();
@@ -1188,13 +1189,14 @@ fn assign_ids_gives_a_device_added_later_no_number_of_another_kind() {
 }
 
 #[test]
-fn assign_ids_counts_over_disks_and_nets_and_leaves_out_what_is_taken() {
+fn generated_names_count_over_disks_and_nets_and_leave_out_what_is_taken() {
     let mut config = parse(json!({
         "payload": {"kernel": "/k"},
         "disks": [{"path": "/a"}, {"path": "/b", "id": "mine"}, {"path": "/c"}],
         "net": [{}, {"id": "_net2"}, {}],
     }));
-    assign_ids(&mut config);
+    let mut numbers = DeviceNumbers::default();
+    numbers.assign(&mut config);
     let ids: Vec<_> = config
         .disks
         .iter()
@@ -1210,6 +1212,29 @@ fn assign_ids_counts_over_disks_and_nets_and_leaves_out_what_is_taken() {
         .collect();
     assert_eq!(ids, ["_net3", "_net2", "_net4"]);
     let again = config.clone();
-    assign_ids(&mut config);
+    numbers.assign(&mut config);
     assert_eq!(config, again);
+}
+
+#[test]
+fn names_of_removed_devices_are_not_generated_and_large_numbers_are_no_end() {
+    let new_name = |numbers: &mut DeviceNumbers| {
+        let mut config = parse(json!({"payload": {"kernel": "/k"}, "net": [{}]}));
+        numbers.assign(&mut config);
+        config.net.unwrap()[0].id.clone().unwrap()
+    };
+    let mut numbers = DeviceNumbers::default();
+    numbers.retire("_disk4");
+    numbers.retire("_disk2");
+    numbers.retire("_disk_mine");
+    assert_eq!(new_name(&mut numbers), "_net5");
+    numbers.retire(&format!("_fs{}", u64::MAX));
+    assert_eq!(new_name(&mut numbers), "_net6");
+    let mut saved = DeviceNumbers::from_saved(numbers.next()).unwrap();
+    assert_eq!(new_name(&mut saved), "_net7");
+    let damaged = DeviceNumbers::from_saved(u64::MAX).unwrap_err();
+    assert_eq!(
+        damaged.to_string(),
+        "state of snapshot: next_device_number 18446744073709551615 is not below 4611686018427387904"
+    );
 }

@@ -51,7 +51,8 @@ impl Lifecycle {
             self.taps.keep(fds);
             return Ok(None);
         };
-        config::assign_ids(&mut wanted);
+        let mut numbers = self.device_numbers.clone();
+        numbers.assign(&mut wanted);
         config::take_id(&wanted, &mut device);
         let added = machine
             .add_device(&mut device)
@@ -61,6 +62,7 @@ impl Lifecycle {
             self.reporting.steer(machine.as_ref());
         }
         self.config = Some(with_device(config, device));
+        self.device_numbers = numbers;
         self.taps.keep(fds);
         if !is_recorded {
             self.forget_writes("the new device's writes to memory are not recorded");
@@ -93,6 +95,7 @@ impl Lifecycle {
                 return Err(LifecycleError::Device(HotplugError::NoSuchDevice { id }));
             }
         }
+        self.device_numbers.retire(id);
         Ok(())
     }
 

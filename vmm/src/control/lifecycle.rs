@@ -24,7 +24,7 @@ use super::current_snapshot::LiveSnapshot;
 use super::error::{Done, LifecycleError, RequestError};
 use super::reporting::Reporting;
 use super::taps::Taps;
-use crate::config;
+use crate::config::{self, DeviceNumbers};
 use crate::events::EventKind;
 use crate::landlock::Confinement;
 use crate::snapshot::{Progress, Recorder, Snapshot};
@@ -37,6 +37,8 @@ use crate::vm::{Machine, MachineFactory, VmContext, VmError};
 /// Endpoints call the public methods on the control thread.
 pub struct Lifecycle {
     pub(super) config: Option<VmConfig>,
+    /// Kept and discarded with the configuration.
+    pub(super) device_numbers: DeviceNumbers,
     make_machine: MachineFactory,
     pub(super) machine: Option<Box<dyn Machine>>,
     /// Counts machines and hot-plugged balloons: figures start from zero with each.
@@ -78,6 +80,7 @@ impl Lifecycle {
     ) -> Self {
         Self {
             config: None,
+            device_numbers: DeviceNumbers::default(),
             make_machine,
             machine: None,
             generation: 0,
@@ -254,11 +257,12 @@ impl Lifecycle {
             .ok_or(LifecycleError::VmMissingConfig)?;
         // Values decided at creation (ids, names of taps) become part of the configuration only on success.
         let mut config = stored.clone();
-        config::assign_ids(&mut config);
+        let mut numbers = self.device_numbers.clone();
+        numbers.assign(&mut config);
         let mut machine = self.make(&mut config, None)?;
         self.reporting.steer(machine.as_ref());
         machine.boot().map_err(LifecycleError::Machine)?;
-        self.install(config, machine);
+        self.install(config, numbers, machine);
         self.paused = false;
         Ok(())
     }
@@ -272,8 +276,14 @@ impl Lifecycle {
         (self.make_machine)(config, &self.context, snapshot).map_err(LifecycleError::Machine)
     }
 
-    pub(super) fn install(&mut self, config: VmConfig, machine: Box<dyn Machine>) {
+    pub(super) fn install(
+        &mut self,
+        config: VmConfig,
+        numbers: DeviceNumbers,
+        machine: Box<dyn Machine>,
+    ) {
         self.config = Some(config);
+        self.device_numbers = numbers;
         self.machine = Some(machine);
         self.generation += 1;
         self.machine_number += 1;
@@ -336,6 +346,7 @@ impl Lifecycle {
         self.context.consoles.close();
         self.confinement.forget_vm();
         self.reporting.clear();
+        self.device_numbers = DeviceNumbers::default();
     }
 
     /// `vm.reboot`: stops the machine and starts another one.

@@ -15,7 +15,7 @@ use state::Saved;
 use super::error::{Done, LifecycleError, RequestError};
 use super::lifecycle::Lifecycle;
 use super::thread::ControlHandle;
-use crate::config;
+use crate::config::{self, DeviceNumbers};
 use crate::events::EventKind;
 use crate::landlock;
 use crate::snapshot::{
@@ -186,6 +186,7 @@ impl Lifecycle {
             reporting_paused: self.reporting.paused,
             memory_size_after_reboot: next.filter(|next| *next != config.memory.size),
             link: None,
+            next_device_number: self.device_numbers.next(),
         };
         (config, state)
     }
@@ -346,6 +347,9 @@ impl Lifecycle {
         snapshot: &Snapshot,
         mut config: VmConfig,
     ) -> Result<(), LifecycleError> {
+        let numbers = DeviceNumbers::from_saved(snapshot.state.next_device_number);
+        let numbers =
+            numbers.map_err(|error| LifecycleError::Snapshot(SnapshotError::State(error)))?;
         self.reporting
             .change(&snapshot.state.thresholds, None)
             .map_err(LifecycleError::Thresholds)?;
@@ -353,7 +357,7 @@ impl Lifecycle {
         if let Some(bytes) = snapshot.state.memory_size_after_reboot {
             config.memory.size = bytes;
         }
-        self.install(config, machine);
+        self.install(config, numbers, machine);
         self.paused = true;
         // The balloon's saved state already includes the pause.
         self.reporting.paused = snapshot.state.reporting_paused;

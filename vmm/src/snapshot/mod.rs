@@ -71,6 +71,8 @@ pub struct SnapshotState {
     pub memory_size_after_reboot: Option<u64>,
     /// The place in a chain of snapshots; none in a migration and in earlier versions.
     pub link: Option<Link>,
+    /// The first number that no generated device name has used.
+    pub next_device_number: u64,
 }
 
 impl SnapshotState {
@@ -83,13 +85,15 @@ impl SnapshotState {
 impl State for SnapshotState {
     const PART: Part = parts::SNAPSHOT;
 
-    /// In version 2, RAM had the size of the configuration. In version 3, there were no chains.
+    /// In version 2, RAM had the size of the configuration. In version 3, there were no chains. In version 4, only the
+    /// names in the configuration were taken.
     fn upgrade(from: u32, fields: &mut Fields) -> Result<(), StateError> {
-        let new = match from {
-            2 => "memory_size_after_reboot",
-            _ => "link",
+        let (new, value) = match from {
+            2 => ("memory_size_after_reboot", ().into()),
+            3 => ("link", ().into()),
+            _ => ("next_device_number", 0.into()),
         };
-        fields.insert(new.to_owned(), ().into());
+        fields.insert(new.to_owned(), value);
         Ok(())
     }
 }

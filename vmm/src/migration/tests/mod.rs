@@ -57,6 +57,7 @@ fn state_text() -> String {
         reporting_paused: true,
         memory_size_after_reboot: None,
         link: None,
+        next_device_number: 0,
     };
     serde_json::to_string(&Saved::of(&state)).unwrap()
 }
