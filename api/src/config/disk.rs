@@ -70,8 +70,8 @@ pub struct DiskConfig {
     /// Return space the guest discards to the file system.
     #[key(default = true)]
     pub sparse: bool,
-    /// Format of the image; vmdk and vhdx are unsupported. Detected when absent; the guest then cannot write the signature
-    /// of another format.
+    /// Format of the image; vmdk and vhdx are unsupported. When absent, qcow2 is detected, and any other supported image is
+    /// raw; the guest then cannot write the signature of another format.
     #[key]
     pub image_type: Option<ImageType>,
     /// How the image is locked against a second user.

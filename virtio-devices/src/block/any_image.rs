@@ -168,7 +168,7 @@ fn sectors(count: usize) -> Vec<u8> {
     (1..=count).flat_map(|at| [at as u8; SECTOR]).collect()
 }
 
-/// A fixed VHD, and changes to its footer.
+/// A fixed VHD, and changes to its footer. It is a raw image unless the configuration states the format.
 fn vhd(input: &mut Input<'_>) -> Made {
     const CHECKSUM: usize = 64;
     const FIXED: u32 = 2;
@@ -192,11 +192,16 @@ fn vhd(input: &mut Input<'_>) -> Made {
     if shape & 4 != 0 {
         change(&mut footer, input);
     }
-    let format = [None, Some(ImageFormat::Vhd)][usize::from(shape >> 3 & 1)];
+    let file = [content.as_slice(), &footer].concat();
+    let (format, content) = match shape >> 3 & 1 {
+        // A footer alone looks like the front of a dynamic VHD.
+        0 => (None, (!content.is_empty()).then(|| file.clone())),
+        _ => (Some(ImageFormat::Vhd), is_sound.then_some(content)),
+    };
     Made {
-        layers: vec![[content.as_slice(), &footer].concat()],
+        layers: vec![file],
         format,
-        content: is_sound.then_some(content),
+        content,
     }
 }
 

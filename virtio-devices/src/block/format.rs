@@ -3,11 +3,16 @@
 //! Serving a qcow2 file as a raw disk would show the guest the container instead of its contents, so the format is
 //! detected unless it is configured. The reverse danger is a guest that writes a signature into a raw image, so that the
 //! next start misreads it. Therefore signatures cannot be written to an image with a detected format.
+//!
+//! Only the front decides: the guest of a raw image may write anything to its end. The footer of a fixed VHD, which has
+//! no other signature, counts only if the format is configured.
 
 use std::fmt;
 
-/// Number of bytes at each end of the file that [`detect`] checks; one sector.
+/// Number of bytes at the front of the file that [`detect`] checks, and of a footer; one sector.
 pub(super) const HEADER_BYTES: usize = 512;
+/// At the front of a dynamic VHD, and of the footer of every VHD.
+const VHD_MAGIC: &[u8] = b"conectix";
 
 /// The format of an image file, according to its signature.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,27 +41,24 @@ impl fmt::Display for ImageFormat {
     }
 }
 
-/// Detects the format from the first [`HEADER_BYTES`] and the last sector of the file (both may be shorter for a short
-/// file).
-pub(super) fn detect(header: &[u8], footer: &[u8]) -> ImageFormat {
+/// Whether the last sector of the file is the footer of a VHD.
+pub(super) fn is_vhd_footer(footer: &[u8]) -> bool {
+    footer.starts_with(VHD_MAGIC)
+}
+
+/// Detects the format from the first [`HEADER_BYTES`] of the file (fewer for a short file).
+pub(super) fn detect(header: &[u8]) -> ImageFormat {
     /// Signatures at offset 0.
     const FRONT: [(&[u8], ImageFormat); 5] = [
         (b"QFI\xfb", ImageFormat::Qcow2),
-        (b"conectix", ImageFormat::Vhd),
+        (VHD_MAGIC, ImageFormat::Vhd),
         (b"vhdxfile", ImageFormat::Vhdx),
         (b"KDMV", ImageFormat::Vmdk),
         (b"# Disk DescriptorFile", ImageFormat::Vmdk),
     ];
-    for (magic, format) in FRONT {
-        if header.starts_with(magic) {
-            return format;
-        }
-    }
-    // A fixed VHD is a raw disk followed by a footer sector.
-    if footer.starts_with(b"conectix") {
-        return ImageFormat::Vhd;
-    }
-    ImageFormat::Raw
+    let mut known = FRONT.into_iter();
+    let found = known.find(|(magic, _)| header.starts_with(magic));
+    found.map_or(ImageFormat::Raw, |(_, format)| format)
 }
 
 #[cfg(test)]
@@ -65,16 +67,16 @@ mod tests {
 
     #[test]
     fn detect_known_signatures_names_format() {
-        assert_eq!(detect(b"QFI\xfb\0\0\0\x03", b""), ImageFormat::Qcow2);
-        assert_eq!(detect(b"vhdxfile", b""), ImageFormat::Vhdx);
-        assert_eq!(detect(b"KDMV\x01", b""), ImageFormat::Vmdk);
-        assert_eq!(detect(&[0; 512], b"conectix\0"), ImageFormat::Vhd);
+        assert_eq!(detect(b"QFI\xfb\0\0\0\x03"), ImageFormat::Qcow2);
+        assert_eq!(detect(b"vhdxfile"), ImageFormat::Vhdx);
+        assert_eq!(detect(b"KDMV\x01"), ImageFormat::Vmdk);
+        assert_eq!(detect(b"conectix\0"), ImageFormat::Vhd);
     }
 
     #[test]
     fn detect_anything_else_is_raw() {
-        assert_eq!(detect(b"", b""), ImageFormat::Raw);
-        assert_eq!(detect(&[0xeb; 512], &[0; 512]), ImageFormat::Raw);
-        assert_eq!(detect(b"QFI", b"conecti"), ImageFormat::Raw);
+        assert_eq!(detect(b""), ImageFormat::Raw);
+        assert_eq!(detect(&[0xeb; 512]), ImageFormat::Raw);
+        assert_eq!(detect(b"QFI"), ImageFormat::Raw);
     }
 }

@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
-use super::container::{Container, ContainerError, fixed_disk_bytes};
+use super::container::{Container, ContainerError, VhdError, fixed_disk_bytes};
 use super::format::{self, ImageFormat};
 use super::image_file::{file_bytes, is_disk, lock, open_file, signature};
 use super::{BlockError, BlockParams, LockGranularity, SECTOR_BYTES, disk_sys};
@@ -296,25 +296,32 @@ fn format_of(
     })?;
     let bytes = file_bytes(&file).map_err(inspect)?;
     let (front, back) = signature(&file, bytes).map_err(inspect)?;
-    let found = format::detect(&front, &back);
+    let found = format::detect(&front);
     let format = params.format.unwrap_or(found);
+    let has_footer = format::is_vhd_footer(&back);
     match format {
         ImageFormat::Raw => {
+            let footer = match has_footer {
+                true => " It ends with the footer of a VHD: if it is one, set image_type=vhd",
+                false => "",
+            };
             log::warn!(
-                "{}: no image_type is given: the image is treated as raw, and the guest cannot write the signature of another format",
+                "{}: no image_type is given: the image is treated as raw, and the guest cannot write the signature of another format.{footer}",
                 path.display()
             );
             Ok((format, None))
         }
         ImageFormat::Vhdx | ImageFormat::Vmdk => Err(rejected(ContainerError::Unsupported(format))),
         _ if block_device => Err(rejected(ContainerError::NotAFile)),
-        _ if found != format => Err(rejected(ContainerError::OtherFormat(format))),
-        ImageFormat::Qcow2 => Ok((format, None)),
-        ImageFormat::Vhd => {
+        ImageFormat::Qcow2 if found == format => Ok((format, None)),
+        // The signature of a dynamic one is at the front.
+        ImageFormat::Vhd if params.format.is_none() => Err(rejected(VhdError::NotFixed.into())),
+        ImageFormat::Vhd if found == format || has_footer => {
             let disk_bytes = fixed_disk_bytes(&back, bytes);
             let disk_bytes = disk_bytes.map_err(|error| rejected(error.into()))?;
             Ok((format, Some(disk_bytes)))
         }
+        ImageFormat::Qcow2 | ImageFormat::Vhd => Err(rejected(ContainerError::OtherFormat(format))),
     }
 }
 

@@ -197,7 +197,7 @@ fn checked_front(data: &mut GuestBuffers) -> Result<GuestBuffers, Refusal> {
     let front = data.split_front_copy(SIGNATURE_BYTES);
     let mut header = [0; SIGNATURE_BYTES];
     front.copy_out(&mut header);
-    match format::detect(&header, &[]) {
+    match format::detect(&header) {
         ImageFormat::Raw => Ok(front),
         format => Err(Refusal::Signature(format)),
     }

@@ -108,8 +108,8 @@ fn read(path: &Path, writable: bool) -> Result<Header, BlockError> {
     }
     let file = File::open(path).map_err(open)?;
     let bytes = file_bytes(&file).map_err(inspect)?;
-    let (front, back) = signature(&file, bytes).map_err(inspect)?;
-    if format::detect(&front, &back) != ImageFormat::Qcow2 {
+    let (front, _) = signature(&file, bytes).map_err(inspect)?;
+    if format::detect(&front) != ImageFormat::Qcow2 {
         return Err(rejected(ContainerError::OtherFormat(ImageFormat::Qcow2)));
     }
     let header = Header::read(&file, bytes, writable).map_err(inspect)?;

@@ -5,6 +5,7 @@ use std::os::unix::fs::MetadataExt;
 
 use super::*;
 use crate::VirtioDevice;
+use crate::testing::disk_images::vhd_footer;
 
 #[test]
 fn write_then_read_returns_the_data() {
@@ -386,5 +387,28 @@ fn write_beyond_the_limit_of_file_size_is_an_io_error() {
         assert_eq!(rig.write(last, &[index; 512]), S_OK);
         let content = [[index; 512], [0; 512]].concat();
         assert_eq!(rig.read(last, 1024), (S_OK, content));
+    }
+}
+
+#[test]
+fn footer_of_a_vhd_that_the_guest_of_a_raw_image_writes_changes_nothing() {
+    const SECTORS: u64 = 64;
+    let file = image(SECTORS);
+    let detected = || BlockParams {
+        format: None,
+        ..params(&file)
+    };
+    // One that is valid at the end of this file, and one that is damaged.
+    let valid = vhd_footer(2, (SECTORS - 1) * 512);
+    let mut damaged = valid;
+    damaged[100] ^= 1;
+    for footer in [valid, damaged] {
+        let mut rig = Rig::new(detected());
+        let last = SECTORS - 1;
+        assert_eq!(rig.write(last, &footer), S_OK);
+        drop(rig);
+        let mut rig = Rig::new(detected());
+        assert_eq!(rig.block.size_bytes(), SECTORS * 512);
+        assert_eq!(rig.read(last, 512), (S_OK, footer.to_vec()));
     }
 }
