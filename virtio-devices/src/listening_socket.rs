@@ -6,6 +6,11 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How long a thread accepts no clients after [`accept`] has failed. The client is still in the backlog, so that the
+/// listener stays ready and would wake the thread endlessly.
+pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A non-blocking listener. The path is removed on drop.
 #[derive(Debug)]
@@ -25,14 +30,12 @@ impl ListeningSocket {
         Ok(Self { listener, file })
     }
 
-    /// Accepts the next client; its stream is non-blocking as well. `WouldBlock` if there is none.
+    /// Accepts the next client, as [`accept`].
     ///
     /// # Errors
-    /// No client is waiting, or no descriptor is left.
-    pub fn accept(&self) -> io::Result<UnixStream> {
-        let (client, _) = self.listener.accept()?;
-        client.set_nonblocking(true)?;
-        Ok(client)
+    /// No descriptor is left.
+    pub fn accept(&self) -> io::Result<Option<UnixStream>> {
+        accept(&self.listener)
     }
 
     /// The path of the socket.
@@ -74,6 +77,28 @@ impl Drop for SocketFile {
         };
         if let Err(error) = removed {
             log::warn!("Cannot remove {}: {error}", path.display());
+        }
+    }
+}
+
+/// Accepts the next client of a non-blocking listener; its stream is non-blocking as well. `None` if none is waiting.
+///
+/// # Errors
+/// The client could not be accepted, mainly because no descriptor is left. It still waits: try again after
+/// [`ACCEPT_PAUSE`].
+pub fn accept(listener: &UnixListener) -> io::Result<Option<UnixStream>> {
+    loop {
+        match listener.accept() {
+            Ok((client, _)) => {
+                client.set_nonblocking(true)?;
+                return Ok(Some(client));
+            }
+            Err(error) => match error.kind() {
+                io::ErrorKind::WouldBlock => return Ok(None),
+                // A client that hung up while it waited.
+                io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
+                _ => return Err(error),
+            },
         }
     }
 }
@@ -160,8 +185,7 @@ mod tests {
         // A socket in use is neither replaced nor disturbed.
         let refusal = bind(&path).unwrap_err();
         assert_eq!(refusal.kind(), io::ErrorKind::AddrInUse);
-        let pending = listener.accept().unwrap_err();
-        assert_eq!(pending.kind(), io::ErrorKind::WouldBlock);
+        assert!(listener.accept().unwrap().is_none());
         UnixStream::connect(&path).unwrap();
         // The same holds for a file that is not a socket, and for a link to a socket.
         let file = folder.path().join("file");

@@ -300,10 +300,15 @@ mod tests {
 
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
+    use std::time::{Duration, Instant};
+
+    use virtio_devices::listening_socket::ACCEPT_PAUSE;
 
     use super::super::input::tests::Device;
     use super::super::manager::tests::manager;
     use super::*;
+
+    const DEADLINE: Duration = Duration::from_secs(20);
 
     fn read_exactly(from: &mut impl Read, count: usize) -> Vec<u8> {
         let mut data = vec![0; count];
@@ -438,6 +443,46 @@ mod tests {
 
         drop(endpoint);
         assert!(!path.exists());
+    }
+
+    /// Runs in a separate process, because the limit of descriptors applies to the process.
+    #[test]
+    fn client_of_a_socket_waits_without_a_spin_while_descriptors_are_out() {
+        const CASE: &str = "SERIAL_TEST_WITHOUT_DESCRIPTORS";
+        const TEST: &str = "serial::endpoint::tests::client_of_a_socket_waits_without_a_spin_while_descriptors_are_out";
+        if std::env::var_os(CASE).is_none() {
+            let limited = "ulimit -n 64 && exec \"$0\" --exact \"$1\" --test-threads=1";
+            let output = std::process::Command::new("sh")
+                .args(["-c", limited])
+                .arg(std::env::current_exe().unwrap())
+                .args([TEST])
+                .env(CASE, "1")
+                .output()
+                .unwrap();
+            assert!(output.status.success(), "{output:?}");
+            return;
+        }
+        const ATTEMPTS: u64 = 3;
+        let manager = manager();
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("console");
+        let endpoint = Endpoint::open(&EndpointMode::Socket(path.clone()), &manager).unwrap();
+        let mut taken = Vec::new();
+        while let Ok(file) = File::open("/dev/null") {
+            taken.push(file);
+        }
+        taken.pop();
+        let started = Instant::now();
+        let mut client = UnixStream::connect(&path).unwrap();
+        while endpoint.output().connections_refused() < Some(ATTEMPTS) {
+            assert!(started.elapsed() < DEADLINE, "nobody tried to accept it");
+            std::thread::yield_now();
+        }
+        // Between two attempts is a pause.
+        assert!(started.elapsed() >= ACCEPT_PAUSE * (ATTEMPTS as u32 - 1));
+        drop(taken);
+        endpoint.output().write_all(b"late").unwrap();
+        assert_eq!(read_exactly(&mut client, 4), b"late");
     }
 
     #[test]

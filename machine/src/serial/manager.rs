@@ -1,7 +1,8 @@
 //! The thread that waits for terminals, pseudo-terminals and sockets.
 //!
 //! Every watch is one-shot: once a source is ready, it is not watched until it rearms its watch, which it may do from
-//! any thread. So a source whose consumer has no space costs nothing.
+//! any thread. So a source whose consumer has no space costs nothing. A source that cannot continue now may be called
+//! again later.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -9,6 +10,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use virtio_devices::Unpoisoned;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -30,6 +32,8 @@ struct Shared {
     epoll: Epoll,
     /// Weak: a source owns its watch and disappears when its owner drops it.
     sources: Mutex<BTreeMap<u64, Weak<dyn Source>>>,
+    /// When to call which source.
+    later: Mutex<BTreeMap<u64, Instant>>,
     next_token: AtomicU64,
     stop: EventFd,
 }
@@ -37,6 +41,42 @@ struct Shared {
 impl Shared {
     fn sources(&self) -> MutexGuard<'_, BTreeMap<u64, Weak<dyn Source>>> {
         self.sources.lock().unpoisoned()
+    }
+
+    fn later(&self) -> MutexGuard<'_, BTreeMap<u64, Instant>> {
+        self.later.lock().unpoisoned()
+    }
+
+    /// The table is not locked while a source runs, because the source may be dropped there, and its watch with it.
+    fn call(&self, token: u64) {
+        let source = self.sources().get(&token).and_then(Weak::upgrade);
+        if let Some(source) = source {
+            source.ready();
+        }
+    }
+
+    /// The time until a source is called without an event; -1 if there is none.
+    fn timeout_ms(&self) -> i32 {
+        let Some(due) = self.later().values().min().copied() else {
+            return -1;
+        };
+        // Rounded up: the thread would otherwise wake too early, again and again.
+        let wait_ms = due.saturating_duration_since(Instant::now()).as_millis() + 1;
+        i32::try_from(wait_ms).unwrap_or(i32::MAX)
+    }
+
+    fn call_due(&self) {
+        let now = Instant::now();
+        let mut called = Vec::new();
+        self.later().retain(|token, due| {
+            if *due <= now {
+                called.push(*token);
+            }
+            *due > now
+        });
+        for token in called {
+            self.call(token);
+        }
     }
 }
 
@@ -59,6 +99,7 @@ impl SerialManager {
         let shared = Shared {
             epoll: Epoll::new()?,
             sources: Mutex::default(),
+            later: Mutex::default(),
             next_token: AtomicU64::new(STOP_TOKEN + 1),
             stop: EventFd::new(EFD_NONBLOCK)?,
         };
@@ -114,9 +155,9 @@ impl Drop for SerialManager {
 fn run(shared: &Shared) {
     let mut events = [EpollEvent::default(); EVENTS_MAX];
     loop {
-        let count = match shared.epoll.wait(-1, &mut events) {
+        let count = match shared.epoll.wait(shared.timeout_ms(), &mut events) {
             Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             Err(error) => {
                 log::error!("{SERIAL_THREAD} cannot wait: {error}");
                 return;
@@ -126,13 +167,9 @@ fn run(shared: &Shared) {
             if event.data() == STOP_TOKEN {
                 return;
             }
-            // The table is not locked while a source runs, because the source may be dropped there, and its watch with
-            // it.
-            let source = shared.sources().get(&event.data()).and_then(Weak::upgrade);
-            if let Some(source) = source {
-                source.ready();
-            }
+            shared.call(event.data());
         }
+        shared.call_due();
     }
 }
 
@@ -187,11 +224,19 @@ impl Watch {
             log::error!("A console is no longer watched: {error}");
         }
     }
+
+    /// Calls the source once after `delay`. Only for a source that is being called: the manager's thread does not wake for
+    /// an earlier time.
+    pub(super) fn call_later(&self, delay: Duration) {
+        let due = Instant::now() + delay;
+        self.shared.later().insert(self.token, due);
+    }
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
         self.shared.sources().remove(&self.token);
+        self.shared.later().remove(&self.token);
         if let Err(error) =
             self.shared
                 .epoll

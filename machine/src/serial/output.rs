@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
 use virtio_devices::Unpoisoned;
+use virtio_devices::counters::Count;
 use vmm_sys_util::epoll::EventSet;
 
 use super::manager::{Source, Watch, Watcher};
@@ -138,6 +139,7 @@ struct Queue {
     state: Mutex<State>,
     kind: Kind,
     dropped_bytes: AtomicU64,
+    connections_refused: Count,
 }
 
 /// An output that never blocks and never fails. Clones write to the same place.
@@ -152,6 +154,7 @@ impl Output {
             state: Mutex::default(),
             kind,
             dropped_bytes: AtomicU64::new(0),
+            connections_refused: Count::default(),
         }))
     }
 
@@ -212,6 +215,16 @@ impl Output {
     /// Bytes lost because they were not read in time, or because the file could not grow.
     pub fn dropped_bytes(&self) -> u64 {
         self.0.dropped_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Attempts to accept a client that failed, mainly for lack of descriptors; `None` if the output is not a socket.
+    pub fn connections_refused(&self) -> Option<u64> {
+        (self.0.kind == Kind::Clients).then(|| self.0.connections_refused.get())
+    }
+
+    /// Counts such an attempt. Returns whether to log it.
+    pub(super) fn count_refusal(&self) -> bool {
+        self.0.connections_refused.count_loudly()
     }
 }
 

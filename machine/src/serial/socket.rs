@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock, Weak};
 
 use virtio_devices::ListeningSocket;
+use virtio_devices::listening_socket::ACCEPT_PAUSE;
 use vmm_sys_util::epoll::EventSet;
 
 use super::Output;
@@ -54,10 +55,25 @@ impl ConsoleSocket {
     }
 
     fn connect(&self, client: UnixStream) -> io::Result<()> {
+        // If there is no descriptor for it, the current client stays.
         let output = OwnedFd::from(client.try_clone()?);
-        self.output
-            .connect(Sink::new(File::from(output)), Some(&self.watcher))?;
-        self.input.set_source(client.into(), &self.watcher)
+        let connected = self
+            .output
+            .connect(Sink::new(File::from(output)), Some(&self.watcher))
+            .and_then(|()| self.input.set_source(client.into(), &self.watcher));
+        if connected.is_err() {
+            self.output.disconnect();
+        }
+        connected
+    }
+
+    fn refused(&self, error: &io::Error) {
+        if self.output.count_refusal() {
+            log::warn!(
+                "{}: a client cannot connect: {error}",
+                self.listener.path().display()
+            );
+        }
     }
 }
 
@@ -66,14 +82,19 @@ impl Source for ConsoleSocket {
         match self.listener.accept() {
             // The new client replaces the current one, which sees the end of the stream: an operator whose connection
             // hangs must be able to reconnect.
-            Ok(client) => {
+            Ok(Some(client)) => {
                 if let Err(error) = self.connect(client) {
-                    log::warn!("{}: client lost: {error}", self.listener.path().display());
-                    self.output.disconnect();
+                    self.refused(&error);
                 }
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => log::warn!("{}: {error}", self.listener.path().display()),
+            Ok(None) => {}
+            Err(error) => {
+                self.refused(&error);
+                if let Some(watch) = self.watch.get() {
+                    watch.call_later(ACCEPT_PAUSE);
+                }
+                return;
+            }
         }
         if let Some(watch) = self.watch.get() {
             watch.arm(EventSet::IN);

@@ -54,9 +54,9 @@ impl Endpoint {
     fn meet(&self) -> io::Result<Option<UnixStream>> {
         let stream = match self {
             Self::Connect(path) => connect(path)?,
-            Self::Listen(socket) => match socket.accept() {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-                accepted => accepted?,
+            Self::Listen(socket) => match socket.accept()? {
+                Some(stream) => stream,
+                None => return Ok(None),
             },
         };
         stream.set_nonblocking(false)?;

@@ -6,7 +6,6 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -17,7 +16,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::connection::{BUFFER_BYTES, Connection, Outgoing, Ports};
 use super::counters::Shared;
 use super::packet::{CID_HOST, Header, Op, TYPE_STREAM};
-use crate::listening_socket::ListeningSocket;
+use crate::listening_socket::{ACCEPT_PAUSE, ListeningSocket};
 use crate::unix_connect::connect;
 use crate::worker::Turn;
 
@@ -36,9 +35,6 @@ const GREETING_BYTES_MAX: usize = 32;
 /// Ports of host programs: bit 30 set, bit 31 clear, as in Cloud Hypervisor.
 const FIRST_HOST_PORT: u32 = 1 << 30;
 const LAST_HOST_PORT: u32 = (1 << 31) - 1;
-
-/// Time without accepting programs after the process ran out of descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 // Data in the epoll set; streams use their slot.
 const LISTENER: u64 = u64::MAX;
@@ -228,7 +224,8 @@ impl Muxer {
 
     fn accept(&mut self) -> io::Result<()> {
         match self.listener.accept() {
-            Ok(stream) if self.has_room() => match self.watch(stream.as_raw_fd()) {
+            Ok(None) => {}
+            Ok(Some(stream)) if self.has_room() => match self.watch(stream.as_raw_fd()) {
                 Ok(index) => {
                     let line = Vec::new();
                     self.slots[index] = Slot::Greeting(Greeting { stream, line });
@@ -236,8 +233,7 @@ impl Muxer {
                 Err(error) => self.refuse(error),
             },
             // Closed at once: the program sees the end of the stream.
-            Ok(_) => self.refuse("too many connections"),
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Ok(Some(_)) => self.refuse("too many connections"),
             Err(error) => {
                 // No descriptor is left. The program keeps waiting, and would wake this thread endlessly.
                 self.refuse(error);

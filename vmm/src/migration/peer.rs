@@ -245,7 +245,11 @@ impl Listener {
                 ListenerSocket::Tcp(listener) => {
                     listener.accept().map(|(stream, _)| Stream::Tcp(stream))
                 }
-                ListenerSocket::Unix(socket) => socket.accept().map(Stream::Unix),
+                ListenerSocket::Unix(socket) => match socket.accept() {
+                    Ok(Some(stream)) => Ok(Stream::Unix(stream)),
+                    Ok(None) => Err(io::ErrorKind::WouldBlock.into()),
+                    Err(error) => Err(error),
+                },
             };
             match accepted {
                 Ok(stream) => return Peer::new(stream, cancel.clone()),

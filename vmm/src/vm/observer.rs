@@ -41,6 +41,8 @@ pub enum BalloonStatsError {
 
 /// The counter of output that is lost.
 const DROPPED: &str = "tx_dropped_bytes";
+/// The counter of clients of a console's socket that could not be accepted.
+const REFUSED: &str = "connections_refused";
 
 /// The parts that an observer reads; created once when the machine is built.
 pub(super) struct Observed {
@@ -321,6 +323,9 @@ impl MachineObserver for VmObserver {
             for (id, output) in &observed.outputs {
                 let counters = all.entry(id.clone()).or_default();
                 *counters.entry(DROPPED.to_owned()).or_default() += output.dropped_bytes();
+                if let Some(refused) = output.connections_refused() {
+                    counters.insert(REFUSED.to_owned(), refused);
+                }
             }
         });
         all.retain(|_, counters| !counters.is_empty());

@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use micro_http::{Request, Version};
+use virtio_devices::listening_socket::{ACCEPT_PAUSE, accept};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::connection::{Connection, Deadlines, Step};
@@ -21,8 +22,6 @@ use crate::threads::HTTP_THREAD;
 /// Maximum number of concurrent clients, the same as upstream's.
 pub const CONNECTIONS_MAX: usize = 10;
 
-/// How long the server accepts no connection after the process ran out of descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Maximum wait for pending responses when the server stops.
 const FLUSH_WAIT: Duration = Duration::from_secs(1);
 const READ_BYTES: usize = 16 << 10;
@@ -292,17 +291,10 @@ impl<H: Handler> Loop<H> {
     fn accept(&mut self) {
         let room = CONNECTIONS_MAX.saturating_sub(self.clients.len());
         for _ in 0..room.max(1) {
-            match self.listener.accept() {
-                Ok((stream, _)) => self.admit(stream),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
-                Err(error)
-                    if matches!(
-                        error.kind(),
-                        ErrorKind::Interrupted | ErrorKind::ConnectionAborted
-                    ) => {}
+            match accept(&self.listener) {
+                Ok(Some(stream)) => self.admit(stream),
+                Ok(None) => return,
                 Err(error) => {
-                    // Most likely out of descriptors. Without a pause, the pending connection would wake the thread in
-                    // a tight loop.
                     log::warn!("The API temporarily accepts no connections: {error}");
                     self.accept_again_at = Some(Instant::now() + ACCEPT_PAUSE);
                     self.watch_listener(EventSet::empty());
@@ -325,9 +317,6 @@ impl<H: Handler> Loop<H> {
 
     fn admit(&mut self, stream: UnixStream) {
         let now = Instant::now();
-        if stream.set_nonblocking(true).is_err() {
-            return;
-        }
         if self.clients.len() >= CONNECTIONS_MAX && !self.evict(now) {
             refuse_full(stream);
             return;
