@@ -336,6 +336,7 @@ mod tests {
             discard_piece_bytes: discard_piece_bytes(None),
             step: Step::Sync,
             retries: 0,
+            zero_bytes: 0,
         }
     }
 

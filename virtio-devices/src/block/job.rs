@@ -156,6 +156,8 @@ pub(super) struct Job {
     pub(super) discard_piece_bytes: u64,
     pub(super) step: Step,
     pub(super) retries: u32,
+    /// Zeroes written so far, because the host cannot zero a range by itself.
+    pub(super) zero_bytes: u64,
 }
 
 /// The effect of a completed operation on its job.
@@ -274,7 +276,10 @@ impl Job {
         let piece_bytes = self.piece().bytes;
         let (more, moved) = match &mut self.step {
             Step::Read(transfer) | Step::Write(transfer) => (transfer.advance(moved), moved),
-            Step::WriteZeroBuffer(range) => (range.advance(moved), moved),
+            Step::WriteZeroBuffer(range) => {
+                self.zero_bytes += moved;
+                (range.advance(moved), moved)
+            }
             Step::Sync => (false, 0),
             // These operations complete in full or fail.
             Step::Discard { range, .. } | Step::PunchHole(range) | Step::ZeroRange(range) => {

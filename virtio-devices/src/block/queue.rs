@@ -142,6 +142,8 @@ impl BlockQueue {
             match active.queue.next(ram, turn)? {
                 Next::Chain(popped) => {
                     let Some(job) = self.take(active, ram, popped)? else {
+                        // It was answered without the image, but it is a request.
+                        self.throttle.charge(0);
                         continue;
                     };
                     if !self.flights.has_room_for(&job) {
@@ -270,6 +272,7 @@ impl BlockQueue {
             discard_piece_bytes: self.disk.discard_piece_bytes(),
             step,
             retries: 0,
+            zero_bytes: 0,
         }
     }
 
@@ -297,6 +300,7 @@ impl BlockQueue {
                 host_errno,
             } = landed;
             account(&self.disk, &job, status, host_errno);
+            self.throttle.charge_bytes(job.zero_bytes);
             job.status.copy_in(&[status]);
             // The number of bytes that the device has written: data of a read, and the status. A failed read may have
             // written part of its data; reporting all of it is safe for the driver.

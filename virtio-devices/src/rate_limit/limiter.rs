@@ -99,6 +99,15 @@ impl RateLimiter {
 
     /// Takes the tokens of a request that starts.
     pub(crate) fn charge(&self, bytes: u64) {
+        self.take(bytes, 1);
+    }
+
+    /// Takes the tokens of bytes that a request has moved in addition.
+    pub(crate) fn charge_bytes(&self, bytes: u64) {
+        self.take(bytes, 0);
+    }
+
+    fn take(&self, bytes: u64, ops: u64) {
         if !self.is_limited() {
             return;
         }
@@ -108,7 +117,7 @@ impl RateLimiter {
             bucket.charge(now, bytes);
         }
         if let Some(bucket) = &mut buckets.ops {
-            bucket.charge(now, 1);
+            bucket.charge(now, ops);
         }
     }
 

@@ -61,6 +61,11 @@ impl Throttle {
         self.limiter.charge(bytes);
     }
 
+    /// Takes the tokens of bytes that a request has moved in addition.
+    pub(crate) fn charge_bytes(&self, bytes: u64) {
+        self.limiter.charge_bytes(bytes);
+    }
+
     /// Whether the handler waits for the timer.
     pub(crate) fn is_waiting(&self) -> bool {
         self.waiting

@@ -73,6 +73,62 @@ fn requests_beyond_the_limit_wait_for_tokens() {
 }
 
 #[test]
+fn request_of_every_type_takes_one_operation() {
+    const READ: u32 = 0;
+    const WRITE: u32 = 1;
+    const FLUSH: u32 = 4;
+    const GET_ID: u32 = 8;
+    const DISCARD: u32 = 11;
+    const WRITE_ZEROES: u32 = 13;
+    const UNKNOWN: u32 = 99;
+    let file = image(16);
+    let one_sector = range(0, 1, 0);
+    let data = [0; 512];
+    for (kind, readable, writable) in [
+        (READ, &[][..], 512),
+        (WRITE, &data, 0),
+        (FLUSH, &[], 0),
+        (GET_ID, &[], 20),
+        (DISCARD, &one_sector, 0),
+        (WRITE_ZEROES, &one_sector, 0),
+        (UNKNOWN, &[], 0),
+    ] {
+        let clock = MockClock::default();
+        let mut rig = Rig::new(BlockParams {
+            limiter: clock.limiter(ops(2)),
+            ..params(&file)
+        });
+        for _ in 0..3 {
+            rig.harness.queue(0).push(&[
+                Segment::Readable(&[&header(kind, 0)[..], readable].concat()),
+                Segment::Writable(writable + 1),
+            ]);
+        }
+        rig.harness.kick(0).unwrap();
+        assert_eq!(until_throttled(&mut rig), 2, "type {kind}");
+    }
+}
+
+#[test]
+fn zeroes_that_the_host_cannot_make_are_bytes_and_others_are_not() {
+    // tmpfs punches holes but zeroes no range.
+    let file = NamedTempFile::new_in("/dev/shm").unwrap();
+    file.as_file().set_len(64 << 10).unwrap();
+    for (unmap, is_written) in [(1, false), (0, true)] {
+        let limiter = MockClock::default().limiter(RateLimits {
+            bandwidth: limit(64 << 10),
+            ops: None,
+        });
+        let mut rig = Rig::new(BlockParams {
+            limiter: Arc::clone(&limiter),
+            ..params(&file)
+        });
+        assert_eq!(rig.on_range(13, range(0, 128, unmap)), S_OK);
+        assert_eq!(limiter.wait().is_some(), is_written, "unmap {unmap}");
+    }
+}
+
+#[test]
 fn request_longer_than_the_bucket_is_served_and_paid_for_afterwards() {
     let file = image(128);
     let clock = MockClock::default();
