@@ -8,7 +8,7 @@
 //! | 12 | `poison_val` | driver, with PAGE_POISON |
 //!
 //! All fields are 32 bits, little endian. Reads may have any size; a write is valid only if it covers exactly one
-//! field. The following fields, the reporting policy, are in [`super::policy`].
+//! field. The following fields, the reporting policy, are in [`super::reporting_policy`].
 
 use std::sync::atomic::{AtomicU32, Ordering};
 

@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::config::ConfigWrite;
 use super::handle::BalloonHandle;
 use super::numbering::{self, QUEUE_SIZES};
-use super::policy::FieldWrite;
+use super::reporting_policy::FieldWrite;
 use super::shared::{Shared, blocks_can_free, takes_policy};
 use super::spec::{
     VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_FREE_PAGE_HINT,
@@ -37,7 +37,7 @@ pub struct BalloonParams {
     /// Lets the host request hints, see [`BalloonHandle::start_hinting`]. In guests that number queues without gaps,
     /// this changes the number of the reporting queue.
     pub free_page_hinting: bool,
-    /// Offers the reporting policy to the guest, see [`super::policy`]. Has no effect without reporting.
+    /// Offers the reporting policy to the guest, see [`super::reporting_policy`]. Has no effect without reporting.
     pub reporting_policy: bool,
 }
 

@@ -12,7 +12,7 @@ use device_facts::{PausePhase, ReportingPolicy};
 use super::accounting::{GuestFaults, Path, PathFigures};
 use super::counters;
 use super::hinting::{HintingError, HintingStatus};
-use super::policy::{PolicyStatus, ReportNowStatus, ReportingError};
+use super::reporting_policy::{PolicyStatus, ReportNowStatus, ReportingError};
 use super::shared::Shared;
 use super::spec::{
     VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING,

@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::accounting::Ledger;
 use super::config::ConfigSpace;
 use super::hinting::Hinting;
-use super::policy::Control;
+use super::reporting_policy::Control;
 use super::spec::{VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING};
 use super::stats::StatsCell;
 use crate::Unpoisoned;

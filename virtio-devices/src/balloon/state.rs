@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::accounting::{GuestFaults, Path, PathFigures};
 use super::hinting::HintingState;
-use super::policy::ControlState;
+use super::reporting_policy::ControlState;
 use super::shared::Shared;
 use crate::reclaim::{Extent, SkippedBytes};
 

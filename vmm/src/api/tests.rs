@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use super::http::{Deadlines, HttpServer};
 use super::*;
 use virtio_devices::balloon::HintingError;
-use virtio_devices::balloon::policy::ReportingError;
+use virtio_devices::balloon::reporting_policy::ReportingError;
 
 use crate::config::NewDevice;
 use crate::control::{ControlSetup, ControlThread, Ending, GUEST_RESET_INTERVAL, Lifecycle};

@@ -66,7 +66,7 @@ pub enum VmError {
     Hotplug(HotplugError),
     /// Reporting cannot be controlled this way.
     #[error("Cannot control free page reporting")]
-    Reporting(#[source] virtio_devices::balloon::policy::ReportingError),
+    Reporting(#[source] virtio_devices::balloon::reporting_policy::ReportingError),
     /// A device is assigned only when no page can be discarded any more.
     #[error("Cannot assign a device: the balloon is still discarding memory")]
     Unsettled,

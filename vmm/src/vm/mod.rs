@@ -15,7 +15,6 @@ mod observer;
 mod pin;
 mod rate_limits;
 mod reclaim_report;
-mod reporting;
 #[cfg(test)]
 mod tests;
 
@@ -44,6 +43,7 @@ use observer::OwnObserver;
 pub use observer::{BalloonStatsError, MachineObserver};
 
 use crate::config::{NewDevice, rate_limits};
+use crate::reporting_policy::requests;
 use crate::snapshot::{Snapshot, SnapshotError};
 
 /// The machine as the control thread uses it. Every call comes from that thread and none waits for the guest. Tests of
@@ -392,7 +392,7 @@ impl Machine for Vm {
 
     fn balloon_reporting(&self, request: VmBalloonReporting) -> Result<(), VmError> {
         let balloon = self.balloon.as_ref().ok_or(VmError::MissingBalloon)?;
-        reporting::steer(balloon, request).map_err(VmError::Reporting)
+        requests::steer(balloon, request).map_err(VmError::Reporting)
     }
 
     fn set_reporting_policy(&self, policy: ReportingPolicy) {

@@ -18,9 +18,8 @@ use virtio_devices::pci::Bar;
 use virtio_devices::reclaim::{ResidencyError, ResidencyProbe};
 
 use super::reclaim_report::{self, ConfiguredRam};
-use super::reporting;
 use crate::own_memory;
-use crate::reporting_policy::GuestPolicy;
+use crate::reporting_policy::{GuestPolicy, requests};
 
 /// Reasons why figures are unavailable.
 #[derive(Debug, thiserror::Error)]
@@ -401,7 +400,7 @@ impl MachineObserver for VmObserver {
             .ok_or(BalloonStatsError::MachineGone)?
             .ok_or(BalloonStatsError::MissingBalloon)?;
         let pause = balloon.wait_for_pause(deadline);
-        Ok(reporting::status(
+        Ok(requests::status(
             balloon.reporting(),
             pause,
             balloon.report_now_status(),

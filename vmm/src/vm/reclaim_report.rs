@@ -15,8 +15,8 @@ use virtio_devices::reclaim::{RegionResidency, ResidencySample};
 
 use machine::memory::{Zone, ZoneKind};
 
-use super::reporting;
 use crate::own_memory::OwnMemory;
+use crate::reporting_policy::requests;
 
 /// RAM that the guest has.
 pub(super) struct ConfiguredRam<'a> {
@@ -56,7 +56,7 @@ pub(super) fn reclaim_stats(
 ) -> ReclaimStats {
     let mut stats = ReclaimStats {
         backing: backing_name(ram.zones).to_owned(),
-        reporting: reporting::missing(),
+        reporting: requests::missing(),
         obtainable_bytes: Some(ram.obtainable_bytes),
         ..ReclaimStats::default()
     };
@@ -92,7 +92,7 @@ pub(super) fn reclaim_stats(
             stats.repopulated_bytes = repopulated_bytes(&stats);
             stats.repopulated_method = "discarded-minus-absent".to_owned();
         }
-        stats.reporting = reporting::status(balloon.reporting, balloon.pause, balloon.report_now);
+        stats.reporting = requests::status(balloon.reporting, balloon.pause, balloon.report_now);
         stats.guest = balloon.stats.as_ref().map(|sample| GuestSample {
             stats: sample.stats,
             reporting: (!sample.reporting.is_empty()).then_some(sample.reporting),

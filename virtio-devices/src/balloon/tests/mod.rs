@@ -3,8 +3,8 @@
 mod config;
 mod hinting;
 mod hostile;
-mod policy;
 mod queues;
+mod reporting_policy;
 mod rig;
 mod saved;
 mod stats;

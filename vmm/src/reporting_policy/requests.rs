@@ -1,11 +1,11 @@
 //! Free page reporting in wire types: requests, and the state of a pause.
 
 use api::{ReportNow, ReportingAction, ReportingStatus, VmBalloonReporting};
-use virtio_devices::balloon::policy::{ReportNowStatus, ReportingError};
+use virtio_devices::balloon::reporting_policy::{ReportNowStatus, ReportingError};
 use virtio_devices::balloon::{BalloonHandle, PausePhase, ReportingState};
 
 /// Executes a request. A pause is only requested, not awaited.
-pub(super) fn steer(
+pub(crate) fn steer(
     balloon: &BalloonHandle,
     request: VmBalloonReporting,
 ) -> Result<(), ReportingError> {
@@ -17,7 +17,7 @@ pub(super) fn steer(
 }
 
 /// The status without a balloon.
-pub(super) fn missing() -> ReportingStatus {
+pub(crate) fn missing() -> ReportingStatus {
     ReportingStatus {
         reason: Some("inactive: the machine has no balloon".to_owned()),
         ..ReportingStatus::default()
@@ -25,7 +25,7 @@ pub(super) fn missing() -> ReportingStatus {
 }
 
 /// The status with a balloon.
-pub(super) fn status(
+pub(crate) fn status(
     reporting: ReportingState,
     pause: PausePhase,
     wish: ReportNowStatus,

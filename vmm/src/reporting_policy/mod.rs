@@ -1,9 +1,11 @@
 //! The reporting policy and its status in the current guest. Its settings and their bounds are in a table of
-//! `device-facts`.
+//! `device-facts`. [`requests`] has the requests to a balloon.
+
+pub(crate) mod requests;
 
 use api::{ReportingPolicy, ReportingPolicyStatus, SettingStatus};
 use device_facts::PolicySetting;
-use virtio_devices::balloon::policy::PolicyStatus;
+use virtio_devices::balloon::reporting_policy::PolicyStatus;
 
 /// The status of the policy in the guest.
 #[derive(Clone, Copy, Debug)]
@@ -68,7 +70,7 @@ fn reason(guest: GuestPolicy) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use virtio_devices::balloon::policy::SettingState;
+    use virtio_devices::balloon::reporting_policy::SettingState;
 
     use super::*;
 

@@ -8,7 +8,7 @@ use device_facts::{PausePhase, PolicySetting, ReportingPolicy, ReportingPolicyCh
 use vm_memory::GuestAddress;
 
 use super::rig::{FREE_PFN, LINUX_FEATURES, PAGE, RAM_BYTES, REPORTING, Rig, policy_rig};
-use crate::balloon::policy::{ReportingError, SettingState};
+use crate::balloon::reporting_policy::{ReportingError, SettingState};
 use crate::balloon::{Balloon, BalloonParams, ReportingState};
 use crate::device::VirtioDevice;
 use crate::reclaim::SkipReason;
