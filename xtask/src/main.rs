@@ -63,7 +63,7 @@ enum Command {
     FleetStore(fleet_store::Options),
     /// Fuzz the devices for a limited time
     Fuzz(fuzz::Options),
-    /// Make the Debian package of the programs twice, and compare the results
+    /// Build the Debian package of the four programs
     Package(package::Options),
     /// Install programs of other projects that some tests use
     TestTools(tools::Options),

@@ -2,7 +2,7 @@
 //! ch-fleet agent.
 //!
 //! Its only input is the agent's status, which it reads from the agent's socket. It is a separate program so that the
-//! agent needs neither TLS nor a scheduler's protocol. Published values remain when the program ends; `--withdraw`
+//! agent needs no scheduler's protocol and no credentials of a cluster. Published values remain when the program ends; `--withdraw`
 //! removes them.
 
 mod args;
