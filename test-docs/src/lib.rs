@@ -7,6 +7,8 @@ mod blocks;
 mod command;
 #[cfg(test)]
 mod figures;
+#[cfg(test)]
+mod layout;
 mod links;
 #[cfg(test)]
 mod named_tests;
