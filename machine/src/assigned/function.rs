@@ -317,7 +317,6 @@ impl PciFunction for AssignedFunction {
     }
 
     /// Only the guest can stop the device.
-    fn pause(&self) {}
 
     fn resume(&self) {}
 

@@ -113,8 +113,6 @@ impl PciFunction for PlainFunction {
         });
     }
 
-    fn pause(&self) {}
-
     fn resume(&self) {}
 
     fn reset(&self) {}

@@ -25,6 +25,7 @@ use std::sync::{Arc, Weak};
 
 use api::config::{NumaConfig, PlatformConfig};
 use hypervisor::Kvm;
+use virtio_devices::pci::pause_all;
 use vm_memory::GuestAddressSpace;
 
 use crate::acpi::{self, AcpiParams, IommuEntry, NumaNode, PciSegmentEntry, VcpuEntry};
@@ -313,12 +314,8 @@ impl Pc {
     /// A vCPU did not stop within its deadline; the machine continues to run then.
     pub fn pause(&mut self) -> Result<(), PcError> {
         self.vcpus.pause().map_err(PcError::Cpu)?;
-        // The IOMMU finishes a removal of memory when the devices behind it have no request in flight.
-        let (behind, others): (Vec<_>, Vec<_>) =
-            self.plugged.iter().partition(|it| it.is_behind_iommu);
-        for plugged in behind.into_iter().chain(others) {
-            plugged.function.pause();
-        }
+        // All at once. The IOMMU also finishes a removal of memory when the devices behind it have no request in flight.
+        pause_all(self.plugged.iter().map(|it| &*it.function));
         self.paused = true;
         Ok(())
     }
@@ -352,12 +349,16 @@ impl Pc {
         self.vcpus.resume().map_err(PcError::Cpu)
     }
 
-    /// Stops everything.
+    /// Stops the vCPUs, and begins to stop the devices, for which the drop waits.
     ///
     /// # Errors
     /// A vCPU did not end within its deadline.
     pub fn shutdown(&mut self) -> Result<(), PcError> {
-        self.vcpus.stop().map_err(PcError::Cpu)
+        self.vcpus.stop().map_err(PcError::Cpu)?;
+        for plugged in &self.plugged {
+            plugged.function.begin_stop();
+        }
+        Ok(())
     }
 
     /// Presses the ACPI power button.

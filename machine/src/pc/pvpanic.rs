@@ -119,8 +119,6 @@ impl PciFunction for Pvpanic {
 
     fn with_doorbells(&self, _visit: &mut dyn FnMut(DoorbellRegister<'_>)) {}
 
-    fn pause(&self) {}
-
     fn resume(&self) {}
 
     fn reset(&self) {

@@ -101,8 +101,6 @@ impl PciFunction for FakeFunction {
         });
     }
 
-    fn pause(&self) {}
-
     fn resume(&self) {}
 
     fn reset(&self) {}

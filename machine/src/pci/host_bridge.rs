@@ -63,8 +63,6 @@ impl PciFunction for HostBridge {
 
     fn with_doorbells(&self, _visit: &mut dyn FnMut(DoorbellRegister<'_>)) {}
 
-    fn pause(&self) {}
-
     fn resume(&self) {}
 
     fn reset(&self) {}

@@ -16,6 +16,7 @@ pub use msix::{
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::counters::Counters;
+use crate::worker::Pausing;
 
 /// A message-signalled interrupt as the driver programmed it (PCI 3.0 §6.8.2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -99,10 +100,26 @@ pub trait PciFunction: Send + Sync {
     fn counters(&self) -> Counters {
         Counters::new()
     }
-    /// Stops device threads from accessing guest RAM; returns when they have stopped.
-    fn pause(&self);
+    /// Asks the threads of the device to stop accessing guest RAM, and returns what waits for them. A function without
+    /// threads has none.
+    fn begin_pause(&self) -> Vec<Pausing> {
+        Vec::new()
+    }
+    /// As [`PciFunction::begin_pause`], but returns when the threads have stopped.
+    fn pause(&self) {
+        self.begin_pause().into_iter().for_each(Pausing::wait);
+    }
     /// Undoes [`PciFunction::pause`].
     fn resume(&self);
+    /// Asks the threads of the device to end, which its drop waits for. Nothing else may be called afterwards.
+    fn begin_stop(&self) {}
     /// Resets to the power-on state (VM reset); BAR addresses are kept.
     fn reset(&self);
+}
+
+/// Pauses all functions at the same time, and so waits for the slowest one instead of for the sum.
+pub fn pause_all<'a>(functions: impl IntoIterator<Item = &'a dyn PciFunction>) {
+    let functions = functions.into_iter();
+    let pausing: Vec<_> = functions.flat_map(PciFunction::begin_pause).collect();
+    pausing.into_iter().for_each(Pausing::wait);
 }

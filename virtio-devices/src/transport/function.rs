@@ -415,15 +415,18 @@ impl PciFunction for VirtioPciFunction {
         counters
     }
 
-    fn pause(&self) {
+    fn begin_pause(&self) -> Vec<Pausing> {
         // All workers pause at once: each waits for the requests in flight of its own queue.
-        let pausing: Vec<_> = self.workers.iter().map(WorkerHandle::begin_pause).collect();
-        pausing.into_iter().for_each(Pausing::wait);
+        self.workers.iter().map(WorkerHandle::begin_pause).collect()
     }
 
     fn resume(&self) {
         self.workers.iter().for_each(WorkerHandle::resume);
         self.pay_signals();
+    }
+
+    fn begin_stop(&self) {
+        self.workers.iter().for_each(WorkerHandle::begin_stop);
     }
 
     fn reset(&self) {

@@ -1,7 +1,8 @@
 //! Tests of the transport's guarantees, with a device that completes every chain.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 use ::state::{Part, Saved, State, StateError};
 use proptest::prelude::*;
@@ -13,7 +14,7 @@ use crate::device::{
     Activation, ActiveQueue, GuestRam, HandlerState, Interrupt, QueueHandler, VirtioDevice,
     WorkerError,
 };
-use crate::pci::PciFunction;
+use crate::pci::{PciFunction, pause_all};
 use crate::testing::{
     MockPciDriver, MockVectors, Segment, TestRam, common, conformance, wait_until,
 };
@@ -21,6 +22,7 @@ use crate::worker::{EventSources, Turn};
 
 const FEATURES: u64 = 1 << 32 | 1 << 29 | 1 << 5 | 1 << 3;
 const RAM_BYTES: usize = 4 << 20;
+const DEADLINE: Duration = Duration::from_secs(20);
 
 #[derive(Debug, Default)]
 struct Seen {
@@ -33,6 +35,40 @@ struct Seen {
     entered: AtomicU64,
     /// While a test holds this lock, the handler blocks.
     slow: Mutex<()>,
+    /// Where the handlers meet in a pause.
+    pauses: OnceLock<Arc<Meeting>>,
+    /// Where they meet at their end.
+    ends: OnceLock<Arc<Meeting>>,
+}
+
+/// Handlers that wait for each other.
+#[derive(Debug, Default)]
+struct Meeting {
+    missing: Mutex<usize>,
+    complete: Condvar,
+}
+
+impl Meeting {
+    fn of(count: usize) -> Arc<Self> {
+        let missing = Mutex::new(count);
+        let complete = Condvar::new();
+        Arc::new(Self { missing, complete })
+    }
+
+    /// Waits for the others, but not longer than the deadline of a test.
+    fn attend(&self) {
+        let mut missing = self.missing.lock().unwrap();
+        *missing -= 1;
+        self.complete.notify_all();
+        let wait = self
+            .complete
+            .wait_timeout_while(missing, DEADLINE, |missing| *missing > 0);
+        drop(wait.unwrap());
+    }
+
+    fn is_complete(&self) -> bool {
+        *self.missing.lock().unwrap() == 0
+    }
 }
 
 struct Device {
@@ -151,7 +187,15 @@ impl QueueHandler for Handler {
         self.interrupt.as_ref().unwrap().signal_queue(index);
         Ok(())
     }
+    fn pause(&mut self) {
+        if let Some(meeting) = self.seen.pauses.get() {
+            meeting.attend();
+        }
+    }
     fn reset(&mut self) {
+        if let Some(meeting) = self.seen.ends.get() {
+            meeting.attend();
+        }
         self.queues.clear();
     }
     fn state(&self) -> HandlerState {
@@ -236,6 +280,30 @@ fn windows_lie_where_cloud_hypervisor_has_them() {
         .function
         .with_doorbells(&mut |doorbell| offsets.push(doorbell.offset));
     assert_eq!(offsets, [0x6000, 0x6004, 0x6008, 0x600c]);
+}
+
+/// One after the other, each function would wait for one that is asked later.
+#[test]
+fn functions_pause_and_end_at_the_same_time() {
+    const WORKERS: usize = 2;
+    let rigs = [rig(), rig(), rig()];
+    let (pauses, ends) = (
+        Meeting::of(rigs.len() * WORKERS),
+        Meeting::of(rigs.len() * WORKERS),
+    );
+    for (_, seen, _) in &rigs {
+        seen.pauses.set(Arc::clone(&pauses)).unwrap();
+        seen.ends.set(Arc::clone(&ends)).unwrap();
+    }
+    let started = Instant::now();
+    pause_all(rigs.iter().map(|(driver, ..)| &*driver.function as _));
+    assert!(pauses.is_complete());
+    for (driver, ..) in &rigs {
+        driver.function.begin_stop();
+    }
+    drop(rigs);
+    assert!(ends.is_complete());
+    assert!(started.elapsed() < DEADLINE, "no worker has given up");
 }
 
 #[test]

@@ -162,6 +162,11 @@ impl WorkerHandle {
         self.call(Command::Resume);
     }
 
+    /// Asks the thread to reset its handler and to end. Dropping the handle waits for that.
+    pub fn begin_stop(&self) {
+        self.send(Command::Stop);
+    }
+
     /// The handler's state; the caller must have paused the handler. For the control thread.
     ///
     /// # Errors
@@ -263,7 +268,8 @@ fn wait_for(done: &Receiver<()>) {
 
 impl Drop for WorkerHandle {
     fn drop(&mut self) {
-        self.send(Command::Stop);
+        // The second stop of a worker, if any, is not read.
+        self.begin_stop();
         if let Some(join) = self.join.take()
             && join.join().is_err()
         {

@@ -478,8 +478,6 @@ mod tests {
 
         fn with_doorbells(&self, _visit: &mut dyn FnMut(DoorbellRegister<'_>)) {}
 
-        fn pause(&self) {}
-
         fn resume(&self) {}
 
         fn reset(&self) {}
