@@ -248,6 +248,7 @@ impl AssignedFunction {
     }
 }
 
+/// A pause does nothing, because only the guest can stop the device.
 impl PciFunction for AssignedFunction {
     fn id(&self) -> &str {
         &self.id
@@ -315,8 +316,6 @@ impl PciFunction for AssignedFunction {
         counters.insert("unanswered_accesses", self.host.unanswered_accesses());
         counters
     }
-
-    /// Only the guest can stop the device.
 
     fn resume(&self) {}
 
