@@ -1,4 +1,4 @@
-//! Lists and sections of a request, bounded while they are read.
+//! Bounds the lists and sections of a request while they are read.
 //!
 //! A few bytes of JSON can become a large structure: `{}` becomes a disk configuration of some 400 bytes. A list is
 //! therefore rejected at the first item beyond its limit, and the rest is never built.

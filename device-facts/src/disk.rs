@@ -1,4 +1,4 @@
-//! How a disk image is locked against other users.
+//! Ranges of a disk image that the VMM locks against other users.
 
 use serde::{Deserialize, Serialize};
 use strum::{IntoStaticStr, VariantArray};

@@ -9,7 +9,7 @@
 //!
 //! Each VM has one thread, and only this thread communicates with the VM. This ensures "one request in flight per VM",
 //! so a hanging VMM delays no other VM. A thread blocked in a read costs a few pages of stack and no processor time
-//! (decision 9). An order wakes the thread at once; if a request is in progress, the order waits at most until the
+//! (decision 9). An order wakes the thread immediately; if a request is in progress, the order waits at most until the
 //! request's deadline. A newer order of the same kind replaces an older one that has not been executed yet.
 
 use std::hash::{DefaultHasher, Hash, Hasher};

@@ -1,4 +1,4 @@
-//! Tests safety rules with short histories: with the rule there is no harm, without it there is.
+//! Tests safety rules with short histories: the planner does harm only without the rule.
 //!
 //! Rules that need reacting guests are tested by scenarios (`fleet/scenarios`, the key `shows`).
 

@@ -1,4 +1,5 @@
-//! Any vhost-user back end against the front end: wrong responses, noise, the end of the connection.
+//! Fuzz target: an arbitrary vhost-user back end against the front end: wrong responses, noise, the end of the
+//! connection.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

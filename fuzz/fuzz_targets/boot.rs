@@ -1,4 +1,4 @@
-//! Arbitrary kernel and initramfs files.
+//! Fuzz target: loads arbitrary kernel and initramfs files.
 #![no_main]
 
 use fuzz::boot::run;

@@ -1,4 +1,4 @@
-//! Any claims on guest memory of mixed kinds: small, shared and huge pages.
+//! Fuzz target: arbitrary claims on guest memory of mixed kinds: small, shared and huge pages.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

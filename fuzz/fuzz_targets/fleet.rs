@@ -1,4 +1,4 @@
-//! Input of a hostile VMM, guest, store or client to the fleet manager.
+//! Fuzz target: feeds input of a hostile VMM, guest, store or client to the fleet manager.
 #![no_main]
 
 use fleet::fuzz::run;

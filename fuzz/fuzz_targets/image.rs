@@ -1,4 +1,4 @@
-//! Any disk image, with damage or without, and any operations on it.
+//! Fuzz target: arbitrary operations on arbitrary disk images, damaged or not.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,5 @@
-//! Any access to the devices at fixed addresses: serial port, I/O APIC, clock, timers and ACPI controllers.
+//! Fuzz target: arbitrary accesses to the devices at fixed addresses: serial port, I/O APIC, clock, timers and ACPI
+//! controllers.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

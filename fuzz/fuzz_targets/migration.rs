@@ -1,4 +1,4 @@
-//! Streams of a migration, as the target reads them.
+//! Fuzz target: reads the stream of a migration as its target does.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

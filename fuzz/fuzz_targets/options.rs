@@ -1,4 +1,4 @@
-//! Option strings. An accepted option must serialize to JSON that parses to the same value.
+//! Fuzz target: parses option strings.
 #![no_main]
 
 use fuzz::options::run;

@@ -1,4 +1,4 @@
-//! Files of a chain of snapshots, as a restore and a merge read them.
+//! Fuzz target: reads the files of a snapshot chain as a restore and a merge do.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

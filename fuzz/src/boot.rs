@@ -1,4 +1,4 @@
-//! Arbitrary kernel and initramfs files: any bytes, or sound headers with changes.
+//! Loads arbitrary kernel and initramfs files: any bytes, or valid headers with changes (fuzz target `boot`).
 
 use std::fs::File;
 use std::io::{Seek, Write};

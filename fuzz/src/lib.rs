@@ -1,4 +1,4 @@
-//! Runs of the targets whose subject is in no crate of its own, for the targets and for the canaries.
+//! Runs of the targets `boot`, `options` and `snapshot`, for the targets themselves and for the canaries.
 
 pub mod boot;
 pub mod options;

@@ -1,4 +1,4 @@
-//! Option strings. An accepted option must serialize to JSON that parses to the same value.
+//! Checks that an accepted option serializes to JSON that parses to the same value (fuzz target `options`).
 
 use std::fmt::Debug;
 

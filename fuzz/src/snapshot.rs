@@ -1,4 +1,4 @@
-//! Files of a chain of snapshots, in a folder of their own.
+//! Reads a snapshot chain with arbitrary files, in a temporary folder (fuzz target `snapshot`).
 
 /// Restores and merges the chain. Returns whether it was accepted.
 ///

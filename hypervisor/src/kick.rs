@@ -2,8 +2,8 @@
 //!
 //! To interrupt a vCPU, a thread sets its own flags and then sends [`signal`] to the vCPU's thread. If the vCPU is in
 //! the guest, the signal ends `KVM_RUN`. If the vCPU thread is about to enter the guest, the signal handler has set
-//! `immediate_exit` in the run page, and `KVM_RUN` returns at once. The vCPU thread clears `immediate_exit` *before* it
-//! checks the flags, so no kick is lost:
+//! `immediate_exit` in the run page, and `KVM_RUN` returns immediately. The vCPU thread clears `immediate_exit`
+//! *before* it checks the flags, so no kick is lost:
 //!
 //! ```text
 //!   loop { immediate_exit = 0; check flags; KVM_RUN; }

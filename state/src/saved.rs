@@ -1,4 +1,4 @@
-//! The versioned envelope.
+//! Wraps the saved state of each part in an envelope with the part's version.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};

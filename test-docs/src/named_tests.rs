@@ -1,4 +1,4 @@
-//! Tests that the documents name tests that exist.
+//! Checks that every test named in the documentation exists.
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -1,6 +1,6 @@
-//! API clients that change a machine at random, several at once, while its guest verifies memory and disks; and what the
-//! VMM must have again when all changes are undone. The test reboots the machine meanwhile, and begins to move it: clients
-//! would do so again before the guest has verified anything.
+//! Several API clients that change a machine at random while its guest verifies memory and disks, and the state that
+//! the VMM must have once all changes are undone. The test itself reboots the machine and starts migrations, because
+//! clients would repeat them before the guest has verified anything.
 //!
 //! Each client begins with each of its actions once, so that a short run has all of them. `CHAOS_SEED=N` repeats their
 //! choices, `CHAOS_SECONDS=1800` makes a run longer.

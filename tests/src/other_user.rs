@@ -1,4 +1,4 @@
-//! A VMM that runs as another user, in a root folder of its own.
+//! A VMM that runs as another user, in a separate root folder.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};

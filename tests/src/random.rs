@@ -1,4 +1,4 @@
-//! Random choices that a seed repeats.
+//! Random choices that are reproducible from their seed.
 
 use std::time::SystemTime;
 

@@ -1,4 +1,5 @@
-//! Clients that change a machine at random, with a guest without an operating system that follows them at once.
+//! Tests clients that change a machine at random, with a guest without an operating system that follows each change
+//! immediately.
 
 use std::time::{Duration, Instant};
 

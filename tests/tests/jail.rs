@@ -1,4 +1,4 @@
-//! Tests a whole machine whose VMM runs as another user in a root folder of its own.
+//! Tests a whole machine whose VMM runs as another user in a separate root folder.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;

@@ -1,7 +1,6 @@
 //! The project's own commands: `cargo xtask …`.
 //!
-//! Each command sets up a fresh Debian machine with Rust itself, installs missing packages, and lists them with
-//! reasons.
+//! Each command installs the Debian packages that it needs, and lists them with the reasons.
 
 mod apt;
 mod bench;

@@ -1,8 +1,8 @@
-//! Limits changes of the published capacity: decreases at once, increases slowly, zero when the agent is silent.
+//! Limits changes of the published capacity: decreases immediately, increases slowly, zero when the agent is silent.
 //!
 //! If every fluctuation were published, a scheduler would place a burst of VMs at each temporary maximum. A decrease is
-//! therefore published at once, an increase by at most a tenth per minute. An unchanged capacity is published once per
-//! minute, which also repairs values that another client overwrote.
+//! therefore published immediately, an increase by at most a tenth per minute. An unchanged capacity is published once
+//! per minute, which also repairs values that another client overwrote.
 
 use std::time::{Duration, Instant};
 

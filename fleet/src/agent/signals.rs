@@ -1,4 +1,4 @@
-//! SIGHUP reloads, SIGTERM and SIGINT end.
+//! Signals: SIGHUP reloads the settings; SIGTERM and SIGINT end the agent.
 
 use std::io;
 use std::sync::Arc;

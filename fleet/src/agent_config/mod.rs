@@ -1,6 +1,6 @@
 //! The agent's settings: one TOML file with drop-ins.
 //!
-//! `agent.toml` is read first, then every `*.toml` in the folder `agent.d` beside it, by name; later values win. Only
+//! `agent.toml` is read first, then every `*.toml` in the folder `agent.d` next to it, by name; later values win. Only
 //! the lists of sockets and of VM rules are concatenated, so that a package can install and remove its own file. Every
 //! file is first checked separately, so that an error names its file.
 

@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used)]
-//! Tests files and drop-ins.
+//! Tests settings files and drop-ins.
 
 use std::fs;
 

@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used)]
-//! Tests hosts and placers with a store in memory that simulates the failures of clusters.
+//! Tests hosts and placers with an in-memory store that simulates cluster failures.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;

@@ -1,5 +1,5 @@
-//! Executes plans action by action. Actions that free memory run at once, grants run when their memory is available,
-//! and outdated actions are dropped.
+//! Executes plans action by action. Actions that free memory run immediately, grants run when their memory is
+//! available, and outdated actions are dropped.
 //!
 //! The executor makes no decisions. It checks an action against the current state with [`Action::check`] right before
 //! sending it to its VM's thread, and lets a grant wait for memory until its plan expires; by then there is a newer

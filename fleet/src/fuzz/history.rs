@@ -1,4 +1,4 @@
-//! Rounds of plans for a host and its VMs, which any bytes describe.
+//! Decodes arbitrary bytes as a host, its VMs and rounds of plans.
 
 use crate::config::Config;
 use crate::model::{

@@ -1,4 +1,4 @@
-//! Writes metric families.
+//! Writes metric families in the OpenMetrics text format.
 
 use std::fmt;
 

@@ -1,4 +1,4 @@
-//! Chooses a host.
+//! Chooses a host for a VM.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! How the guest is notified of added and removed vCPUs (ACPI 6.5 §8.4, §5.6.6, §6.3.3).
+//! AML that notifies the guest of added vCPUs and of removal requests (ACPI 6.5 §8.4, §5.6.6, §6.3.3).
 //!
 //! ```text
 //! GED_._EVT ─► CPUS.CSCN ─ for each vCPU ─┬─ CINS: Notify(C001, device check), acknowledged

@@ -1,4 +1,4 @@
-//! How the guest is notified of memory devices that were added (ACPI 6.5 §9.11, §5.6.6).
+//! AML that notifies the guest of added memory devices (ACPI 6.5 §9.11, §5.6.6).
 //!
 //! ```text
 //! GED_._EVT ─► MHPC.MSCN ─ for each device ── MINS: Notify(M001, device check), acknowledged

@@ -1,4 +1,4 @@
-//! A machine as its tables describe it.
+//! Parameters of the machine that the tables describe.
 
 use super::numa::NumaNode;
 use super::viot::IommuEntry;

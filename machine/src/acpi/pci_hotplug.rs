@@ -1,4 +1,4 @@
-//! How the guest is notified of added and removed PCI functions (ACPI 6.5 §5.6.6, §6.3.3).
+//! AML that notifies the guest of added PCI functions and of removal requests (ACPI 6.5 §5.6.6, §6.3.3).
 //!
 //! ```text
 //! GED_._EVT ─► PHPR.PSCN ─► PCxx.PCNT ─┬─ reads PCIU: Notify(S005, device check)

@@ -1,4 +1,4 @@
-//! The form of every table: a header, then its entries.
+//! Builds a table: the common header, then the entries.
 
 use acpi_tables::Aml;
 use acpi_tables::sdt::Sdt;

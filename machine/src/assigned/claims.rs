@@ -1,4 +1,4 @@
-//! Which devices are open: each once, and one of each IOMMU group.
+//! Tracks the open devices: each device once, and one per IOMMU group.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

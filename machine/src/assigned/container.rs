@@ -1,5 +1,5 @@
-//! What assigned devices can access: all of guest RAM, at its guest addresses; or for a device behind the virtual IOMMU,
-//! what the guest maps ([`super::dma`]).
+//! Memory that assigned devices can access: all of guest RAM at its guest addresses. A device behind the virtual IOMMU
+//! can access only what the guest maps ([`super::dma`]).
 
 use std::any::Any;
 use std::io;

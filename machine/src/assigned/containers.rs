@@ -1,4 +1,4 @@
-//! What the assigned devices of a machine share.
+//! State that the assigned devices of a machine share.
 
 use std::sync::{Arc, Weak};
 

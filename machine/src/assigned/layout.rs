@@ -1,4 +1,4 @@
-//! What an assigned device consists of, read once from its configuration space.
+//! BARs and capabilities of an assigned device, read once from its configuration space.
 
 use std::ops::Range;
 

@@ -1,4 +1,4 @@
-//! Assigned functions with a device of memory instead of VFIO.
+//! Tests assigned functions with an in-memory device instead of VFIO.
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -1,4 +1,4 @@
-//! Keeps the vCPUs of a running machine out of the guest for moments, so that it makes less progress.
+//! Slows a guest down: keeps its vCPUs from running for a part of the time.
 //!
 //! This is not a pause: the guest's clock and the devices continue.
 

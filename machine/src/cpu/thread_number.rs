@@ -1,4 +1,4 @@
-//! The thread of a vCPU, for those that kick it without a handle.
+//! The thread id of a vCPU, for code that kicks the vCPU without a handle.
 
 use std::sync::atomic::{AtomicI32, Ordering};
 

@@ -1,4 +1,5 @@
-//! Any access to the devices at fixed addresses, while the host types, interrupts and plugs vCPUs and memory.
+//! Arbitrary accesses to the devices at fixed addresses, while the host sends input, raises interrupts, and plugs vCPUs
+//! and memory.
 //!
 //! Afterwards:
 //!

@@ -1,4 +1,4 @@
-//! Guests that random bytes describe, for ordinary tests and for a fuzzer.
+//! Decodes arbitrary bytes as guests, for ordinary tests and for a fuzzer.
 //!
 //! The bytes are decisions of a guest and of the host. A hypervisor that only records calls takes KVM's place.
 

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! A slot is never changed, only added or removed, because KVM would drop and add it: the guest may be using the blocks
-//! beside the one that changes.
+//! other than the one that changes.
 #![allow(unsafe_code)]
 // UNSAFETY: memory slots hand address ranges of this process to the kernel; regions of devices are parts of one mapping.
 

@@ -1,4 +1,4 @@
-//! The other end of a guest's serial port or console.
+//! The host side of a guest's serial port or console.
 
 use std::fs::File;
 use std::io;

@@ -1,5 +1,5 @@
-//! Which pages of a region fill aligned blocks of the guest's physical memory, so that blocks of
-//! one size can be freed while their neighbours stay (`Documentation/admin-guide/mm/pagemap.rst`).
+//! Finds the pages of a region that fill aligned blocks of the guest's physical memory, so that blocks of one size can
+//! be freed while their neighbours stay (`Documentation/admin-guide/mm/pagemap.rst`).
 //!
 //! Free blocks merge with their buddies. To free blocks of 2 MiB and not of 4, the caller must know the location of its
 //! pages and keep a page in each buddy.

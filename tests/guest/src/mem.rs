@@ -1,4 +1,4 @@
-//! Memory that a test makes the guest allocate, touch, verify and free.
+//! Allocates, touches, verifies and frees guest memory on request of a test.
 
 use std::ops::Range;
 

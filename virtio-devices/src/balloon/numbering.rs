@@ -1,4 +1,4 @@
-//! The numbers of the queues.
+//! The numbers of the balloon's queues.
 //!
 //! The standard gives each queue a fixed number (virtio 1.2 §5.5.2): statistics 2, hinting 3, reporting 4. Linux
 //! numbers only the queues that it uses, without gaps (`vp_find_vqs` in drivers/virtio/virtio_pci_common.c): with

@@ -1,4 +1,4 @@
-//! Any disk image: used by the fuzz target `image`, and by the ordinary tests with random bytes.
+//! Arbitrary disk images, for the fuzz target `image` and for ordinary tests with random bytes.
 //!
 //! The bytes describe the files: one of any bytes, a fixed VHD, or a chain of qcow2 images, with or without damage. Then
 //! they describe operations that a guest can cause. Afterwards:

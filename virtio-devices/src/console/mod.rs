@@ -6,7 +6,7 @@
 //! ```
 //!
 //! A slow reader of the output never blocks the guest, although Linux spins until its console write is completed.
-//! Output that is not accepted at once waits in the backlog. Output that does not fit there is dropped and counted.
+//! Output that is not accepted immediately waits in the backlog. Output that does not fit there is dropped and counted.
 
 mod device;
 mod endpoint;

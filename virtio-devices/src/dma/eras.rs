@@ -1,5 +1,5 @@
-//! Accesses of a device in progress. The answer to a request that takes memory away from a device waits for them, so
-//! that no access follows the answer.
+//! Tracks the accesses of a device in progress. A request that takes memory away from the device is answered only after
+//! these accesses have ended.
 //!
 //! ```text
 //!   worker of the device                        worker of the IOMMU

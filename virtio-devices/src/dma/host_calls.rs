@@ -1,5 +1,6 @@
-//! What a change of the tables means for the IOMMUs of the host. They are called after the change, without the lock of
-//! the tables: to provide, pin or release memory can take seconds, and other devices translate meanwhile.
+//! Calls to the host's IOMMUs that a change of the tables requires. They are made after the change and without the lock
+//! of the tables, because the host may take seconds to provide, pin or release memory. Other devices can still
+//! translate.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! The two halves of the device.
+//! The configuration half and the queue half of the virtual IOMMU.
 
 use std::io;
 use std::os::fd::AsRawFd;

@@ -1,4 +1,4 @@
-//! The configuration half.
+//! The configuration half of virtio-mem.
 //!
 //! | Offset | Field of `struct virtio_mem_config` | |
 //! | --- | --- | --- |

@@ -1,4 +1,4 @@
-//! The queue half of a device that has one queue and completes each request at once.
+//! The queue half of a device that has one queue and completes each request immediately.
 
 use std::os::fd::RawFd;
 

@@ -1,4 +1,4 @@
-//! Any claims on memory of mixed kinds, for ordinary tests and for a fuzzer.
+//! Arbitrary claims on memory of mixed kinds, for ordinary tests and for a fuzzer.
 //!
 //! The bytes describe the regions of guest RAM, and then batches of claims. After each batch:
 //!

@@ -1,8 +1,8 @@
-//! Transparent huge pages of which a part was discarded.
+//! Makes the kernel split transparent huge pages of which a part was discarded.
 //!
-//! The kernel unmaps the part at once, so that residency falls, but frees it only when it splits the huge page: under
-//! memory pressure. Until then, the host gets no memory back, and pages that the guest touches again need additional
-//! memory. Ageing one page of the rest makes the kernel split the huge page at once (decision 21).
+//! The kernel unmaps the part immediately, so that residency falls. It frees the part only when it splits the huge
+//! page, under memory pressure. Until then, no memory returns to the host, and pages that the guest touches again need
+//! additional memory. Ageing one page of the rest makes the kernel split the huge page immediately (decision 21).
 
 use super::backing::{Backing, RegionLayout};
 use super::ranges::Piece;

@@ -1,4 +1,4 @@
-//! Private memory of which parts map a file until the guest releases them.
+//! Private memory whose parts map a file until the guest releases them.
 //!
 //! ```text
 //!  show:  anonymous ████ file ████ anonymous          a write makes a page a private copy

@@ -1,4 +1,4 @@
-//! The counters of a socket device.
+//! The counters of a vsock device.
 
 use crate::counters::counters;
 

@@ -1,4 +1,4 @@
-//! A source whose migration has failed takes the locks of its disks again, and resumes its machine.
+//! Locks the disks of a source again after a failed migration, and resumes its machine.
 //!
 //! ```text
 //!  failed ─► disks locked ─► resumed ─► migration-failed

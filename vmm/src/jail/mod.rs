@@ -1,4 +1,4 @@
-//! Confines the whole process before it starts threads: user, capabilities, resource limits, and a root of its own.
+//! Confines the whole process before it starts threads: user, capabilities, resource limits, and a separate root.
 //!
 //! ```text
 //! --resource-limits ─► limits.rs

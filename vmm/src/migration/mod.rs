@@ -24,7 +24,7 @@
 //! connection; a target answers such questions for a while if it does not know that the source has its answer. A source
 //! that cannot learn the outcome stays paused and reports that. Two machines never run.
 //!
-//! Each side runs in a thread of its own. It asks the owner of the machine for each step ([`SourceOwner`],
+//! Each side runs in a separate thread. It asks the owner of the machine for each step ([`SourceOwner`],
 //! [`TargetOwner`]).
 
 mod converge;

@@ -1,4 +1,5 @@
-//! The order in which the first machine touched its RAM, in a file beside the snapshot that was restored on demand.
+//! The order in which the first machine touched its RAM, in a file in the folder of the snapshot that was restored on
+//! demand.
 //!
 //! The file is a hint: a missing or damaged one only means that RAM comes in the order of addresses.
 

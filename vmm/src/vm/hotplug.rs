@@ -1,6 +1,6 @@
 //! Device hot-plug, from the configuration's point of view.
 //!
-//! A requested removal deletes the device from the configuration at once; the guest may keep it until it reboots.
+//! A requested removal deletes the device from the configuration immediately; the guest may keep it until it reboots.
 
 use api::PciDeviceInfo;
 use api::config::DeviceConfig;

@@ -1,6 +1,5 @@
-//! Every prefix of the series as a whole kernel, small but complete: linked without a warning,
-//! and booted under emulation. Prefixes are built one after the other in one tree of objects for
-//! each variant of the configuration.
+//! Builds every prefix of the series as a small complete kernel without warnings, and boots it under emulation.
+//! Prefixes are built one after another, in one tree of objects per variant of the configuration.
 
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};

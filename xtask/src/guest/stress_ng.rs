@@ -1,4 +1,4 @@
-//! Debian's stress-ng for a guest: an initramfs that the kernel unpacks over its first.
+//! Debian's stress-ng for a guest: an initramfs that the kernel unpacks on top of the first one.
 
 use std::collections::BTreeSet;
 use std::fs;

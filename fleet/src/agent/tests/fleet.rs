@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used)]
-//! Tests whole agents that share one store in memory.
+//! Tests whole agents that share one in-memory store.
 
 use std::sync::Arc;
 use std::thread;

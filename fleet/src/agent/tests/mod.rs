@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used)]
-//! Tests the whole agent with fake VMMs on a host made of files.
+//! Tests the whole agent with fake VMMs on a host simulated by files.
 
 mod chaos;
 mod fleet;

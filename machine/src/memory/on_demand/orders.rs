@@ -1,4 +1,4 @@
-//! What the handler thread is asked to do, and what it reports.
+//! Requests to the handler thread, and its reports.
 
 use std::sync::atomic::AtomicBool;
 use std::sync::{Condvar, Mutex};

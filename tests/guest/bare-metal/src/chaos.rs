@@ -1,8 +1,8 @@
-//! Memory and a disk that are verified while the host changes everything else: it pauses, resumes and reboots the
-//! machine, resizes the balloon, and plugs and unplugs disks and processors. The guest follows each request at once.
+//! Verifies memory and a disk while the host changes everything else: it pauses, resumes and reboots the machine,
+//! resizes the balloon, and plugs and unplugs disks and processors. The guest follows each request immediately.
 //!
-//! Blocks of the disk are written in turn with a number that grows by one, which survives reboots. So each block must
-//! always have the last number that was written to it.
+//! The guest writes the blocks of the disk in turn, each time with the next number, also after reboots. Each block must
+//! therefore contain the last number written to it.
 
 use crate::balloon::{Balloon, DATA, DEFLATE, INFLATE};
 use crate::console;

@@ -1,5 +1,5 @@
-//! Memory that is written, and read again after the host has saved and restored the machine. The host sets a balloon
-//! target as the sign to go on; then some of the memory is discarded, and all of it is checked.
+//! Writes memory, and reads it again after the host has saved and restored the machine. The host sets a balloon target
+//! as the signal to continue. Then the guest reports a part of the memory as free, and checks all of it.
 
 use core::hint::spin_loop;
 

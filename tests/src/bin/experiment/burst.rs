@@ -1,7 +1,7 @@
-//! How fast bursts can follow each other: guests take turns in allocating most of their memory,
-//! holding it and freeing it, on a host with room for the idle guests and two bursts.
+//! Measures how fast bursts can follow each other. Guests take turns: each allocates most of its memory, holds it and
+//! frees it, on a host with room for the idle guests and two bursts.
 //!
-//! The sooner the host gets the memory of a freed burst back, the shorter the interval can be.
+//! The sooner the memory of a freed burst returns to the host, the shorter the interval can be.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

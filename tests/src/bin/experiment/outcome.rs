@@ -1,4 +1,4 @@
-//! What an experiment finds, and its files.
+//! The result of an experiment, and its files.
 
 use std::fs;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! How many guests a host holds: one after another starts, touches its memory, frees it, idles.
+//! Measures how many guests a host holds. Guests start one after another; each touches its memory, frees it and idles.
 //!
 //! The host is full when the next guest's peak makes the kernel kill a guest, or leaves the guest without memory to
 //! continue. A run that ends for another reason has no count. The result is compared with the number of idle guests

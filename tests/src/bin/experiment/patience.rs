@@ -1,5 +1,4 @@
-//! Steps that last as long as they make progress: a busy machine makes a guest slow, and a slow
-//! guest has not failed.
+//! Ends a step only when it makes no more progress. On a busy machine a guest is slow, which is not a failure.
 
 use std::time::{Duration, Instant};
 

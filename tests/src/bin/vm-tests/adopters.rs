@@ -1,4 +1,4 @@
-//! Tests that the requests of Cloud Hypervisor's adopters boot a guest, unchanged: the files of `tests/adopters/`.
+//! Tests that the unchanged requests of Cloud Hypervisor's adopters (`tests/adopters/`) boot a guest.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};

@@ -1,5 +1,5 @@
-//! Tests a disk of the host that a Linux guest drives. The host needs an IOMMU and an NVMe disk that nobody uses:
-//! `cargo xtask testbed run --assignable`.
+//! Tests a disk of the host that a Linux guest drives. The host needs an IOMMU and an unused NVMe disk: `cargo xtask
+//! testbed run --assignable`.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

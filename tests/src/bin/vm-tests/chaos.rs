@@ -1,4 +1,4 @@
-//! Clients that change a machine at random while Linux in it verifies its memory and a disk.
+//! Tests clients that change a machine at random, while its Linux guest verifies memory and a disk.
 //!
 //! `CHAOS_SECONDS=1800` makes the test longer, and `CHAOS_SEED=N` repeats the choices of the clients.
 

@@ -1,4 +1,4 @@
-//! A guest that verifies its memory and a disk all the time while it is saved, restored and moved.
+//! The work of a guest that verifies its memory and a disk continuously, for tests that save, restore and move it.
 
 use std::env;
 use std::fs::File;

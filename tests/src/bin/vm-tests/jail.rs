@@ -1,4 +1,4 @@
-//! Tests a Linux guest whose VMM runs as another user in a root folder of its own.
+//! Tests a Linux guest whose VMM runs as another user in a separate root folder.
 
 use std::fs;
 use std::path::Path;

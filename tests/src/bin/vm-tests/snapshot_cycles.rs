@@ -1,4 +1,4 @@
-//! A guest that is saved and restored again and again, at random moments and in every way, while it uses its memory.
+//! Saves and restores a busy guest repeatedly, at random moments and in every way.
 //!
 //! `SNAPSHOT_CYCLES=200` makes the test longer, and `STRESS_SEED=N` repeats its choices:
 //!

@@ -1,4 +1,4 @@
-//! Zeroes to write.
+//! A buffer of zeroes, for ranges that must be written.
 
 /// Zeroes written per call where the file system cannot zero a range itself.
 pub(in crate::block) const ZERO_BUFFER_BYTES: u64 = 64 << 10;

@@ -1,4 +1,4 @@
-//! A device behind the IOMMU: it reaches what the guest maps, and nothing else.
+//! Tests a device behind the IOMMU: it can access what the guest maps, and nothing else.
 
 use std::fs::File;
 use std::io::Write;

@@ -1,4 +1,4 @@
-//! The device with a mock driver.
+//! Tests the device with a mock driver.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};

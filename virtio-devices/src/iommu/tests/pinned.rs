@@ -1,4 +1,4 @@
-//! Devices of the host behind the IOMMU, with a mock of the host's.
+//! Tests assigned devices behind the IOMMU, with a mock of the host's IOMMU.
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;

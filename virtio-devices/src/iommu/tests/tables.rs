@@ -1,4 +1,4 @@
-//! The tables alone.
+//! Tests the tables without queues and threads.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

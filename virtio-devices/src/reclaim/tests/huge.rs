@@ -1,4 +1,4 @@
-//! Transparent huge pages of this host, of which a part is discarded.
+//! Tests partial discards of this host's transparent huge pages.
 #![allow(unsafe_code)]
 // UNSAFETY: `madvise` has no safe wrapper.
 

@@ -1,5 +1,5 @@
-//! A real back end of disks, QEMU's, which completes requests in any order and records none. `cargo xtask test-tools`
-//! installs it.
+//! Tests QEMU's storage daemon, a real back end of disks that completes requests in any order and does not record them.
+//! `cargo xtask test-tools` installs it.
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -1,4 +1,4 @@
-//! Migrations over several connections.
+//! Tests migrations over several connections.
 
 use std::net::Shutdown;
 

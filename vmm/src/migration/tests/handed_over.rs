@@ -1,4 +1,4 @@
-//! Migrations that hand over memory files.
+//! Tests migrations that hand over memory files.
 
 use std::fs::File;
 use std::path::Path;

@@ -1,5 +1,4 @@
-//! Both sides in one process, with owners that only record what they are asked for, and a connection that can be cut at
-//! any byte.
+//! Tests both sides in one process. The owners only record requests, and the connection can be cut at any byte.
 #![allow(clippy::unwrap_used)]
 
 mod connections;

@@ -1,4 +1,4 @@
-//! Migrations over TLS.
+//! Tests migrations over TLS.
 
 use std::path::{Path, PathBuf};
 

@@ -1,4 +1,4 @@
-//! Chains of snapshots, and snapshots of a machine that runs, without a guest.
+//! Tests chains of snapshots, and snapshots of a running machine, without a guest.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
