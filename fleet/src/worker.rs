@@ -211,7 +211,7 @@ impl Thread {
                     }
                     for order in orders {
                         let done = self.carry_out(order);
-                        // After an order without a response, its result is queried at once.
+                        // After an order without a response, its result is queried immediately.
                         let wait = match &done.result {
                             Ok(()) => SETTLING_SAMPLE,
                             Err(_) => Duration::ZERO,

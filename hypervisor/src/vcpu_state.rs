@@ -240,7 +240,7 @@ impl VcpuState {
 }
 
 impl Vcpu {
-    /// The guest-visible state of this vCPU, which must not run meanwhile. `msr_indices` come from
+    /// The guest-visible state of this vCPU, which must not run during the call. `msr_indices` come from
     /// [`crate::Kvm::msr_indices`].
     ///
     /// # Errors
@@ -445,7 +445,7 @@ impl Vcpu {
 }
 
 /// Preserves an expired timer. A deadline that has passed reads as zero although its interrupt may still be pending
-/// inside KVM and would be lost. With the current time as its deadline the timer fires at once.
+/// inside KVM and would be lost. With the current time as its deadline the timer fires immediately.
 fn keep_expired_timer(lapic: &kvm_lapic_state, msrs: &mut [MsrState]) {
     let lvt: [u8; 4] = std::array::from_fn(|at| lapic.regs[APIC_LVT_TIMER + at].cast_unsigned());
     let lvt = u32::from_le_bytes(lvt);

@@ -8,7 +8,7 @@ use super::root;
 
 /// Documents whose tables name the test of each statement.
 const WITH_TESTS: [&str; 2] = ["docs/threat-model.md", "docs/testing.md"];
-/// Words of the style of a test's name that are none.
+/// Words in the style of a test name that are not test names.
 const OTHER_NAMES: [&str; 3] = [
     "file_bytes_max",
     "memory_restore_mode",

@@ -478,7 +478,7 @@ impl Belongings {
         let mut all = BTreeMap::new();
         let mut add =
             |kind: &str, name: &str| *all.entry(format!("{kind} {name}")).or_default() += 1;
-        // What disappears meanwhile is skipped.
+        // What disappears in the meantime is skipped.
         for fd in fs::read_dir(proc.join("fd"))?.flatten() {
             if let Ok(link) = fs::read_link(fd.path()) {
                 let text = link.to_string_lossy();

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::wait::wait_for;
 
-/// Time limit for a program that should end at once.
+/// Time limit for a program that should end immediately.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 /// How a program ended.

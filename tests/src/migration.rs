@@ -107,7 +107,7 @@ pub fn send_with(source: &Vmm, url: &str, settings: &Value) -> Result<()> {
     source.put("vm.send-migration", Some(&body)).map(drop)
 }
 
-/// A TCP port that nobody uses at present.
+/// An unused TCP port.
 ///
 /// # Errors
 /// There is none.

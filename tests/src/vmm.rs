@@ -237,7 +237,7 @@ impl Vmm {
     /// The process has ended.
     pub fn possessions(&self) -> Result<(usize, BTreeSet<String>)> {
         let proc = PathBuf::from(format!("/proc/{}", self.pid()));
-        // Descriptors and threads that disappear meanwhile are skipped.
+        // Descriptors and threads that disappear in the meantime are skipped.
         let threads = fs::read_dir(proc.join("task"))?
             .filter_map(|task| fs::read_to_string(task.ok()?.path().join("comm")).ok())
             .map(|name| name.trim().to_owned())

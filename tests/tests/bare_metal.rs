@@ -181,7 +181,7 @@ fn hostile_guest_of_every_device_is_contained() -> Result<()> {
     runs_with_every_device("hostile")
 }
 
-/// An image over a backing file: the crate that reads it makes system calls of its own under the filters.
+/// An image over a backing file: the crate that reads it makes its own system calls under the filters.
 #[test]
 fn hostile_guest_of_a_qcow2_disk_is_contained() -> Result<()> {
     let folder = tempfile::tempdir()?;

@@ -10,7 +10,7 @@ use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
 use integration_tests::wait::wait_for;
 use serde_json::{Value, json};
 
-/// A field of `/proc/PID/task/TID/status`, by the thread's name. A thread that ends meanwhile is omitted.
+/// A field of `/proc/PID/task/TID/status`, by the thread's name. A thread that ends in the meantime is omitted.
 fn of_each_thread(vmm: &Vmm, field: &str) -> Result<BTreeMap<String, String>> {
     let mut fields = BTreeMap::new();
     for task in fs::read_dir(format!("/proc/{}/task", vmm.pid()))? {

@@ -550,7 +550,7 @@ fn source_whose_disks_are_locked_elsewhere_answers_and_resumes_once_they_are_fre
             ensure!(stopped.success());
             Ok(())
         })?;
-        // The control thread does not wait for the disks: it rejects this at once, and answers that.
+        // The control thread does not wait for the disks: it rejects this immediately, and answers that.
         let refused = source.request("PUT", "vm.resume", None)?;
         ensure!(refused.status == 500, "{refused:?}");
         ensure!(source.get("vm.info")?["state"] == "Paused");

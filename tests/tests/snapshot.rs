@@ -531,7 +531,7 @@ fn save_live(vmm: &Vmm, name: &str, more: &serde_json::Value) -> Result<std::pat
     Ok(folder)
 }
 
-/// Changes the paths of the saved VM, so that it can run beside the first one.
+/// Changes the paths of the saved VM, so that it can run at the same time as the first one.
 fn move_paths(folder: &Path, image: &Path, serial: &Path) -> Result<()> {
     let path = folder.join("config.json");
     let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path)?)?;

@@ -266,7 +266,7 @@ pub trait VirtioDevice: Send {
     /// The state cannot belong to this device; the caller then drops the device.
     fn restore(&mut self, state: &Saved) -> Result<(), StateError>;
 
-    /// Counters for `vm.counters`, beside those of the transport.
+    /// Counters for `vm.counters`, in addition to those of the transport.
     fn counters(&self) -> Counters {
         Counters::new()
     }

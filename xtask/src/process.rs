@@ -53,7 +53,7 @@ pub(crate) fn spawn_tied(command: &mut Command, tie: Tie, inherited: Vec<RawFd>)
 }
 
 /// Script of the shell that leads a group: runs its arguments, and on SIGTERM ends all processes started by them. A
-/// signal interrupts `wait` at once, but not a program in the foreground.
+/// signal interrupts `wait` immediately, but not a program in the foreground.
 const LEAD_GROUP: &str = r#"trap 'trap - TERM; kill -TERM 0' TERM; "$@" & wait $!"#;
 
 /// As [`spawn_tied`], for a program such as make that starts others through shells, which do not forward SIGTERM: all

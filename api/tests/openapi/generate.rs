@@ -63,7 +63,7 @@ pub(crate) fn schemas() -> BTreeMap<String, Value> {
             (name, schema)
         })
         .collect();
-    // OpenAPI ignores keys beside a reference, so the default of an enumeration is part of the enumeration's schema.
+    // OpenAPI ignores keys next to a reference, so the default of an enumeration is part of the enumeration's schema.
     for (name, default) in enum_defaults {
         let schema = schemas.get_mut(&name).unwrap();
         if schema.get("enum").is_some() {

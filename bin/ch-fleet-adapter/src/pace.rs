@@ -12,7 +12,7 @@ use crate::offer::Offer;
 const REPEAT: Duration = Duration::from_secs(60);
 /// Minimum increase that is published before [`REPEAT`] has passed, per cent of the capacity.
 const RISE_PERCENT: u64 = 10;
-/// Minimum decrease that is published at once, per cent of the capacity.
+/// Minimum decrease that is published immediately, per cent of the capacity.
 const FALL_PERCENT: u64 = 2;
 /// Maximum growth of the capacity, per cent per minute.
 const GROWTH_PERCENT_PER_MINUTE: u64 = 10;
@@ -138,7 +138,7 @@ mod tests {
             .next(Some(offer(1000, 9000)), after(begin, 60))
             .unwrap();
         assert_eq!(risen.capacity_mib(), 2200);
-        // A new VM counts at once, regardless of the limit.
+        // A new VM counts immediately, regardless of the limit.
         let come = pace
             .next(Some(offer(5000, 1000)), after(begin, 60))
             .unwrap();
@@ -176,7 +176,7 @@ mod tests {
         let lost = pace.next(None, after(begin, 901)).unwrap();
         assert_eq!(lost.capacity_mib(), 0);
         pace.note_published(lost, after(begin, 901));
-        // After a withdrawal, the full capacity is published at once.
+        // After a withdrawal, the full capacity is published immediately.
         let back = pace
             .next(Some(offer(1000, 1000)), after(begin, 902))
             .unwrap();

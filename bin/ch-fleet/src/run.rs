@@ -142,7 +142,7 @@ impl Wanted {
         let memory = memory.as_deref().unwrap_or("size=512M");
         let memory = MemoryConfig::parse(memory, &zones)?;
         let in_region = memory.hotplug_method == HotplugMethod::VirtioMem;
-        // Before it runs, nobody knows whether this VMM keeps the region of virtio-mem from its guest.
+        // Before it runs, it is unknown whether this VMM keeps the region of virtio-mem from its guest.
         let plugged = |plugged: Option<u64>, room: Option<u64>| {
             let room = room.filter(|_| in_region);
             Bytes(plugged.max(room).unwrap_or(0))

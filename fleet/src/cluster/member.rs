@@ -22,7 +22,7 @@ const TRIES: usize = 16;
 const REFUSED_STAYS: Duration = Duration::from_secs(10);
 /// Maximum interval between two writes of a record.
 const REWRITE: Duration = Duration::from_secs(10);
-/// A change of free memory by this fraction of the usable memory is published at once.
+/// A change of free memory by this fraction of the usable memory is published immediately.
 const TELL_PART: f64 = 0.02;
 
 /// The store's data about reservations on this host.

@@ -129,7 +129,7 @@ fn unix_socket_replaces_only_a_socket_that_nobody_listens_on() {
     let path = folder.path().join("agent.sock");
     let hidden = folder.path().join("agent.new");
     let refused = || serve_unix(&path, 0o600, echo).unwrap_err().kind();
-    // A file of the user, at the path or beside it, and a link to a socket.
+    // A file of the user, at the path or next to it, and a link to a socket.
     for file in [&path, &hidden] {
         std::fs::write(file, "kept").unwrap();
         assert_eq!(refused(), std::io::ErrorKind::AlreadyExists);

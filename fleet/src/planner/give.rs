@@ -62,7 +62,7 @@ impl Budget {
 }
 
 /// How much more memory may become callable. Memory given to guests without need becomes callable, and would be taken
-/// again at once if the burst were no longer covered.
+/// again immediately if the burst were no longer covered.
 fn covered(ledger: &Ledger, control: &ControlConfig) -> Bytes {
     let cover = ledger.available.scale(1.0 / (BURST_LEAVE * BURST_LEAVE));
     if !control.safety.has(SafetyRule::Burst) || ledger.burst_measured <= cover {
@@ -117,7 +117,7 @@ pub(super) fn give_urgent(
     }
 }
 
-/// The target that a VM needs at once, and the reason.
+/// The target that a VM needs immediately, and the reason.
 fn urgency(view: &View<'_>, now_ms: u64, control: &ControlConfig) -> Option<(Bytes, Reason)> {
     if view.off_limits().is_some() {
         return None;

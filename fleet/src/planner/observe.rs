@@ -290,7 +290,7 @@ fn movement(facts: &VmFacts, sample: &VmSample, memory: &mut VmMemory, control: 
             .at_ms
             .max(memory.asked_at_ms.min(sample.at_ms - 1));
         let rate = grown.0 as f64 * 1000.0 / (sample.at_ms - from_ms) as f64;
-        // A lower rate counts at once, a higher one gradually, because reservations depend on it.
+        // A lower rate counts immediately, a higher one gradually, because reservations depend on it.
         let weight = if rate < memory.rate_per_s { 0.5 } else { 0.1 };
         memory.rate_per_s += if memory.rate_per_s == 0.0 {
             rate

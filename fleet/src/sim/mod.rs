@@ -39,7 +39,7 @@ pub enum SimError {
     Read {
         /// Its path.
         path: String,
-        /// The file beside it with a similar name, as part of the message.
+        /// The file next to it with a similar name, as part of the message.
         suggestion: String,
         /// The reason.
         #[source]

@@ -16,7 +16,7 @@ pub struct VcpuBrake {
 }
 
 impl VcpuBrake {
-    /// vCPUs leave the guest soon, and do not enter it again before [`VcpuBrake::release`]. Returns at once.
+    /// vCPUs leave the guest soon, and do not enter it again before [`VcpuBrake::release`]. Returns immediately.
     pub fn hold(&self) {
         self.gate.hold(true);
         self.cells.iter().for_each(|cell| cell.thread.kick());

@@ -31,7 +31,7 @@ const FREQUENCIES_AVAILABLE: u32 = 1 << 8;
 
 /// `RECOMMENDATIONS` EAX: the guest's watchdogs are patient, because a host may not run a vCPU for a while.
 const RELAXED_TIMING: u32 = 1 << 5;
-/// `RECOMMENDATIONS` EBX: a spinning vCPU notifies nobody.
+/// `RECOMMENDATIONS` EBX: a spinning vCPU sends no notification.
 const SPIN_FOREVER: u32 = u32::MAX;
 
 /// The leaves of a guest with at most `vcpus` vCPUs.

@@ -337,7 +337,7 @@ impl Vcpus {
         Ok(())
     }
 
-    /// Requests a non-maskable interrupt on every vCPU that the guest has started, and returns at once.
+    /// Requests a non-maskable interrupt on every vCPU that the guest has started, and returns immediately.
     pub fn nmi(&self) {
         for vcpu in self.threads.keys() {
             let cell = &self.cells[*vcpu as usize];

@@ -652,7 +652,7 @@ mod tests {
                 host_address: other.as_ptr() as u64,
                 flags: 0,
             };
-            // SAFETY: the mapping outlives the slot, which is removed at once.
+            // SAFETY: the mapping outlives the slot, which is removed immediately.
             let refused = unsafe { vm.set_memory_slot(slot) }.is_err();
             if !refused {
                 vm.remove_memory_slot(slots.end()).unwrap();

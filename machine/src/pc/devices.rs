@@ -92,7 +92,7 @@ impl Pc {
         result
     }
 
-    /// Asks the guest to release a device and returns at once; may be repeated. After the guest has released it,
+    /// Asks the guest to release a device and returns immediately; may be repeated. After the guest has released it,
     /// [`Pc::take_ejected`] removes the device.
     ///
     /// # Errors

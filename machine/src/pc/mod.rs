@@ -199,7 +199,7 @@ impl Pc {
         Arc::new(Pvpanic::new(events))
     }
 
-    /// Sends a non-maskable interrupt to every vCPU that the guest has started, and returns at once. vCPUs that are
+    /// Sends a non-maskable interrupt to every vCPU that the guest has started, and returns immediately. vCPUs that are
     /// paused receive it when they are resumed.
     pub fn nmi(&self) {
         self.vcpus.nmi();

@@ -11,7 +11,7 @@ use super::{Pc, PcError};
 
 impl Pc {
     /// Changes the number of vCPUs to `count`, 1 to the maximum: adds vCPUs, or asks the guest to release the last
-    /// ones. Returns at once. After the guest has released some, [`Pc::take_ejected_vcpus`] ends them.
+    /// ones. Returns immediately. After the guest has released some, [`Pc::take_ejected_vcpus`] ends them.
     ///
     /// # Errors
     /// [`PcError::LeavingVcpus`], a vCPU cannot be added, or the guest cannot be notified.

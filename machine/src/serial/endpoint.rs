@@ -117,7 +117,7 @@ impl Endpoint {
         }
     }
 
-    /// A socket that nobody ever opens.
+    /// A socket that no client ever opens.
     #[cfg(any(test, fuzzing))]
     pub(crate) fn without_client() -> Arc<Self> {
         Arc::new(Self {

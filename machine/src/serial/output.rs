@@ -174,7 +174,7 @@ impl Output {
     }
 
     /// Writes to `sink` from now on, the backlog first. `watcher` reports when the sink accepts more. Without a
-    /// watcher, bytes that the sink does not accept at once wait for the next write.
+    /// watcher, bytes that the sink does not accept immediately wait for the next write.
     ///
     /// # Errors
     /// The sink cannot be watched.

@@ -246,7 +246,7 @@ pub(crate) fn set_clock(seconds: i64) -> io::Result<()> {
     Ok(())
 }
 
-/// Adds `seed` to the kernel's entropy and reseeds its generator at once.
+/// Adds `seed` to the kernel's entropy and reseeds its generator immediately.
 pub(crate) fn reseed(seed: &[u8]) -> io::Result<()> {
     let mut random = File::options().write(true).open("/dev/urandom")?;
     random.write_all(seed)?;

@@ -129,8 +129,8 @@ impl BalloonHandle {
         Self { shared }
     }
 
-    /// Sets the target to `bytes`, rounded to whole pages of 4 KiB, and returns at once. The guest approaches it at its
-    /// own pace.
+    /// Sets the target to `bytes`, rounded to whole pages of 4 KiB, and returns immediately. The guest approaches it at
+    /// its own pace.
     pub fn set_target_bytes(&self, bytes: u64) {
         self.shared.config.set_target_bytes(bytes);
         self.shared.interrupt.signal();
@@ -181,8 +181,8 @@ impl BalloonHandle {
         self.shared.stats.latest()
     }
 
-    /// Requests hints of all free memory from the guest, and returns at once with the id of the run. During the run the
-    /// guest cannot use that memory; at the end it takes the memory back.
+    /// Requests hints of all free memory from the guest, and returns immediately with the id of the run. During the run
+    /// the guest cannot use that memory; at the end it takes the memory back.
     ///
     /// # Errors
     /// No driver supports hinting, or a run is in progress.
@@ -193,8 +193,8 @@ impl BalloonHandle {
         Ok(id)
     }
 
-    /// Ends the hinting run, if there is one, and returns at once. The current batch is still discarded, but no further
-    /// one.
+    /// Ends the hinting run, if there is one, and returns immediately. The current batch is still discarded, but no
+    /// further one.
     ///
     /// # Errors
     /// Hinting is not offered.
@@ -225,8 +225,8 @@ impl BalloonHandle {
         }
     }
 
-    /// Sends a reporting policy to the guest, if it supports one, and returns at once. The policy also applies to later
-    /// drivers.
+    /// Sends a reporting policy to the guest, if it supports one, and returns immediately. The policy also applies to
+    /// later drivers.
     pub fn set_reporting_policy(&self, policy: ReportingPolicy) {
         self.shared.control.set_policy(policy);
         self.shared.interrupt.signal();
@@ -238,7 +238,7 @@ impl BalloonHandle {
         self.shared.control.policy_status()
     }
 
-    /// Requests a pause of reporting and returns at once; see [`BalloonHandle::wait_for_pause`]. It persists across
+    /// Requests a pause of reporting and returns immediately; see [`BalloonHandle::wait_for_pause`]. It persists across
     /// resets of the device, until [`BalloonHandle::resume_reporting`].
     ///
     /// # Errors

@@ -96,7 +96,7 @@ impl Flights {
         !self.suspended.is_empty()
     }
 
-    /// Starts a job; requires space for it. A job that the engine rejects ends at once and is added to `landed`.
+    /// Starts a job; requires space for it. A job that the engine rejects ends immediately and is added to `landed`.
     pub(super) fn start(&mut self, job: Job, landed: &mut Vec<Landed>, turn: &mut Turn) {
         let id = self.free.pop().expect("callers check for room");
         self.cost += job.cost();

@@ -170,7 +170,7 @@ impl BlockQueue {
         admits
     }
 
-    /// Converts a chain into a job, or completes it at once.
+    /// Converts a chain into a job, or completes it immediately.
     fn take(
         &mut self,
         active: &mut Active,

@@ -38,8 +38,8 @@ impl MemHandle {
         Self { shared }
     }
 
-    /// Requests that the guest plugs `bytes`, and returns at once. The guest works towards this size at its own pace,
-    /// as far as it can.
+    /// Requests that the guest plugs `bytes`, and returns immediately. The guest works towards this size at its own
+    /// pace, as far as it can.
     ///
     /// # Errors
     /// The region cannot have that size.

@@ -139,7 +139,7 @@ impl ServedQueue {
     }
 
     /// Takes the next chain with at least `bytes_min` device-writable bytes. `refuse` is called for every other chain,
-    /// which is returned to the driver at once.
+    /// which is returned to the driver immediately.
     ///
     /// # Errors
     /// As for [`ServedQueue::next`].

@@ -30,7 +30,7 @@ pub(super) struct Programs {
 }
 
 impl Programs {
-    /// Programs beside a device with this socket.
+    /// Host programs of a device with this socket.
     pub(super) fn new(socket: &Path) -> Self {
         let mut path = socket.as_os_str().to_owned();
         path.push(format!("_{PORT}"));

@@ -45,7 +45,7 @@ pub use vectors::MockVectors;
 
 use std::time::{Duration, Instant};
 
-/// Maximum time that a test waits for something that should happen at once.
+/// Maximum time that a test waits for something that should happen immediately.
 pub const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Polls `condition` until it holds.

@@ -416,7 +416,7 @@ impl PciFunction for VirtioPciFunction {
     }
 
     fn begin_pause(&self) -> Vec<Pausing> {
-        // All workers pause at once: each waits for the requests in flight of its own queue.
+        // All workers pause at the same time: each waits for the requests in flight of its own queue.
         self.workers.iter().map(WorkerHandle::begin_pause).collect()
     }
 

@@ -66,7 +66,7 @@ impl State {
 }
 
 impl Gate {
-    /// A new gate, which wakes the link at once to connect.
+    /// A new gate, which wakes the link immediately to connect.
     pub(super) fn new() -> io::Result<Self> {
         let wake = EventFd::new(EFD_NONBLOCK)?;
         wake.write(1)?;
@@ -119,7 +119,7 @@ impl Gate {
         let start = Instant::now();
         let mut willing = true;
         while state.talking || state.served.is_some() {
-            // A handshake can be aborted at once; for rings it is worth waiting.
+            // A handshake can be aborted immediately; for rings it is worth waiting.
             let patience = if state.served.is_some() {
                 GRACE
             } else {

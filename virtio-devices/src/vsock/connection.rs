@@ -72,8 +72,8 @@ pub(super) struct Connection {
     sent: u32,
     guest_buf_alloc: u32,
     guest_fwd_cnt: u32,
-    /// Credit was requested from the guest, and no data was sent since. A guest without credit responds at once, so a
-    /// new request after each response would keep both sides busy until a program in the guest reads.
+    /// Credit was requested from the guest, and no data was sent since. A guest without credit responds immediately, so
+    /// a new request after each response would keep both sides busy until a program in the guest reads.
     credit_requested: bool,
     /// SHUTDOWN_* that was sent to the guest.
     shutdown_sent: u32,

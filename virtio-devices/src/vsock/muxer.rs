@@ -232,7 +232,7 @@ impl Muxer {
                 }
                 Err(error) => self.refuse(error),
             },
-            // Closed at once: the program sees the end of the stream.
+            // Closed immediately: the program sees the end of the stream.
             Ok(Some(_)) => self.refuse("too many connections"),
             Err(error) => {
                 // No descriptor is left. The program keeps waiting, and would wake this thread endlessly.

@@ -103,7 +103,7 @@ pub struct WorkerHandle {
 }
 
 impl WorkerHandle {
-    /// Passes the queues to the worker and returns at once (called by vCPU threads). A handler that cannot activate
+    /// Passes the queues to the worker and returns immediately (called by vCPU threads). A handler that cannot activate
     /// notifies the driver through its interrupt.
     ///
     /// # Errors
@@ -112,7 +112,7 @@ impl WorkerHandle {
         self.post(Command::Activate(Box::new(activation)))
     }
 
-    /// Requests a reset and returns at once (called by vCPU threads). [`WorkerHandle::reset_done`] reports when the
+    /// Requests a reset and returns immediately (called by vCPU threads). [`WorkerHandle::reset_done`] reports when the
     /// handler has released the queues.
     pub fn request_reset(&self) {
         self.progress

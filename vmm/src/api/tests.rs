@@ -139,7 +139,7 @@ impl FakeMachine {
 }
 
 impl FakeMachine {
-    /// Its RAM, which nobody keeps.
+    /// Its RAM, which is not kept.
     fn memory(&self) -> GuestMemory {
         let mut memory = GuestMemory::new(&self.memory, 46).unwrap();
         for bytes in &self.grown_to {

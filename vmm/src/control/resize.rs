@@ -41,7 +41,8 @@ impl Lifecycle {
                 }
             }
             .map_err(LifecycleError::Machine)?;
-            // The requested size is stored at once: the guest may take time to comply, and a reboot uses the new size.
+            // The requested size is stored immediately: the guest may take time to comply, and a reboot uses the new
+            // size.
             config.memory = wanted.memory;
             // It does not have the new memory.
             self.recorder = None;

@@ -191,7 +191,7 @@ impl Lifecycle {
         (config, state)
     }
 
-    /// `vm.coredump`: writes a core file of the guest. A running machine is paused meanwhile.
+    /// `vm.coredump`: writes a core file of the guest. A running machine is paused until the file is complete.
     ///
     /// # Errors
     /// There is no machine, it did not pause, or the file cannot be written. There is no file then, and the machine is
@@ -272,7 +272,8 @@ impl Lifecycle {
         admitted.map_err(|error| SnapshotError::NotAdmitted(Box::new(error)))
     }
 
-    /// `vm.snapshot-merge`: merges a chain into a new snapshot, on a thread of its own. Takes `done` if it has been started.
+    /// `vm.snapshot-merge`: merges a chain into a new snapshot, on a separate thread. Takes `done` if it has been
+    /// started.
     ///
     /// # Errors
     /// A folder is missing or not allowed, or another chain is being merged.

@@ -94,8 +94,8 @@ pub struct ControlHandle {
 virtio_devices::debug_fields!(ControlHandle {});
 
 impl ControlHandle {
-    /// Queues `change` and returns at once. `done` is called with the result, even if the queue is full. It runs on the
-    /// control thread, so it must not block.
+    /// Queues `change` and returns immediately. `done` is called with the result, even if the queue is full. It runs on
+    /// the control thread, so it must not block.
     pub fn submit<T>(
         &self,
         endpoint: Endpoint,

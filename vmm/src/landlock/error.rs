@@ -38,7 +38,7 @@ pub enum LandlockError {
         /// The access that the rule needs, in the option's syntax.
         access: &'static str,
     },
-    /// The jail shows files at their own places, but not what the kernel looks for beside them.
+    /// The jail shows files at their own places, but not what the kernel looks for next to them.
     #[error("No pseudo-terminal opens in the jail of this process: use a file, a socket or off")]
     TerminalInJail,
     /// A path that the jail does not show.

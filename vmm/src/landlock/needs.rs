@@ -286,7 +286,7 @@ fn of_vsock(vsock: &VsockConfig) -> Need {
     Need::socket(&vsock.socket)
 }
 
-/// The kernel looks for the folder of terminals beside this file.
+/// The kernel looks for the folder of terminals next to this file.
 pub(super) const PSEUDO_TERMINALS: &str = "/dev/ptmx";
 
 /// The endpoint of a console.

@@ -471,7 +471,7 @@ impl Connection {
     fn refuse(&mut self, error: MigrationError) -> MigrationError {
         self.reader.get_mut().ignore_cancel();
         self.writer.get_mut().ignore_cancel();
-        // The machine is paused meanwhile.
+        // The machine is paused in the meantime.
         self.set_end(Some(Instant::now() + FAREWELL));
         let error = self.reason_of_peer(error);
         self.writer.refuse(&api::error_line(&error)).ok();

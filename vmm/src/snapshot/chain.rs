@@ -34,7 +34,7 @@ impl SavedBase {
     /// The base of a new snapshot in `folder`.
     ///
     /// # Errors
-    /// The folders are not beside each other, the chain is too long, or the base has changed.
+    /// The folders have different parents, the chain is too long, or the base has changed.
     pub(super) fn of_new(&self, folder: &Path) -> Result<Base, SnapshotError> {
         let broken = |reason| SnapshotError::Chain {
             path: self.folder.clone(),
@@ -106,7 +106,7 @@ pub(super) fn visit(
     }
 }
 
-/// The folder of `base`, which is beside `folder`.
+/// The folder of `base`, in the parent folder of `folder`.
 fn beside(folder: &Path, base: &Base) -> Result<PathBuf, SnapshotError> {
     let invalid = || SnapshotError::Chain {
         path: folder.to_owned(),

@@ -24,7 +24,7 @@ pub struct Link {
 pub struct Base {
     /// Its id.
     pub id: String,
-    /// The name of its folder, which is beside the folder of the other one.
+    /// The name of its folder, in the same parent folder as the other one.
     pub folder: String,
 }
 

@@ -115,10 +115,10 @@ pub trait Machine {
     /// The interrupt could not be raised.
     fn power_button(&self) -> Result<(), VmError>;
 
-    /// Sends a non-maskable interrupt to every vCPU that the guest has started, and returns at once.
+    /// Sends a non-maskable interrupt to every vCPU that the guest has started, and returns immediately.
     fn nmi(&self);
 
-    /// Changes the size of a disk and notifies the guest; returns at once.
+    /// Changes the size of a disk and notifies the guest; returns immediately.
     ///
     /// # Errors
     /// There is no such disk, or its image cannot have this size.
@@ -130,7 +130,7 @@ pub trait Machine {
     /// There is no such device or group.
     fn set_rate_limit(&self, id: &str, limit: Option<&RateLimiterConfig>) -> Result<(), VmError>;
 
-    /// Sets the balloon's target in bytes and returns at once.
+    /// Sets the balloon's target in bytes and returns immediately.
     ///
     /// # Errors
     /// [`VmError::MissingBalloon`].
@@ -142,38 +142,38 @@ pub trait Machine {
     /// A removal is pending, or a vCPU did not end within its deadline.
     fn settle_vcpus(&mut self) -> Result<(), VmError>;
 
-    /// Adds vCPUs, or requests the release of the last ones from the guest, and returns at once.
+    /// Adds vCPUs, or requests the release of the last ones from the guest, and returns immediately.
     ///
     /// # Errors
     /// A removal is pending, or a vCPU cannot be added.
     fn resize_vcpus(&mut self, count: u32) -> Result<(), VmError>;
 
-    /// Adds memory so that the guest has `total_bytes`, and returns at once. Changes nothing if it has that much.
+    /// Adds memory so that the guest has `total_bytes`, and returns immediately. Changes nothing if it has that much.
     ///
     /// # Errors
     /// There is no room for it, or the host does not have it.
     fn grow_memory(&mut self, total_bytes: u64) -> Result<(), VmError>;
 
-    /// Sets how much memory the guest should plug in beyond what it booted with, and returns at once.
+    /// Sets how much memory the guest should plug in beyond what it booted with, and returns immediately.
     ///
     /// # Errors
     /// [`VmError::MissingMem`], or [`VmError::MemoryResize`] with the reason.
     fn resize_memory(&self, hotplugged_bytes: u64) -> Result<(), VmError>;
 
-    /// Starts or ends a run of free page hinting and returns at once.
+    /// Starts or ends a run of free page hinting and returns immediately.
     ///
     /// # Errors
     /// [`VmError::MissingBalloon`], or [`VmError::Hinting`] with the reason.
     fn balloon_hinting(&self, action: HintingAction) -> Result<(), VmError>;
 
-    /// Pauses or resumes reporting, or requests a report of everything; returns at once.
+    /// Pauses or resumes reporting, or requests a report of everything; returns immediately.
     /// [`MachineObserver::reporting`] waits until a pause is complete.
     ///
     /// # Errors
     /// [`VmError::MissingBalloon`], or [`VmError::Reporting`] with the reason.
     fn balloon_reporting(&self, request: VmBalloonReporting) -> Result<(), VmError>;
 
-    /// Sends a reporting policy to the guest, if there is a balloon and its driver supports one; returns at once.
+    /// Sends a reporting policy to the guest, if there is a balloon and its driver supports one; returns immediately.
     fn set_reporting_policy(&self, policy: ReportingPolicy);
 
     /// Adds a device whose configuration has been checked and named, and interrupts the guest. On an error nothing is
@@ -183,7 +183,7 @@ pub trait Machine {
     /// The device cannot be created or named, or there is no slot for it.
     fn add_device(&mut self, device: &mut NewDevice) -> Result<PciDeviceInfo, VmError>;
 
-    /// Requests the release of a device from the guest and returns at once; may be repeated.
+    /// Requests the release of a device from the guest and returns immediately; may be repeated.
     ///
     /// # Errors
     /// There is no such device, it cannot be removed, or it is a balloon with memory in it.

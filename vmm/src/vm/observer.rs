@@ -257,7 +257,7 @@ impl OwnObserver {
         }
     }
 
-    /// Returns when nobody looks at the functions of the machine any more. Called before they are dropped.
+    /// Returns when no thread looks at the functions of the machine any more. Called before they are dropped.
     pub(super) fn forget_functions(&self) {
         self.0.write_published().functions.clear();
     }
@@ -283,7 +283,7 @@ impl Drop for OwnObserver {
 }
 
 impl VmObserver {
-    /// Calls `read` on the machine, which cannot end meanwhile; `None` if it has ended.
+    /// Calls `read` on the machine, which cannot end during the call; `None` if it has ended.
     fn look<T>(&self, read: impl FnOnce(&Observed) -> T) -> Option<T> {
         let observed = self.observed.read().unpoisoned();
         observed.as_ref().map(read)

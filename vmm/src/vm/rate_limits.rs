@@ -65,7 +65,7 @@ impl MachineLimiters {
     }
 
     /// Changes the limit of the device or group of this name, and returns the devices that must be paused and resumed
-    /// for it to take effect at once; `None` if there is no such limit.
+    /// for it to take effect immediately; `None` if there is no such limit.
     pub(super) fn set(&self, id: &str, limits: RateLimits) -> Option<Vec<&str>> {
         match (self.devices.get_key_value(id), self.groups.get(id)) {
             (Some((id, DeviceLimiter::Disk(limiter))), _) => {

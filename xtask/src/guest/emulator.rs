@@ -34,7 +34,7 @@ pub(super) struct Ended {
 }
 
 impl Machine<'_> {
-    /// Boots and waits for the end, when the guest powers off; each line of its console goes to `see` at once.
+    /// Boots and waits for the end, when the guest powers off; each line of its console goes to `see` immediately.
     pub(super) fn run(&self, mut see: impl FnMut(&str) + Send + 'static) -> Result<Ended> {
         apt::ensure_from_backports(QEMU)?;
         let mut command = Command::new(QEMU_PROGRAM);

@@ -125,7 +125,7 @@ struct Plan {
     release: String,
     /// The version of the packages.
     version: String,
-    /// Options beside those of the configuration.
+    /// Options in addition to those of the configuration.
     options: String,
 }
 

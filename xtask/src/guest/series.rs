@@ -142,7 +142,7 @@ pub(super) fn folder() -> PathBuf {
     paths::workspace().join("guest-patches")
 }
 
-/// One of the kernel configurations beside the series.
+/// One of the kernel configurations next to the series.
 pub(super) fn config(name: &str) -> Result<String> {
     let path = folder().join(format!("config/{name}.config"));
     fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))

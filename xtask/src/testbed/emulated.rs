@@ -81,7 +81,7 @@ pub(crate) fn run(job: &Job) -> Result<Outcome> {
             "if=none,id=swap,format=raw,cache=unsafe,file={}",
             fd_path(swap)
         );
-        // The guest finds it by its serial number, beside other disks.
+        // The guest finds it by its serial number, among other disks.
         let device = "virtio-blk-pci,drive=swap,serial=swap";
         command.args(["-drive", &drive, "-device", device]);
     }
@@ -495,7 +495,7 @@ fn keep_tail(mut from: PipeReader, show: bool) -> String {
     String::from_utf8_lossy(&tail).into_owned()
 }
 
-/// Reads the status port to its end, and passes on each line at once.
+/// Reads the status port to its end, and passes on each line immediately.
 fn read_status(from: PipeReader, lines: &Sender<String>) -> String {
     let mut text = String::new();
     for line in BufReader::new(from).lines().map_while(Result::ok) {

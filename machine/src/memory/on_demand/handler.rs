@@ -185,7 +185,7 @@ impl Handler {
         Ok(has(TOKEN_REPORTS))
     }
 
-    /// Applies discards at once and only records faults: the kernel returns a fault before an older discard.
+    /// Applies discards immediately and only records faults: the kernel returns a fault before an older discard.
     fn take_reports(&mut self) -> io::Result<()> {
         let mut reports = Vec::new();
         self.uffd.read(&mut reports)?;

@@ -18,7 +18,7 @@ const BLOCK_BYTES: u32 = 4096;
 const SECTORS_PER_BLOCK: u64 = 8;
 /// Blocks that are written in turn.
 const BLOCKS: u32 = 64;
-/// In each word of a block, beside the number.
+/// In each word of a block, in addition to the number.
 const MARK: u32 = 0xc000_0000;
 
 const READ: u32 = 0;

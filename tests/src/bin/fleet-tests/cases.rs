@@ -176,7 +176,7 @@ pub(crate) fn members_that_die_and_stall_cost_nothing_but_time(
 
 pub(crate) fn agents_that_die_and_stall_keep_their_word(fleet: &mut Fleet) -> Result<Outcome> {
     let before = sell_out(fleet, "before", 15)?;
-    // One agent is killed and restarted at once: its reservations are on its disk.
+    // One agent is killed and restarted immediately: its reservations are on its disk.
     fleet.agents[0].kill()?;
     fleet.start_agent(0)?;
     fleet.wait_status("back", 0, |_| true)?;

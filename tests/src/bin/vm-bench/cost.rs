@@ -38,7 +38,7 @@ impl Cost {
         };
         for task in fs::read_dir(format!("/proc/{pid}/task"))? {
             let task = task?.path();
-            // A thread that ends meanwhile was short-lived.
+            // A thread that ends in the meantime was short-lived.
             let (Ok(name), Ok(stat)) = (
                 fs::read_to_string(task.join("comm")),
                 fs::read_to_string(task.join("schedstat")),

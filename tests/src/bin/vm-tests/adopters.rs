@@ -528,7 +528,7 @@ fn libvirt_boots_with_events_in_a_fifo() -> Result<Outcome> {
     let fifo = place.path().join("event-monitor-fifo");
     let made = Command::new("mkfifo").arg(&fifo).status()?;
     ensure!(made.success(), "mkfifo: {made}");
-    // Both ways, so that opening it waits for nobody.
+    // Both ways, so that opening it does not wait.
     let mut reader = File::options().read(true).write(true).open(&fifo)?;
     let mut booted = adopter.boot_in(place, None, |_, _| Ok(()))?;
     let info = booted.guest.vmm.get("vm.info")?;

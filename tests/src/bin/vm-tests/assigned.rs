@@ -155,7 +155,7 @@ fn behind_the_iommu(path: &Path) -> Result<()> {
         let mapped = counter(&guest, "host_mapped_bytes")?;
         write_and_verify(&mut guest, 7 + round)?;
         let used = give_back(&mut guest)?;
-        // The memory that was reported beside the device still holds the right data, and so does the disk.
+        // The memory that was reported while the device was assigned still holds the right data, and so does the disk.
         write_and_verify(&mut guest, 9 + round)?;
         println!(
             "     resident MiB: before the device was added {}, then {}, after I/O and reports {}; mapped for DMA {} KiB",

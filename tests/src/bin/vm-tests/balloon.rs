@@ -258,7 +258,7 @@ fn hinting_gives_free_memory_back_and_leaves_used_memory_alone() -> Result<Outco
         cpus: "boot=2",
         memory: "size=1G",
         // With reporting on, the queue numbers are those of a guest with all features. Mainline waits for seconds
-        // before it reports, so memory that returns at once was hinted.
+        // before it reports, so memory that returns immediately was hinted.
         arguments: &[
             "--balloon",
             "size=0,free_page_hinting=on,free_page_reporting=on",

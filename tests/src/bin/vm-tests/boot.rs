@@ -167,7 +167,7 @@ fn real_time_clock_tells_the_hosts_time() -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-/// The kernel finds no root, panics, and resets the machine at once.
+/// The kernel finds no root, panics, and resets the machine immediately.
 fn guest_without_initramfs_starts_over_and_over() -> Result<Outcome> {
     let kernel = paths::guest("vmlinux")?;
     let kernel = kernel.to_str().context("path is not UTF-8")?;

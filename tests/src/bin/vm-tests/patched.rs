@@ -17,7 +17,7 @@ pub(crate) fn tests() -> Vec<Test> {
     ]
 }
 
-/// The patched kernel reports at once, but a busy machine is slow.
+/// The patched kernel reports immediately, but a busy machine is slow.
 const RECLAIM_DEADLINE: Duration = Duration::from_secs(120);
 
 fn resident(guest: &Guest) -> Result<u64> {

@@ -29,7 +29,7 @@ type Daemon = VhostUserDaemon<Arc<Mutex<Echo>>>;
 pub(super) struct About {
     pub(super) features: u64,
     pub(super) config: Vec<u8>,
-    /// Supports memory regions one at a time, beside whole tables.
+    /// Supports memory regions one at a time, in addition to whole tables.
     pub(super) takes_single_regions: bool,
 }
 

@@ -38,7 +38,7 @@ pub(super) struct Message {
 pub(super) struct ByHand(UnixStream);
 
 impl ByHand {
-    /// Listens at once, and accepts one connection per call.
+    /// Listens immediately, and accepts one connection per call.
     pub(super) fn listen(path: &Path) -> impl FnMut() -> Self + use<> {
         let listener = UnixListener::bind(path).unwrap();
         move || {

@@ -34,7 +34,8 @@ pub(super) enum FramingError {
     /// A coding that is not `chunked`.
     #[error("The only supported Transfer-Encoding is chunked.")]
     TransferEncoding,
-    /// Two different lengths, or a length beside a transfer coding: another reader may split the stream elsewhere.
+    /// Two different lengths, or a length together with a transfer coding: another reader may split the stream
+    /// elsewhere.
     #[error("The request gives more than one length of its body.")]
     AmbiguousLength,
     /// Missing start of a chunk.

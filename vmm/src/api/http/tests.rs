@@ -16,7 +16,7 @@ use super::*;
 /// Long enough for a loaded machine; only a failing test waits this long.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Responds to `/ping` at once, to `/count` with sizes, and keeps the reply to `/later`.
+/// Responds to `/ping` immediately, to `/count` with sizes, and keeps the reply to `/later`.
 #[derive(Clone, Default)]
 struct Fixture {
     kept: Arc<Mutex<Vec<Reply>>>,
