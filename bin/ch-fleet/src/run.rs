@@ -1,4 +1,5 @@
-//! `ch-fleet run -- cloud-hypervisor …`: reserves memory, starts a VMM, confirms, and releases at the end.
+//! `ch-fleet run -- cloud-hypervisor …`: reserves memory, starts a VMM, confirms the reservation, and releases it when
+//! the VMM ends.
 //!
 //! The wrapper is not a supervisor: if it is killed, the VMM continues, and the agent releases the reservation when the
 //! VM ends. Termination signals are forwarded to the VMM.

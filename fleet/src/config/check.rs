@@ -1,4 +1,4 @@
-//! Conditions between values of a configuration.
+//! Checks conditions between values of a configuration.
 
 use api::PolicyError;
 

@@ -1,4 +1,4 @@
-//! A clean Debian root: the package is installed, its programs and units are checked, and it is removed.
+//! Installs the package in a clean Debian root, checks its programs and units, and removes the package again.
 
 use std::collections::BTreeSet;
 use std::fs;
