@@ -1,5 +1,5 @@
-//! Tests that no request makes the VMM allocate much at once, through the socket and for every endpoint. The figures are
-//! those of all threads, so this is the only test of its program.
+//! Tests through the socket that no request to any endpoint makes the VMM allocate a large block. The allocator counts
+//! all threads, so this is the only test of its program.
 
 #![allow(clippy::unwrap_used)]
 

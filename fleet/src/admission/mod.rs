@@ -5,9 +5,9 @@
 //! the ledger unchanged during the decision, and record the reservation before the next one ([`Ledger::promised`]).
 //! Therefore exactly ten of a hundred requests succeed if the memory suffices for ten.
 //!
-//! A VM is admitted on memory that is available now. Memory that the other guests may take at once is subtracted, as is
-//! memory that is reserved or granted and not used yet. Memory that balloons could still return is reported to the
-//! client, and never reserved.
+//! A VM is admitted on memory that is available now. Memory that the other guests may take simultaneously is
+//! subtracted, as is memory that is reserved or granted and not used yet. Memory that balloons could still return is
+//! reported to the client, and never reserved.
 
 use std::fmt;
 

@@ -1,4 +1,4 @@
-//! Measures how much callable memory guests take at once.
+//! Measures how much callable memory guests take simultaneously.
 //!
 //! Each entry is the growth of resident memory in one window, summed over the VMs of one host. Unlike averages, the sum
 //! shows VMs that burst together. The counts are halved regularly, so that old peaks lose their weight.

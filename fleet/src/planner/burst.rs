@@ -1,4 +1,4 @@
-//! Measures how much callable memory guests take at once.
+//! Measures how much callable memory guests take simultaneously.
 
 use crate::config::{ControlConfig, SafetyRule};
 use crate::model::{Bytes, Ledger};

@@ -1,9 +1,9 @@
 //! Devices on the PCI bus: present at boot, or hot-plugged and unplugged.
 //!
 //! ```text
-//! add:     on the bus ─► guest interrupted                             (at once)
+//! add:     on the bus ─► guest interrupted                             (immediately)
 //! remove:  guest interrupted ─► … ─► guest releases it ─► off the bus ─► device dropped
-//!          (at once)                 (vCPU thread)                       (thread that owns the machine)
+//!          (immediately)             (vCPU thread)                       (thread that owns the machine)
 //! ```
 //! No step waits for the guest. If the guest never releases a device, the device stays until the guest reboots.
 

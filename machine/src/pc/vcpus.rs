@@ -1,9 +1,9 @@
 //! vCPU hot-plug.
 //!
 //! ```text
-//! add:     thread started ─► guest interrupted                         (at once)
+//! add:     thread started ─► guest interrupted                         (immediately)
 //! remove:  guest interrupted ─► … ─► guest ejects ─► thread ended
-//!          (at once)                 (vCPU thread)   (thread that owns the machine)
+//!          (immediately)             (vCPU thread)   (thread that owns the machine)
 //! ```
 //! vCPUs with the highest numbers are removed first. No step waits for the guest.
 

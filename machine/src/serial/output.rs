@@ -1,7 +1,8 @@
 //! Output: bytes from the guest to the operator.
 //!
-//! Bytes are written at once if the other side accepts them. The rest goes into a bounded backlog that the manager's
-//! thread writes as soon as it can. A full backlog drops its oldest bytes, because the newest show why a guest crashed.
+//! Bytes are written immediately if the other side accepts them. The rest goes into a bounded backlog that the
+//! manager's thread writes as soon as it can. A full backlog drops its oldest bytes, because the newest show why a
+//! guest crashed.
 
 use std::collections::VecDeque;
 use std::fs::File;

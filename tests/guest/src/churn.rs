@@ -1,5 +1,5 @@
 //! Memory in constant use with known contents: allocated, checked, partly returned, written again and freed, at random
-//! and on several threads at once.
+//! and concurrently on several threads.
 //!
 //! A thread holds a few slots. Each is empty, or memory filled with a word stream of its own
 //! seed. One step picks a slot:

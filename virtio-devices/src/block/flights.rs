@@ -1,8 +1,8 @@
 //! The jobs in flight in an I/O engine.
 //!
-//! A pause waits for all of them, so [`COST_MAX`] limits their total cost. A long job runs alone, and no further chain
-//! is taken from the ring until then. A pause then waits only for the job's current operation, and the chain goes back
-//! to the ring to be served again from the start.
+//! A pause waits for all of them, so [`COST_MAX`] limits their total cost. A long job runs alone: no further chain is
+//! taken from the ring before the job has ended. A pause then waits only for the job's current operation, and the chain
+//! goes back to the ring to be served again from the start.
 
 #![allow(unsafe_code)]
 // UNSAFETY: fulfils the contract of `IoEngine::submit`: a job, and the memory its operation points to, stays unmodified

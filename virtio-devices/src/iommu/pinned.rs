@@ -1,8 +1,8 @@
 //! The mappings of an assigned device, in the IOMMU of the host.
 //!
-//! The host pins what it maps. The order of each mapping is therefore: the range counts as mapped, so that no discard
-//! begins ([`crate::dma_mapped`]); the discards of it that had begun are over; its memory is looked up, so that
-//! memory that was plugged out meanwhile is not found; the host maps it.
+//! The host pins the memory that it maps. A mapping therefore has four steps. The range counts as mapped, so that no
+//! discard of it begins ([`crate::dma_mapped`]). Discards of the range that have already begun end. The memory of the
+//! range is looked up, which fails for memory that was unplugged by then. Then the host maps it.
 
 use std::any::Any;
 use std::collections::BTreeMap;

@@ -5,7 +5,7 @@
 //!   walk      the descriptors of one chain, with a bound on their number
 //!   buffers   a chain resolved to host memory
 //!   dma       guest memory as the device addresses it, translated by a virtual IOMMU if it is behind one
-//!   single    the queue half of a device that serves one queue and completes each request at once
+//!   single    the queue half of a device that serves one queue and completes each request immediately
 //! ```
 //!
 //! A loop ends when the ring is empty or when the [`Turn`](crate::worker::Turn) is over. In the second case the queue

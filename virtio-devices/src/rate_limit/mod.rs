@@ -5,10 +5,10 @@
 //!   state     saved buckets                        worker/throttle: a queue half that waits for tokens
 //! ```
 //!
-//! A request may start if each bucket has a token, regardless of the request's size, and takes all its tokens at once.
-//! The bucket may then be in debt, and the next request waits until the debt is repaid. The rate therefore holds on
-//! average, the longest request passes a small bucket, and no request waits longer than its predecessor's tokens take
-//! to accrue.
+//! A request may start if each bucket has a token, regardless of the request's size. It takes all its tokens when it
+//! starts. The bucket may then be in debt, and the next request waits until the debt is repaid. The rate therefore
+//! holds on average, the longest request passes a small bucket, and no request waits longer than its predecessor's
+//! tokens take to accrue.
 
 mod bucket;
 mod limiter;

@@ -3,7 +3,7 @@
 //! A guest controls the content of its rings, so work is limited in two ways:
 //!
 //! * A *turn* has a budget. When it is spent, the handler returns, and other queues and sources are served.
-//! * A *command* (pause, reset, a vCPU held at a doorbell) ends the turn at once. Handlers check for commands between
+//! * A *command* (pause, reset, a vCPU held at a doorbell) ends the turn immediately. Handlers check for commands between
 //!   chains, and between the system calls of a chain that takes several.
 //!
 //! So a command waits for at most one piece of work, whatever the ring contains. Each turn does at least one piece, so

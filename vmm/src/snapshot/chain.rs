@@ -1,13 +1,13 @@
-//! Snapshots that are based on others.
+//! Chains of differential snapshots: opens the bases of a snapshot.
 //!
 //! ```text
-//!   /var/lib/vm/            folders beside each other
+//!   /var/lib/vm/            the parent folder
 //!     monday/               id a, no base          all pages
 //!     tuesday/              id b, base monday, a   the pages that differ from monday
 //!     wednesday/            id c, base tuesday, b  the pages that differ from tuesday
 //! ```
-//! A snapshot names its base by the name of its folder and by its id, which is random. A base that is missing, damaged or
-//! was replaced by another snapshot is therefore rejected. The chain can be moved together with its folder.
+//! A snapshot names its base by folder name and random id. A base that is missing, damaged or replaced by another
+//! snapshot is therefore rejected. The chain can be moved together with its parent folder.
 
 use std::fs;
 use std::path::{Component, Path, PathBuf};

@@ -3,7 +3,7 @@
 //! ```text
 //!  thread        owner of the machine
 //!  pass 0        runs     all pages that hold data
-//!  pass n        runs     pages written meanwhile
+//!  pass n        runs     pages written during the previous pass
 //!  last pass     paused   the last pages; its state
 //!  finish        resumed  checksums, configuration and state; synced, renamed
 //! ```

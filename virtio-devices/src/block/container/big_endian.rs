@@ -1,4 +1,4 @@
-//! Fields of headers. Both formats are big-endian.
+//! Reads big-endian fields of the headers of qcow2 and VHD.
 
 /// Four bytes at an offset that the caller has checked.
 pub(super) fn be_u32(bytes: &[u8], at: usize) -> u32 {
