@@ -130,7 +130,7 @@ pub struct DeviceNode {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[schemars(extend("example" = json!({"id": "_disk0", "bdf": "0000:00:05.0"})))]
 pub struct PciDeviceInfo {
-    /// Its name, which the request gave or the VMM generated.
+    /// Name of the device, given in the request or generated.
     pub id: String,
     /// PCI address as `0000:00:05.0`.
     pub bdf: String,

@@ -49,8 +49,8 @@ pub struct ReclaimStats {
     /// is charged to another.
     #[serde(default)]
     pub charged_method: String,
-    /// Configured guest RAM that costs the host no memory, bytes: `configured_bytes - charged_bytes`, at least 0. This is
-    /// what the host really got back.
+    /// Configured guest RAM that costs the host no memory, bytes: `configured_bytes - charged_bytes`, at least 0:
+    /// memory that the host can use for other purposes.
     #[serde(default)]
     pub uncharged_bytes: u64,
     /// Memory that the guest touched again after it was returned, bytes, by `repopulated_method`.

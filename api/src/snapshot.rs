@@ -17,12 +17,12 @@ pub struct VmSnapshotConfig {
     /// is writable.
     #[serde(default)]
     pub keep_paused: bool,
-    /// Record from now on what the guest writes, so that a differential snapshot can follow. The guest is slower
-    /// meanwhile. A full snapshot without this setting ends the record.
+    /// Record from now on what the guest writes, so that a differential snapshot can follow. Recording slows the guest
+    /// down. A full snapshot without this setting ends the record.
     #[serde(default)]
     pub track_writes: bool,
-    /// Write a differential snapshot: only what has changed since this one, the VM's last. Its folder must be beside the
-    /// new one, and stay there unchanged. The record of writes continues.
+    /// Write a differential snapshot based on this one, which must be the VM's last. Both folders must have the same
+    /// parent, and this one must stay unchanged. The record of writes continues.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base_url: Option<String>,
 }

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use api_macros::section;
 
-/// One PCI device of the host that the guest drives itself (VFIO). All of guest RAM is pinned as long as it is
-/// attached.
+/// One PCI device of the host that the guest drives itself (VFIO). Without `iommu`, all of guest RAM is pinned while
+/// the device is attached.
 #[section(option = "device", about = "Direct device assignment parameters")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceConfig {

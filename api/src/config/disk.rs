@@ -77,7 +77,7 @@ pub struct DiskConfig {
     /// How the image is locked against a second user.
     #[key]
     pub lock_granularity: LockGranularity,
-    /// Do without io_uring, for tests. System calls on a thread of each queue take its place.
+    /// Do not use io_uring, for tests: a thread of each queue makes system calls instead.
     #[key(name = "_disable_io_uring", hidden, omit_false)]
     pub disable_io_uring: bool,
     /// Accepted for tests that are written for upstream. Linux AIO is not used.

@@ -18,13 +18,13 @@ pub struct VmSendMigrationData {
     /// Pause the VM once the rest of its memory can be sent in this time.
     #[key("<ms>", default = 300)]
     pub downtime_ms: u64,
-    /// How long the VM may keep running meanwhile, seconds.
+    /// Time for which the VM may keep running during the migration, seconds.
     #[key("<seconds>", default = 3600)]
     pub timeout_s: u64,
     /// What happens after that time.
     #[key]
     pub timeout_strategy: MigrationTimeoutStrategy,
-    /// Slow the vCPUs down in steps as long as passes do not get shorter.
+    /// Slow the vCPUs down in steps while passes do not get shorter.
     #[key]
     pub auto_converge: bool,
     /// Number of connections over which memory is sent, 1 to 128.
@@ -67,7 +67,7 @@ pub enum MigrationTimeoutStrategy {
     #[default]
     #[word("cancel")]
     Cancel,
-    /// The VM is paused for as long as the rest takes.
+    /// The VM is paused while the rest of its memory is sent.
     #[word("ignore")]
     Ignore,
 }

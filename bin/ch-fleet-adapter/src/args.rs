@@ -10,8 +10,8 @@ use crate::http::Service;
 /// Publish the memory that a ch-fleet agent's host has for VMs to a scheduler.
 ///
 /// The capacity is the size of all VMs present or reserved, plus the memory that the agent could reserve for another VM
-/// now. A decrease is published at once, an increase by a tenth per minute. If the agent is silent for a minute, nothing
-/// new is offered; after 15 minutes the capacity is 0.
+/// now. A decrease is published immediately, an increase by a tenth per minute. If the agent is silent for a minute,
+/// nothing new is offered; after 15 minutes the capacity is 0.
 #[derive(Debug, Parser)]
 #[command(
     name = "ch-fleet-adapter",
