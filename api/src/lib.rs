@@ -28,13 +28,13 @@ mod rate_limit;
 mod reclaim;
 mod reporting;
 mod resize;
-mod scale;
 mod similar;
 mod snapshot;
 mod thresholds;
 
 pub use ascii_json::to_ascii_json;
 pub use balloon_stats::BalloonStatsResponse;
+pub use byte_size::{exact_bytes, format_bytes, scale_bytes};
 pub use client::{Client, ClientError, Peer, SocketFile};
 pub use config::{RestoreConfig, VmConfig, VmReceiveMigrationData, VmSendMigrationData};
 pub use coredump::*;
@@ -57,7 +57,6 @@ pub use reclaim::{
 };
 pub use reporting::*;
 pub use resize::*;
-pub use scale::{exact_bytes, format_bytes, scale_bytes};
 pub use schemars::JsonSchema;
 pub use similar::{suggestion, suggestion_among, suggestion_for};
 pub use snapshot::*;

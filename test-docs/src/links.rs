@@ -147,6 +147,7 @@ mod tests {
         "api/",
         "bin/",
         "docs/",
+        "byte-size/",
         "device-facts/",
         "fleet/",
         "fuzz/",

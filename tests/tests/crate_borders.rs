@@ -14,8 +14,9 @@ const PUBLISHED_AS: &str = "cloud-hypervisor-balloon-";
 /// Every crate of the workspace with its allowed dependencies. A crate does not use any crate listed above it.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("api-macros", &[]),
-    ("api", &["api-macros", "device-facts"]),
+    ("api", &["api-macros", "byte-size", "device-facts"]),
     ("device-facts", &[]),
+    ("byte-size", &[]),
     ("state", &[]),
     ("hypervisor", &["state"]),
     ("virtio-devices", &["device-facts", "state"]),
@@ -32,7 +33,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
         ],
     ),
     // The test server is for its fake VMMs, which only tests use.
-    ("fleet", &["api", "chart", "device-facts", "test-server"]),
+    (
+        "fleet",
+        &["api", "byte-size", "chart", "device-facts", "test-server"],
+    ),
     ("cloud-hypervisor", &["api", "program-docs", "vmm"]),
     ("ch-remote", &["api", "program-docs"]),
     ("ch-fleet", &["api", "fleet", "program-docs"]),
@@ -56,8 +60,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("test-docs", &[]),
     ("test-server", &[]),
     ("test-skip", &[]),
-    ("guest-programs", &[]),
-    ("xtask", &["test-skip"]),
+    ("guest-programs", &["byte-size"]),
+    ("xtask", &["byte-size", "test-skip"]),
 ];
 /// The modules of `vmm`, bottom-up: each uses only modules listed before it.
 const VMM_MODULES: &[&str] = &[

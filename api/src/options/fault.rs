@@ -1,5 +1,6 @@
 //! Faults in options of the command line.
 
+use byte_size::SizeError;
 use thiserror::Error;
 
 use crate::similar::{did_you_mean, similar};
@@ -119,13 +120,8 @@ pub enum ValueError {
     #[error("{0:?} is not on, off, true or false")]
     Toggle(String),
     /// Not a size.
-    #[error(
-        "{0:?} is not a number of bytes with an optional suffix K, M, G, T, KiB, MiB, GiB or TiB"
-    )]
-    Bytes(String),
-    /// A size above 64 bits.
-    #[error("{0:?} is more than 64 bits can hold")]
-    BytesTooLarge(String),
+    #[error(transparent)]
+    Size(#[from] SizeError),
     /// Not an integer in range.
     #[error("{0:?} is not a number, or out of range")]
     Integer(String),

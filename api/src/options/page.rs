@@ -95,9 +95,10 @@ fn page(old: &str) -> String {
         "# Options\n\n\
          This page lists every key of every `cloud-hypervisor` option that accepts `key=value,key=value`. The `ch-remote\n\
          add-…` commands accept the same keys as the option for the device. [commands/](commands/) lists the options of each\n\
-         program. Sizes take a binary suffix: `K`, `M`, `G`, `T`, `KiB`, `MiB`, `GiB` or `TiB`, in any case. This page is\n\
-         generated from the declarations in `api/src/`; a test compares the two. \"–\" in the column Default means that the key\n\
-         has no default. The column Since has the version that introduced the key.\n",
+         program. A size is a number of bytes, or a number with a binary unit: `K`, `M`, `G`, `T`, `KiB`, `MiB`, `GiB` or\n\
+         `TiB`, in any case, such as `512M` or `1.5GiB`. This page is generated from the declarations in `api/src/`; a test\n\
+         compares the two. \"–\" in the column Default means that the key has no default. The column Since has the version\n\
+         that introduced the key.\n",
     );
     let options = sections().into_iter().map(|section| ("--", section));
     let commands = commands()

@@ -21,39 +21,12 @@ pub fn parse_toggle(text: &str) -> Result<bool, ValueError> {
     }
 }
 
-/// The suffixes of sizes in lower case, each with its power of two. `MB` is missing, because it can also mean 10^6.
-const SIZE_SUFFIXES: [(&str, u32); 8] = [
-    ("kib", 10),
-    ("mib", 20),
-    ("gib", 30),
-    ("tib", 40),
-    ("k", 10),
-    ("m", 20),
-    ("g", 30),
-    ("t", 40),
-];
-
-/// A number of bytes: decimal digits with an optional binary suffix, `K` or `KiB` up to `T` or `TiB`, in any case.
+/// A number of bytes, with an optional unit.
 ///
 /// # Errors
-/// [`ValueError::Bytes`] if the text does not have this format, [`ValueError::BytesTooLarge`] if the number exceeds 64
-/// bits.
+/// [`ValueError::Size`] if it is malformed or exceeds 64 bits.
 pub fn parse_bytes(text: &str) -> Result<u64, ValueError> {
-    let text = text.trim();
-    let lower = text.to_ascii_lowercase();
-    let (digits, shift) = SIZE_SUFFIXES
-        .iter()
-        .find_map(|(suffix, shift)| Some((lower.strip_suffix(suffix)?, *shift)))
-        .unwrap_or((&lower, 0));
-    // The standard parser would accept a plus sign.
-    if digits.is_empty() || !digits.bytes().all(|digit| digit.is_ascii_digit()) {
-        return Err(ValueError::Bytes(text.to_owned()));
-    }
-    digits
-        .parse::<u64>()
-        .ok()
-        .and_then(|number| number.checked_mul(1 << shift))
-        .ok_or_else(|| ValueError::BytesTooLarge(text.to_owned()))
+    Ok(byte_size::parse_bytes(text)?)
 }
 
 pub(super) fn parse_with<T: FromStr<Err: Display>>(text: &str) -> Result<T, ValueError> {

@@ -1,9 +1,13 @@
 //! `[thresholds]` and `[reporting]`: the host's states, and the guests' reporting policy in each.
 
-use api::ReportingPolicy;
-use serde::{Deserialize, Serialize};
+use std::fmt;
 
-use crate::model::{Fraction, HostState};
+use api::{ReportingPolicy, ReportingPolicyChange};
+use device_facts::reporting_policy::Unit;
+use serde::de::{Error as _, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::model::{Bytes, Fraction, HostState};
 
 /// Two values with a dead band between them.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -63,7 +67,7 @@ impl Thresholds {
 
 /// `[reporting]`: the first measure. It costs guests least, because it takes only memory that is free in the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(from = "ReportingChange")]
 pub struct ReportingConfig {
     /// While memory is plentiful: do not report hot memory.
     pub relaxed: ReportingPolicy,
@@ -74,6 +78,64 @@ pub struct ReportingConfig {
     pub eager: ReportingPolicy,
     /// Ratio of repopulated to discarded memory, percent, above which a guest counts as churning.
     pub churn_percent: u64,
+}
+
+/// `[reporting]` in a file, which contains only settings that differ from the defaults.
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct ReportingChange {
+    relaxed: PolicyChange,
+    calm: PolicyChange,
+    eager: PolicyChange,
+    churn_percent: Option<u64>,
+}
+
+impl From<ReportingChange> for ReportingConfig {
+    fn from(change: ReportingChange) -> Self {
+        let default = Self::default();
+        Self {
+            relaxed: change.relaxed.0.applied_to(default.relaxed),
+            calm: change.calm.0.applied_to(default.calm),
+            eager: change.eager.0.applied_to(default.eager),
+            churn_percent: change.churn_percent.unwrap_or(default.churn_percent),
+        }
+    }
+}
+
+/// Settings of a reporting policy in a file, where a size may have a unit.
+#[derive(Default)]
+struct PolicyChange(ReportingPolicyChange);
+
+impl<'de> Deserialize<'de> for PolicyChange {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(PolicyVisitor)
+    }
+}
+
+struct PolicyVisitor;
+
+impl<'de> Visitor<'de> for PolicyVisitor {
+    type Value = PolicyChange;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the settings of a reporting policy")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<PolicyChange, A::Error> {
+        let mut change = ReportingPolicyChange::default();
+        while let Some(key) = map.next_key::<String>()? {
+            let setting = ReportingPolicy::TABLE
+                .iter()
+                .find(|setting| setting.name == key)
+                .ok_or_else(|| A::Error::unknown_field(&key, ReportingPolicy::NAMES))?;
+            let value = match setting.unit {
+                Unit::Bytes => map.next_value::<Bytes>()?.0,
+                Unit::Order | Unit::Count | Unit::Ms => map.next_value()?,
+            };
+            *setting.slot(&mut change) = Some(value);
+        }
+        Ok(PolicyChange(change))
+    }
 }
 
 impl ReportingConfig {
@@ -105,5 +167,33 @@ impl Default for ReportingConfig {
             },
             churn_percent: 80,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    #[test]
+    fn reporting_policy_changes_only_named_settings_and_reads_sizes_with_units() {
+        let text = "[reporting.calm]\nbytes_per_second_max = \"64MiB\"\n\
+                    [reporting.eager]\nbytes_per_second_max = 4096";
+        let reporting = Config::from_toml(text).unwrap().reporting;
+        let default = ReportingConfig::default();
+        let expected = ReportingPolicy {
+            bytes_per_second_max: 64 << 20,
+            ..default.calm
+        };
+        assert_eq!(reporting.calm, expected);
+        assert_eq!(reporting.eager.bytes_per_second_max, 4096);
+        assert_eq!(reporting.relaxed, default.relaxed);
+    }
+
+    #[test]
+    fn misspelt_setting_of_a_reporting_policy_is_rejected_by_name() {
+        let error = Config::from_toml("[reporting.calm]\nage_ms = 4").unwrap_err();
+        let text = api::error_line(&error);
+        assert!(text.contains("unknown field `age_ms`"), "{text}");
     }
 }

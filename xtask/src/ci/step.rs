@@ -223,7 +223,7 @@ pub(crate) const STEPS: &[Step] = &[
         "crate",
         &[],
         &[Shared],
-        "cargo package --offline --allow-dirty --locked --package device-facts \
+        "cargo package --offline --allow-dirty --locked --package byte-size --package device-facts \
          --package cloud-hypervisor-balloon-api-macros --package cloud-hypervisor-balloon-api",
     )),
     // The unit tests of the series are in the kernel that all tests boot.
