@@ -8,11 +8,25 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use super::{AGENT, AgentConfig, RuleFault, StoreFault, rules};
-use crate::config::{Config, ConfigError, ConfigFault, ranges};
+use crate::config::{Config, ConfigError, ConfigFault, SyntaxFault, ranges};
 use crate::host::HostFiles;
 use crate::model::Bytes;
 use crate::sample::{Discovery, PatternError};
 
+/// Every section of a file.
+pub(super) const SECTIONS: [&str; 11] = [
+    "agent",
+    "discovery",
+    "store",
+    "vm",
+    "host",
+    "thresholds",
+    "reporting",
+    "control",
+    "admission",
+    "last_resort",
+    "policy",
+];
 /// Lists that later files add to instead of replacing them, by section.
 const JOINED: [&str; 2] = ["discovery.sockets", "vm"];
 
@@ -29,13 +43,13 @@ pub enum LoadError {
         source: io::Error,
     },
     /// A file is not TOML, or has unknown keys or invalid values.
-    #[error("Cannot parse {}{}", path.display(), api::suggestion(source.message()))]
+    #[error("Cannot parse {}", path.display())]
     Syntax {
         /// Its path.
         path: PathBuf,
         /// The parser's error.
         #[source]
-        source: toml::de::Error,
+        source: SettingsFault,
     },
     /// The values of all files together contradict each other.
     #[error("The settings are inconsistent")]
@@ -59,6 +73,22 @@ pub enum LoadError {
         reserve: Bytes,
         /// The machine's memory.
         total: Bytes,
+    },
+}
+
+/// Reasons why a file is rejected.
+#[derive(Clone, Debug, Error)]
+pub enum SettingsFault {
+    /// It is not TOML, or has unknown keys or invalid values.
+    #[error(transparent)]
+    Syntax(#[from] SyntaxFault),
+    /// A section is unknown.
+    #[error("unknown section `{section}`; known are {}{suggestion}", SECTIONS.join(", "))]
+    Section {
+        /// Its name.
+        section: String,
+        /// A section with a similar name, as part of the message.
+        suggestion: String,
     },
 }
 
@@ -86,12 +116,10 @@ pub fn load(file: &Path, required: bool) -> Result<Loaded, LoadError> {
             path: path.clone(),
             source,
         })?;
-        let syntax = |source| LoadError::Syntax {
+        let table = parse(&text).map_err(|source| LoadError::Syntax {
             path: path.clone(),
             source,
-        };
-        let table: toml::Table = text.parse().map_err(syntax)?;
-        split(table.clone()).map_err(syntax)?;
+        })?;
         merge(&mut all, table, "");
     }
     let config = split(all).map_err(|source| LoadError::Syntax {
@@ -151,22 +179,38 @@ fn drop_ins(folder: &Path) -> Result<Vec<PathBuf>, LoadError> {
     Ok(files)
 }
 
+/// The contents of one file, after a check that it consists of settings.
+fn parse(text: &str) -> Result<toml::Table, SettingsFault> {
+    let table: toml::Table = text.parse().map_err(SyntaxFault::from)?;
+    split(table.clone())?;
+    Ok(table)
+}
+
 /// Separates the agent's own sections from the planner's.
-fn split(mut table: toml::Table) -> Result<AgentConfig, toml::de::Error> {
+fn split(mut table: toml::Table) -> Result<AgentConfig, SettingsFault> {
     fn take<T: Default + for<'de> Deserialize<'de>>(
         table: &mut toml::Table,
-        name: &str,
-    ) -> Result<T, toml::de::Error> {
-        table
-            .remove(name)
-            .map_or_else(|| Ok(T::default()), toml::Value::try_into)
+        name: &'static str,
+    ) -> Result<T, SyntaxFault> {
+        let section = table.remove(name).map(toml::Value::try_into);
+        let section = section.transpose();
+        Ok(section
+            .map_err(|error| SyntaxFault::in_section(name, error))?
+            .unwrap_or_default())
+    }
+    let unknown = table.keys().find(|name| !SECTIONS.contains(&name.as_str()));
+    if let Some(section) = unknown {
+        return Err(SettingsFault::Section {
+            section: section.clone(),
+            suggestion: api::suggestion_among(section, SECTIONS),
+        });
     }
     Ok(AgentConfig {
         agent: take(&mut table, "agent")?,
         discovery: take(&mut table, "discovery")?,
         store: take(&mut table, "store")?,
         vms: take(&mut table, "vm")?,
-        planning: Config::deserialize(table)?,
+        planning: Config::deserialize(table).map_err(SyntaxFault::from)?,
     })
 }
 

@@ -12,7 +12,7 @@ mod store;
 #[cfg(test)]
 mod tests;
 
-pub use load::{LoadError, Loaded, load, load_for};
+pub use load::{LoadError, Loaded, SettingsFault, load, load_for};
 pub use reference::reference;
 pub use rules::RuleFault;
 pub use store::{StoreFault, StoreSection};

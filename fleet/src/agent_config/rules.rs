@@ -27,12 +27,14 @@ pub enum RuleFault {
         by: String,
     },
     /// The policy does not exist.
-    #[error("the rule for {name:?} names undefined policy {policy:?}")]
+    #[error("the rule for {name:?} names undefined policy {policy:?}{suggestion}")]
     NoPolicy {
         /// The rule's pattern.
         name: String,
         /// The policy.
         policy: String,
+        /// A policy with a similar name, as part of the message.
+        suggestion: String,
     },
 }
 
@@ -65,6 +67,10 @@ pub(super) fn check(
             return Err(RuleFault::NoPolicy {
                 name: name.clone(),
                 policy: policy.clone(),
+                suggestion: api::suggestion_among(
+                    policy,
+                    policies.keys().map(String::as_str).chain(["default"]),
+                ),
             });
         }
         before.push((name, pattern));

@@ -129,16 +129,86 @@ fn reserve_that_takes_the_machine_is_refused() {
 }
 
 #[test]
-fn misspelt_key_is_refused_with_a_suggestion() {
-    let (_folder, file) = files("[policy.default]\nflor = '1GiB'\n", &[]);
-    let chain = api::error_chain(&load(&file, true).unwrap_err());
-    assert!(
-        chain[0].ends_with(" (did you mean \"floor\"?)"),
-        "{chain:?}"
-    );
-    let (_folder, file) = files("[discovery]\ncolour = 'red'\n", &[]);
-    let chain = api::error_chain(&load(&file, true).unwrap_err());
-    assert!(chain[0].starts_with("Cannot parse "), "{chain:?}");
+fn misspelt_word_is_rejected_with_its_place_and_a_suggestion_at_the_end() {
+    for (text, expected) in [
+        (
+            "[policy.default]\nflor = '1GiB'\n",
+            [
+                "`policy.default`: unknown field `flor`",
+                "(did you mean \"floor\"?)",
+            ],
+        ),
+        (
+            "[policy.default]\nclass = 'hihg'\n",
+            [
+                "`policy.default.class`: unknown variant `hihg`",
+                "(did you mean \"high\"?)",
+            ],
+        ),
+        (
+            "[agent]\nscna = '1s'\n",
+            ["`agent`: unknown field `scna`", "(did you mean \"scan\"?)"],
+        ),
+        (
+            "[agent]\nscan = 1\n",
+            ["`agent.scan`: invalid type", "expected a string"],
+        ),
+        (
+            "[reporting.calm]\nage_ms = 4\n",
+            [
+                "`reporting.calm`: unknown field `age_ms`",
+                "(did you mean \"age_ms_min\"?)",
+            ],
+        ),
+        (
+            "[[vm]]\nname = 'a'\npolicy = 'databse'\n[policy.database]\nmin = '80%'\n",
+            [
+                "names undefined policy \"databse\"",
+                "(did you mean \"database\"?)",
+            ],
+        ),
+    ] {
+        let (_folder, file) = files(text, &[]);
+        let chain = api::error_chain(&load(&file, true).unwrap_err());
+        let cause = &chain[1];
+        assert!(cause.contains(expected[0]), "{chain:?}");
+        assert!(cause.ends_with(expected[1]), "{chain:?}");
+    }
+}
+
+#[test]
+fn unknown_section_is_rejected_with_all_sections_and_a_suggestion() {
+    for (text, suggestion) in [
+        ("[agnt]\n", " (did you mean \"agent\"?)"),
+        ("[stor]\n", " (did you mean \"store\"?)"),
+        ("[[vms]]\nname = 'a'\n", " (did you mean \"vm\"?)"),
+        ("[polcy.db]\nmin = '1GiB'\n", " (did you mean \"policy\"?)"),
+        ("floor = '1GiB'\n", ""),
+    ] {
+        let (_folder, file) = files(text, &[]);
+        let chain = api::error_chain(&load(&file, true).unwrap_err());
+        let known = "; known are agent, discovery, store, vm, host, thresholds, reporting, control, admission, \
+                     last_resort, policy";
+        assert!(
+            chain[1].ends_with(&format!("{known}{suggestion}")),
+            "{chain:?}"
+        );
+    }
+}
+
+#[test]
+fn every_section_is_known() {
+    let mut config = AgentConfig::default();
+    config.vms.push(VmRule {
+        name: "a".to_owned(),
+        policy: "default".to_owned(),
+    });
+    let table: toml::Table = config.to_toml().parse().unwrap();
+    let mut sections: Vec<_> = table.keys().map(String::as_str).collect();
+    let mut known = super::load::SECTIONS.to_vec();
+    sections.sort_unstable();
+    known.sort_unstable();
+    assert_eq!(sections, known);
 }
 
 /// The control group that systemd creates for `slice`: each dash separates a slice from the one that contains it

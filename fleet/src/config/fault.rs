@@ -1,5 +1,8 @@
 //! Reasons why a configuration is rejected.
 
+use std::error::Error;
+use std::fmt;
+
 use crate::model::HostState;
 
 /// A contradiction between keys.
@@ -54,12 +57,65 @@ pub enum ConfigFault {
     SampleAge,
 }
 
+/// The TOML parser's error, with a suggestion for a misspelt word.
+#[derive(Clone, Debug)]
+pub struct SyntaxFault {
+    /// Section that was parsed separately; the parser does not know its name.
+    section: Option<&'static str>,
+    error: Box<toml::de::Error>,
+}
+
+impl SyntaxFault {
+    /// An error in the section `name`.
+    pub(crate) fn in_section(name: &'static str, error: toml::de::Error) -> Self {
+        Self {
+            section: Some(name),
+            error: Box::new(error),
+        }
+    }
+
+    /// The path of the key, as far as it is known; `text` is the parser's.
+    fn key(&self, text: &str) -> Option<String> {
+        let key = text
+            .trim_end()
+            .rsplit_once("\nin `")
+            .and_then(|(_, key)| key.strip_suffix('`'));
+        let parts: Vec<&str> = self.section.into_iter().chain(key).collect();
+        (!parts.is_empty()).then(|| parts.join("."))
+    }
+}
+
+impl From<toml::de::Error> for SyntaxFault {
+    fn from(error: toml::de::Error) -> Self {
+        Self {
+            section: None,
+            error: Box::new(error),
+        }
+    }
+}
+
+impl fmt::Display for SyntaxFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let message = self.error.message();
+        let suggestion = api::suggestion(message);
+        let text = self.error.to_string();
+        match self.key(&text) {
+            // The parser shows the line of the file, and the message below it.
+            _ if self.error.span().is_some() => write!(f, "{}{suggestion}", text.trim_end()),
+            Some(key) => write!(f, "`{key}`: {message}{suggestion}"),
+            None => write!(f, "{message}{suggestion}"),
+        }
+    }
+}
+
+impl Error for SyntaxFault {}
+
 /// Reasons why a configuration is rejected.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// It is not TOML, or has unknown keys or invalid values.
     #[error("cannot read the configuration")]
-    Syntax(#[from] toml::de::Error),
+    Syntax(#[from] SyntaxFault),
     /// Its values contradict each other.
     #[error("configuration is invalid: {}", list(.0))]
     Faults(Vec<ConfigFault>),

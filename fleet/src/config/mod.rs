@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 pub use control::{AdmissionConfig, ControlConfig, LastResortConfig};
-pub use fault::{ConfigError, ConfigFault};
+pub use fault::{ConfigError, ConfigFault, SyntaxFault};
 pub use millis::Millis;
 pub use policy::PolicyConfig;
 pub use safety::{Safety, SafetyRule};
@@ -72,7 +72,7 @@ impl Config {
     /// # Errors
     /// [`ConfigError::Syntax`] with the place, or [`ConfigError::Faults`] with all errors.
     pub fn from_toml(text: &str) -> Result<Self, ConfigError> {
-        let config: Self = toml::from_str(text)?;
+        let config: Self = toml::from_str(text).map_err(SyntaxFault::from)?;
         config.check()?;
         Ok(config)
     }

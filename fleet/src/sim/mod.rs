@@ -46,8 +46,8 @@ pub enum SimError {
         source: std::io::Error,
     },
     /// The file is not a valid scenario.
-    #[error("cannot parse the scenario{}", api::suggestion(.0.message()))]
-    Syntax(#[from] toml::de::Error),
+    #[error("cannot parse the scenario")]
+    Syntax(#[from] crate::config::SyntaxFault),
     /// The configuration in it contradicts itself.
     #[error("the configuration of the scenario is invalid")]
     Config(#[from] crate::config::ConfigError),
@@ -77,7 +77,7 @@ impl Scenario {
     /// # Errors
     /// [`SimError`] with the reason.
     pub fn from_toml(text: &str) -> Result<Self, SimError> {
-        let scenario: Self = toml::from_str(text)?;
+        let scenario: Self = toml::from_str(text).map_err(crate::config::SyntaxFault::from)?;
         scenario.config.check()?;
         let time = &scenario.time;
         for (name, value) in [
