@@ -6,6 +6,8 @@
 //!
 //! `202MiB` refers to a number of bytes, and `6.30s` to one of ms or µs. A unit in brackets, `202(MiB)`, does not
 //! follow the number in the text: it is in the heading of a table or behind the last number of a list.
+//!
+//! A table of measurements without a file has `<!-- no file: REASON -->` in its section.
 
 #![allow(clippy::unwrap_used)]
 
@@ -134,6 +136,76 @@ fn every_figure_is_that_of_its_file() {
     }
     assert!(faults.is_empty(), "{faults:#?}");
     assert!(checked > 180, "only {checked} figures were seen");
+}
+
+/// Documents with tables of measurements.
+const MEASURED: [&str; 4] = [
+    "docs/balloon.md",
+    "docs/fleet.md",
+    "docs/promises.md",
+    "docs/results/README.md",
+];
+/// A table with fewer rows that have a measured unit shows settings or limits.
+const MEASURED_ROWS_MIN: usize = 3;
+
+/// Whether a row of a table has a number with a unit in which this project measures.
+fn is_measured(row: &str) -> bool {
+    let words: Vec<&str> = row.split_whitespace().collect();
+    words.windows(2).any(|pair| {
+        let unit = pair[1].trim_end_matches([',', ';']);
+        pair[0].parse::<f64>().is_ok() && ["µs", "ms", "s", "MiB", "MB"].contains(&unit)
+    })
+}
+
+/// Lines at which tables of measurements begin whose section has neither a file nor a reason.
+fn unmarked_tables(text: &str) -> Vec<usize> {
+    let lines: Vec<&str> = text.lines().collect();
+    let mut found = Vec::new();
+    let mut is_marked = false;
+    let mut at = 0;
+    while at < lines.len() {
+        let table = lines[at..]
+            .iter()
+            .take_while(|it| it.starts_with('|'))
+            .count();
+        let rows = lines[at..at + table].iter();
+        let measured = rows.filter(|it| is_measured(it)).count();
+        if measured >= MEASURED_ROWS_MIN && !is_marked {
+            found.push(at + 1);
+        }
+        is_marked &= !lines[at].starts_with('#');
+        is_marked |= ["<!-- figures of ", "<!-- no file: "]
+            .iter()
+            .any(|it| lines[at].starts_with(it));
+        at += table.max(1);
+    }
+    found
+}
+
+#[test]
+fn every_table_of_measurements_has_a_file_or_a_reason() {
+    let unmarked: Vec<_> = MEASURED
+        .iter()
+        .map(|name| {
+            let text = fs::read_to_string(root().join(name)).unwrap();
+            (*name, unmarked_tables(&text))
+        })
+        .filter(|it| !it.1.is_empty())
+        .collect();
+    assert!(unmarked.is_empty(), "{unmarked:?}");
+}
+
+#[test]
+fn table_of_measurements_without_a_marker_is_found() {
+    let table = "| | |\n| --- | --- |\n| a | 1.5 µs |\n| b | 2 ms; more |\n| c | 3 MiB |\n";
+    assert_eq!(unmarked_tables(&format!("## A\n\n{table}")), [3]);
+    let marked = "## A\n\n<!-- no file: by hand -->\n\n";
+    assert!(unmarked_tables(&format!("{marked}{table}")).is_empty());
+    assert_eq!(
+        unmarked_tables(&format!("{marked}text\n\n## B\n\n{table}")),
+        [9]
+    );
+    assert!(unmarked_tables("| a | 1 ms |\n| b | 2 |\n").is_empty());
 }
 
 #[test]
