@@ -10,6 +10,7 @@ mod balloon;
 mod boot;
 mod chaos;
 mod churn;
+mod clones;
 mod consoles;
 mod debian;
 mod devices;
@@ -75,6 +76,7 @@ fn main() -> ExitCode {
         operator::tests(),
         vsock::tests(),
         pmem::tests(),
+        clones::tests(),
         iommu::tests(),
         assigned::tests(),
         balloon::tests(),

@@ -41,7 +41,7 @@ impl Mode {
         Self::Background,
     ];
 
-    fn options(self) -> &'static str {
+    pub(crate) fn options(self) -> &'static str {
         match self {
             Self::Copy => "memory_restore_mode=copy",
             Self::OnDemand => "memory_restore_mode=ondemand,background_fill=off",
@@ -83,6 +83,13 @@ pub(crate) fn restore_in(mode: Mode, url: &str, serial: &Path) -> Result<Guest> 
 
 /// The same with further keys of `--restore`.
 pub(crate) fn restore_as(url: &str, options: &str, serial: &Path) -> Result<Guest> {
+    let vmm = restored(url, options)?;
+    let serial = Serial::connect(serial, BOOT_DEADLINE)?;
+    Ok(Guest { vmm, serial })
+}
+
+/// A VMM with a paused VM from this snapshot.
+pub(crate) fn restored(url: &str, options: &str) -> Result<Vmm> {
     let mut vmm = Vmm::start(&["--restore", &format!("source_url={url},{options}")])?;
     let restored = wait_for("the restored VM", BOOT_DEADLINE, || {
         ensure!(!vmm.has_ended()?, "the VMM ended: {}", vmm.stderr());
@@ -93,8 +100,7 @@ pub(crate) fn restore_as(url: &str, options: &str, serial: &Path) -> Result<Gues
             .then_some(()))
     });
     restored.with_context(|| vmm.last_words())?;
-    let serial = Serial::connect(serial, BOOT_DEADLINE)?;
-    Ok(Guest { vmm, serial })
+    Ok(vmm)
 }
 
 /// Errors of a guest's kernel that a pause or a new process can cause: lost memory, a clock that is wrong or jumped, a
