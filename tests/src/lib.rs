@@ -24,6 +24,7 @@ pub mod qemu;
 pub mod random;
 pub mod serial;
 pub mod shared;
+pub mod two_hosts;
 pub mod vmm;
 pub mod wait;
 

@@ -64,7 +64,7 @@ pub(crate) const GUEST_MODULES: [&str; 11] = [
 const GUEST_MODULES_OPTIONAL: [&str; 2] = ["virtio_iommu", "nvme"];
 
 /// Modules of the emulated host: its root, its ports, its swap, KVM, networks of guests, devices for guests.
-pub(crate) const HOST_MODULES: [&str; 11] = [
+pub(crate) const HOST_MODULES: [&str; 13] = [
     "virtio_pci",
     "virtio_console",
     "virtio_blk",
@@ -73,6 +73,8 @@ pub(crate) const HOST_MODULES: [&str; 11] = [
     "overlay",
     "kvm_amd",
     "tun",
+    "bridge",
+    "veth",
     "virtio_net",
     "vfio_pci",
     "vfio_iommu_type1",

@@ -19,6 +19,7 @@ mod hotplug;
 mod iommu;
 mod jail;
 mod life;
+mod migration;
 mod network;
 mod operator;
 mod patched;
@@ -76,6 +77,7 @@ fn main() -> ExitCode {
         operator::tests(),
         vsock::tests(),
         pmem::tests(),
+        migration::tests(),
         clones::tests(),
         iommu::tests(),
         assigned::tests(),

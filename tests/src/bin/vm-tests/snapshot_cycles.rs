@@ -125,7 +125,7 @@ impl Run {
 }
 
 /// Starts something that the pause is to interrupt. Returns its name.
-fn disturb(guest: &Guest, random: &mut Random) -> Result<&'static str> {
+pub(crate) fn disturb(guest: &Guest, random: &mut Random) -> Result<&'static str> {
     Ok(match random.below(4) {
         0 => {
             resize(guest, random.below(BALLOON_BYTES_MAX / 4096 + 1) * 4096)?;

@@ -1,0 +1,157 @@
+//! Two hosts on one machine. Each is a network namespace with a tap, and a mount namespace with a folder: of the same
+//! names, so that a VM finds on one what it had on the other.
+//!
+//! ```text
+//! this machine   bridge, PREFIX.1
+//!                ├── veth ── host 0: bridge ── tap
+//!                └── veth ── host 1: bridge ── tap
+//! ```
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use tempfile::TempDir;
+
+use crate::paths;
+use crate::vmm::PROCESS_DEADLINE;
+use crate::wait::wait_for;
+
+/// The tap of each host.
+pub const TAP: &str = "moved0";
+
+/// Two hosts, whose namespaces end with this value.
+#[derive(Debug)]
+pub struct TwoHosts {
+    hosts: [Host; 2],
+    _bridge: Link,
+    folder: TempDir,
+}
+
+impl TwoHosts {
+    /// Creates both, on the network `prefix`.0/24. No other test may use `name`.
+    ///
+    /// # Errors
+    /// This machine lacks namespaces, bridges or the tools for them.
+    pub fn new(name: &str, prefix: &str) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        fs::create_dir(folder.path().join("own"))?;
+        run(&format!(
+            "ip link add {name} type bridge && ip addr add {prefix}.1/24 dev {name} && ip link set {name} up"
+        ))?;
+        let bridge = Link(name.to_owned());
+        let hosts = [
+            Host::new(folder.path(), name, 0)?,
+            Host::new(folder.path(), name, 1)?,
+        ];
+        Ok(Self {
+            hosts,
+            _bridge: bridge,
+            folder,
+        })
+    }
+
+    /// A program that runs the VMM on the host of this number.
+    #[must_use]
+    pub fn program(&self, host: usize) -> &Path {
+        &self.hosts[host].program
+    }
+
+    /// The path that stands for a different file on each host.
+    #[must_use]
+    pub fn path(&self, file: &str) -> PathBuf {
+        self.folder.path().join("own").join(file)
+    }
+
+    /// Where this machine finds that file of the host of this number.
+    #[must_use]
+    pub fn path_on(&self, host: usize, file: &str) -> PathBuf {
+        let root = PathBuf::from(format!("/proc/{}/root", self.hosts[host].holder.id()));
+        let path = self.path(file);
+        root.join(path.strip_prefix("/").unwrap_or(&path))
+    }
+}
+
+/// A network interface of this machine, deleted on drop.
+#[derive(Debug)]
+struct Link(String);
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        // It may have ended with a namespace.
+        let _ = run(&format!("ip link del {}", self.0));
+    }
+}
+
+#[derive(Debug)]
+struct Host {
+    /// Keeps the namespaces until its input ends.
+    holder: Child,
+    program: PathBuf,
+}
+
+impl Host {
+    fn new(folder: &Path, bridge: &str, number: usize) -> Result<Self> {
+        let own = folder.join("own");
+        let script = format!("mount -t tmpfs own {} && exec cat", own.display());
+        let holder = Command::new("unshare")
+            .args(["--net", "--mount", "--propagation", "private"])
+            .args(["--", "sh", "-c", &script])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .context("unshare")?;
+        let pid = holder.id();
+        let mounts = format!("/proc/{pid}/mounts");
+        let host = Self {
+            holder,
+            program: folder.join(format!("vmm-on-{number}")),
+        };
+        let mounted = format!("own {} ", own.display());
+        wait_for("the namespaces", PROCESS_DEADLINE, || {
+            let mounts = fs::read_to_string(&mounts)?;
+            Ok(mounts.contains(&mounted).then_some(()))
+        })?;
+        let (outer, enter) = (format!("{bridge}v{number}"), enter(pid));
+        run(&format!(
+            "ip link add {outer} type veth peer name outside netns {pid} && \
+             ip link set {outer} master {bridge} up"
+        ))?;
+        run(&format!(
+            "{enter} sh -ec '\
+             ip link set lo up; ip link add inside type bridge; ip tuntap add mode tap name {TAP}; \
+             ip link set outside master inside up; ip link set {TAP} master inside up; ip link set inside up'"
+        ))?;
+        let vmm = paths::program("cloud-hypervisor")?;
+        let script = format!("#!/bin/sh\nexec {enter} {} \"$@\"\n", vmm.display());
+        fs::write(&host.program, script)?;
+        fs::set_permissions(&host.program, fs::Permissions::from_mode(0o755))?;
+        Ok(host)
+    }
+}
+
+/// The command that runs another one in the namespaces of this process. Entering a mount namespace leaves the root folder.
+fn enter(pid: u32) -> String {
+    let of = format!("/proc/{pid}");
+    format!("nsenter --net={of}/ns/net --mount={of}/ns/mnt --root={of}/root --wd={of}/cwd")
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.holder.kill();
+        let _ = self.holder.wait();
+    }
+}
+
+fn run(script: &str) -> Result<()> {
+    let output = Command::new("sh").args(["-c", script]).output()?;
+    ensure!(
+        output.status.success(),
+        "{script}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(())
+}
