@@ -5,15 +5,18 @@
 //! VM ends. Termination signals are forwarded to the VMM.
 
 use std::ffi::{OsStr, OsString};
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::{Child, Command, ExitCode, ExitStatus};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use api::config::{HotplugMethod, MemoryConfig};
+use api::VmConfig;
+use api::config::{HotplugMethod, MemoryConfig, RestoreConfig};
 use fleet::agent::{ConfirmRequest, ReleaseRequest, ReserveAnswer, ReserveRequest};
 use fleet::model::Bytes;
 use fleet::reservations::Reservation;
@@ -26,6 +29,8 @@ use crate::ask::{Agent, may_change};
 
 /// Time between two attempts with `--wait`.
 const TRY_AGAIN: Duration = Duration::from_secs(2);
+/// Maximum length of the configuration in a snapshot, as in the VMM.
+const CONFIG_BYTES_MAX: u64 = 4 << 20;
 
 pub(crate) fn run(agent: &Agent, options: &RunOptions) -> Result<ExitCode> {
     let (program, arguments) = options
@@ -123,7 +128,7 @@ fn reserve(agent: &Agent, wanted: &Wanted, options: &RunOptions) -> Result<Reser
     }
 }
 
-/// Properties of the VM, from the VMM's command line.
+/// Properties of the VM, from the VMM's command line or the snapshot that it names.
 #[derive(Debug, PartialEq, Eq)]
 struct Wanted {
     socket: String,
@@ -137,11 +142,16 @@ impl Wanted {
             .pop()
             .context("The command has no --api-socket, which the agent needs to manage the VM")?;
         let socket = socket.strip_prefix("path=").unwrap_or(&socket).to_owned();
-        let memory = values(arguments, "--memory")?.pop();
-        let zones = values(arguments, "--memory-zone")?;
-        // The VMM's own default.
-        let memory = memory.as_deref().unwrap_or("size=512M");
-        let memory = MemoryConfig::parse(memory, &zones)?;
+        let memory = match values(arguments, "--restore")?.pop() {
+            Some(restore) => saved_memory(&restore)?,
+            None => {
+                let memory = values(arguments, "--memory")?.pop();
+                let zones = values(arguments, "--memory-zone")?;
+                // The VMM's own default.
+                let memory = memory.as_deref().unwrap_or("size=512M");
+                MemoryConfig::parse(memory, &zones)?
+            }
+        };
         let in_region = memory.hotplug_method == HotplugMethod::VirtioMem;
         // Before it runs, it is unknown whether this VMM keeps the region of virtio-mem from its guest.
         let plugged = |plugged: Option<u64>, room: Option<u64>| {
@@ -162,6 +172,33 @@ impl Wanted {
             memory: own + in_zones,
         })
     }
+}
+
+/// The memory of the snapshot that the VMM restores.
+fn saved_memory(restore: &str) -> Result<MemoryConfig> {
+    let url = RestoreConfig::parse(restore)?.source_url;
+    let folder = url.strip_prefix("file://").map(Path::new);
+    let folder = folder
+        .filter(|folder| folder.is_absolute())
+        .with_context(|| format!("source_url must be file:// and an absolute path; got {url}"))?;
+    let path = folder.join("config.json");
+    let config = read_config(&path)
+        .with_context(|| format!("Cannot read the memory of the VM from {}", path.display()))?;
+    Ok(config.memory)
+}
+
+fn read_config(path: &Path) -> Result<VmConfig> {
+    // Opening a FIFO, for example, may not return.
+    if !fs::metadata(path)?.is_file() {
+        bail!("it is not a file");
+    }
+    let mut text = String::new();
+    let file = File::open(path)?;
+    file.take(CONFIG_BYTES_MAX + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > CONFIG_BYTES_MAX {
+        bail!("it is longer than {CONFIG_BYTES_MAX} bytes");
+    }
+    Ok(serde_json::from_str(&text)?)
 }
 
 /// The values of an option, as `--name value…` or `--name=value`.
@@ -242,6 +279,36 @@ mod tests {
         ] {
             assert_eq!(wanted(line).unwrap().huge_pages, huge_pages, "{line}");
         }
+    }
+
+    #[test]
+    fn memory_of_a_restored_vm_is_that_of_its_snapshot() {
+        let folder = tempfile::tempdir().unwrap();
+        let line = format!(
+            "--api-socket /run/ch/a.sock --restore source_url=file://{},resume=on",
+            folder.path().display()
+        );
+        let path = folder.path().join("config.json");
+        let config = r#"{"payload": {"kernel": "/k"},
+            "memory": {"size": 3221225472, "hotplugged_size": 1073741824, "hugepages": true}}"#;
+        fs::write(&path, config).unwrap();
+        let found = wanted(&line).unwrap();
+        assert_eq!((found.memory, found.huge_pages), (Bytes::mib(4096), true));
+        let refused = || api::error_line(wanted(&line).unwrap_err().as_ref());
+        fs::write(&path, r#"{"memory": {"size": "much"}}"#).unwrap();
+        let named = format!(
+            "Cannot read the memory of the VM from {}: invalid type: string",
+            path.display()
+        );
+        assert!(refused().starts_with(&named), "{}", refused());
+        fs::write(&path, vec![b' '; CONFIG_BYTES_MAX as usize + 1]).unwrap();
+        assert!(refused().ends_with("it is longer than 4194304 bytes"));
+        fs::remove_file(&path).unwrap();
+        assert!(refused().contains("No such file"), "{}", refused());
+        fs::create_dir(&path).unwrap();
+        assert!(refused().ends_with("it is not a file"));
+        let relative = "--api-socket /a --restore source_url=folder";
+        assert!(wanted(relative).is_err());
     }
 
     #[test]
