@@ -135,7 +135,6 @@ impl Machine {
             handler: Arc::new(board),
             events: Arc::new(|event: GuestEvent| println!("guest: {event:?}")),
             thread_start: Arc::new(|_| {}),
-            memory_may_run_out: false,
         };
         let vcpus = Vcpus::new(kvm, &vm, &CpusConfig::default(), context).unwrap();
         Self {

@@ -27,8 +27,6 @@ pub struct VcpusContext {
     pub events: Arc<dyn Fn(GuestEvent) + Send + Sync>,
     /// Called first on every vCPU thread.
     pub thread_start: ThreadStart,
-    /// The host may fail to provide memory: vCPUs that wait for it endlessly are to be found.
-    pub memory_may_run_out: bool,
 }
 
 virtio_devices::debug_fields!(VcpusContext {});

@@ -127,11 +127,9 @@ impl Vcpus {
         Ok(vcpus)
     }
 
-    /// Before the vCPU runs for the first time.
+    /// Before the vCPU runs for the first time. Memory that the host may fail to provide can be added later.
     fn watch(&mut self, vcpu: u32) {
-        if self.context.memory_may_run_out
-            && let Some(stats) = self.cells[vcpu as usize].lock().fault_stats()
-        {
+        if let Some(stats) = self.cells[vcpu as usize].lock().fault_stats() {
             self.stall_watches.push((vcpu, StallWatch::new(stats)));
         }
     }

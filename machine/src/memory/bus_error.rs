@@ -1,4 +1,5 @@
-//! SIGBUS in guest RAM: a thread of ours touched a page that the host cannot provide.
+//! SIGBUS in guest RAM or in the memory of a device: a thread of ours touched a page that the host cannot provide, or the
+//! memory under it is defective.
 //!
 //! The access cannot fail, and the thread cannot wait. So the handler puts a page of zeros in place of the missing one,
 //! and notifies the machine's owner, who ends the machine. Any other SIGBUS ends the process, as by default.
@@ -12,12 +13,13 @@ use std::sync::{Arc, Mutex};
 
 use libc::{c_int, c_void, siginfo_t};
 use virtio_devices::Unpoisoned;
-use vm_memory::MmapRegion;
+use vm_memory::{Bytes, MmapRegion, VolatileMemory};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::register_signal_handler;
 
-/// Regions of RAM in this process: zones, on both sides of the hole, and memory devices.
-const SLOTS_MAX: usize = 512;
+/// Regions in this process: zones, on both sides of the hole, memory devices, and the memory of up to 31 devices on each of
+/// 96 PCI segments.
+pub(super) const SLOTS_MAX: usize = 4096;
 
 /// A region, for the signal handler. Unused if `end` is 0.
 struct Slot {
@@ -35,14 +37,14 @@ static SLOTS: [Slot; SLOTS_MAX] = [const {
         start: AtomicUsize::new(0),
         end: AtomicUsize::new(0),
         page_bytes: AtomicUsize::new(0),
-        event: AtomicI32::new(-1),
+        event: AtomicI32::new(0),
         fault: AtomicUsize::new(0),
     }
 }; SLOTS_MAX];
 /// Held while a slot is taken.
 static TAKING: Mutex<()> = Mutex::new(());
 
-/// While it exists, SIGBUS in one region of RAM is survived. Keeps the region mapped.
+/// While it exists, SIGBUS in one region is survived. Keeps the region mapped.
 #[derive(Debug)]
 pub(super) struct Cover {
     slot: usize,
@@ -66,7 +68,7 @@ impl Cover {
         let mut slots = SLOTS.iter();
         let slot = slots
             .position(|slot| slot.end.load(Ordering::Acquire) == 0)
-            .ok_or_else(|| io::Error::other(format!("more than {SLOTS_MAX} regions of RAM")))?;
+            .ok_or_else(|| io::Error::other(format!("more than {SLOTS_MAX} regions")))?;
         let start = region.as_ptr() as usize;
         SLOTS[slot].start.store(start, Ordering::Relaxed);
         SLOTS[slot]
@@ -85,6 +87,22 @@ impl Cover {
             guest_address,
             _event: event,
         })
+    }
+
+    /// Whether the guest has the region at `address`.
+    pub(super) fn holds(&self, address: u64) -> bool {
+        self.offset(address).is_some()
+    }
+
+    fn offset(&self, address: u64) -> Option<usize> {
+        let offset = usize::try_from(address.checked_sub(self.guest_address)?).ok()?;
+        (offset < self.region.size()).then_some(offset)
+    }
+
+    /// Reads a word, which the guest may change at any time.
+    pub(super) fn read(&self, address: u64) -> Option<u64> {
+        let offset = self.offset(address)?;
+        self.region.as_volatile_slice().read_obj(offset).ok()
     }
 
     /// The guest address of the first fault since the last call.
@@ -129,8 +147,8 @@ extern "C" fn on_bus_error(signal: c_int, info: *mut siginfo_t, _context: *mut c
 fn replace_page(slot: &Slot, address: usize) -> bool {
     let page_bytes = slot.page_bytes.load(Ordering::Relaxed);
     let page = address / page_bytes * page_bytes;
-    // SAFETY: the page is part of guest RAM, which stays mapped while the slot is in use: its content may change at any
-    // time, and no reference to it exists.
+    // SAFETY: the page is part of a region of the guest, which stays mapped while the slot is in use: its content may
+    // change at any time, and no reference to it exists.
     let mapped = unsafe {
         libc::mmap(
             std::ptr::without_provenance_mut(page),

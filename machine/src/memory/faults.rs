@@ -1,5 +1,5 @@
-//! Guest RAM that the host fails to provide while the machine runs: the pool of huge pages is empty, a file system is
-//! full, a file became shorter, or memory is defective.
+//! Guest RAM, or the memory of a device, that the host fails to provide while the machine runs: the pool of huge pages is
+//! empty, a file system is full, a file became shorter, or memory is defective.
 //!
 //! | Access | How it is noticed | Can be repeated |
 //! | --- | --- | --- |
@@ -10,12 +10,14 @@
 //! | by a thread of ours | SIGBUS ([`super::bus_error`]) | no |
 
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use virtio_devices::Unpoisoned;
-use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 use super::bus_error::Cover;
+use super::file::huge_page_bytes_of;
+use super::layout::PAGE_BYTES;
 use super::zones::Zone;
 use crate::signals::VmSignals;
 
@@ -56,11 +58,32 @@ pub struct MemoryFaults {
     covers: Mutex<Covers>,
 }
 
+/// While it exists, missing pages of a device's memory are survived and named.
+#[derive(Debug)]
+pub(crate) struct DeviceCover {
+    id: String,
+    cover: Cover,
+}
+
 #[derive(Debug, Default)]
 struct Covers {
-    all: Vec<Cover>,
+    ram: Vec<Cover>,
+    devices: Vec<Weak<DeviceCover>>,
     /// A page was replaced by zeros.
     lost: bool,
+}
+
+impl Covers {
+    fn each(&self, mut look: impl FnMut(&Cover)) {
+        self.ram.iter().for_each(&mut look);
+        let devices = self.devices.iter().filter_map(Weak::upgrade);
+        devices.for_each(|device| look(&device.cover));
+    }
+
+    fn device_at(&self, address: u64) -> Option<Arc<DeviceCover>> {
+        let mut devices = self.devices.iter().filter_map(Weak::upgrade);
+        devices.find(|device| device.cover.holds(address))
+    }
 }
 
 impl MemoryFaults {
@@ -77,8 +100,50 @@ impl MemoryFaults {
         let event = Arc::clone(&self.signals.memory);
         let guest_address = region.start_addr().0;
         let cover = Cover::new(region.get_mmap(), guest_address, page_bytes, event)?;
-        self.covers.lock().unpoisoned().all.push(cover);
+        self.covers.lock().unpoisoned().ram.push(cover);
         Ok(())
+    }
+
+    /// Survives SIGBUS in the memory of device `id`, which the guest has at `guest_address`, as long as the result exists.
+    ///
+    /// # Errors
+    /// There are too many regions.
+    pub(crate) fn cover_device(
+        &self,
+        id: &str,
+        mapping: Arc<MmapRegion<()>>,
+        guest_address: u64,
+    ) -> io::Result<Arc<DeviceCover>> {
+        let event = Arc::clone(&self.signals.memory);
+        let file = mapping.file_offset();
+        let huge_page_bytes = file.and_then(|file| huge_page_bytes_of(file.file()));
+        let page_bytes = huge_page_bytes.unwrap_or(PAGE_BYTES);
+        let cover = Cover::new(mapping, guest_address, page_bytes, event)?;
+        let device = Arc::new(DeviceCover {
+            id: id.to_owned(),
+            cover,
+        });
+        let mut covers = self.covers.lock().unpoisoned();
+        covers.devices.retain(|device| device.strong_count() > 0);
+        covers.devices.push(Arc::downgrade(&device));
+        Ok(device)
+    }
+
+    /// Whether a device has memory.
+    pub(crate) fn covers_devices(&self) -> bool {
+        let covers = self.covers.lock().unpoisoned();
+        covers.devices.iter().any(|it| it.strong_count() > 0)
+    }
+
+    /// Whether the memory of a device is at this guest address.
+    pub(crate) fn is_of_device(&self, address: u64) -> bool {
+        self.covers.lock().unpoisoned().device_at(address).is_some()
+    }
+
+    /// Reads a word of a device's memory.
+    pub(crate) fn read_of_device(&self, address: u64) -> Option<u64> {
+        let device = self.covers.lock().unpoisoned().device_at(address)?;
+        device.cover.read(address)
     }
 
     /// Keeps the first fault and notifies the owner.
@@ -94,8 +159,8 @@ impl MemoryFaults {
         let noted = self.first.lock().unpoisoned().take();
         let mut covers = self.covers.lock().unpoisoned();
         // Takes those of all covers.
-        let faults = covers.all.iter().filter_map(Cover::take_fault);
-        let ours = faults.fold(None, |first, address| first.or(Some(address)));
+        let mut ours = None;
+        covers.each(|cover| ours = ours.or(cover.take_fault()));
         covers.lost |= ours.is_some();
         ours.map(|address| MemoryFault::Vmm { address }).or(noted)
     }
@@ -103,37 +168,20 @@ impl MemoryFaults {
     /// Whether a thread of the VMM has found zeros in place of a page. The machine cannot go on.
     pub(crate) fn has_lost(&self) -> bool {
         let covers = self.covers.lock().unpoisoned();
-        covers.lost || covers.all.iter().any(Cover::has_fault)
+        let mut lost = covers.lost;
+        covers.each(|cover| lost |= cover.has_fault());
+        lost
     }
-}
 
-impl MemoryFault {
     /// Explains the fault of a machine with `zones`.
-    pub(crate) fn explain(self, zones: &[Zone]) -> MemoryFailure {
-        let named = |zone: &Zone| format!("{} ({})", zone.id, zone.backing);
-        let (reason, can_continue) = match self {
-            Self::Vcpu { vcpu } => {
-                let zones = zones.iter().filter(|zone| zone.may_run_out());
-                let of = match zones.map(named).collect::<Vec<_>>().join(" or ") {
-                    none if none.is_empty() => none,
-                    zones => format!(" of memory zone {zones}"),
-                };
-                (format!("RAM{of} that vCPU {vcpu} touched"), true)
-            }
-            Self::Emulated { address } | Self::Vmm { address } => {
-                let who = match self {
-                    Self::Emulated { .. } => "a vCPU",
-                    _ => "the VMM",
-                };
-                let zone = zones.iter().find(|zone| zone.holds(address));
-                let zone = zone.map_or_else(String::new, |zone| {
-                    format!(" in memory zone {}", named(zone))
-                });
-                (
-                    format!("RAM that {who} accessed at guest address {address:#x}{zone}"),
-                    false,
-                )
-            }
+    pub(crate) fn explain(&self, fault: MemoryFault, zones: &[Zone]) -> MemoryFailure {
+        let (reason, can_continue) = match fault {
+            MemoryFault::Vcpu { vcpu } => (
+                format!("{} that vCPU {vcpu} touched", self.that_may_run_out(zones)),
+                true,
+            ),
+            MemoryFault::Emulated { address } => (self.place("a vCPU", address, zones), false),
+            MemoryFault::Vmm { address } => (self.place("the VMM", address, zones), false),
         };
         MemoryFailure {
             reason: format!(
@@ -143,6 +191,33 @@ impl MemoryFault {
             can_continue,
         }
     }
+
+    /// The memory that a vCPU may wait for: KVM does not say what it is.
+    fn that_may_run_out(&self, zones: &[Zone]) -> String {
+        let zones = zones.iter().filter(|zone| zone.may_run_out());
+        let zones = zones.map(|zone| format!("RAM of memory zone {} ({})", zone.id, zone.backing));
+        let covers = self.covers.lock().unpoisoned();
+        let devices = covers.devices.iter().filter_map(Weak::upgrade);
+        let devices = devices.map(|device| format!("memory of device {}", device.id));
+        match zones.chain(devices).collect::<Vec<_>>().join(" or ") {
+            none if none.is_empty() => "RAM".to_owned(),
+            names => names,
+        }
+    }
+
+    fn place(&self, who: &str, address: u64, zones: &[Zone]) -> String {
+        if let Some(device) = self.covers.lock().unpoisoned().device_at(address) {
+            let id = &device.id;
+            return format!(
+                "memory of device {id} that {who} accessed at guest address {address:#x}"
+            );
+        }
+        let zone = zones.iter().find(|zone| zone.holds(address));
+        let zone = zone.map_or_else(String::new, |zone| {
+            format!(" in memory zone {} ({})", zone.id, zone.backing)
+        });
+        format!("RAM that {who} accessed at guest address {address:#x}{zone}")
+    }
 }
 
 #[cfg(test)]
@@ -150,10 +225,11 @@ mod tests {
     use std::fs::File;
 
     use api::config::{MemoryConfig, MemoryZoneConfig};
-    use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+    use vm_memory::{Bytes, FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
     use super::*;
     use crate::memory::GuestMemory;
+    use crate::memory::bus_error::SLOTS_MAX;
     use crate::memory::layout::MIB;
 
     /// Memory in a file that becomes 1 MiB shorter than RAM. On a full file system, access fails in the same way.
@@ -199,7 +275,7 @@ mod tests {
         assert_eq!(fault, MemoryFault::Vmm { address });
         assert_eq!(faults.take(), None);
         assert!(faults.has_lost(), "the guest has seen zeros");
-        let failure = fault.explain(memory.zones());
+        let failure = faults.explain(fault, memory.zones());
         assert!(!failure.can_continue);
         let place = "guest address 0x701008 in memory zone a (file-shared)";
         assert!(failure.reason.contains(place), "{failure:?}");
@@ -210,7 +286,7 @@ mod tests {
         let (memory, faults, signals) = short();
         faults.add(MemoryFault::Vcpu { vcpu: 3 });
         assert_eq!(signals.memory.read().unwrap(), 1);
-        let failure = faults.take().unwrap().explain(memory.zones());
+        let failure = faults.explain(faults.take().unwrap(), memory.zones());
         assert!(failure.can_continue);
         let part = "memory zone a (file-shared) that vCPU 3 touched";
         assert!(failure.reason.contains(part), "{failure:?}");
@@ -218,11 +294,46 @@ mod tests {
 
     #[test]
     fn covers_end_with_their_memory() {
-        // More than there are slots.
-        for _ in 0..600 {
-            let (memory, faults, _signals) = short();
-            drop(memory);
-            assert_eq!(faults.covers.lock().unwrap().all.len(), 1);
+        let (memory, faults, signals) = short();
+        let ram = memory.ram().memory();
+        let region = ram.iter().next().unwrap();
+        assert_eq!(faults.covers.lock().unwrap().ram.len(), 1);
+        for _ in 0..SLOTS_MAX {
+            let faults = MemoryFaults::new(&signals);
+            faults.cover(region, PAGE_BYTES).unwrap();
+            let device = faults.cover_device("_pmem0", region.get_mmap(), 0);
+            drop(device.unwrap());
         }
+    }
+
+    #[test]
+    fn missing_page_of_a_device_is_named_as_long_as_the_device_exists() {
+        const START: u64 = 4 << 30;
+        let (memory, faults, signals) = short();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(2 * MIB).unwrap();
+        let offset = FileOffset::new(file.try_clone().unwrap(), 0);
+        let mapping = Arc::new(MmapRegion::from_file(offset, 2 * MIB as usize).unwrap());
+        let device = faults.cover_device("_pmem0", mapping, START).unwrap();
+        assert!(faults.covers_devices() && faults.is_of_device(START + 2 * MIB - 1));
+        assert!(!faults.is_of_device(START - 1) && !faults.is_of_device(START + 2 * MIB));
+        file.set_len(MIB).unwrap();
+        assert_eq!(faults.read_of_device(START), Some(0));
+        assert_eq!(faults.take(), None);
+        // As for RAM: the process lives, and the owner is notified.
+        let address = START + MIB + 8;
+        assert_eq!(faults.read_of_device(address), Some(0));
+        assert_eq!(signals.memory.read().unwrap(), 1);
+        let fault = faults.take().unwrap();
+        assert_eq!(fault, MemoryFault::Vmm { address });
+        let explained = |fault| faults.explain(fault, memory.zones()).reason;
+        let place = "memory of device _pmem0 that the VMM accessed at guest address 0x100100008";
+        assert!(explained(fault).contains(place), "{}", explained(fault));
+        let of_vcpu = || explained(MemoryFault::Vcpu { vcpu: 0 });
+        let both = "RAM of memory zone a (file-shared) or memory of device _pmem0 that vCPU 0";
+        assert!(of_vcpu().contains(both), "{}", of_vcpu());
+        drop(device);
+        assert!(!faults.covers_devices() && !faults.is_of_device(address));
+        assert!(!of_vcpu().contains("_pmem0"));
     }
 }

@@ -42,6 +42,7 @@ pub use copy_on_write::CopyOnWriteError;
 pub use dimms::{DIMMS_MAX, Dimm, DimmError, RestoreError};
 pub use e820::{E820Entry, E820Kind, e820_map};
 pub use error::{MemoryError, ZoneError};
+pub(crate) use faults::DeviceCover;
 pub use faults::{MemoryFailure, MemoryFault, MemoryFaults};
 pub(crate) use file::is_in_memory;
 pub use guest_ram::GuestMemory;

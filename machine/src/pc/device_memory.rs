@@ -15,6 +15,7 @@ use vm_memory::MmapRegion;
 
 use super::PcError;
 use crate::assigned::{BarSlots, HostMapping};
+use crate::memory::{DeviceCover, MemoryFaults};
 use crate::pci::PciBus;
 
 /// Assigns the slots after those of guest RAM.
@@ -83,6 +84,7 @@ impl DeviceSlots {
             number,
             range,
             mapping: memory.mapping,
+            _cover: None,
         })
     }
 
@@ -139,12 +141,27 @@ pub(super) struct MappedMemory {
     number: u32,
     range: RangeInclusive,
     mapping: Arc<MmapRegion<()>>,
+    /// Held for the effect of its drop.
+    _cover: Option<Arc<DeviceCover>>,
 }
 
 impl MappedMemory {
     /// Its guest physical address.
     pub(super) fn start(&self) -> u64 {
         self.range.start()
+    }
+
+    /// Survives missing pages, and names device `id`, from now on.
+    pub(super) fn covered(mut self, faults: &MemoryFaults, id: &str) -> Self {
+        let cover = faults.cover_device(id, Arc::clone(&self.mapping), self.start());
+        self._cover = cover.map_or_else(
+            |error| {
+                log::warn!("A missing page of device {id} could end the process: {error}");
+                None
+            },
+            Some,
+        );
+        self
     }
 }
 

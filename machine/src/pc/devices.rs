@@ -169,6 +169,7 @@ impl Pc {
             source: source.into(),
         })?;
         let mapped = self.device_slots.map(bus, &plug.id, memory)?;
+        let mapped = mapped.covered(&self.faults, &plug.id);
         device.set_memory_start(mapped.start());
         Ok(Some(mapped))
     }

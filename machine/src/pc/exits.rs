@@ -32,9 +32,10 @@ impl Exits {
         }
     }
 
-    /// An access that no device answered. KVM's emulator treats RAM that the host cannot provide in this way.
+    /// An access that no device answered. KVM's emulator treats memory that the host cannot provide in this way.
     fn missed(&self, address: u64) {
-        if self.ram.memory().address_in_range(GuestAddress(address)) {
+        let is_ram = self.ram.memory().address_in_range(GuestAddress(address));
+        if is_ram || self.faults.is_of_device(address) {
             self.faults.add(MemoryFault::Emulated { address });
         }
     }
@@ -67,7 +68,10 @@ impl VmExitHandler for Exits {
 
     fn lacks_ram(&self, path: &ExceptionPath) -> bool {
         let ram = self.ram.memory();
-        path.touch(|address| ram.read_obj(GuestAddress(address)).ok());
+        path.touch(|address| {
+            let word = ram.read_obj(GuestAddress(address)).ok();
+            word.or_else(|| self.faults.read_of_device(address))
+        });
         self.faults.has_lost()
     }
 }

@@ -121,7 +121,6 @@ impl Pc {
             handler: Arc::new(Exits::new(&chassis, &memory, &faults)),
             events: guest_events(&context.signals, &faults),
             thread_start: Arc::clone(&context.thread_start),
-            memory_may_run_out: memory.may_run_out(),
         };
         let vcpus = Vcpus::new(kvm, &vm, &params.cpus, vcpus_context).map_err(PcError::Cpu)?;
         Ok(Self {

@@ -114,7 +114,6 @@ fn machine(image: &[u8], cpus: &CpusConfig) -> Option<Machine> {
             let name = std::thread::current().name().map(str::to_owned);
             names.lock().expect("no panic").extend(name);
         }),
-        memory_may_run_out: false,
     };
     let vcpus = Vcpus::new(&kvm, &vm, cpus, context).expect("vCPUs");
     vcpus.configure(entry).expect("registers");

@@ -193,7 +193,7 @@ pub trait Machine {
     /// released. Waits at most for host I/O.
     fn take_ejected(&mut self) -> Vec<PciDeviceInfo>;
 
-    /// Whether the host may fail to provide RAM while the machine runs. [`Machine::memory_failure`] must be called
+    /// Whether the host may fail to provide memory while the machine runs. [`Machine::memory_failure`] must be called
     /// at [`machine::cpu::STALL_CHECK_INTERVAL`] then.
     fn may_run_out_of_memory(&self) -> bool;
 
