@@ -9,24 +9,26 @@
 mod images;
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use api::config::{CpusConfig, MemoryConfig, PayloadConfig};
+use api::config::{CpusConfig, HotplugMethod, MemoryConfig, PayloadConfig};
 use hypervisor::{ClockState, Kvm, VcpuState};
 use machine::boot::PayloadFiles;
-use machine::cpu::{VcpusState, guest_phys_bits};
-use machine::legacy::{GED_GENERATION, GedState};
+use machine::cpu::{CpuHotplugState, VcpusState, guest_phys_bits};
+use machine::interrupt::IoapicState;
+use machine::legacy::{CmosState, GED_GENERATION, GedState, PmTimerState};
 use machine::memory::layout::GENERATION_ID_START;
-use machine::memory::{GuestMemory, MemoryState};
+use machine::memory::{GuestMemory, MemoryHotplugState, MemoryState};
 use machine::pc::{Pc, PcContext, PcError, PcParams, PcState, Plug};
-use machine::pci::{Bdf, Place};
-use machine::serial::{Endpoint, EndpointMode, SerialManager};
+use machine::pci::{Bdf, HotplugState, PciBusState, Place};
+use machine::serial::{Endpoint, EndpointMode, SerialManager, UartState};
 use machine::signals::VmSignals;
 use machine::threads::DeviceKind;
-use state::Saved;
+use state::{Part, Saved, State};
 use virtio_devices::rng::Rng;
+use virtio_devices::transport::VirtioPciState;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
 use images::{LOAD_ADDRESS, PVH_NOTE, elf};
@@ -505,4 +507,107 @@ fn state_of_a_machine_with_other_devices_is_refused_by_name() {
     pc.request_removal(&leaving).unwrap();
     let refused = pc.state().unwrap_err();
     assert!(told(refused).contains("_rng is being removed"));
+}
+
+/// Environment variable: write a sample of the current versions if there is none yet.
+const WRITE_SAMPLES: &str = "WRITE_STATE_SAMPLES";
+
+fn sample(ordinal: u32) -> PathBuf {
+    let samples = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/samples");
+    samples.join(format!("pc-{ordinal}.json"))
+}
+
+/// What a sample has of a part.
+struct Sampled {
+    part: Part,
+    version: u32,
+    /// This version would write the same.
+    is_current: bool,
+}
+
+impl Sampled {
+    fn read<S: State>(saved: &Saved) -> (Self, S) {
+        let version = &serde_json::to_value(saved).unwrap()["version"];
+        let state: S = saved.read().unwrap();
+        let sampled = Self {
+            part: S::PART,
+            version: version.as_u64().unwrap() as u32,
+            is_current: Saved::of(&state) == *saved,
+        };
+        (sampled, state)
+    }
+
+    fn of<S: State>(saved: &Saved) -> Self {
+        Self::read::<S>(saved).0
+    }
+}
+
+/// Every part of a machine, in each of its envelopes.
+fn sampled(saved: &Saved) -> Vec<Sampled> {
+    let (whole, pc) = Sampled::read::<PcState>(saved);
+    let (all_vcpus, vcpus) = Sampled::read::<VcpusState>(&pc.vcpus);
+    let mut parts = vec![
+        whole,
+        all_vcpus,
+        Sampled::of::<ClockState>(&vcpus.clock),
+        Sampled::of::<VcpuState>(&vcpus.vcpus[0].state),
+        Sampled::of::<MemoryState>(&pc.memory),
+        Sampled::of::<IoapicState>(&pc.ioapic),
+        Sampled::of::<PciBusState>(&pc.pci_bus),
+        Sampled::of::<HotplugState>(&pc.pci_hotplug),
+        Sampled::of::<UartState>(pc.serial.as_ref().unwrap()),
+        Sampled::of::<CmosState>(&pc.cmos),
+        Sampled::of::<PmTimerState>(&pc.pm_timer),
+        Sampled::of::<GedState>(&pc.ged),
+    ];
+    parts.extend(pc.devices.values().map(Sampled::of::<VirtioPciState>));
+    parts.extend(pc.cpu_hotplug.as_ref().map(Sampled::of::<CpuHotplugState>));
+    let memory_hotplug = pc.memory_hotplug.as_ref();
+    parts.extend(memory_hotplug.map(Sampled::of::<MemoryHotplugState>));
+    parts
+}
+
+/// The state of a machine that has every part.
+fn state_of_each_part() -> Option<PcState> {
+    let rig = Rig::new()?;
+    let config = MemoryConfig {
+        size: 64 << 20,
+        hotplug_method: HotplugMethod::Acpi,
+        hotplug_size: Some(128 << 20),
+        ..MemoryConfig::default()
+    };
+    let bits = guest_phys_bits(&rig.kvm, CpusConfig::default().max_phys_bits).unwrap();
+    let memory = GuestMemory::new(&config, bits).unwrap();
+    let mut pc = rig.pc(memory, &rig.folder.path().join("serial"));
+    pc.plug(rng("_rng", 0, Some(3))).unwrap();
+    pc.plug_pvpanic().unwrap();
+    pc.pause().unwrap();
+    Some(pc.state().unwrap())
+}
+
+#[test]
+fn committed_samples_have_each_part_in_its_oldest_and_newest_version() {
+    let mut ordinal = 1;
+    let mut newest = Vec::new();
+    while let Ok(text) = std::fs::read_to_string(sample(ordinal)) {
+        newest = sampled(&serde_json::from_str(&text).unwrap());
+        if ordinal == 1 {
+            let older = newest.iter().find(|it| it.version != it.part.oldest);
+            assert!(older.is_none(), "{:?}", older.map(|it| it.part));
+        }
+        ordinal += 1;
+    }
+    let other = newest.iter().filter(|it| !it.is_current);
+    let other: Vec<_> = other.map(|it| it.part.name).collect();
+    if other.is_empty() && !newest.is_empty() {
+        return;
+    }
+    assert!(
+        std::env::var_os(WRITE_SAMPLES).is_some(),
+        "no sample has the shape that is written today: give {other:?} another version, then add a sample with \
+         {WRITE_SAMPLES}=1"
+    );
+    let state = state_of_each_part().unwrap();
+    let text = serde_json::to_string(&Saved::of(&state)).unwrap();
+    std::fs::write(sample(ordinal), text + "\n").unwrap();
 }

@@ -71,9 +71,7 @@ parts! {
     IOAPIC = "ioapic", 1..=1;
     /// Guest physical memory map.
     MEMORY = "memory-map", 1..=2;
-    /// Content of guest memory: which pages are in which file.
-    MEMORY_CONTENT = "memory-content", 1..=1;
-    /// A snapshot: a PC, and the operator's settings.
+    /// A snapshot: a PC, the operator's settings, and the table of each memory file.
     SNAPSHOT = "snapshot", 2..=5;
     /// PCI buses: location of each function.
     PCI_BUS = "pci-bus", 1..=2;

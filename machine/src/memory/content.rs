@@ -26,7 +26,8 @@ use vm_memory::{
 use super::layout::{MIB, PAGE_BYTES};
 use super::{GuestMemory, Zone, backing};
 
-pub(super) const PART: Part = parts::MEMORY_CONTENT;
+/// The tables have no envelopes, because they can be long: they are of the version of their snapshot.
+pub(super) const PART: Part = parts::SNAPSHOT;
 
 pub(super) const CHUNK_BYTES: usize = (2 * MIB) as usize;
 pub(super) const PAGE: usize = PAGE_BYTES as usize;
@@ -58,7 +59,8 @@ pub struct ChunkState {
     pub offset: u64,
     /// The pages in the file: one bit each, the first in bit 0 of the first byte.
     pub pages: Bytes,
-    /// In a differential snapshot, the pages that hold no data any more, unlike in its base; none if empty.
+    /// In a differential snapshot, the pages that hold no data any more, unlike in its base. Since version 4, and left
+    /// out if there are none.
     #[serde(default, skip_serializing_if = "is_empty")]
     pub zeros: Bytes,
     /// CRC-32 of these pages, one after the other.

@@ -10,11 +10,11 @@ use machine::memory::RamSlots;
 
 use super::*;
 
-const PAGE: u64 = 4096;
-const PAGES: u64 = (8 << 20) / PAGE;
+pub(super) const PAGE: u64 = 4096;
+pub(super) const PAGES: u64 = (8 << 20) / PAGE;
 
 /// RAM whose writes are recorded, and a folder for snapshots.
-struct Machine {
+pub(super) struct Machine {
     memory: GuestMemory,
     slots: RamSlots,
     folder: tempfile::TempDir,
@@ -71,7 +71,7 @@ impl Machine {
         Ok(())
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 }
@@ -90,7 +90,7 @@ fn values(memory: &GuestMemory) -> Vec<u64> {
     (0..PAGES).map(value).collect()
 }
 
-fn restored(folder: &Path, filling: Filling) -> Result<Vec<u64>, SnapshotError> {
+pub(super) fn restored(folder: &Path, filling: Filling) -> Result<Vec<u64>, SnapshotError> {
     let mut snapshot = Snapshot::open(folder, &|_| Ok(()))?;
     snapshot.filling = filling;
     let (memory, on_demand) = snapshot.memory(&snapshot.config, &context())?;
@@ -100,7 +100,7 @@ fn restored(folder: &Path, filling: Filling) -> Result<Vec<u64>, SnapshotError> 
 }
 
 /// Three snapshots, and RAM at the end.
-fn chain() -> Option<(Machine, Vec<u64>)> {
+pub(super) fn chain() -> Option<(Machine, Vec<u64>)> {
     let machine = Machine::new()?;
     let mut recorder = machine.recorder();
     for page in [0, 1, 511, 512, 2047] {

@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod chain;
+mod samples;
 
 use api::config::{
     FsConfig, MemoryRestoreMode, MemoryZoneConfig, NetConfig, RestoredNetConfig, ZoneUpdate,
