@@ -26,7 +26,7 @@ use super::failure::request_failed;
 use super::http::{Answer, Handler, Reply, Status};
 use super::query::Queries;
 use crate::config::NewDevice;
-use crate::control::{ControlHandle, Lifecycle, LifecycleError, RequestError};
+use crate::control::{ControlHandle, Done, Lifecycle, LifecycleError, RequestError};
 use crate::reporting_policy::GuestPolicy;
 use crate::threads::ThreadStart;
 use crate::view::PublishedView;
@@ -148,8 +148,8 @@ impl Dispatcher {
             Endpoint::VmUpdateRateLimiter => {
                 self.change_to(call, |vm, update| vm.update_rate_limiter(&update));
             }
-            Endpoint::VmSnapshot => self.snapshot(call),
-            Endpoint::VmSnapshotMerge => self.merge_snapshots(call),
+            Endpoint::VmSnapshot => self.start(call, Lifecycle::start_snapshot),
+            Endpoint::VmSnapshotMerge => self.start(call, Lifecycle::start_merge),
             Endpoint::VmCoredump => self.change_to(call, |vm, request| vm.coredump(&request)),
             Endpoint::VmRestore => {
                 if let Some((request, mut call)) = call.read_body() {
@@ -163,7 +163,7 @@ impl Dispatcher {
                     vm.send_migration(&request, &control)
                 });
             }
-            Endpoint::VmReceiveMigration => self.receive_migration(call),
+            Endpoint::VmReceiveMigration => self.start(call, Lifecycle::start_receiving),
             Endpoint::VmCancelMigration => self.change(call, Lifecycle::cancel_migration),
             Endpoint::VmBalloonHinting => {
                 self.change_to(call, |vm, VmBalloonHinting { action }| {
@@ -238,27 +238,25 @@ impl Dispatcher {
         }
     }
 
-    /// Responds when the migration has ended.
-    fn receive_migration(&self, call: Call) {
-        if let Some((request, Call { reply, .. })) = call.read_body() {
-            let done = move |outcome| reply.send(ended(outcome));
-            self.control.receive_migration(request, done);
-        }
-    }
-
-    /// Responds when the snapshot is on stable storage.
-    fn snapshot(&self, call: Call) {
-        if let Some((request, Call { reply, .. })) = call.read_body() {
-            let done = move |outcome| reply.send(ended(outcome));
-            self.control.snapshot(request, done);
-        }
-    }
-
-    /// Responds when the new snapshot is on stable storage.
-    fn merge_snapshots(&self, call: Call) {
-        if let Some((request, Call { reply, .. })) = call.read_body() {
-            let done = move |outcome| reply.send(ended(outcome));
-            self.control.merge_snapshots(request, done);
+    /// Starts the work that the body describes and responds when it has ended.
+    fn start<B: DeserializeOwned + JsonSchema + Send + 'static>(
+        &self,
+        call: Call,
+        start: impl FnOnce(
+            &mut Lifecycle,
+            &B,
+            &ControlHandle,
+            &mut Option<Done>,
+        ) -> Result<(), LifecycleError>
+        + Send
+        + 'static,
+    ) {
+        if let Some((body, call)) = call.read_body() {
+            self.control.submit_long(
+                call.endpoint,
+                move |vm, control, done| start(vm, &body, control, done),
+                move |outcome| call.reply.send(ended(outcome)),
+            );
         }
     }
 
@@ -275,13 +273,7 @@ impl Dispatcher {
         let fds = match device {
             NewDevice::Net(_) => std::mem::take(&mut call.fds),
             // No other device uses descriptors: the call closes them.
-            NewDevice::Disk(_)
-            | NewDevice::Fs(_)
-            | NewDevice::GenericVhostUser(_)
-            | NewDevice::Assigned(_)
-            | NewDevice::Pmem(_)
-            | NewDevice::Vsock(_)
-            | NewDevice::Balloon(_) => Vec::new(),
+            _ => Vec::new(),
         };
         self.submit(
             call,

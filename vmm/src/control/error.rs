@@ -24,7 +24,7 @@ pub struct RequestError {
 }
 
 /// Called with the outcome of a request that ends after it has been started, on the control thread.
-pub(super) type Done = Box<dyn FnOnce(Result<(), RequestError>) + Send>;
+pub type Done = Box<dyn FnOnce(Result<(), RequestError>) + Send>;
 
 /// Reasons why the control thread rejected or failed a request. The first messages are upstream's.
 #[derive(Debug, thiserror::Error)]

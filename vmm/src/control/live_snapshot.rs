@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use api::{Endpoint, VmConfig, VmSnapshotConfig, VmSnapshotMergeConfig, VmState};
+use api::{Endpoint, VmConfig, VmSnapshotConfig, VmState};
 
 use super::current_snapshot::LiveSnapshot;
 use super::error::{Done, LifecycleError, RequestError};
@@ -19,38 +19,25 @@ use crate::vm::SavedMachine;
 
 const STACK_BYTES: usize = 1 << 20;
 
-impl ControlHandle {
-    /// `vm.snapshot`: `done` is called on the control thread when the snapshot is on stable storage.
-    pub fn snapshot(
-        &self,
-        request: VmSnapshotConfig,
-        done: impl FnOnce(Result<(), RequestError>) + Send + 'static,
-    ) {
-        let start = move |vm: &mut Lifecycle, control: &Self, done: &mut Option<Done>| match request
-            .live
-            && vm.has_machine()
-            && vm.machine_state() == VmState::Running
-        {
-            true => vm.start_live(&request, control, done),
-            false => vm.snapshot(&request),
-        };
-        self.submit_long(Endpoint::VmSnapshot, start, done);
-    }
-
-    /// `vm.snapshot-merge`: `done` is called on the control thread when the new snapshot is on stable storage.
-    pub fn merge_snapshots(
-        &self,
-        request: VmSnapshotMergeConfig,
-        done: impl FnOnce(Result<(), RequestError>) + Send + 'static,
-    ) {
-        let start = move |vm: &mut Lifecycle, control: &Self, done: &mut Option<Done>| {
-            vm.start_merge(&request, control, done)
-        };
-        self.submit_long(Endpoint::VmSnapshotMerge, start, done);
-    }
-}
-
 impl Lifecycle {
+    /// `vm.snapshot`. If another thread saves a running machine, takes `done` and calls it when the snapshot is on stable
+    /// storage.
+    ///
+    /// # Errors
+    /// There is no machine that can be saved, or the folder cannot be used.
+    pub fn start_snapshot(
+        &mut self,
+        request: &VmSnapshotConfig,
+        control: &ControlHandle,
+        done: &mut Option<Done>,
+    ) -> Result<(), LifecycleError> {
+        let is_running = self.has_machine() && self.machine_state() == VmState::Running;
+        match request.live && is_running {
+            true => self.start_live(request, control, done),
+            false => self.snapshot(request),
+        }
+    }
+
     /// Has a running machine saved by another thread. Takes `done` if that has begun.
     fn start_live(
         &mut self,

@@ -35,20 +35,6 @@ fn owner(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Migratio
     MigrationError::Owner(error.into())
 }
 
-impl ControlHandle {
-    /// `vm.receive-migration`: `done` is called when the migration has ended, on the control thread.
-    pub fn receive_migration(
-        &self,
-        request: VmReceiveMigrationData,
-        done: impl FnOnce(Result<(), RequestError>) + Send + 'static,
-    ) {
-        let start = move |vm: &mut Lifecycle, control: &Self, done: &mut Option<Done>| {
-            vm.start_receiving(&request, control, done)
-        };
-        self.submit_long(Endpoint::VmReceiveMigration, start, done);
-    }
-}
-
 impl Lifecycle {
     /// `vm.send-migration`: starts to move the machine and returns. `control` is for the thread of the migration.
     ///
@@ -293,8 +279,11 @@ impl Lifecycle {
         self.emit(EventKind::MigrationUnconfirmed { error });
     }
 
-    /// `vm.receive-migration`: listens, and returns. Takes `done` if it does.
-    fn start_receiving(
+    /// `vm.receive-migration`: listens, and returns. Takes `done` if it does, and calls it when the migration has ended.
+    ///
+    /// # Errors
+    /// There is a VM, another migration is under way, or the address cannot be used.
+    pub fn start_receiving(
         &mut self,
         request: &VmReceiveMigrationData,
         control: &ControlHandle,

@@ -14,7 +14,7 @@ mod take_back;
 mod taps;
 mod thread;
 
-pub use error::{LifecycleError, RequestError};
+pub use error::{Done, LifecycleError, RequestError};
 pub use lifecycle::Lifecycle;
 #[cfg(test)]
 pub(crate) use thread::GUEST_RESET_INTERVAL;

@@ -273,11 +273,11 @@ impl Lifecycle {
     }
 
     /// `vm.snapshot-merge`: merges a chain into a new snapshot, on a separate thread. Takes `done` if it has been
-    /// started.
+    /// started, and calls it when the new snapshot is on stable storage.
     ///
     /// # Errors
     /// A folder is missing or not allowed, or another chain is being merged.
-    pub(super) fn start_merge(
+    pub fn start_merge(
         &mut self,
         request: &VmSnapshotMergeConfig,
         control: &ControlHandle,

@@ -112,7 +112,7 @@ impl ControlHandle {
     }
 
     /// Queues a request whose work continues after `start`, which takes `done` if the work has begun.
-    pub(super) fn submit_long(
+    pub fn submit_long(
         &self,
         endpoint: Endpoint,
         start: impl FnOnce(&mut Lifecycle, &Self, &mut Option<Done>) -> Result<(), LifecycleError>
