@@ -4,8 +4,11 @@
 //! the PC AT.
 
 use std::sync::{Mutex, MutexGuard};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
+use jiff::Timestamp;
+use jiff::civil::DateTime;
+use jiff::tz::Offset;
 use serde::{Deserialize, Serialize};
 use state::{Bytes, Part, StateError, parts, require};
 use virtio_devices::Unpoisoned;
@@ -126,22 +129,22 @@ impl Cmos {
 
 impl State {
     fn read(&self, now: SystemTime) -> u8 {
-        let clock = Clock::at(now);
+        let clock = utc(now);
         let status_b = self.ram[usize::from(STATUS_B)];
-        let encode = |value: u8| encode(value, status_b);
+        let encode = |value: i8| encode(value as u8, status_b);
         match self.index {
-            SECONDS => encode(clock.second),
-            MINUTES => encode(clock.minute),
-            HOURS if status_b & STATUS_B_24_HOURS != 0 => encode(clock.hour),
+            SECONDS => encode(clock.second()),
+            MINUTES => encode(clock.minute()),
+            HOURS if status_b & STATUS_B_24_HOURS != 0 => encode(clock.hour()),
             HOURS => {
-                let pm = if clock.hour >= 12 { HOURS_PM } else { 0 };
-                encode((clock.hour + 11) % 12 + 1) | pm
+                let pm = if clock.hour() >= 12 { HOURS_PM } else { 0 };
+                encode((clock.hour() + 11) % 12 + 1) | pm
             }
-            DAY_OF_WEEK => encode(clock.day_of_week),
-            DAY_OF_MONTH => encode(clock.day),
-            MONTH => encode(clock.month),
-            YEAR => encode((clock.year % 100) as u8),
-            CMOS_CENTURY => encode((clock.year / 100 % 100) as u8),
+            DAY_OF_WEEK => encode(clock.weekday().to_sunday_one_offset()),
+            DAY_OF_MONTH => encode(clock.day()),
+            MONTH => encode(clock.month()),
+            YEAR => encode((clock.year() % 100) as i8),
+            CMOS_CENTURY => encode((clock.year() / 100) as i8),
             // No interrupt is ever pending.
             STATUS_C => 0,
             STATUS_D => STATUS_D_VALID,
@@ -187,67 +190,16 @@ impl BusDevice for Cmos {
     }
 }
 
-/// A point in time as date and time of day, in UTC.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Clock {
-    year: u64,
-    month: u8,
-    day: u8,
-    /// 1 is Sunday.
-    day_of_week: u8,
-    hour: u8,
-    minute: u8,
-    second: u8,
-}
-
-impl Clock {
-    fn at(now: SystemTime) -> Self {
-        // A host clock before 1970 is shown as 1970.
-        let seconds = now
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |elapsed| elapsed.as_secs());
-        let days = seconds / 86_400;
-        let (year, month, day) = date_of(days);
-        Self {
-            year,
-            month,
-            day,
-            // 1970-01-01 was a Thursday.
-            day_of_week: ((days + 4) % 7) as u8 + 1,
-            hour: (seconds / 3_600 % 24) as u8,
-            minute: (seconds / 60 % 60) as u8,
-            second: (seconds % 60) as u8,
-        }
-    }
-}
-
-/// Year, month and day of a day counted from 1970-01-01.
-///
-/// Years start in March, so that the leap day is the last day of a year. Then a month's first day is a linear function
-/// of its number.
-fn date_of(days: u64) -> (u64, u8, u8) {
-    const DAYS_400_YEARS: u64 = 146_097;
-    const DAYS_0000_03_01_TO_1970: u64 = 719_468;
-    let days = days + DAYS_0000_03_01_TO_1970;
-    let day_of_era = days % DAYS_400_YEARS;
-    let year_of_era =
-        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let march_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * march_month + 2) / 5 + 1;
-    let month = if march_month < 10 {
-        march_month + 3
-    } else {
-        march_month - 9
-    };
-    let year = days / DAYS_400_YEARS * 400 + year_of_era + u64::from(month <= 2);
-    (year, month as u8, day as u8)
+/// The time in UTC. A host clock before 1970 is shown as 1970.
+fn utc(now: SystemTime) -> DateTime {
+    let now = Timestamp::try_from(now).unwrap_or_default();
+    Offset::UTC.to_datetime(now.max(Timestamp::UNIX_EPOCH))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
+    use std::time::{Duration, UNIX_EPOCH};
 
     fn read(cmos: &Cmos, index: u8) -> u8 {
         cmos.write(0, &[index]);
@@ -258,15 +210,18 @@ mod tests {
 
     #[test]
     fn calendar_knows_leap_years_and_weekdays() {
-        let date = |seconds| Clock::at(UNIX_EPOCH + Duration::from_secs(seconds));
-        let shown = |clock: Clock| (clock.year, clock.month, clock.day, clock.day_of_week);
+        let date = |seconds| utc(UNIX_EPOCH + Duration::from_secs(seconds));
+        let shown = |clock: DateTime| {
+            let weekday = clock.weekday().to_sunday_one_offset();
+            (clock.year(), clock.month(), clock.day(), weekday)
+        };
         assert_eq!(shown(date(0)), (1970, 1, 1, 5));
         assert_eq!(shown(date(951_782_400)), (2000, 2, 29, 3));
         assert_eq!(shown(date(951_868_800)), (2000, 3, 1, 4));
         assert_eq!(shown(date(1_735_689_599)), (2024, 12, 31, 3));
         assert_eq!(shown(date(4_107_542_400)), (2100, 3, 1, 2));
         let clock = date(1_735_689_599);
-        assert_eq!((clock.hour, clock.minute, clock.second), (23, 59, 59));
+        assert_eq!((clock.hour(), clock.minute(), clock.second()), (23, 59, 59));
     }
 
     #[test]
