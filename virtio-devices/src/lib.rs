@@ -18,6 +18,7 @@ pub mod device;
 pub mod dma;
 mod dma_mapped;
 mod empty_state;
+pub mod file_lock;
 pub mod fs;
 pub mod iommu;
 pub mod listening_socket;

@@ -15,9 +15,9 @@ use state::{Part, Saved, State, StateError, parts, require};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, MmapRegion};
 
-use crate::block::{lock_image, unlock_image};
 use crate::counters::counters;
 use crate::device::{Counters, DeviceMemory, QueueHandler, VirtioDevice, boxed, read_config_space};
+use crate::file_lock;
 use crate::queue::{ChainBuffers, ChainError, Driver, Reply, SingleQueue, SingleQueueDevice};
 use crate::worker::Turn;
 
@@ -157,8 +157,8 @@ impl PmemHandle {
     /// `WouldBlock`: another process has a conflicting lock.
     pub fn hold(&self, hold: bool) -> io::Result<()> {
         match (&self.file, hold) {
-            (Some(file), true) => lock_image(file, true, 0),
-            (Some(file), false) => unlock_image(file),
+            (Some(file), true) => file_lock::lock(file, true, 0),
+            (Some(file), false) => file_lock::unlock(file),
             (None, _) => Ok(()),
         }
     }
@@ -252,7 +252,7 @@ fn open(params: &PmemParams) -> Result<(File, u64), PmemError> {
             bytes,
         });
     }
-    lock_image(&file, writable, 0).map_err(|source| PmemError::Locked {
+    file_lock::lock(&file, writable, 0).map_err(|source| PmemError::Locked {
         path: path.clone(),
         source,
     })?;

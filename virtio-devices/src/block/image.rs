@@ -11,7 +11,7 @@ use super::container::{Container, ContainerError, VhdError, fixed_disk_bytes};
 use super::format::{self, ImageFormat};
 use super::image_file::{file_bytes, is_disk, lock, open_file, signature};
 use super::{BlockError, BlockParams, LockGranularity, SECTOR_BYTES, disk_sys};
-use crate::Unpoisoned;
+use crate::{Unpoisoned, file_lock};
 
 /// Direct I/O alignment assumed if the kernel does not report it: the largest common logical block size.
 const DIO_ALIGN_FALLBACK_BYTES: u32 = 4096;
@@ -151,7 +151,7 @@ impl Image {
     pub(super) fn lock_up_to(&self, bytes: u64) -> io::Result<()> {
         match self.lock_granularity {
             LockGranularity::Full => Ok(()),
-            LockGranularity::ByteRange => disk_sys::lock(&self.file, self.exclusive, bytes),
+            LockGranularity::ByteRange => file_lock::lock(&self.file, self.exclusive, bytes),
         }
     }
 
@@ -172,13 +172,13 @@ impl Image {
 
     fn hold_file(&self, file: &File, exclusive: bool, hold: bool) -> io::Result<()> {
         if !hold {
-            return disk_sys::unlock(file);
+            return file_lock::unlock(file);
         }
         let bytes = match self.lock_granularity {
             LockGranularity::Full => 0,
             LockGranularity::ByteRange => file_bytes(file)?,
         };
-        disk_sys::lock(file, exclusive, bytes)
+        file_lock::lock(file, exclusive, bytes)
     }
 
     /// Writes all completed data to stable storage.

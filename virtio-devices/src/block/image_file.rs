@@ -5,7 +5,8 @@ use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 
 use super::format::HEADER_BYTES;
-use super::{BlockError, BlockParams, LockGranularity, disk_sys};
+use super::{BlockError, BlockParams, LockGranularity};
+use crate::file_lock;
 
 /// The first and the last sector of a file; less of a short one.
 pub(super) fn signature(file: &File, bytes: u64) -> io::Result<(Vec<u8>, Vec<u8>)> {
@@ -61,7 +62,7 @@ pub(super) fn lock(file: &File, params: &BlockParams) -> Result<(), BlockError> 
             source,
         })?,
     };
-    disk_sys::lock(file, !params.readonly, bytes).map_err(|source| {
+    file_lock::lock(file, !params.readonly, bytes).map_err(|source| {
         let path = params.path.clone();
         match source.kind() {
             io::ErrorKind::WouldBlock => BlockError::Locked {

@@ -46,7 +46,6 @@ use std::sync::Arc;
 pub use container::{ContainerError, Qcow2Error, VhdError, backing_files};
 pub use device::{Block, BlockState};
 pub use device_facts::LockGranularity;
-pub(crate) use disk_sys::{lock as lock_image, unlock as unlock_image};
 pub use format::ImageFormat;
 pub use resize::{DiskHandle, DiskResizeError};
 

@@ -3,17 +3,14 @@
 //! The socket that a killed VMM left behind is replaced, the socket of a running process never. A lock on `<path>.lock`
 //! lets only one VMM at a time decide which one it is.
 
-// UNSAFETY: open file description locks have no safe interface in the standard library.
-#![allow(unsafe_code)]
-
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use api::config::PathOrFd;
+use virtio_devices::file_lock;
 use virtio_devices::listening_socket::{self, SocketFile};
 
 use crate::inherited_fd;
@@ -134,11 +131,12 @@ impl SocketFiles {
                 .mode(0o600)
                 .open(&lock_path)
                 .map_err(fail)?;
-            if !try_lock(&file).map_err(fail)? {
-                return Err(ApiSocketError::InUse {
+            file_lock::lock(&file, true, 0).map_err(|error| match error.kind() {
+                ErrorKind::WouldBlock => ApiSocketError::InUse {
                     path: socket.to_owned(),
-                });
-            }
+                },
+                _ => fail(error),
+            })?;
             // Its last owner may have removed the file between our open and our lock. A lock on an unlinked file
             // excludes no other process.
             let ours = file.metadata().map_err(fail)?;
@@ -187,28 +185,11 @@ fn bind(path: &Path) -> Result<(UnixListener, SocketFile), ApiSocketError> {
     })
 }
 
-/// Tries to take a write lock on the whole file; false if another process holds it.
-fn try_lock(file: &File) -> io::Result<bool> {
-    // SAFETY: `flock` is plain data for which all zeroes is a valid value: the whole file from its start.
-    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    lock.l_type = libc::F_WRLCK as libc::c_short;
-    lock.l_whence = libc::SEEK_SET as libc::c_short;
-    // SAFETY: the descriptor is open for the whole call and `lock` is the structure that this command reads.
-    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } {
-        0 => Ok(true),
-        _ => match io::Error::last_os_error() {
-            error if error.kind() == ErrorKind::WouldBlock => Ok(false),
-            error if error.raw_os_error() == Some(libc::EACCES) => Ok(false),
-            error => Err(error),
-        },
-    }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
 
-    use std::os::fd::IntoRawFd;
+    use std::os::fd::{AsRawFd, IntoRawFd};
     use std::os::unix::net::UnixStream;
 
     use super::*;
