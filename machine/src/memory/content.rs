@@ -169,55 +169,10 @@ pub(super) fn each_run<E>(
 }
 
 impl GuestMemory {
-    /// Writes the content of `zone` to `file`, which must be empty, and syncs it. The machine is paused. `done`
-    /// receives the size of each finished piece. Needs 2 MiB of buffer.
-    ///
-    /// # Errors
-    /// The page tables, RAM or the file cannot be accessed.
-    pub fn save_zone(
-        &self,
-        zone: &Zone,
-        file: &File,
-        mut done: impl FnMut(u64),
-    ) -> Result<ZoneContentState, ContentError> {
-        let pagemap = Pagemap::open().map_err(ContentError::Pages)?;
-        let in_file = |offset| in_file(&zone.id, offset);
-        file.set_len(zone.bytes()).map_err(in_file(0))?;
-        let mut buffer = vec![0; CHUNK_BYTES];
-        let mut saved = Vec::new();
-        for chunk in chunks(zone) {
-            let buffer = &mut buffer[..chunk.bytes];
-            let pages = self.read_chunk(zone, &pagemap, chunk, None, buffer)?;
-            let mut crc = crc32fast::Hasher::new();
-            let mut empty = true;
-            each_run(&pages, chunk.bytes / PAGE, |start, bytes| {
-                let data = &buffer[start..start + bytes];
-                crc.update(data);
-                empty = false;
-                file.write_all_at(data, chunk.offset + start as u64)
-            })
-            .map_err(in_file(chunk.offset))?;
-            if !empty {
-                saved.push(ChunkState {
-                    offset: chunk.offset,
-                    pages: Bytes(pages),
-                    zeros: Bytes::default(),
-                    crc32: crc.finalize(),
-                });
-            }
-            done(chunk.bytes as u64);
-        }
-        file.sync_all().map_err(in_file(0))?;
-        Ok(ZoneContentState {
-            bytes: zone.bytes(),
-            chunks: saved,
-        })
-    }
-
     /// Writes the pages of `zone` that hold data into `file`, in which the zone begins at `start`. The machine is paused.
     ///
     /// # Errors
-    /// As [`GuestMemory::save_zone`].
+    /// The page tables, RAM or the file cannot be accessed.
     pub fn write_zone(&self, zone: &Zone, file: &File, start: u64) -> Result<(), ContentError> {
         let pagemap = Pagemap::open().map_err(ContentError::Pages)?;
         let mut buffer = vec![0; CHUNK_BYTES];
@@ -388,7 +343,7 @@ mod tests {
     use state::{Saved, State};
 
     use super::*;
-    use crate::memory::test_memory::private_and_shared;
+    use crate::memory::test_memory::{private_and_shared, saved};
     use virtio_devices::reclaim::{DiscardEngine, Expected, GuestRange, ResidencyProbe};
 
     /// Only the tests wrap a table in its own envelope.
@@ -423,17 +378,6 @@ mod tests {
         put(&memory, 100, 0);
         put(&memory, 2000, 0);
         memory
-    }
-
-    fn saved(memory: &GuestMemory) -> Vec<(File, ZoneContentState)> {
-        let zones = memory.zones().iter();
-        zones
-            .map(|zone| {
-                let file = tempfile::tempfile().unwrap();
-                let state = memory.save_zone(zone, &file, |_| ()).unwrap();
-                (file, state)
-            })
-            .collect()
     }
 
     fn load(memory: &GuestMemory, files: &[(File, ZoneContentState)]) -> Result<(), ContentError> {

@@ -141,7 +141,7 @@ mod tests {
     use vm_memory::Bytes;
 
     use super::super::layout::{MIB, PAGE_BYTES};
-    use super::super::test_memory::{address, mark, zones};
+    use super::super::test_memory::{self, address, mark, zones};
     use super::*;
 
     /// Single pages and runs; between pages 600 and 700 are holes.
@@ -161,9 +161,8 @@ mod tests {
     }
 
     fn save(memory: &GuestMemory) -> Vec<SavedZone> {
-        let file = tempfile::tempfile().unwrap();
-        let table = memory.save_zone(&memory.zones()[0], &file, |_| ()).unwrap();
-        vec![SavedZone::from((file, table))]
+        let files = test_memory::saved(memory);
+        files.into_iter().map(SavedZone::from).collect()
     }
 
     fn saved() -> Vec<SavedZone> {

@@ -271,7 +271,7 @@ mod tests {
 
     use super::*;
     use crate::memory::layout::PAGE_BYTES;
-    use crate::memory::test_memory::{address, mark, zones};
+    use crate::memory::test_memory::{address, mark, saved, zones};
     use crate::memory::{ContentFiles, GuestMemory, Pages, WrittenPages};
 
     const PAGES: u64 = 1792;
@@ -297,7 +297,7 @@ mod tests {
         let written = WrittenPages::of_log(memory.ram().writes());
         let file = tempfile::tempfile().unwrap();
         let copy = file.try_clone().unwrap();
-        let files = ContentFiles::difference(memory, [copy]).unwrap();
+        let files = ContentFiles::new(memory, [copy], true).unwrap();
         let files = std::cell::RefCell::new(files);
         let send = |pages: Pages<'_>| files.borrow_mut().write(pages);
         let clear = |run| files.borrow_mut().clear(run);
@@ -320,8 +320,7 @@ mod tests {
             put(&memory, page, mark(page));
         }
         WrittenPages::of_log(log);
-        let file = tempfile::tempfile().unwrap();
-        let table = memory.save_zone(&memory.zones()[0], &file, |_| ()).unwrap();
+        let (file, table) = saved(&memory).remove(0);
         let mut files = vec![ZoneFile {
             snapshot: None,
             file,

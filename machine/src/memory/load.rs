@@ -9,7 +9,7 @@ use super::layers::{SavedChunk, SavedZone};
 use super::{ContentError, GuestMemory, Zone};
 
 impl GuestMemory {
-    /// Loads files written by [`GuestMemory::save_zone`] and [`super::ContentFiles`] into untouched RAM. `thp`: whether RAM
+    /// Loads files written by [`super::ContentFiles`] into untouched RAM. `thp`: whether RAM
     /// uses transparent huge pages. They are disabled while the content is loaded, because huge pages that the content does
     /// not fill must not become resident. `done` receives the size of each piece of the zone.
     ///

@@ -1,4 +1,4 @@
-//! Writes the content of guest RAM to files in several passes, while the machine runs.
+//! Writes the content of guest RAM to files: in one pass, or in several while the machine runs.
 //!
 //! ```text
 //!   send_content(None)      pages with data ──────► ContentFiles::write
@@ -7,8 +7,8 @@
 //!   paused: the last pages
 //!   finish                  checksums of rewritten chunks, synced
 //! ```
-//! The result is the same as that of [`GuestMemory::save_zone`], or its difference from an earlier one: the pages that
-//! were written since, and those of them that hold no data.
+//! The result does not depend on the number of passes. It is all content, or the difference from earlier files: the
+//! pages that were written since, and those of them that hold no data.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -50,29 +50,12 @@ struct Written {
 }
 
 impl ContentFiles {
-    /// `files` has an empty file for each zone of `memory`.
+    /// `files` has an empty file for each zone of `memory`. `differs`: they get the difference from earlier files, so the
+    /// first pass has only the pages that were written since.
     ///
     /// # Errors
     /// A file cannot be as large as its zone.
     pub fn new(
-        memory: &GuestMemory,
-        files: impl IntoIterator<Item = File>,
-    ) -> Result<Self, ContentError> {
-        Self::open(memory, files, false)
-    }
-
-    /// The same for a difference from earlier files. The first pass has only the pages that were written since.
-    ///
-    /// # Errors
-    /// A file cannot be as large as its zone.
-    pub fn difference(
-        memory: &GuestMemory,
-        files: impl IntoIterator<Item = File>,
-    ) -> Result<Self, ContentError> {
-        Self::open(memory, files, true)
-    }
-
-    fn open(
         memory: &GuestMemory,
         files: impl IntoIterator<Item = File>,
         differs: bool,
@@ -276,7 +259,7 @@ mod tests {
     use super::*;
     use crate::memory::WrittenPages;
     use crate::memory::layout::PAGE_BYTES;
-    use crate::memory::test_memory::{address, mark, private_and_shared};
+    use crate::memory::test_memory::{address, mark, private_and_shared, saved};
 
     fn put(memory: &GuestMemory, page: u64, value: u64) {
         let ram = memory.ram().memory();
@@ -298,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn passes_leave_the_same_files_and_tables_as_one_export_at_the_end() {
+    fn passes_leave_the_same_files_and_tables_as_one_pass_at_the_end() {
         let memory = private_and_shared();
         for page in [0, 1, 511, 512, 700, 1791, 1792, 2304, 3583] {
             put(&memory, page, mark(page));
@@ -307,7 +290,7 @@ mod tests {
         log.start(memory.zones().iter().flat_map(|zone| zone.ranges.clone()));
         let handles = new_files();
         let copies = handles.iter().map(|file| file.try_clone().unwrap());
-        let mut files = ContentFiles::new(&memory, copies).unwrap();
+        let mut files = ContentFiles::new(&memory, copies, false).unwrap();
         pass(&memory, None, &mut files);
         assert_eq!(files.data_bytes(), 9 * PAGE_BYTES);
         // Changed, new in a chunk with pages, new in one without, zero now, zero as before.
@@ -327,9 +310,11 @@ mod tests {
         pass(&memory, Some(&WrittenPages::of_log(log)), &mut files);
         files.sync_data().unwrap();
         let tables = files.finish().unwrap();
-        for ((zone, file), table) in memory.zones().iter().zip(&handles).zip(tables) {
-            let expected = tempfile::tempfile().unwrap();
-            assert_eq!(memory.save_zone(zone, &expected, |_| ()).unwrap(), table);
+        let written = handles.iter().zip(tables);
+        for ((zone, (file, table)), (expected, its_table)) in
+            memory.zones().iter().zip(written).zip(saved(&memory))
+        {
+            assert_eq!(its_table, table);
             let read = |file: &File| {
                 let mut bytes = vec![0; zone.bytes() as usize];
                 file.read_exact_at(&mut bytes, 0).unwrap();
@@ -344,7 +329,7 @@ mod tests {
         let memory = private_and_shared();
         put(&memory, 5, 1);
         let read_only = File::open("/dev/zero").unwrap();
-        let error = ContentFiles::new(&memory, [read_only]).unwrap_err();
+        let error = ContentFiles::new(&memory, [read_only], false).unwrap_err();
         assert!(error.to_string().contains("zone a"), "{error}");
     }
 }

@@ -194,23 +194,12 @@ pub fn write(
 ) -> Result<u64, SnapshotError> {
     require_content_is_ours(config)?;
     let mut new = NewSnapshot::create(folder)?;
-    if written.is_some() {
-        let files = new.memory_files(memory)?;
-        let content = ContentFiles::difference(memory, files);
-        let mut content = content.map_err(SnapshotError::Content)?;
-        write_pass(memory, written, &mut content, progress, || false)?;
-        let data_bytes = content.data_bytes();
-        let tables = content.finish().map_err(SnapshotError::Content)?;
-        new.finish(config, state, &tables)?;
-        return Ok(data_bytes);
-    }
-    let mut tables = Vec::new();
-    for (at, zone) in memory.zones().iter().enumerate() {
-        let file = new.memory_file(at)?;
-        let table = memory.save_zone(zone, &file, |bytes| progress.add(bytes));
-        tables.push(table.map_err(SnapshotError::Content)?);
-    }
-    let data_bytes = tables.iter().map(ZoneContentState::data_bytes).sum();
+    let files = new.memory_files(memory)?;
+    let content = ContentFiles::new(memory, files, written.is_some());
+    let mut content = content.map_err(SnapshotError::Content)?;
+    write_pass(memory, written, &mut content, progress, || false)?;
+    let data_bytes = content.data_bytes();
+    let tables = content.finish().map_err(SnapshotError::Content)?;
     new.finish(config, state, &tables)?;
     Ok(data_bytes)
 }

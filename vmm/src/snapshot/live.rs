@@ -105,17 +105,13 @@ impl LiveSave {
         let mut new = NewSnapshot::create(&folder)?;
         let memory = self.recorder.tracker.memory().clone();
         let files = new.memory_files(&memory)?;
-        let (content, first) = match self.link.base {
-            Some(_) => {
-                let written = self.recorder.take_all()?;
-                (ContentFiles::difference(&memory, files), Some(written))
-            }
-            None => {
-                // What was written so far is in the first pass.
-                self.recorder.take()?;
-                (ContentFiles::new(&memory, files), None)
-            }
+        let differs = self.link.base.is_some();
+        // Otherwise, what was written so far is in the first pass.
+        let first = match differs {
+            true => Some(self.recorder.take_all()?),
+            false => self.recorder.take().map(|_| None)?,
         };
+        let content = ContentFiles::new(&memory, files, differs);
         let mut content = content.map_err(SnapshotError::Content)?;
         let (passes, mut written) = self.write_while_running(first, &mut content)?;
         let begun = Instant::now();

@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 use super::super::ZoneContentState;
 use super::super::content::PAGE;
 use super::super::layout::{MIB, PAGE_BYTES};
-use super::super::test_memory::{address, mark, zones};
+use super::super::test_memory::{self, address, mark, zones};
 use super::*;
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -34,13 +34,7 @@ fn saved(pages: impl IntoIterator<Item = u64>) -> Vec<(File, ZoneContentState)> 
         let ram = memory.ram().memory();
         ram.write_obj(mark(page), address(page)).unwrap();
     }
-    let zones = memory.zones().iter();
-    let save = |zone| {
-        let file = tempfile::tempfile().unwrap();
-        let table = memory.save_zone(zone, &file, |_| ()).unwrap();
-        (file, table)
-    };
-    zones.map(save).collect()
+    test_memory::saved(&memory)
 }
 
 fn copies(files: &[(File, ZoneContentState)]) -> Vec<SavedZone> {
