@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use strum::VariantArray;
+use strum::{EnumIter, IntoEnumIterator, VariantArray};
 
 /// Name of the thread that transfers text of the serial port and the console. vCPU threads are named `vcpu0`, `vcpu1`
 /// and so on; a worker has the name of its device.
@@ -41,7 +41,7 @@ pub enum DeviceKind {
 }
 
 /// The purpose of a thread of the machine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, EnumIter)]
 pub enum MachineThread {
     /// Runs the guest.
     Vcpu,
@@ -50,6 +50,7 @@ pub enum MachineThread {
     /// Fills guest RAM on demand.
     Fill,
     /// Serves queues of a device.
+    #[strum(disabled)]
     Worker(DeviceKind),
 }
 
@@ -60,9 +61,7 @@ impl MachineThread {
         let workers = kinds
             .filter(|kind| *kind != DeviceKind::Assigned)
             .map(Self::Worker);
-        [Self::Vcpu, Self::Serial, Self::Fill]
-            .into_iter()
-            .chain(workers)
+        Self::iter().chain(workers)
     }
 }
 

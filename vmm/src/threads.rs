@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use machine::threads::MachineThread;
+use strum::{EnumIter, IntoEnumIterator};
 
 /// Name of the thread that owns the machine.
 pub const CONTROL_THREAD: &str = "vmm";
@@ -21,7 +22,7 @@ pub const MIGRATION_THREAD: &str = "migration";
 pub const SNAPSHOT_THREAD: &str = "snapshot";
 
 /// Threads with the same permissions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, EnumIter)]
 pub enum ThreadKind {
     /// Waits for the others; installs its filter once they run.
     Main,
@@ -40,24 +41,14 @@ pub enum ThreadKind {
     /// Saves a running VM.
     Snapshot,
     /// Belongs to the machine.
+    #[strum(disabled)]
     Machine(MachineThread),
 }
 
 impl ThreadKind {
     /// Every kind.
     pub fn all() -> impl Iterator<Item = Self> {
-        let own = [
-            Self::Main,
-            Self::Control,
-            Self::HttpServer,
-            Self::ApiQuery,
-            Self::EventMonitor,
-            Self::Thresholds,
-            Self::Migration,
-            Self::Snapshot,
-        ];
-        own.into_iter()
-            .chain(MachineThread::all().map(Self::Machine))
+        Self::iter().chain(MachineThread::all().map(Self::Machine))
     }
 }
 

@@ -7,15 +7,14 @@
 //! Only the front decides: the guest of a raw image may write anything to its end. The footer of a fixed VHD, which has
 //! no other signature, counts only if the format is configured.
 
-use std::fmt;
-
 /// Number of bytes at the front of the file that [`detect`] checks, and of a footer; one sector.
 pub(super) const HEADER_BYTES: usize = 512;
 /// At the front of a dynamic VHD, and of the footer of every VHD.
 const VHD_MAGIC: &[u8] = b"conectix";
 
 /// The format of an image file, according to its signature.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::Display)]
+#[strum(serialize_all = "lowercase")]
 pub enum ImageFormat {
     /// No known signature: the file is the disk.
     Raw,
@@ -27,18 +26,6 @@ pub enum ImageFormat {
     Vhdx,
     /// VMware, sparse extent or descriptor file.
     Vmdk,
-}
-
-impl fmt::Display for ImageFormat {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Raw => "raw",
-            Self::Qcow2 => "qcow2",
-            Self::Vhd => "vhd",
-            Self::Vhdx => "vhdx",
-            Self::Vmdk => "vmdk",
-        })
-    }
 }
 
 /// Whether the last sector of the file is the footer of a VHD.
