@@ -1,4 +1,4 @@
-//! One command in a block.
+//! One command of a code block, with its place in the documentation.
 
 /// A command in the documentation.
 #[derive(Clone, Debug, PartialEq, Eq)]

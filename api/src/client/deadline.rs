@@ -1,4 +1,4 @@
-//! The time limit of one request.
+//! The deadline of one request.
 
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,4 @@
-//! Errors of requests.
+//! Errors of the client's requests.
 
 use std::io;
 use std::path::PathBuf;

@@ -1,4 +1,4 @@
-//! The memory balloon.
+//! Configuration of the memory balloon.
 
 use api_macros::section;
 

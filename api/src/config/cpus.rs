@@ -1,4 +1,4 @@
-//! vCPUs.
+//! Configuration of vCPUs.
 
 use api_macros::{Words, section};
 use schemars::JsonSchema;

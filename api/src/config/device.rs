@@ -1,4 +1,4 @@
-//! Assigned PCI devices.
+//! Configuration of assigned PCI devices.
 
 use std::path::PathBuf;
 

@@ -1,4 +1,4 @@
-//! The configuration of disks.
+//! Configuration of disks.
 
 use std::path::PathBuf;
 

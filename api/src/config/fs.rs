@@ -1,4 +1,4 @@
-//! Shared folders.
+//! Configuration of shared folders.
 
 use std::path::PathBuf;
 

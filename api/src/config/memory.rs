@@ -1,4 +1,4 @@
-//! Guest RAM.
+//! Configuration of guest RAM.
 
 use std::path::PathBuf;
 

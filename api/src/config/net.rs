@@ -1,4 +1,4 @@
-//! Network interfaces.
+//! Configuration of network interfaces.
 
 use std::net::IpAddr;
 use std::path::PathBuf;

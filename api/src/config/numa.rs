@@ -1,4 +1,4 @@
-//! NUMA nodes of the guest.
+//! Configuration of NUMA nodes of the guest.
 
 use api_macros::section;
 use schemars::JsonSchema;

@@ -1,4 +1,4 @@
-//! The payload to boot.
+//! Configuration of the payload to boot.
 
 use std::path::PathBuf;
 

@@ -1,4 +1,4 @@
-//! Persistent memory.
+//! Configuration of persistent memory.
 
 use std::path::PathBuf;
 

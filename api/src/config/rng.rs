@@ -1,4 +1,4 @@
-//! The random number device.
+//! Configuration of the random number device.
 
 use std::path::PathBuf;
 

@@ -1,4 +1,4 @@
-//! The vsock device.
+//! Configuration of the vsock device.
 
 use std::path::PathBuf;
 

@@ -1,4 +1,4 @@
-//! Faults in options of the command line.
+//! Faults in command-line options.
 
 use byte_size::SizeError;
 use thiserror::Error;

@@ -1,4 +1,4 @@
-//! Prints responses.
+//! Prints the responses of the agent, as a table or as JSON.
 
 use std::io::{self, Write};
 

@@ -1,4 +1,4 @@
-//! Requests and responses.
+//! HTTP requests and responses: parsing, limits and headers.
 
 use std::io::{self, Read, Write};
 

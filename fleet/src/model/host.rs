@@ -1,4 +1,4 @@
-//! A reading of the host.
+//! A reading of the host's memory, huge pages, swap and pressure.
 
 use serde::{Deserialize, Serialize};
 

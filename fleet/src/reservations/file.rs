@@ -1,4 +1,4 @@
-//! The file with the reservations.
+//! Reads and writes the file with the reservations of a host.
 
 use std::fs;
 use std::io;

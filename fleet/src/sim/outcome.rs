@@ -1,4 +1,4 @@
-//! The outcome of a run.
+//! The outcome of a simulated run, and its comparison with what a scenario expects.
 
 use serde::Serialize;
 use strum::VariantArray as _;

@@ -1,4 +1,4 @@
-//! The files of a snapshot.
+//! Writes, opens and checks the files of a snapshot.
 
 use std::fs::{self, File};
 use std::io::{self, Write};

@@ -1,4 +1,4 @@
-//! The test cases of the fleet.
+//! The test cases for a fleet of real processes.
 
 use anyhow::{Context as _, Result, bail, ensure};
 use integration_tests::outcome::Outcome;
