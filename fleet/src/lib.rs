@@ -26,6 +26,7 @@ pub mod sample;
 mod secret_file;
 #[cfg(feature = "sim")]
 pub mod sim;
+pub mod standby;
 mod state_file;
 pub mod store;
 pub mod worker;

@@ -353,10 +353,8 @@ impl Thread {
             files: &self.options.files,
         };
         let result = target.carry_out(&order);
-        let failure = result.as_ref().err().map(|error| match error {
-            OrderError::Vmm(error) => failure_kind(error),
-            _ => "host",
-        });
+        let failure = result.as_ref().err();
+        let failure = failure.map(|error| error.request().map_or("host", failure_kind));
         let order = order.order;
         self.options
             .counters

@@ -13,11 +13,12 @@ use super::host_watch::HostWatch;
 use super::journal::Journal;
 use super::locks::FolderLock;
 use super::membership::Membership;
-use super::promises::{Promises, Situation};
+use super::promises::{Promises, Situation, uid_of};
 use super::publisher::{Parts, Publisher};
-use super::request::PinRequest;
+use super::request::{PinRequest, ReserveRequest, WakeAnswer, WakeRequest};
 use super::rounds::{Claims, VmRounds};
 use super::signals::StopFlag;
+use super::standby::Standbys;
 use crate::agent_config::{AgentConfig, OnStop, load_for};
 use crate::cluster::{HostReport, StoreView};
 use crate::http::{Method, Request, Response};
@@ -42,6 +43,7 @@ pub(super) struct ControlLoop {
     pub(super) host: HostWatch,
     pub(super) rounds: VmRounds,
     pub(super) promises: Promises,
+    pub(super) standby: Standbys,
     pub(super) membership: Option<Membership>,
     pub(super) publisher: Publisher,
     pub(super) journal: Journal,
@@ -141,6 +143,7 @@ impl ControlLoop {
         if now >= self.due.host {
             self.read_host();
             self.promises.follow(&self.rounds, &mut self.journal);
+            self.follow_standby();
             self.rounds.act(self.host.facts(), &mut self.journal);
             self.due.host = now + self.config.agent.host.duration();
         }
@@ -168,7 +171,12 @@ impl ControlLoop {
     pub(super) fn handle(&mut self, event: Event) -> bool {
         match event {
             Event::Vm(event) => {
+                let is_noted = self.standby.note(&event);
                 self.due.plan_wanted |= self.rounds.event(event, &self.config, &mut self.journal);
+                if is_noted {
+                    self.follow_standby();
+                    self.publish();
+                }
             }
             Event::Pressure => {
                 self.read_host();
@@ -201,6 +209,7 @@ impl ControlLoop {
                     config: &self.config,
                     facts: self.host.facts(),
                     rounds: &self.rounds,
+                    standby: &self.standby,
                 };
                 let answer = self
                     .promises
@@ -218,6 +227,22 @@ impl ControlLoop {
             (Method::Put, "fleet.reload") => {
                 self.reload();
                 self.reload_answer()
+            }
+            (Method::Put, "fleet.standby") => {
+                let (config, journal) = (&self.config, &mut self.journal);
+                let answer = self
+                    .standby
+                    .begin(request, config, &mut self.rounds, journal)?;
+                self.publish();
+                Ok(answer)
+            }
+            (Method::Put, "fleet.wake") => self.wake(request),
+            (Method::Put, "fleet.woken") => self.standby.woken(request, &mut self.journal),
+            (Method::Put, "fleet.discard") => {
+                let journal = &mut self.journal;
+                let answer = self.standby.discard(request, &mut self.rounds, journal)?;
+                self.publish();
+                Ok(answer)
             }
             (Method::Get, "fleet.config") => {
                 Ok(Response::text("application/toml", self.config.to_toml()))
@@ -243,6 +268,56 @@ impl ControlLoop {
         Ok(Response::done())
     }
 
+    /// Reserves the memory of a VM in standby, for a client that is going to start its VMM.
+    fn wake(&mut self, request: &Request) -> Result<Response, Response> {
+        let WakeRequest { vm, min } = request.json()?;
+        let record = self.standby.to_wake(&vm, &self.rounds)?;
+        self.read_host();
+        let situation = Situation {
+            config: &self.config,
+            facts: self.host.facts(),
+            rounds: &self.rounds,
+            standby: &self.standby,
+        };
+        let asked = ReserveRequest {
+            vm: vm.clone(),
+            memory: record.memory,
+            min,
+            huge_pages: record.huge_pages,
+            dry_run: false,
+        };
+        let (uid, journal) = (uid_of(request), &mut self.journal);
+        let reserved = self
+            .promises
+            .reserve_for(&vm, &asked, uid, situation, journal)?;
+        let snapshot = match (self.standby.wake(&vm, journal), reserved.reservation) {
+            (Ok(snapshot), Some(reservation)) => (snapshot, reservation),
+            (Err(refusal), _) => {
+                self.promises.forget(&vm);
+                return Err(refusal);
+            }
+            (Ok(_), None) => {
+                let text = "The reservation was not made".to_owned();
+                return Err(Response::error(500, &[text]));
+            }
+        };
+        self.publish();
+        let (snapshot, reservation) = snapshot;
+        Ok(Response::json(&WakeAnswer {
+            reservation,
+            snapshot,
+            socket: record.socket,
+            uid: record.uid,
+            command: self.config.agent.wake_command.clone(),
+        }))
+    }
+
+    fn follow_standby(&mut self) {
+        for vm in self.standby.follow(&mut self.rounds, &mut self.journal) {
+            self.promises.forget(&vm);
+        }
+    }
+
     /// Decides on requests from the store, and reports the host's state.
     fn report(&mut self, view: &StoreView) -> HostReport {
         if !view.asked.is_empty() {
@@ -252,6 +327,7 @@ impl ControlLoop {
             config: &self.config,
             facts: self.host.facts(),
             rounds: &self.rounds,
+            standby: &self.standby,
         };
         let refused = self
             .promises
@@ -358,6 +434,7 @@ impl ControlLoop {
             host: &self.host,
             rounds: &self.rounds,
             promises: &self.promises,
+            standby: &self.standby,
             membership: self.membership.as_ref(),
         });
     }

@@ -12,6 +12,7 @@ use crate::host::HostError;
 use crate::http::TlsError;
 use crate::reservations::ReservationError;
 use crate::sample::PatternError;
+use crate::standby::StandbyError;
 
 /// Reasons why the agent does not run.
 #[derive(Debug, Error)]
@@ -28,6 +29,9 @@ pub enum AgentError {
     /// The list of acts on VMs cannot be opened.
     #[error("Cannot open the list of actions on VMs")]
     Acts(#[source] io::Error),
+    /// The VMs in standby cannot be found.
+    #[error("Cannot read agent.standby_dir")]
+    Standby(#[source] StandbyError),
     /// Another agent uses the folder.
     #[error("{} is used by another agent: stop it, or set agent.state_dir", path.display())]
     Taken {

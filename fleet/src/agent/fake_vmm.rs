@@ -15,6 +15,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{getgid, getuid};
 use tempfile::TempDir;
 use test_server::{Request, response};
 
@@ -104,6 +105,10 @@ pub struct FakeVm {
     pub refusals: u32,
     /// Whether its VMM rejects balloon requests.
     pub refuses_balloon: bool,
+    /// Whether its VMM cannot write snapshots.
+    pub refuses_snapshot: bool,
+    /// Whether its VMM has ended.
+    pub ended: bool,
     /// The fault of its VMM.
     pub fault: Fault,
     /// Every requested size, and when.
@@ -130,6 +135,8 @@ impl FakeVm {
             paused: false,
             refusals: 0,
             refuses_balloon: false,
+            refuses_snapshot: false,
+            ended: false,
             fault: Fault::None,
             resizes: Vec::new(),
             requests: 0,
@@ -314,9 +321,23 @@ fn write_host(inner: &MutexGuard<'_, Inner>, folder: &Path) {
     }
     fs::create_dir_all(process.join("fd")).unwrap();
     std::os::unix::fs::symlink("anon_inode:kvm-vm", process.join("fd/3")).unwrap();
+    write_stat(folder, 77);
+    let (uid, gid) = (getuid().as_raw(), getgid().as_raw());
+    let ids = format!("Uid:\t{uid}\t{uid}\t{uid}\t{uid}\nGid:\t{gid}\t{gid}\t{gid}\t{gid}\n");
+    fs::write(process.join("status"), ids + "RssAnon: 524288 kB\n").unwrap();
+}
+
+fn write_stat(folder: &Path, start_ticks: u64) {
     let fields = vec!["0"; 18].join(" ");
-    fs::write(process.join("stat"), format!("1 (vmm) S {fields} 77 0")).unwrap();
-    fs::write(process.join("status"), "RssAnon: 524288 kB\n").unwrap();
+    let stat = folder.join(format!("proc/{}/stat", std::process::id()));
+    let beside = folder.join("proc/stat.new");
+    fs::write(&beside, format!("1 (vmm) S {fields} {start_ticks} 0")).unwrap();
+    fs::rename(beside, stat).unwrap();
+}
+
+/// From now on, another process has the id.
+fn end_process(folder: &Path) {
+    write_stat(folder, 78);
 }
 
 fn serve(
@@ -356,7 +377,13 @@ fn serve(
             if let Some(vm) = inner.vms.get_mut(name) {
                 let resident = vm.resident;
                 held.extend(answer(vm, stream));
-                if vm.resident != resident {
+                if vm.ended {
+                    inner.vms.remove(name);
+                    fs::remove_file(folder.join(format!("vms/{name}.sock"))).unwrap();
+                    listeners.lock().unwrap().retain(|(known, _)| known != name);
+                    end_process(folder);
+                    write_host(&inner, folder);
+                } else if vm.resident != resident {
                     write_host(&inner, folder);
                 }
             }
@@ -402,6 +429,20 @@ fn respond(vm: &mut FakeVm, request: &Request) -> String {
             vm.configured - vm.claimed()
         )),
         ("vm.resize", _) if vm.refuses_balloon => refused(),
+        ("vm.snapshot", _) if vm.refuses_snapshot || !vm.paused => refused(),
+        ("vm.snapshot", _) => {
+            let body: serde_json::Value = serde_json::from_str(&request.body).unwrap();
+            let url = body["destination_url"].as_str().unwrap();
+            let folder = Path::new(url.strip_prefix("file://").unwrap());
+            for name in ["config.json", "memory-0", "state.json"] {
+                fs::write(folder.join(name), "{}").unwrap();
+            }
+            done()
+        }
+        ("vmm.shutdown", _) => {
+            vm.ended = true;
+            done()
+        }
         ("vm.pause", _) => {
             vm.paused = true;
             done()

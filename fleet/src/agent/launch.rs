@@ -24,6 +24,7 @@ use super::publisher::Publisher;
 use super::rounds::{Serve, VmRounds, with_threads};
 use super::routes;
 use super::signals::{self, Asked, StopFlag};
+use super::standby::Standbys;
 use crate::agent_config::AgentConfig;
 use crate::execute::GroupFiles;
 use crate::host::HostFiles;
@@ -257,6 +258,8 @@ pub(super) fn assemble(
         HostWatch::start(&config, files, clock.now_ms(), pressed).map_err(AgentError::Host)?;
     let book = Reservations::open(folder, clock.moment()).map_err(AgentError::Book)?;
     let acts = Acts::open(folder, &files.proc).map_err(AgentError::Acts)?;
+    let standby =
+        Standbys::open(&config, files.proc.clone(), clock).map_err(AgentError::Standby)?;
     let saved = (acts, SavedLessons::open(folder));
     let rounds = VmRounds::new(&config, files.proc.clone(), (clock, serve), saved)
         .map_err(AgentError::Pattern)?;
@@ -266,6 +269,7 @@ pub(super) fn assemble(
         host,
         rounds,
         promises: Promises::new(book, clock),
+        standby,
         membership: None,
         publisher: Publisher::new(Arc::clone(published), clock),
         journal: published.journal.clone(),

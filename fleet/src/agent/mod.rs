@@ -6,6 +6,7 @@
 //!   signals ───────────────────► │   HostWatch   the host    │
 //!   local socket: reserve, … ──► │   VmRounds    VMs, plans  │
 //!   store: remote requests ────► │   Promises    the book    │
+//!                                │   Standbys    on disk     │
 //!                                │   Publisher ──────────────┼──► status, metrics, page
 //!                                └───────────────────────────┘
 //! ```
@@ -36,6 +37,7 @@ mod request;
 mod rounds;
 mod routes;
 mod signals;
+mod standby;
 mod status;
 mod store_link;
 mod vms;
@@ -52,8 +54,12 @@ pub use error::{AgentError, StopError};
 pub use journal::{JournalEntry, JournalPage};
 pub use launch::{Agent, AgentOptions};
 pub use published::{Published, Snapshot};
-pub use request::{ConfirmRequest, PinRequest, ReleaseRequest, ReserveAnswer, ReserveRequest};
+pub use request::{
+    ConfirmRequest, DiscardRequest, PinRequest, ReleaseRequest, ReserveAnswer, ReserveRequest,
+    StandbyRequest, WakeAnswer, WakeRequest, WokenRequest,
+};
 pub use routes::{LOCAL_NAMES, handle_page};
 pub use status::{
-    HostStatus, PoolStatus, PublishedState, ReservationStatus, Status, StoreStatus, VmStatus,
+    HostStatus, PoolStatus, PublishedState, ReservationStatus, StandbyStatus, Status, StoreStatus,
+    VmStatus,
 };

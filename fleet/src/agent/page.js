@@ -267,6 +267,16 @@ function showReservations(status) {
   }));
 }
 
+function showStandby(status) {
+  $("asleep").hidden = status.standby.length === 0;
+  $("standby").replaceChildren(...status.standby.map(vm => {
+    const tr = make("tr", vm.fault ? "bad" : "");
+    const phase = vm.fault ? vm.fault : vm.phase;
+    tr.append(make("td", "text name", vm.vm), make("td", "", size(vm.memory)), make("td", "", size(vm.disk)), make("td", "text", phase), make("td", "text", duration(status.unix_ms - vm.since_unix_ms)));
+    return tr;
+  }));
+}
+
 // --- Events ---
 
 let next = 0;
@@ -304,6 +314,7 @@ async function round() {
     showChart(status);
     showVms(status);
     showReservations(status);
+    showStandby(status);
     const page = await get("events.json?since=" + next);
     next = page.next;
     showEvents(page.entries);

@@ -10,6 +10,7 @@ use super::clock::Clock;
 use super::journal::Journal;
 use super::request::{ConfirmRequest, ReleaseRequest, ReserveAnswer, ReserveRequest};
 use super::rounds::VmRounds;
+use super::standby::Standbys;
 use super::status::ReservationStatus;
 use crate::admission::{Admission, HostHeadroom, Obstacle, Refusal, Request as Wanted, admit};
 use crate::agent_config::AgentConfig;
@@ -27,6 +28,7 @@ pub(super) struct Situation<'a> {
     pub(super) config: &'a AgentConfig,
     pub(super) facts: &'a HostFacts,
     pub(super) rounds: &'a VmRounds,
+    pub(super) standby: &'a Standbys,
 }
 
 impl Situation<'_> {
@@ -148,24 +150,39 @@ impl Promises {
     ) -> Result<Response, Response> {
         let asked: ReserveRequest = request.json()?;
         let vm = vm_name(&asked.vm, situation.rounds)?;
+        if situation.standby.holds(&vm) {
+            return Err(Response::error(409, &[in_standby(&vm)]));
+        }
+        self.reserve_for(&vm, &asked, uid_of(request), situation, journal)
+            .map(|answer| Response::json(&answer))
+    }
+
+    /// The same for a VM that may be in standby.
+    pub(super) fn reserve_for(
+        &mut self,
+        vm: &str,
+        asked: &ReserveRequest,
+        uid: u32,
+        situation: Situation<'_>,
+        journal: &mut Journal,
+    ) -> Result<ReserveAnswer, Response> {
         let config = situation.config;
-        let policy = config.vm_policy(&vm, asked.memory);
+        let policy = config.vm_policy(vm, asked.memory);
         let wanted = Wanted {
             min: asked.min.unwrap_or(policy.min).min(asked.memory),
             max: asked.memory,
         };
-        let uid = uid_of(request);
-        if let Some(held) = self.held_already(&vm, (wanted, asked.huge_pages), uid, situation) {
+        if let Some(held) = self.held_already(vm, (wanted, asked.huge_pages), uid, situation) {
             return Ok(held);
         }
         let verdict = if asked.huge_pages {
-            self.verdict(&vm, &wanted.max, situation, journal, Self::admit_to_pool)
+            self.verdict(vm, &wanted.max, situation, journal, Self::admit_to_pool)
         } else {
-            self.verdict(&vm, &wanted, situation, journal, Self::admit)
+            self.verdict(vm, &wanted, situation, journal, Self::admit)
         };
         if !asked.dry_run {
             let needs = verdict.as_ref().err().and_then(|refused| refused.needs);
-            self.remember(&vm, needs, situation.rounds.now_ms());
+            self.remember(vm, needs, situation.rounds.now_ms());
         }
         let admission = verdict.map_err(|refused| {
             let what = format!("{} for {vm:?} are refused", asked.memory);
@@ -179,7 +196,7 @@ impl Promises {
             let made = self
                 .book
                 .reserve(
-                    &vm,
+                    vm,
                     (wanted.max, admission.promise),
                     asked.huge_pages,
                     uid,
@@ -188,10 +205,18 @@ impl Promises {
                 .map_err(|error| book_error(&error))?;
             Some(made)
         };
-        Ok(Response::json(&ReserveAnswer {
+        Ok(ReserveAnswer {
             reservation,
             firm_free_after: admission.left,
-        }))
+        })
+    }
+
+    /// Drops the reservation of a VM whose memory is free.
+    pub(super) fn forget(&mut self, vm: &str) {
+        match self.book.release(vm) {
+            Ok(_) | Err(ReservationError::Unknown { .. }) => {}
+            Err(error) => log::error!("{}", api::chain_report("reservations", &error)),
+        }
     }
 
     /// `PUT fleet.confirm`
@@ -327,7 +352,7 @@ impl Promises {
         (wanted, huge_pages): (Wanted, bool),
         uid: u32,
         situation: Situation<'_>,
-    ) -> Option<Response> {
+    ) -> Option<ReserveAnswer> {
         let held = self.book.find(vm)?;
         let same =
             held.configured == wanted.max && held.huge_pages == huge_pages && held.owner_uid == uid;
@@ -337,10 +362,10 @@ impl Promises {
             } else {
                 self.ledger(situation).firm_free
             };
-            Response::json(&ReserveAnswer {
+            ReserveAnswer {
                 reservation: Some(held.clone()),
                 firm_free_after: left,
-            })
+            }
         })
     }
 
@@ -402,6 +427,7 @@ impl Promises {
             config,
             facts,
             rounds,
+            ..
         } = situation;
         let callable = rounds.pool_callable(&facts.pool);
         facts.pool.firm_free(callable) - self.pool_promised(config, rounds)
@@ -470,6 +496,9 @@ impl Promises {
         if situation.rounds.has_vm(&vm) {
             return Err(format!("a VM {vm:?} runs here already"));
         }
+        if situation.standby.holds(&vm) {
+            return Err(in_standby(&vm));
+        }
         let wanted = entry.request();
         let verdict = self.verdict(&vm, &wanted, situation, journal, Self::admit);
         // The planner requests the missing memory from guests, as for a VM that was refused locally.
@@ -524,7 +553,11 @@ impl Promises {
     }
 }
 
-fn uid_of(request: &Request) -> u32 {
+fn in_standby(vm: &str) -> String {
+    format!("{vm:?} is in standby: wake or discard it")
+}
+
+pub(super) fn uid_of(request: &Request) -> u32 {
     request.peer.map_or(u32::MAX, |peer| peer.uid)
 }
 

@@ -7,6 +7,7 @@ use super::host_watch::HostWatch;
 use super::membership::Membership;
 use super::promises::Promises;
 use super::rounds::VmRounds;
+use super::standby::Standbys;
 use super::status::{HostStatus, PoolStatus, PublishedState, VmStatus};
 use super::vms::Vm;
 use super::{Published, Snapshot, Status};
@@ -19,6 +20,7 @@ pub(super) struct Parts<'a> {
     pub(super) host: &'a HostWatch,
     pub(super) rounds: &'a VmRounds,
     pub(super) promises: &'a Promises,
+    pub(super) standby: &'a Standbys,
     pub(super) membership: Option<&'a Membership>,
 }
 
@@ -68,6 +70,7 @@ impl Publisher {
                 .map(|vm| vm_status(parts, vm, now_ms))
                 .collect(),
             reservations: parts.promises.status(parts.config, parts.rounds),
+            standby: parts.standby.status(),
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Requests of clients and their responses.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use crate::model::Bytes;
@@ -48,6 +50,58 @@ pub struct PinRequest {
     pub vm: String,
     /// Whether it is excluded from management.
     pub pinned: bool,
+}
+
+/// `PUT fleet.standby`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StandbyRequest {
+    /// The VM.
+    pub vm: String,
+}
+
+/// `PUT fleet.wake`. The client holds the lock of the VM's folder, and starts the VMM.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WakeRequest {
+    /// The VM.
+    pub vm: String,
+    /// Memory that must be reserved; by default that of the VM's policy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min: Option<Bytes>,
+}
+
+/// Response to `PUT fleet.wake`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WakeAnswer {
+    /// The reservation.
+    pub reservation: Reservation,
+    /// The folder of the snapshot.
+    pub snapshot: PathBuf,
+    /// The API socket that the VM had.
+    pub socket: PathBuf,
+    /// The user that its VMM ran as.
+    pub uid: u32,
+    /// `agent.wake_command`
+    pub command: Vec<String>,
+}
+
+/// `PUT fleet.woken`: the VMM has loaded the snapshot and is paused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WokenRequest {
+    /// The VM.
+    pub vm: String,
+    /// The VMM, which has the lock open.
+    pub pid: i32,
+}
+
+/// `PUT fleet.discard`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiscardRequest {
+    /// The VM in standby.
+    pub vm: String,
 }
 
 /// Response to `PUT fleet.reserve`.

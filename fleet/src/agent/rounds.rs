@@ -415,6 +415,23 @@ impl VmRounds {
         self.clock.now_ms()
     }
 
+    /// Leaves a VM alone while it is being saved or woken.
+    pub(super) fn hold(&mut self, name: &str, held: bool) {
+        if let Some(vm) = self.vms.get_mut(name) {
+            vm.hold(held);
+        }
+    }
+
+    /// Sends an order to a VM; false if there is none to receive it.
+    pub(super) fn order(&mut self, name: &str, order: Order) -> bool {
+        self.vms.get_mut(name).is_some_and(|vm| vm.order(order))
+    }
+
+    /// One VM.
+    pub(super) fn vm(&self, name: &str) -> Option<&Vm> {
+        self.vms.get(name)
+    }
+
     pub(super) fn has_vm(&self, name: &str) -> bool {
         self.vms.get(name).is_some()
     }

@@ -5,7 +5,7 @@ use crate::http::{Method, Request, Response};
 use crate::metrics;
 
 /// Names below `/api/v1` of the local socket.
-pub const LOCAL_NAMES: [&str; 9] = [
+pub const LOCAL_NAMES: [&str; 13] = [
     "fleet.status",
     "fleet.explain",
     "fleet.events",
@@ -15,6 +15,10 @@ pub const LOCAL_NAMES: [&str; 9] = [
     "fleet.release",
     "fleet.pin",
     "fleet.reload",
+    "fleet.standby",
+    "fleet.wake",
+    "fleet.woken",
+    "fleet.discard",
 ];
 
 /// The endpoints that return published data.
@@ -105,6 +109,12 @@ fn without_paths(status: &Status) -> Status {
     for vm in &mut status.vms {
         vm.socket.clear();
         vm.pid = None;
+    }
+    for vm in &mut status.standby {
+        vm.socket.clear();
+        vm.folder.clear();
+        // The reason contains paths.
+        vm.fault = vm.fault.take().map(|_| "cannot be used".to_owned());
     }
     status
 }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::Millis;
 use crate::model::{Bytes, HostFacts, HostState, Ledger, PriorityClass};
 use crate::reservations::Reservation;
+use crate::standby::Phase;
 
 /// Everything at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -27,6 +28,9 @@ pub struct Status {
     pub vms: Vec<VmStatus>,
     /// The reservations, oldest first.
     pub reservations: Vec<ReservationStatus>,
+    /// The VMs in standby, by name.
+    #[serde(default)]
+    pub standby: Vec<StandbyStatus>,
     /// The store that hosts share; absent for a standalone host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub store: Option<StoreStatus>,
@@ -261,4 +265,25 @@ pub struct ReservationStatus {
     pub reservation: Reservation,
     /// The memory that it still reserves.
     pub outstanding: Bytes,
+}
+
+/// One VM in standby, or on its way there or back.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StandbyStatus {
+    /// The VM.
+    pub vm: String,
+    /// Its phase; absent if its record cannot be read.
+    pub phase: Option<Phase>,
+    /// The reason why it can only be discarded; absent if there is none.
+    pub fault: Option<String>,
+    /// When the phase began, ms since the Unix epoch.
+    pub since_unix_ms: u64,
+    /// Its memory when it runs.
+    pub memory: Bytes,
+    /// Disk space of its snapshot.
+    pub disk: Bytes,
+    /// Its folder.
+    pub folder: String,
+    /// The API socket that it had.
+    pub socket: String,
 }

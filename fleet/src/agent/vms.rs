@@ -62,6 +62,8 @@ pub(super) struct Vm {
     /// The direction in which the balloon was last moved, and when, on the planner's clock.
     pub(super) moved: Option<(Direction, u64)>,
     pub(super) pinned: bool,
+    /// Whether it is being saved or woken.
+    held: bool,
 }
 
 /// The direction of a balloon.
@@ -267,7 +269,13 @@ impl Vm {
             undo_again_ms: 0,
             moved: None,
             pinned: false,
+            held: false,
         }
+    }
+
+    /// Leaves it alone while it is being saved or woken.
+    pub(super) fn hold(&mut self, held: bool) {
+        self.held = held;
     }
 
     /// Hands over an order; false if there is no thread to execute it.
@@ -364,7 +372,7 @@ impl Vm {
     pub(super) fn to_resend(&self, now_ms: u64) -> Option<Bytes> {
         let order = self.unconfirmed?;
         let due = order.gives && now_ms >= order.again_ms && self.ordered.is_none();
-        (due && !self.pinned).then_some(order.to)
+        (due && !self.pinned && !self.held).then_some(order.to)
     }
 
     /// Whether a recorded pause has no effect: the VM runs although every order ended. A pause that may still be
@@ -456,6 +464,9 @@ impl Vm {
     }
 
     pub(super) fn interlock(&self) -> Option<Interlock> {
+        if self.held {
+            return Some(Interlock::Snapshot);
+        }
         if self.pinned {
             return Some(Interlock::Pinned);
         }

@@ -63,6 +63,15 @@ pub enum LoadError {
     /// Only one of the two files that TLS needs is set.
     #[error("agent.tls_certificate and agent.tls_key are needed together")]
     HalfOfTls,
+    /// The folder for VMs in standby depends on the working directory, or could not be an option of a VMM.
+    #[error("agent.standby_dir must begin with / and have no quotes; got {}", path.display())]
+    StandbyDir {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// There is no program that would wake a VM.
+    #[error("agent.wake_command must name a program")]
+    WakeCommand,
     /// A rule for VMs has no effect.
     #[error("The settings have a rule without effect")]
     Rule(#[source] RuleFault),
@@ -242,6 +251,14 @@ fn check(config: &AgentConfig) -> Result<(), LoadError> {
     }
     if agent.tls_certificate.is_some() != agent.tls_key.is_some() {
         return Err(LoadError::HalfOfTls);
+    }
+    let suits = |path: &Path| path.is_absolute() && !path.to_string_lossy().contains('"');
+    if let Some(path) = agent.standby_dir.as_ref().filter(|path| !suits(path)) {
+        let path = path.clone();
+        return Err(LoadError::StandbyDir { path });
+    }
+    if agent.wake_command.first().is_none_or(String::is_empty) {
+        return Err(LoadError::WakeCommand);
     }
     if !faults.is_empty() {
         return Err(LoadError::Config(ConfigError::Faults(faults)));

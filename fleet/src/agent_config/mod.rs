@@ -77,6 +77,13 @@ pub struct AgentSection {
     pub trigger_window: Millis,
     /// What happens to the balloons when the agent ends.
     pub on_stop: OnStop,
+    /// Folder for VMs in standby; without it, none is put there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub standby_dir: Option<PathBuf>,
+    /// Time limit of each request that saves a VM.
+    pub standby_deadline: Millis,
+    /// The VMM that `ch-fleet wake` starts, with arguments. `--api-socket` and `--restore` are added.
+    pub wake_command: Vec<String>,
     /// Decide and report, but change nothing.
     pub dry_run: bool,
 }
@@ -96,6 +103,9 @@ impl Default for AgentSection {
             trigger_stall: Millis(150),
             trigger_window: Millis::seconds(1),
             on_stop: OnStop::Keep,
+            standby_dir: None,
+            standby_deadline: Millis::seconds(600),
+            wake_command: vec!["cloud-hypervisor".to_owned()],
             dry_run: false,
         }
     }
@@ -115,6 +125,7 @@ const AGENT: &[Row<AgentSection>] = rows! { AgentSection:
     trigger_stall = Range::Time(1, 10_000);
     // The range that the kernel accepts (`kernel/sched/psi.c`: WINDOW_MIN_US, WINDOW_MAX_US).
     trigger_window = Range::Time(500, 10_000);
+    standby_deadline = Range::Time(1000, 86_400_000);
 };
 
 /// What happens to the balloons when the agent ends.

@@ -7,6 +7,7 @@
 
 mod group;
 mod order;
+mod save;
 
 #[cfg(test)]
 mod tests;
@@ -14,6 +15,7 @@ mod tests;
 pub use group::{GroupError, GroupFile, GroupFiles};
 pub(crate) use order::{Addressed, OrderTarget};
 pub use order::{Order, OrderError};
+pub use save::SaveError;
 
 use crate::planner::{Action, Block, Present};
 

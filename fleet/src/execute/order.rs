@@ -1,10 +1,13 @@
 //! One order to one VM, and its execution.
 
 use std::mem;
+use std::path::PathBuf;
+use std::time::Duration;
 
 use api::{Client, ClientError, ReclaimThresholdsChange, VmResize};
 use thiserror::Error;
 
+use super::save::{self, SaveError};
 use super::{GroupError, GroupFile, GroupFiles};
 use crate::host::{Process, holds_vm};
 use crate::model::Bytes;
@@ -25,6 +28,15 @@ pub enum Order {
     Group(GroupFile, Option<Bytes>),
     /// End the VMM.
     Kill,
+    /// Pause the vCPUs and save the VM into a folder.
+    Save {
+        /// The folder, which is empty.
+        folder: PathBuf,
+        /// Time limit of each request.
+        deadline: Duration,
+    },
+    /// End the VMM of a saved VM, if the VM is still paused.
+    End,
 }
 
 impl Order {
@@ -60,6 +72,8 @@ impl Order {
             Self::Resume => "vm.resume",
             Self::Group(file, _) => file.name(),
             Self::Kill => "kill",
+            Self::Save { .. } => "vm.snapshot",
+            Self::End => "vmm.shutdown",
         }
     }
 }
@@ -111,6 +125,9 @@ pub enum OrderError {
         /// The process.
         pid: i32,
     },
+    /// The VM was not saved, or its VMM must not be ended.
+    #[error(transparent)]
+    Save(#[from] SaveError),
     /// It is unknown whether the process runs a VM.
     #[error("cannot determine whether process {pid} has a KVM VM")]
     Unseen {
@@ -125,25 +142,28 @@ pub enum OrderError {
 impl OrderError {
     /// Whether the VMM itself rejected it.
     pub(crate) fn is_answer(&self) -> bool {
-        matches!(self, Self::Vmm(ClientError::Server(_)))
+        matches!(self.request(), Some(ClientError::Server(_)))
+    }
+
+    /// The request that failed, if it was one to the VMM.
+    pub(crate) fn request(&self) -> Option<&ClientError> {
+        match self {
+            Self::Vmm(error) | Self::Save(SaveError::Vmm(error)) => Some(error),
+            _ => None,
+        }
     }
 
     /// Whether the order may have been executed nevertheless.
     pub(crate) fn is_unknown(&self) -> bool {
-        match self {
-            Self::Vmm(error) => !matches!(
+        self.request().is_some_and(|error| {
+            !matches!(
                 error,
                 ClientError::NoSocket { .. }
                     | ClientError::Refused { .. }
                     | ClientError::OtherPeer { .. }
                     | ClientError::Server(_)
-            ),
-            Self::Host(_)
-            | Self::NoProcess
-            | Self::OtherProcess
-            | Self::NoVm { .. }
-            | Self::Unseen { .. } => false,
-        }
+            )
+        })
     }
 }
 
@@ -186,6 +206,8 @@ impl OrderTarget<'_> {
                 vmm.kill()
                     .map_err(|source| GroupError::Kill { pid, source })?;
             }
+            Order::Save { folder, deadline } => save::save(self.client, folder, *deadline)?,
+            Order::End => save::end(self.client)?,
         }
         Ok(())
     }

@@ -146,6 +146,21 @@ pub(crate) fn holds_vm(proc: &Path, pid: i32) -> io::Result<bool> {
     Ok(links.any(|link| link == Path::new(KVM_VM)))
 }
 
+/// The effective user and group of a process.
+///
+/// # Errors
+/// The process has ended, or the file does not contain them.
+pub(crate) fn ids_of(proc: &Path, pid: i32) -> io::Result<(u32, u32)> {
+    let status = fs::read_to_string(proc.join(pid.to_string()).join("status"))?;
+    let id = |name: &str| -> Option<u32> {
+        let rest = status.lines().find_map(|line| line.strip_prefix(name))?;
+        // The real id comes first.
+        rest.split_ascii_whitespace().nth(1)?.parse().ok()
+    };
+    let ids = id("Uid:").zip(id("Gid:"));
+    ids.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "there is no Uid in its status"))
+}
+
 /// Host memory of a process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct ProcessMemory {

@@ -7,10 +7,11 @@ use prometheus_client::metrics::MetricType;
 use strum::VariantArray as _;
 
 use super::families::{Labels, Out, figures};
-use crate::agent::{PublishedState, Snapshot};
+use crate::agent::{PublishedState, Snapshot, Status};
 use crate::model::Bytes;
 use crate::reservations::ReservationPhase;
 use crate::sample::{DURATION_BUCKETS_SECONDS, RequestCounters};
+use crate::standby::Phase;
 
 pub(super) fn write(out: &mut Out<'_>, snapshot: &Snapshot) -> fmt::Result {
     let status = &snapshot.status;
@@ -99,6 +100,7 @@ pub(super) fn write(out: &mut Out<'_>, snapshot: &Snapshot) -> fmt::Result {
         "When the agent started, since the Unix epoch",
         [(own(), status.started_unix_ms as f64 / 1e3)],
     )?;
+    write_standby(out, status, &with)?;
     write_decisions(out, snapshot, &own)?;
     out.gauge(
         "ch_reservation_bytes",
@@ -112,6 +114,32 @@ pub(super) fn write(out: &mut Out<'_>, snapshot: &Snapshot) -> fmt::Result {
                 .sum();
             (with("phase", phase.name()), bytes.0)
         }),
+    )
+}
+
+fn write_standby(
+    out: &mut Out<'_>,
+    status: &Status,
+    with: &dyn Fn(&'static str, &str) -> Labels,
+) -> fmt::Result {
+    let all = &status.standby;
+    let usable = |phase: Phase| {
+        let usable = all.iter().filter(|vm| vm.fault.is_none());
+        usable.filter(|vm| vm.phase == Some(phase)).count()
+    };
+    let phases = Phase::VARIANTS.iter();
+    let counts = phases.map(|&phase| (phase.name(), usable(phase)));
+    let unusable = all.iter().filter(|vm| vm.fault.is_some()).count();
+    let counts = counts.chain([("unusable", unusable)]);
+    out.gauge(
+        "ch_standby_vms",
+        "VMs in standby, by their phase",
+        counts.map(|(phase, count)| (with("phase", phase), count as u64)),
+    )?;
+    out.gauge(
+        "ch_standby_disk_bytes",
+        "Disk space of the VMs in standby",
+        all.iter().map(|vm| (with("vm", &vm.vm), vm.disk.0)),
     )
 }
 

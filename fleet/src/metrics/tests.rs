@@ -4,8 +4,9 @@
 use std::time::Duration;
 
 use super::*;
-use crate::agent::{PublishedState, Status, StoreStatus, VmStatus};
+use crate::agent::{PublishedState, StandbyStatus, Status, StoreStatus, VmStatus};
 use crate::model::Bytes;
+use crate::standby::Phase;
 
 fn snapshot() -> Arc<Snapshot> {
     let mut snapshot = Snapshot {
@@ -25,6 +26,12 @@ fn snapshot() -> Arc<Snapshot> {
                     ..VmStatus::default()
                 },
             ],
+            standby: vec![StandbyStatus {
+                vm: "idle".to_owned(),
+                phase: Some(Phase::Standby),
+                disk: Bytes::mib(40),
+                ..StandbyStatus::default()
+            }],
             store: Some(StoreStatus {
                 registered: true,
                 held_bytes: Bytes::gib(2),
@@ -61,6 +68,9 @@ fn scrape_has_values_under_their_names() {
     for line in [
         r#"ch_host_state{host="h1",state="orange"} 1"#,
         r#"ch_host_state{host="h1",state="green"} 0"#,
+        r#"ch_standby_vms{host="h1",phase="standby"} 1"#,
+        r#"ch_standby_vms{host="h1",phase="unusable"} 0"#,
+        r#"ch_standby_disk_bytes{host="h1",vm="idle"} 41943040"#,
         r#"ch_store_registered{host="h1"} 1"#,
         r#"ch_store_held_bytes{host="h1"} 2147483648"#,
         r#"ch_store_calls_total{host="h1",op="commit",result="conflict"} 3"#,

@@ -299,7 +299,7 @@ impl Machine {
                 self.swap = limit.map_or(0, |limit| limit.0);
             }
             Order::Kill => self.killed = true,
-            Order::Report(_) => {}
+            Order::Report(_) | Order::Save { .. } | Order::End => {}
         }
     }
 

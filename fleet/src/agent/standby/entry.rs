@@ -1,0 +1,330 @@
+//! One VM that is in standby, or on its way there or back.
+
+use std::path::Path;
+
+use super::super::clock::unix_ms;
+use super::super::journal::Journal;
+use super::super::rounds::VmRounds;
+use super::super::status::StandbyStatus;
+use super::step::{Save, SeenVm, Sight, Step};
+use crate::execute::Order;
+use crate::host::{Process, ProcessIdentity, holds_vm};
+use crate::model::{Bytes, Interlock};
+use crate::standby::{Phase, Record, StandbyError, StandbyFolder};
+
+/// One VM.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) folder: StandbyFolder,
+    /// Absent if it cannot be read.
+    pub(super) record: Option<Record>,
+    /// The reason why the VM can only be discarded.
+    pub(super) fault: Option<String>,
+    /// How far the save is.
+    pub(super) save: Save,
+    /// Whether the VM was found to run when it was to be ended.
+    pub(super) was_resumed: bool,
+    /// Disk space of the snapshot.
+    disk: Bytes,
+    /// The process of the record, if it can be looked up.
+    process: Option<Process>,
+    /// On the planner's clock: the start of the phase, as far as this agent knows, and the last order.
+    since_ms: u64,
+    tried_ms: Option<u64>,
+}
+
+/// Whether another step may follow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Taken {
+    More,
+    /// The same, and the memory of the VM is free.
+    Freed,
+    Last,
+    /// The folder is gone.
+    Removed,
+}
+
+impl Entry {
+    /// A VM whose record was read or written.
+    pub(super) fn new(folder: StandbyFolder, record: Record, proc: &Path, now_ms: u64) -> Self {
+        let checked = folder.check();
+        // In the other phases, the snapshot need not be complete.
+        let needed = matches!(record.phase, Phase::Standby | Phase::Ending);
+        let fault = checked.as_ref().err().filter(|_| needed);
+        Self {
+            fault: fault.map(|error| api::error_line(error)),
+            disk: checked.unwrap_or_default(),
+            process: hold(proc, record.process),
+            record: Some(record),
+            ..Self::bare(folder, now_ms)
+        }
+    }
+
+    /// A VM whose folder or record cannot be used.
+    pub(super) fn unusable(folder: StandbyFolder, error: &StandbyError, now_ms: u64) -> Self {
+        let fault = api::error_line(error);
+        log::error!("{}: {fault}", folder.path().display());
+        Self {
+            fault: Some(fault),
+            ..Self::bare(folder, now_ms)
+        }
+    }
+
+    fn bare(folder: StandbyFolder, now_ms: u64) -> Self {
+        Self {
+            folder,
+            record: None,
+            fault: None,
+            save: Save::Unknown,
+            was_resumed: false,
+            disk: Bytes::ZERO,
+            process: None,
+            since_ms: now_ms,
+            tried_ms: None,
+        }
+    }
+
+    /// The phase, unless there is a fault.
+    pub(super) fn phase(&self) -> Option<Phase> {
+        let record = self.record.as_ref().filter(|_| self.fault.is_none());
+        record.map(|record| record.phase)
+    }
+
+    /// Whether its process must be left alone, because it is being saved or woken.
+    pub(super) fn is_moving(&self) -> bool {
+        self.phase().is_some_and(|phase| phase != Phase::Standby)
+    }
+
+    /// The phase or the fault, for refusals.
+    pub(super) fn word(&self) -> String {
+        match (&self.fault, &self.record) {
+            (Some(fault), _) => fault.clone(),
+            (None, Some(record)) => format!("its phase is {}", record.phase),
+            (None, None) => "it has no record".to_owned(),
+        }
+    }
+
+    pub(super) fn status(&self, name: &str) -> StandbyStatus {
+        let record = self.record.as_ref();
+        StandbyStatus {
+            vm: name.to_owned(),
+            phase: record.map(|record| record.phase),
+            fault: self.fault.clone(),
+            since_unix_ms: record.map_or(0, |record| record.since_unix_ms),
+            memory: record.map_or(Bytes::ZERO, |record| record.memory),
+            disk: self.disk,
+            folder: self.folder.path().display().to_string(),
+            socket: record.map_or_else(String::new, |record| record.socket.display().to_string()),
+        }
+    }
+
+    /// Writes another phase to the record.
+    ///
+    /// # Errors
+    /// It cannot be written. The phase is unchanged then.
+    pub(super) fn enter(&mut self, phase: Phase, now_ms: u64) -> Result<(), StandbyError> {
+        let Some(record) = self.in_phase(phase) else {
+            return Ok(());
+        };
+        self.folder.write(&record)?;
+        self.set(record, now_ms);
+        Ok(())
+    }
+
+    /// Writes that the VM is another process than before.
+    ///
+    /// # Errors
+    /// As [`Entry::enter`].
+    pub(super) fn run_as(
+        &mut self,
+        process: ProcessIdentity,
+        proc: &Path,
+        now_ms: u64,
+    ) -> Result<(), StandbyError> {
+        let Some(record) = self.in_phase(Phase::Running) else {
+            return Ok(());
+        };
+        let record = Record { process, ..record };
+        self.folder.write(&record)?;
+        self.process = hold(proc, process);
+        self.set(record, now_ms);
+        Ok(())
+    }
+
+    fn in_phase(&self, phase: Phase) -> Option<Record> {
+        let record = self.record.clone()?;
+        Some(Record {
+            phase,
+            since_unix_ms: unix_ms(),
+            ..record
+        })
+    }
+
+    fn set(&mut self, record: Record, now_ms: u64) {
+        self.record = Some(record);
+        self.since_ms = now_ms;
+        self.tried_ms = None;
+        self.was_resumed = false;
+    }
+
+    /// What the next step depends on; `None` if the operator must act.
+    pub(super) fn sight(
+        &self,
+        name: &str,
+        rounds: &VmRounds,
+        proc: &Path,
+        now_ms: u64,
+    ) -> Option<Sight<'_>> {
+        let phase = self.phase()?;
+        let record = self.record.as_ref()?;
+        let has_ended =
+            self.process.as_ref().is_some_and(Process::has_ended) || record.process.has_ended(proc);
+        Some(Sight {
+            phase,
+            age_ms: now_ms.saturating_sub(self.since_ms),
+            save: &self.save,
+            was_resumed: self.was_resumed,
+            tried_ms_ago: self.tried_ms.map(|at| now_ms.saturating_sub(at)),
+            has_ended,
+            is_complete: phase == Phase::Saving && has_ended && self.folder.check().is_ok(),
+            // If that is unknown, the VM must not be loaded again.
+            is_locked: phase == Phase::Waking && self.folder.is_locked().unwrap_or(true),
+            vm: self.seen(name, rounds, proc),
+        })
+    }
+
+    /// The VM at the socket, if it is this one.
+    fn seen(&self, name: &str, rounds: &VmRounds, proc: &Path) -> Option<SeenVm> {
+        let record = self.record.as_ref()?;
+        let vm = rounds.vm(name)?;
+        let reading = vm.reading.as_ref()?;
+        let is_this = match record.phase {
+            Phase::Waking => self.folder.is_open_in(proc, reading.pid),
+            _ => vm.process() == Some(record.process),
+        };
+        is_this.then(|| SeenVm {
+            runs: vm.runs_unasked(),
+            is_paused: reading.interlock == Some(Interlock::Paused),
+            is_busy: vm.orders > 0,
+        })
+    }
+
+    /// Takes a step.
+    pub(super) fn take(
+        &mut self,
+        step: Step,
+        name: &str,
+        rounds: &mut VmRounds,
+        (proc, now_ms): (&Path, u64),
+        journal: &mut Journal,
+    ) -> Taken {
+        match step {
+            Step::Wait => return Taken::Last,
+            Step::End | Step::Resume => {
+                let order = match step {
+                    Step::End => Order::End,
+                    _ => Order::Resume,
+                };
+                rounds.order(name, order);
+                self.tried_ms = Some(now_ms);
+            }
+            Step::Kill => {
+                self.kill(name, proc, journal);
+                self.tried_ms = Some(now_ms);
+            }
+            Step::GiveUp(why) => {
+                journal.enter("standby", name, why.to_owned());
+                self.fault = Some(why.to_owned());
+            }
+            Step::Remove(why) => match self.folder.remove() {
+                Ok(()) => {
+                    journal.enter("standby", name, format!("snapshot removed: {why}"));
+                    return Taken::Removed;
+                }
+                Err(error) => log::error!("{}", api::error_line(&error)),
+            },
+            Step::Become(phase, why) => {
+                let process = rounds.vm(name).and_then(|vm| vm.process());
+                return self.become_phase(phase, process, (proc, now_ms), |text| {
+                    journal.enter("standby", name, format!("{text}: {why}"));
+                });
+            }
+        }
+        Taken::Last
+    }
+
+    fn become_phase(
+        &mut self,
+        phase: Phase,
+        process: Option<ProcessIdentity>,
+        (proc, now_ms): (&Path, u64),
+        tell: impl FnOnce(&str),
+    ) -> Taken {
+        let before = self.phase();
+        let written = match (before, process) {
+            (Some(Phase::Waking), Some(process)) if phase == Phase::Running => {
+                self.run_as(process, proc, now_ms)
+            }
+            _ => self.enter(phase, now_ms),
+        };
+        if let Err(error) = written {
+            let why = api::error_line(&error);
+            log::error!("{why}");
+            match phase {
+                // The VM must not be ended.
+                Phase::Ending => {
+                    self.save = Save::Ended(Err(why));
+                    return Taken::More;
+                }
+                // The VM must not run.
+                Phase::Running if before == Some(Phase::Waking) => return Taken::Last,
+                // The next agent would take the same step again.
+                _ => {
+                    let record = self.in_phase(phase);
+                    record
+                        .into_iter()
+                        .for_each(|record| self.set(record, now_ms));
+                }
+            }
+        }
+        match (phase, self.folder.check()) {
+            (Phase::Standby, Ok(disk)) => {
+                self.disk = disk;
+                tell(&format!("in standby, {disk} on disk"));
+            }
+            (Phase::Standby, Err(error)) => {
+                let fault = api::error_line(&error);
+                tell(&fault);
+                self.fault = Some(fault);
+            }
+            _ => tell(phase.name()),
+        }
+        match (before, phase) {
+            (Some(Phase::Saving | Phase::Ending), Phase::Standby) => Taken::Freed,
+            _ => Taken::More,
+        }
+    }
+
+    /// Kills the process of the record, if it still runs a VM.
+    fn kill(&self, name: &str, proc: &Path, journal: &mut Journal) {
+        let Some(process) = &self.process else {
+            log::error!("the process of {name:?} cannot be looked up, so it cannot be killed");
+            return;
+        };
+        let pid = process.pid();
+        // What was seen applies to the process only if it has not ended meanwhile.
+        if holds_vm(proc, pid).unwrap_or(false) && process.lives() {
+            let text = match process.kill() {
+                Ok(()) => format!("process {pid} did not end and was killed"),
+                Err(error) => format!("process {pid} cannot be killed: {error}"),
+            };
+            journal.enter("standby", name, text);
+        }
+    }
+}
+
+/// The process, if it still exists.
+fn hold(proc: &Path, identity: ProcessIdentity) -> Option<Process> {
+    let process = Process::hold(proc, identity.pid, None);
+    process.filter(|process| process.identity() == identity)
+}
