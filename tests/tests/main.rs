@@ -16,6 +16,7 @@ mod migration;
 mod reporting_policy;
 mod shared_folder;
 mod snapshot;
+mod standby;
 mod vsock;
 
 use std::collections::BTreeSet;

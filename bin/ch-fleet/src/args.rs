@@ -17,12 +17,14 @@ use fleet::config::SafetyRule;
 #[command(
     name = "ch-fleet",
     version = concat!("v", env!("CARGO_PKG_VERSION")),
-    after_help = "Exit status: 0 success, 1 error, 2 usage error, 3 refused, 5 timeout; run exits with its VMM's status.\n\nExamples:\n  \
+    after_help = "Exit status: 0 success, 1 error, 2 usage error, 3 refused, 5 timeout; run and wake exit with their VMM's status.\n\nExamples:\n  \
                   ch-fleet agent --config /etc/ch-fleet/agent.toml\n  \
                   ch-fleet status\n  \
                   ch-fleet explain web-1\n  \
                   ch-fleet reserve web-2 --memory 4G --min 2G --dry-run\n  \
-                  ch-fleet run -- cloud-hypervisor --api-socket /run/ch/web-2.sock --memory size=4G …"
+                  ch-fleet run -- cloud-hypervisor --api-socket /run/ch/web-2.sock --memory size=4G …\n  \
+                  ch-fleet standby web-2\n  \
+                  ch-fleet wake web-2"
 )]
 pub(crate) struct Arguments {
     /// Socket of the agent [default: /run/ch-fleet/agent.sock, and for `agent` the one in its settings]
@@ -93,6 +95,22 @@ pub(crate) enum Command {
     Reservations,
     /// Reserve memory, start a VMM, and release the memory when it ends
     Run(RunOptions),
+    /// Save a VM to disk and end its VMM, so that its memory is free
+    Standby {
+        /// The VM
+        vm: String,
+    },
+    /// Reserve memory, start the VMM of a VM in standby, and release the memory when it ends
+    Wake(WakeOptions),
+    /// Remove a VM in standby and its memory, which cannot be undone
+    Discard {
+        /// The VM in standby
+        vm: String,
+
+        /// Confirm the removal
+        #[arg(long, required = true)]
+        yes: bool,
+    },
     /// Exclude a VM from memory management
     Pin {
         /// The VM
@@ -290,6 +308,37 @@ pub(crate) struct RunOptions {
     /// The VMM with its arguments, including --api-socket and --memory
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub(crate) command: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct WakeOptions {
+    /// The VM in standby
+    pub(crate) vm: String,
+
+    /// Memory that must be available [default: that of the VM's policy]
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    pub(crate) min: Option<u64>,
+
+    /// Retry a refused reservation for this many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub(crate) wait: u64,
+
+    /// How the VMM loads the memory [default: ondemand, or copy if the memory is shared, prefaulted or in huge pages]
+    #[arg(long, value_enum)]
+    pub(crate) mode: Option<WakeMode>,
+
+    /// The VMM and its arguments [default: agent.wake_command]; --api-socket and --restore are added
+    #[arg(last = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<OsString>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum WakeMode {
+    /// Load pages while the VM runs
+    #[value(name = "ondemand")]
+    OnDemand,
+    /// Load all pages before the VM runs
+    Copy,
 }
 
 #[derive(Debug, Subcommand)]

@@ -11,6 +11,8 @@ use fleet::cluster::PlaceError;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+/// Not found: the agent does not know the object.
+const UNKNOWN: u16 = 404;
 /// Conflict: memory was refused.
 pub(crate) const CONFLICT: u16 = 409;
 /// Unprocessable: the request exceeds the host's memory.
@@ -36,7 +38,23 @@ impl Refused {
     pub(crate) fn unknown_vm(vm: &str) -> Self {
         Self(format!("The last plan knows no VM {vm:?}"))
     }
+
+    pub(crate) fn not_in_standby(vm: &str) -> Self {
+        Self(format!("There is no VM {vm:?} in standby"))
+    }
 }
+
+/// Another process wakes or removes the VM.
+#[derive(Debug)]
+pub(crate) struct Locked(pub(crate) String);
+
+impl std::fmt::Display for Locked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Another process wakes {:?}, or has woken it", self.0)
+    }
+}
+
+impl std::error::Error for Locked {}
 
 impl std::fmt::Display for Refused {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -94,6 +112,9 @@ pub(crate) fn exit_code(error: &anyhow::Error) -> ExitCode {
             PlaceError::Store(_) | PlaceError::NoReservation(_) => 1,
         });
     }
+    if error.is::<Locked>() {
+        return ExitCode::from(3);
+    }
     let cause = error
         .chain()
         .find_map(|cause| cause.downcast_ref::<ClientError>());
@@ -102,6 +123,22 @@ pub(crate) fn exit_code(error: &anyhow::Error) -> ExitCode {
         Some(ClientError::TimedOut { .. }) => 5,
         _ => 1,
     })
+}
+
+/// The status of the agent's response, if it responded with an error.
+pub(crate) fn status_of(error: &anyhow::Error) -> Option<u16> {
+    let cause = error
+        .chain()
+        .find_map(|cause| cause.downcast_ref::<ClientError>());
+    match cause {
+        Some(ClientError::Server(error)) => Some(error.status),
+        _ => None,
+    }
+}
+
+/// Whether the agent does not know what the request names.
+pub(crate) fn is_unknown(error: &anyhow::Error) -> bool {
+    status_of(error) == Some(UNKNOWN)
 }
 
 /// Whether a retry may succeed: memory was refused for now, or no agent responded, for example during a restart.

@@ -3,7 +3,7 @@
 //! `ch-fleet agent` manages the memory of one host's VMs; `ch-fleet fleet` uses the store that several hosts share;
 //! every other command queries a running agent over its socket. Responses are printed on standard output as a table or
 //! as JSON, errors as a chain of causes on standard error. Exit status: 0 success, 1 error, 2 usage error, 3 refused, 5
-//! timeout; `run` exits with its VMM's status.
+//! timeout; `run` and `wake` exit with their VMM's status.
 
 mod agent_command;
 mod allocator;
@@ -19,6 +19,7 @@ mod run;
 mod screen;
 #[cfg(feature = "simulate")]
 mod simulate;
+mod standby;
 mod tables;
 mod top;
 
@@ -58,6 +59,8 @@ fn execute(arguments: &Arguments) -> Result<ExitCode> {
     match &arguments.command {
         Command::Agent(options) => agent_command::run(options, arguments.socket.as_deref())?,
         Command::Run(options) => return run::run(&agent, options),
+        Command::Wake(options) => return standby::wake(&agent, options),
+        Command::Standby { vm } => standby::standby(&agent, vm, arguments.output, &mut out)?,
         #[cfg(feature = "simulate")]
         Command::Simulate(options) => return simulate::run(options, arguments.output, &mut out),
         Command::Fleet(command) => {
@@ -128,6 +131,7 @@ fn show(agent: &Agent, command: &Command, output: Output, out: &mut dyn Write) -
                 writeln!(out, "{} of {} released", released.promised, released.vm)
             })
         }
+        Command::Discard { vm, .. } => standby::discard(agent, vm),
         Command::Pin { vm } => pin(agent, vm, true),
         Command::Unpin { vm } => pin(agent, vm, false),
         Command::Reload => agent.order("fleet.reload", None),

@@ -25,7 +25,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::args::RunOptions;
-use crate::ask::{Agent, may_change};
+use crate::ask::{Agent, is_unknown, may_change};
 
 /// Time between two attempts with `--wait`.
 const TRY_AGAIN: Duration = Duration::from_secs(2);
@@ -39,34 +39,26 @@ pub(crate) fn run(agent: &Agent, options: &RunOptions) -> Result<ExitCode> {
         .context("No command is given")?;
     let wanted = Wanted::of(arguments)?;
     let reservation = reserve(agent, &wanted, options)?;
-    let release = || {
-        let request = ReleaseRequest {
-            reservation: reservation.id.clone(),
-        };
-        let released: Result<Reservation> = agent.put("fleet.release", &request);
-        if let Err(error) = released {
-            eprintln!("{}", api::chain_report("ch-fleet", error.as_ref()));
-        }
-    };
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("Cannot follow signals")?;
-    let child = Command::new(program).args(arguments).spawn();
-    let mut child = match child {
+    let mut command = Command::new(program);
+    let mut child = match start(command.args(arguments)) {
         Ok(child) => child,
         Err(error) => {
-            release();
-            return Err(error).with_context(|| format!("Cannot start {}", program.display()));
+            release(agent, &reservation);
+            return Err(error);
         }
     };
-    // Without the confirmation the reservation is also valid, but expires earlier.
-    let confirmed: Result<Reservation> = agent.put(
-        "fleet.confirm",
-        &ConfirmRequest {
-            reservation: reservation.id.clone(),
-        },
-    );
-    if let Err(error) = confirmed {
-        eprintln!("{}", api::chain_report("ch-fleet", error.as_ref()));
-    }
+    confirm(agent, &reservation);
+    let status = wait(&mut child);
+    release(agent, &reservation);
+    Ok(code_of(status?))
+}
+
+/// Starts a VMM, and forwards signals to it from then on.
+pub(crate) fn start(command: &mut Command) -> Result<Child> {
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("Cannot follow signals")?;
+    let child = command
+        .spawn()
+        .with_context(|| format!("Cannot start {}", command.get_program().display()))?;
     let handle = handle_of(&child);
     thread::spawn(move || {
         for signal in signals.forever() {
@@ -77,23 +69,45 @@ pub(crate) fn run(agent: &Agent, options: &RunOptions) -> Result<ExitCode> {
             }
         }
     });
-    let status = wait(&mut child);
-    release();
-    Ok(code_of(status?))
+    Ok(child)
+}
+
+/// Confirms a reservation. Without that it is also valid, but expires earlier.
+pub(crate) fn confirm(agent: &Agent, reservation: &Reservation) {
+    let request = ConfirmRequest {
+        reservation: reservation.id.clone(),
+    };
+    let confirmed: Result<Reservation> = agent.put("fleet.confirm", &request);
+    if let Err(error) = confirmed {
+        eprintln!("{}", api::chain_report("ch-fleet", error.as_ref()));
+    }
+}
+
+/// Releases a reservation, unless the agent has already: for example, because the VM is in standby.
+pub(crate) fn release(agent: &Agent, reservation: &Reservation) {
+    let request = ReleaseRequest {
+        reservation: reservation.id.clone(),
+    };
+    let released: Result<Reservation> = agent.put("fleet.release", &request);
+    if let Err(error) = released
+        && !is_unknown(&error)
+    {
+        eprintln!("{}", api::chain_report("ch-fleet", error.as_ref()));
+    }
 }
 
 /// A descriptor of a child that has not been waited for. Signals through it reach the child or no process, whereas
 /// after the wait the child's id may belong to another process.
-fn handle_of(child: &Child) -> io::Result<OwnedFd> {
+pub(crate) fn handle_of(child: &Child) -> io::Result<OwnedFd> {
     Ok(pidfd_open(Pid::from_child(child), PidfdFlags::empty())?)
 }
 
-fn wait(child: &mut Child) -> Result<ExitStatus> {
+pub(crate) fn wait(child: &mut Child) -> Result<ExitStatus> {
     child.wait().context("Cannot wait for the VMM")
 }
 
 /// Converts an exit status to a code as a shell does.
-fn code_of(status: ExitStatus) -> ExitCode {
+pub(crate) fn code_of(status: ExitStatus) -> ExitCode {
     let code = status
         .code()
         .or_else(|| status.signal().map(|signal| 128 + signal))
@@ -102,7 +116,6 @@ fn code_of(status: ExitStatus) -> ExitCode {
 }
 
 fn reserve(agent: &Agent, wanted: &Wanted, options: &RunOptions) -> Result<Reservation> {
-    let until = Instant::now().checked_add(Duration::from_secs(options.wait));
     let request = ReserveRequest {
         vm: wanted.socket.clone(),
         memory: wanted.memory,
@@ -110,20 +123,24 @@ fn reserve(agent: &Agent, wanted: &Wanted, options: &RunOptions) -> Result<Reser
         huge_pages: wanted.huge_pages,
         dry_run: false,
     };
+    let answer: ReserveAnswer = retry(options.wait, || agent.put("fleet.reserve", &request))?;
+    answer
+        .reservation
+        .context("The agent's response contains no reservation")
+}
+
+/// Repeats a request that may succeed later, for at most this many seconds.
+pub(crate) fn retry<T>(seconds: u64, mut request: impl FnMut() -> Result<T>) -> Result<T> {
+    let until = Instant::now().checked_add(Duration::from_secs(seconds));
     loop {
-        match agent.put::<ReserveAnswer>("fleet.reserve", &request) {
-            Ok(answer) => {
-                return answer
-                    .reservation
-                    .context("The agent's response contains no reservation");
-            }
+        match request() {
             Err(error)
                 if may_change(&error)
                     && until.is_none_or(|until| Instant::now() + TRY_AGAIN < until) =>
             {
                 thread::sleep(TRY_AGAIN);
             }
-            Err(error) => return Err(error),
+            result => return result,
         }
     }
 }

@@ -3,9 +3,11 @@
 use std::io::{self, Write};
 
 use fleet::agent::{
-    JournalPage, PoolStatus, ReservationStatus, ReserveAnswer, Status, StoreStatus, VmStatus,
+    JournalPage, PoolStatus, ReservationStatus, ReserveAnswer, StandbyStatus, Status, StoreStatus,
+    VmStatus,
 };
 use fleet::model::Bytes;
+use fleet::standby::Phase;
 
 /// The host in three lines, then the VMs.
 pub(crate) fn status(out: &mut dyn Write, status: &Status) -> io::Result<()> {
@@ -16,6 +18,10 @@ pub(crate) fn status(out: &mut dyn Write, status: &Status) -> io::Result<()> {
     if !status.reservations.is_empty() {
         writeln!(out)?;
         reservations(out, &status.reservations)?;
+    }
+    if !status.standby.is_empty() {
+        writeln!(out)?;
+        standby(out, &status.standby)?;
     }
     writeln!(out)?;
     vms(out, &status.vms)
@@ -148,6 +154,28 @@ pub(crate) fn reservations(out: &mut dyn Write, held: &[ReservationStatus]) -> i
         )?;
     }
     Ok(())
+}
+
+/// VMs in standby.
+fn standby(out: &mut dyn Write, vms: &[StandbyStatus]) -> io::Result<()> {
+    writeln!(out, "STANDBY              MEMORY   DISK PHASE")?;
+    for vm in vms {
+        writeln!(out, "{}", standby_line(vm))?;
+    }
+    Ok(())
+}
+
+/// A VM in standby in one line.
+fn standby_line(vm: &StandbyStatus) -> String {
+    let phase = vm.phase.map_or("unknown", Phase::name);
+    let fault = vm.fault.as_deref().map(|fault| format!(": {fault}"));
+    format!(
+        "{:<20} {:>#6} {:>#6} {phase}{}",
+        clip(&vm.vm, 20),
+        vm.memory,
+        vm.disk,
+        fault.unwrap_or_default()
+    )
 }
 
 pub(crate) fn reserved(out: &mut dyn Write, answer: &ReserveAnswer) -> io::Result<()> {
