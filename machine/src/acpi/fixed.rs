@@ -1,4 +1,4 @@
-//! The tables that are plain data: FADT, MADT, MCFG.
+//! The tables without AML: FADT, MADT, MCFG.
 
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};

@@ -1,5 +1,5 @@
-//! SRAT and SLIT: the nodes of vCPUs and RAM, and the distances between nodes (ACPI 6.5 §5.2.16, §5.2.17). Only for a
-//! machine that has NUMA nodes.
+//! SRAT and SLIT: the nodes of vCPUs and RAM, and the distances between nodes (ACPI 6.5 §5.2.16, §5.2.17). A machine
+//! without NUMA nodes has neither table.
 
 use std::ops::Range;
 

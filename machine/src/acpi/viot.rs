@@ -1,4 +1,5 @@
-//! VIOT: which PCI functions are behind the virtual IOMMU (ACPI 6.5 §5.2.36). Only for a machine that has one.
+//! VIOT: lists the PCI functions behind the virtual IOMMU (ACPI 6.5 §5.2.36). A machine without such an IOMMU has no
+//! VIOT.
 
 use super::table::table;
 use crate::pci::{Bdf, SLOT_COUNT};

@@ -1,4 +1,4 @@
-//! Network interfaces: builds a device on a tap from the configuration.
+//! Builds network devices on taps from the configuration.
 
 use std::error::Error;
 use std::io;

@@ -1,4 +1,4 @@
-//! Tests that a command interrupts the balloon between two system calls, and nothing is lost or counted twice.
+//! Tests that a command interrupts the balloon between two system calls without losing a request or counting one twice.
 
 use super::rig::{DEFLATE, FREE_PFN, INFLATE, PAGE, REPORTING, Rig, pfns};
 use crate::reclaim::SkipReason;
