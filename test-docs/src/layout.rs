@@ -2,9 +2,13 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeSet;
 use std::fs;
 
 use crate::{documents, root};
+
+/// Share of common words from which two entries of the changelog count as one.
+const SAME_PERCENT: usize = 70;
 
 /// Every document with its text.
 fn texts() -> Vec<(String, String)> {
@@ -60,4 +64,24 @@ fn each_entry_of_the_changelog_is_one_line_of_at_most_one_sentence() {
     assert!(several.is_empty(), "{several:#?}");
     let continued = text.lines().find(|line| line.starts_with(' '));
     assert_eq!(continued, None);
+}
+
+#[test]
+fn no_two_entries_of_the_changelog_have_nearly_the_same_words() {
+    let text = fs::read_to_string(root().join("CHANGELOG.md")).unwrap();
+    let entries: Vec<&str> = text.lines().filter(|it| it.starts_with("- ")).collect();
+    let words = |entry: &str| entry.split_whitespace().map(str::to_owned).collect();
+    let words: Vec<BTreeSet<String>> = entries.iter().map(|it| words(it)).collect();
+    for (at, one) in words.iter().enumerate() {
+        for (other, another) in words[..at].iter().enumerate() {
+            let common = one.intersection(another).count();
+            let all = one.union(another).count();
+            assert!(
+                common * 100 < all * SAME_PERCENT,
+                "these entries repeat each other:\n{}\n{}",
+                entries[other],
+                entries[at]
+            );
+        }
+    }
 }
