@@ -1,4 +1,4 @@
-//! Tests `ch-fleet standby`, `wake` and `discard` with real VMMs: a VM is its process or its folder, whatever happens.
+//! Tests `ch-fleet standby`, `wake` and `discard` with real VMMs: a VM is always its process or its folder, never both.
 
 use std::fs;
 use std::path::{Path, PathBuf};

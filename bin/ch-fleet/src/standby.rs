@@ -1,8 +1,8 @@
 //! `ch-fleet standby`, `wake` and `discard`: VMs whose memory is on disk.
 //!
-//! `wake` starts the VMM itself, as `run` does, so that the VM does not depend on the agent. It locks a file in the VM's
-//! folder, and the VMM inherits the lock. The kernel releases it when both have ended, however they end. Therefore no VM
-//! is woken twice, and the agent knows when an attempt has failed.
+//! `wake` starts the VMM itself, as `run` does, so that the VM does not depend on the agent. It locks a file in the
+//! VM's folder, and the VMM inherits the lock. The kernel releases the lock when both have ended, for any reason.
+//! Therefore no VM is woken twice, and the agent knows when an attempt has failed.
 
 use std::fs::File;
 use std::io::{Read, Write};

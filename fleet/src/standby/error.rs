@@ -1,4 +1,4 @@
-//! Errors of folders of VMs in standby.
+//! Errors of the folders of VMs in standby.
 
 use std::io;
 use std::path::PathBuf;

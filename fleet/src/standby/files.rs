@@ -1,4 +1,4 @@
-//! The files of a VM in standby.
+//! Creates, checks and removes the files of a VM in standby.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read};

@@ -5,8 +5,9 @@
 //!                  lock          locked by `ch-fleet wake`, and then by the VMM that it starts
 //!                  snapshot/     written by the VMM, and owned by its user
 //! ```
-//! A VM is at each moment either its process or its folder, and the record says which ([`Phase`]). The record is on disk
-//! before anything that depends on it is done. Names in the folder that begin with a dot are unfinished or removed VMs.
+//! At each moment, a VM is either its process or its folder, and the record states which ([`Phase`]). The record is on
+//! disk before the agent takes any step that depends on it. Names in the folder that begin with a dot are unfinished or
+//! removed VMs.
 
 mod error;
 mod files;

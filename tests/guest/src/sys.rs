@@ -1,4 +1,4 @@
-//! System calls of an init that std does not offer, with errors as `io::Error`.
+//! System calls that an init process needs and std does not offer, with errors as `io::Error`.
 #![allow(unsafe_code)]
 // UNSAFETY: mount, reboot, waitpid, chroot, ioctl and AF_VSOCK have no safe wrapper in std.
 

@@ -1,4 +1,4 @@
-//! One VM that is in standby, or on its way there or back.
+//! One VM that is in standby, or that is being saved or woken.
 
 use std::path::Path;
 

@@ -1,7 +1,7 @@
-//! VMs that are in standby, or on their way there or back.
+//! Manages the VMs in standby, and those that are being saved or woken.
 //!
-//! The control loop takes the steps (`step.rs`), so an order is given by the thread that also writes the records. Only the
-//! VM's own thread waits for its VMM.
+//! The control loop takes the steps (`step.rs`), so the thread that gives orders also writes the records. Only the VM's
+//! own thread waits for its VMM.
 
 mod entry;
 mod step;

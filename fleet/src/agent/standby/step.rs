@@ -1,4 +1,4 @@
-//! The next step of a VM on its way to standby or back: a pure function.
+//! Decides the next step of a VM that is being saved or woken. Pure.
 //!
 //! ```text
 //!            saved           ended
@@ -8,8 +8,8 @@
 //!   running ◄─────────────             running ◄───────┘ it has loaded the snapshot, and is paused
 //!     └─► it runs, or has ended: the folder is removed
 //! ```
-//! In the upper row, only `saving` means that the VM is its process; in `running` it is, too. Otherwise it is the folder.
-//! A process is resumed only in `running`, and ended only in `ending`.
+//! In `saving` and `running`, the VM is its process; otherwise it is the folder. A process is resumed only in
+//! `running`, and ended only in `ending`.
 
 use crate::standby::Phase;
 
