@@ -192,7 +192,22 @@ fn device_that_the_guest_does_not_let_go_is_gone_after_a_reboot() -> Result<()> 
     expect(&refused, 429)?;
     let cause = refused.json()?.to_string();
     ensure!(cause.contains("still being removed"), "{cause}");
+    // The guest may still write to the image, so nobody else gets it, under whatever name.
+    let other = start("spin", &[])?;
+    wait_for("another running guest", SCENARIO_DEADLINE, || {
+        let info = other.get("vm.info").ok();
+        Ok(info.filter(|info| info["state"] == "Running"))
+    })?;
+    let again = json!({"path": image.path(), "image_type": "Raw", "id": "again"});
+    for vmm in [&vmm, &other] {
+        let refused = put(vmm, "vm.add-disk", &again)?;
+        expect(&refused, 400)?;
+        let cause = refused.json()?.to_string();
+        ensure!(cause.contains("for writing: it is in use"), "{cause}");
+    }
     vmm.put("vm.reboot", None)?;
+    expect(&put(&other, "vm.add-disk", &again)?, 200)?;
+    drop(other);
     expect(&remove()?, 404)?;
     // Its image is free again; a paused machine accepts it as well.
     vmm.put("vm.pause", None)?;
