@@ -124,8 +124,8 @@ pub struct SettingStatus {
     pub reason: Option<String>,
 }
 
-/// Changes of alerts and reporting policy. Absent fields stay unchanged. The response of `GET` is a valid body; fields
-/// that only responses have are ignored.
+/// Changes of alerts and reporting policy. Absent fields stay unchanged. Fields that only the response of `GET` has are
+/// rejected, as all unknown keys are.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[schemars(extend("example" = json!({
     "remove_alerts": ["old"],

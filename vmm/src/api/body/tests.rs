@@ -1,7 +1,11 @@
 #![allow(clippy::unwrap_used)]
 
-use api::config::{DiskConfig, NetConfig};
-use api::{ReclaimThresholdsChange, VmConfig, VmResize};
+use api::config::{BalloonConfig, DiskConfig, NetConfig};
+use api::{
+    ReclaimThresholdsChange, VmBalloonHinting, VmBalloonReporting, VmConfig, VmResize,
+    VmSnapshotMergeConfig, VmUpdateRateLimiter,
+};
+use serde_json::{Map, Value, json};
 
 use super::*;
 
@@ -30,6 +34,113 @@ fn body_unknown_keys_of_our_endpoints_are_refused_by_name() {
     let many: Vec<String> = (0..1000).map(|key| format!(r#""{key}":1"#)).collect();
     let named = refused(&format!("{{{}}}", many.join(",")));
     assert_eq!(named.matches(", ").count(), KEYS_NAMED_MAX - 1);
+}
+
+/// A value of this schema with every field. `root` has the definitions.
+fn full(schema: &Value, root: &Value) -> Value {
+    if let Some(reference) = schema["$ref"].as_str() {
+        let definition = reference.trim_start_matches('#');
+        return full(root.pointer(definition).unwrap(), root);
+    }
+    for variants in ["anyOf", "oneOf"] {
+        if let Some(variants) = schema[variants].as_array() {
+            let mut variants = variants.iter();
+            return full(variants.find(|it| it["type"] != "null").unwrap(), root);
+        }
+    }
+    if let Some(words) = schema["enum"].as_array() {
+        return words[0].clone();
+    }
+    if let Some(word) = schema.get("const") {
+        return word.clone();
+    }
+    let kinds = &schema["type"];
+    let kind = kinds.as_str().or_else(|| kinds[0].as_str());
+    match kind.unwrap_or_else(|| panic!("{schema}")) {
+        "object" => {
+            let fields = schema["properties"].as_object().into_iter().flatten();
+            Value::Object(
+                fields
+                    .map(|(name, it)| (name.clone(), full(it, root)))
+                    .collect(),
+            )
+        }
+        "array" => json!([full(&schema["items"], root)]),
+        "boolean" => json!(true),
+        "integer" => json!(schema["minimum"].as_u64().unwrap_or(1)),
+        _ => json!("x"),
+    }
+}
+
+/// Calls `look` with a copy of `whole` for each of its objects, which has one more key there, and with its path.
+fn with_one_more_key(whole: &Value, key: &str, look: &mut impl FnMut(&str, &Value)) {
+    let mut paths = Vec::new();
+    paths_of_objects(whole, "", &mut paths);
+    for path in paths {
+        let mut changed = whole.clone();
+        let object = changed.pointer_mut(&path).and_then(Value::as_object_mut);
+        object.unwrap().insert(key.to_owned(), json!(1));
+        look(&path, &changed);
+    }
+}
+
+fn paths_of_objects(value: &Value, path: &str, paths: &mut Vec<String>) {
+    let parts: Map<String, Value> = match value {
+        Value::Object(fields) => {
+            paths.push(path.to_owned());
+            fields.clone()
+        }
+        Value::Array(items) => (0..)
+            .map(|at: usize| at.to_string())
+            .zip(items.clone())
+            .collect(),
+        _ => return,
+    };
+    for (name, part) in &parts {
+        paths_of_objects(part, &format!("{path}/{name}"), paths);
+    }
+}
+
+/// Checks the body of one endpoint, and returns the number of its objects.
+fn refuses_unknown_keys_everywhere<T: DeserializeOwned + JsonSchema>(endpoint: Endpoint) -> usize {
+    let schema = schemars::schema_for!(T);
+    let whole = full(schema.as_value(), schema.as_value());
+    let name = endpoint.name();
+    let read = |body: &Value| read::<T>(endpoint, body.to_string().as_bytes()).map(drop);
+    read(&whole).unwrap_or_else(|error| panic!("{name} {whole}: {error}"));
+    let mut objects = 0;
+    with_one_more_key(&whole, "unheard_of", &mut |path, body| {
+        let error = read(body).expect_err(&format!("{name}{path}")).to_string();
+        assert!(error.contains("unheard_of"), "{name}{path}: {error}");
+        objects += 1;
+    });
+    objects
+}
+
+#[test]
+fn body_unknown_keys_of_our_endpoints_are_refused_at_every_depth() {
+    macro_rules! check {
+        ($($endpoint:ident: $body:ty, $objects:literal;)+) => {{
+            $(
+                let endpoint = Endpoint::$endpoint;
+                let objects = refuses_unknown_keys_everywhere::<$body>(endpoint);
+                assert_eq!(objects, $objects, "{}", endpoint.name());
+            )+
+            vec![$(Endpoint::$endpoint),+]
+        }};
+    }
+    let checked = check! {
+        VmUpdateRateLimiter: VmUpdateRateLimiter, 4;
+        VmAddBalloon: BalloonConfig, 1;
+        VmSnapshotMerge: VmSnapshotMergeConfig, 1;
+        VmSetReclaimThresholds: ReclaimThresholdsChange, 3;
+        VmBalloonHinting: VmBalloonHinting, 1;
+        VmBalloonReporting: VmBalloonReporting, 1;
+    };
+    let ours = Endpoint::ALL
+        .iter()
+        .filter(|it| it.origin() == Origin::Ours && it.request().is_some());
+    assert_eq!(ours.copied().collect::<Vec<_>>(), checked);
 }
 
 #[test]
