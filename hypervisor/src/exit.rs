@@ -67,7 +67,7 @@ pub enum VmExit<'a> {
     /// The guest acknowledged a vector that came from a level-triggered I/O APIC pin.
     IoapicEoi(u8),
     /// The guest used Hyper-V's interface ([`crate::Vcpu::enable_hyperv_synic`]): it wrote a register that KVM has
-    /// handled, or made a hypercall that there is not, which its result says.
+    /// handled, or made an unknown hypercall, which its result states.
     Hyperv,
     /// Triple fault.
     Shutdown,

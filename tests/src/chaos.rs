@@ -86,7 +86,7 @@ impl std::fmt::Display for Done {
 
 impl Done {
     /// # Errors
-    /// An action was never accepted, so the run says nothing about it.
+    /// An action was never accepted, so the run does not test it.
     pub fn expect_all(&self) -> Result<()> {
         for action in Action::VARIANTS {
             let accepted = self.0.get(action).map_or(0, |counts| counts.0);
@@ -361,7 +361,7 @@ impl Client<'_> {
         format!("pmem-{}", self.number)
     }
 
-    /// The file behind a device, which is kept while the device comes and goes.
+    /// The file behind a device, which is kept while the device is plugged and unplugged.
     fn file(&self, id: &str, bytes: u64) -> Result<PathBuf> {
         let path = self.folder.join(id);
         let mut options = fs::File::options();

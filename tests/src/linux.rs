@@ -231,7 +231,7 @@ impl Guest {
     /// Makes the guest execute one command; returns its response without the `ok`.
     ///
     /// # Errors
-    /// The guest responded with an error or not at all.
+    /// The guest responded with an error, or did not respond.
     pub fn command(&mut self, line: &str) -> Result<String> {
         self.command_within(line, COMMAND_DEADLINE)
     }

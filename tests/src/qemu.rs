@@ -90,7 +90,7 @@ impl QemuGuest {
     /// Makes the guest execute one command; returns its response.
     ///
     /// # Errors
-    /// The guest responded with an error or not at all.
+    /// The guest responded with an error, or did not respond.
     pub fn command(&mut self, line: &str) -> Result<String> {
         let verb = line.split(' ').next().unwrap_or(line);
         self.serial.send(line)?;

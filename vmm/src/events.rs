@@ -157,7 +157,7 @@ events! {
         MigrationThrottled "migration-throttled" { percent: u8 }
         /// The machine runs in the other process. This process ends.
         MigrationFinished "migration-finished" { passes: u32, wire_bytes: u64, data_bytes: u64, downtime_ms: u64 }
-        /// The machine stays here; it runs if it ran before, unless the error says otherwise.
+        /// The machine stays here; it runs if it ran before, unless the error states otherwise.
         MigrationFailed "migration-failed" { error: String }
         /// It is unknown where the machine is; it stays paused here.
         MigrationUnconfirmed "migration-unconfirmed" { error: String }

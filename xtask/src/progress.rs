@@ -16,7 +16,7 @@ use parking_lot::{Mutex, MutexGuard};
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 /// Interval between two updates of a terminal's bar.
 const BAR_INTERVAL: Duration = Duration::from_millis(200);
-/// Maximum slowness, because a task that had to wait says little about later ones.
+/// Maximum slowness, because a task that had to wait is not representative of later ones.
 const SLOWNESS_MAX: f64 = 4.0;
 /// The bar's length in parts.
 const BAR_PARTS: u64 = 1000;

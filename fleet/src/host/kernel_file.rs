@@ -18,7 +18,7 @@ impl KernelFile {
         Ok(Self { path, text })
     }
 
-    /// The figure called `name`; bytes where the file says `kB`.
+    /// The figure called `name`; bytes where the file has `kB`.
     pub(crate) fn figure(&self, name: &'static str) -> Result<u64, HostError> {
         let missing = || HostError::Missing {
             path: self.path.clone(),

@@ -162,7 +162,7 @@ pub(super) fn map(
 fn with_pages(memory: &VolatileSlice<'_>, map: impl Fn() -> io::Result<()>) -> io::Result<()> {
     match map() {
         Err(error) if error.raw_os_error() == Some(libc::EFAULT) => {
-            // The first error says more than that of a kernel that cannot populate.
+            // The first error is more informative than that of a kernel that cannot populate.
             populate(memory).map_err(|_| error)?;
             map()
         }

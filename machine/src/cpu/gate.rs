@@ -202,7 +202,7 @@ mod tests {
     const DEADLINE: Duration = Duration::from_secs(10);
     static STAYS: AtomicBool = AtomicBool::new(false);
 
-    /// A thread that passes as long as the gate is open, and says when it has entered.
+    /// A thread that passes while the gate is open, and reports when it has entered.
     fn passer(gate: &Arc<Gate>) -> (JoinHandle<()>, Receiver<()>) {
         let (entered, on_entered) = channel();
         let gate = Arc::clone(gate);

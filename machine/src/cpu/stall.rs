@@ -13,7 +13,7 @@ pub const STALL_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// Faults begun per interval, at least. An attempt takes microseconds; a page that is read from a disk or a network
 /// needs a few attempts.
 const TAKEN_MIN: u64 = 64;
-/// At most one of so many is resolved: other tasks of the guest may go on.
+/// At most one of so many is resolved: other tasks of the guest may continue.
 const TAKEN_PER_RESOLVED_MIN: u64 = 16;
 /// Intervals in a row. While a large range of RAM is being discarded or moved, faults are repeated, too.
 const INTERVALS_MIN: u32 = 3;

@@ -105,7 +105,7 @@ pub enum ContentError {
         /// Offset of the chunk.
         offset: u64,
     },
-    /// Content for another place, or of another size than it says.
+    /// Content for another place, or of another size than stated.
     #[error("Content for memory zone {zone} at offset {offset:#x} is invalid: {reason}")]
     Invalid {
         /// Number of the zone.

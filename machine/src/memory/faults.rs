@@ -46,7 +46,7 @@ pub enum MemoryFault {
 pub struct MemoryFailure {
     /// What happened.
     pub reason: String,
-    /// The guest can go on once the host has memory again.
+    /// The guest can continue once the host has memory again.
     pub can_continue: bool,
 }
 
@@ -154,7 +154,7 @@ impl MemoryFaults {
         }
     }
 
-    /// The first fault since the last call. One after which the guest cannot go on comes first.
+    /// The first fault since the last call. A fault after which the guest cannot continue comes first.
     pub(crate) fn take(&self) -> Option<MemoryFault> {
         let noted = self.first.lock().unpoisoned().take();
         let mut covers = self.covers.lock().unpoisoned();
@@ -165,7 +165,7 @@ impl MemoryFaults {
         ours.map(|address| MemoryFault::Vmm { address }).or(noted)
     }
 
-    /// Whether a thread of the VMM has found zeros in place of a page. The machine cannot go on.
+    /// Whether a thread of the VMM has found zeros in place of a page. The machine cannot continue.
     pub(crate) fn has_lost(&self) -> bool {
         let covers = self.covers.lock().unpoisoned();
         let mut lost = covers.lost;

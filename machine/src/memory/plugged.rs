@@ -185,7 +185,7 @@ impl HotplugRam {
     }
 
     /// Keeps all blocks as they are until [`HotplugRam::thaw`], and returns the slots of the open ones. The guest is
-    /// told to try again later.
+    /// asked to retry later.
     pub(super) fn freeze(&self) -> Vec<MemorySlot> {
         let mut blocks = self.blocks.lock().unpoisoned();
         blocks.frozen = true;

@@ -1,6 +1,6 @@
 //! The device through which a guest reports its panic: QEMU's pvpanic on PCI, as in Cloud Hypervisor.
 //!
-//! One byte of BAR 0 tells the driver which events it may write, and receives them. The machine continues to run.
+//! One byte of BAR 0 lists the events that the driver may write, and receives them. The machine continues to run.
 
 use std::fmt;
 use std::sync::{Mutex, MutexGuard};

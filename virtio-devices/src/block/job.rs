@@ -156,7 +156,7 @@ pub(super) struct Job {
     pub(super) discard_piece_bytes: u64,
     pub(super) step: Step,
     pub(super) retries: u32,
-    /// Zeroes written so far, because the host cannot zero a range by itself.
+    /// Zeroes written so far, because the host cannot zero a range.
     pub(super) zero_bytes: u64,
 }
 

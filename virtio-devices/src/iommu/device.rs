@@ -63,7 +63,7 @@ impl IommuHandle {
     }
 
     /// The endpoint of a device of the host, which gets access to exactly the parts of `ram` that the guest maps for it.
-    /// Until the guest has attached it to a domain, it has no access at all.
+    /// Until the guest has attached it to a domain, it has no access.
     pub fn endpoint_of_host(&self, iommu: Arc<dyn HostIommu>, ram: GuestRam) -> Arc<DmaEndpoint> {
         let mappings = PinnedMappings::new(iommu, ram);
         let shared = Arc::clone(&self.0);

@@ -5,7 +5,7 @@
 //!   device        configuration half: features, configuration space, queue numbers
 //!   pair          queue half: one receive and one transmit queue on one worker
 //!   receive       tap → guest            transmit   guest → tap
-//!   announce      tells switches where a restored guest is
+//!   announce      announces to switches where a restored guest is
 //!   control       control queue: number of pairs in use, offloads
 //!   tap           opening and configuring; tap_sys  its ioctls
 //!   frame_io      frames in and out of a tap, directly from and to guest RAM

@@ -53,7 +53,7 @@ pub(super) struct Registers {
     pub(super) common: CommonConfig,
     /// Queues were handed to the workers since the last reset.
     pub(super) active: bool,
-    /// The workers were told to release them, because the driver switched Bus Master off.
+    /// The workers were ordered to release them, because the driver cleared Bus Master.
     pub(super) stopped: bool,
 }
 

@@ -177,7 +177,7 @@ mod record {
         /// The check at which a command is announced.
         call_at: Option<u64>,
         called: bool,
-        /// Whether the handler was told to stop in this turn.
+        /// Whether the handler received a stop command in this turn.
         told: bool,
         done_in_spite: Work,
     }

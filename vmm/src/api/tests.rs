@@ -1841,7 +1841,7 @@ fn machine_that_fails_ends_the_vmm_with_a_failure() {
     assert_eq!(vmm.join(), Ending::MachineFailed);
 }
 
-/// A running machine whose RAM the host cannot provide, as `guest` says.
+/// A running machine whose RAM the host cannot provide, with the state `guest`.
 fn vmm_without_memory(guest: &str, action: &str) -> Vmm {
     let vmm = vmm();
     let config = json!({
@@ -1861,7 +1861,7 @@ fn machine_that_lacks_memory_ends_or_is_paused_as_configured() {
         ("lacks a page", "Pause", false),
         ("stalls", "Shutdown", true),
         ("stalls", "Pause", false),
-        // The guest cannot go on with what it has missed.
+        // The guest cannot continue without what it has missed.
         ("lost a page", "Pause", true),
     ] {
         let vmm = vmm_without_memory(guest, action);

@@ -64,7 +64,7 @@ pub fn pci_segments(config: &VmConfig) -> u16 {
     platform.map_or(DEFAULT_NUM_PCI_SEGMENTS, |it| it.num_pci_segments)
 }
 
-/// Whether the machine has an IOMMU: a device or a segment is behind it, or it is requested by itself.
+/// Whether the machine has an IOMMU: a device or a segment is behind it, or it is requested separately.
 pub fn has_iommu(config: &VmConfig) -> bool {
     let mut devices = pci_devices(config);
     config.iommu || !iommu_segments(config).is_empty() || devices.any(|device| device.iommu)

@@ -239,7 +239,7 @@ impl Lifecycle {
         }
     }
 
-    /// `vm.restore`: creates a machine from a snapshot, paused unless the request says otherwise. Network interfaces
+    /// `vm.restore`: creates a machine from a snapshot, paused unless the request states otherwise. Network interfaces
     /// use the open taps received with the request.
     ///
     /// # Errors

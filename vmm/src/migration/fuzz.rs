@@ -150,7 +150,7 @@ fn framed(mut bytes: &[u8]) -> Vec<u8> {
     std::mem::take(writer.get_mut())
 }
 
-/// Has RAM of 16 MiB, whatever the configuration says.
+/// Has RAM of 16 MiB, regardless of the configuration.
 struct Owner {
     commits: bool,
 }

@@ -173,7 +173,7 @@ impl Incoming {
         Ok(others.into_iter().flatten().collect())
     }
 
-    /// The first client that speaks this protocol.
+    /// The first client that uses this protocol.
     fn accept(&self) -> Result<(Peer, Hello), MigrationError> {
         loop {
             let limit = self.limits.hello;

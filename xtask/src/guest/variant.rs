@@ -33,7 +33,7 @@ impl Variant {
         self.into()
     }
 
-    /// The trackers that a kernel of the whole series can be told to use.
+    /// The trackers that a kernel of the whole series can be set to use.
     pub(super) fn trackers(self) -> &'static [&'static str] {
         match self {
             Self::On | Self::Mixed => &["off", "mainline", "bitmap"],

@@ -345,7 +345,7 @@ fn machine(command: &mut Command, job: &Job, host: &HostKernel) {
         command.args(["-accel", "tcg,thread=multi"]);
         command.args(["-smp", &options.cpus.to_string()]);
         // Linux measures the rate of the counter twice. If the first result is wrong, KVM, which needs it before the
-        // second, sets no rate at all: its clocks of guests then jump with each pause.
+        // second, sets no rate: its clocks of guests then jump with each pause.
         append.push_str(&format!(" tsc_early_khz={}", tsc::khz()));
     }
     if options.assignable {

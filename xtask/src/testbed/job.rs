@@ -131,7 +131,7 @@ pub(crate) enum Outcome {
 }
 
 impl Outcome {
-    /// The status that this program ends with; says why it is not the command's.
+    /// The status that this program ends with; reports why it is not the command's.
     pub(crate) fn status(&self) -> ExitCode {
         match self {
             Self::Exit(status) => return ExitCode::from(*status),

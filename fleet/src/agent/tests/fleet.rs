@@ -93,7 +93,7 @@ fn promise_from_afar_is_the_hosts_own_until_its_vm_runs() {
         .unwrap();
     let answer: ReserveAnswer = serde_json::from_str(&answer.unwrap()).unwrap();
     assert_eq!(answer.reservation.unwrap().id, placed.id);
-    // The name is taken, and the response says so.
+    // The name is taken, and the response states this.
     let Err(PlaceError::Refused(refusal)) = place(&store, "new", 2) else {
         panic!("the name is taken");
     };

@@ -262,7 +262,7 @@ fn memory_that_is_touched_filled_and_discarded_at_once_has_no_wrong_page() {
     }
 }
 
-/// Touches a page that cannot come; returns what the owner is told.
+/// Touches a page that cannot come; returns the report to the owner.
 fn failure(files: &[(File, ZoneContentState)], page: u64) -> Option<String> {
     let it = restored(files, false)?;
     let memory = it.memory.clone();

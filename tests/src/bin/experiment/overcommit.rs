@@ -77,7 +77,7 @@ impl End {
 struct Memory {
     total_bytes: u64,
     available_bytes: u64,
-    /// Processes killed for want of it since the experiment began.
+    /// Processes killed for lack of memory since the experiment began.
     kills: u64,
 }
 
@@ -341,7 +341,7 @@ mod tests {
         let stalled = anyhow!("alloc: no progress for 120 s");
         for end in [
             End::of(6, 0, Some(&stalled), &memory(13_000, 0)),
-            // A VMM that ends by itself was not killed for memory, however little is left.
+            // A VMM that ends on its own was not killed for memory, however little is left.
             End::of(6, 1, None, &memory(100, 0)),
         ] {
             assert!(matches!(end, End::Other(_)), "{end:?}");

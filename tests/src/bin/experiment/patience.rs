@@ -14,7 +14,7 @@ const LOOK: Duration = Duration::from_secs(3);
 const NOTICEABLE_BYTES: u64 = 1 << 20;
 
 /// What a step has achieved. Each figure moves in one direction only and has a bound, so that
-/// no step lasts for ever: memory that comes and goes, as on a thrashing host, is no progress.
+/// no step lasts for ever: memory that is loaded and evicted repeatedly, as on a thrashing host, is no progress.
 #[derive(Debug)]
 struct Patience {
     highest_bytes: u64,
@@ -34,7 +34,7 @@ impl Patience {
         }
     }
 
-    /// Whether the step may go on at `now` since its beginning.
+    /// Whether the step may continue at `now` since its beginning.
     fn lasts(&mut self, now: Duration, resident_bytes: u64, printed: usize) -> bool {
         let mut progress = false;
         if resident_bytes >= self.highest_bytes + NOTICEABLE_BYTES {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Reporting {
-    /// Not at all.
+    /// Off.
     Off,
     /// An unmodified kernel's free page reporting.
     Mainline,

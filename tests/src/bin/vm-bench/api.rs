@@ -138,7 +138,8 @@ fn client(socket: &Path, endpoint: &str, requests: usize) -> Result<Asked> {
     Ok(asked)
 }
 
-/// Whether there were too many connections: the VMM said so, or closed the connection before the request was sent.
+/// Whether there were too many connections: the VMM reported this, or closed the connection before the request was
+/// sent.
 fn is_refusal(answer: &Result<Answer>) -> bool {
     match answer {
         Ok(answer) => answer.status == 503,

@@ -48,7 +48,7 @@ impl Subject {
         format!("{figure}/{case}/{}", self.name)
     }
 
-    /// Whether the command line says that this case is not measured.
+    /// Whether the command line excludes this case.
     pub(crate) fn leaves_out(&self, case: &str) -> bool {
         self.left_out.iter().any(|name| name == case)
     }

@@ -27,7 +27,7 @@ const STEPS_PER_ROUND: u64 = 8;
 const ROUNDS_MIN: u64 = 6;
 /// Rounds in which each change must have been accepted once.
 const ROUNDS_MAX: u64 = 100;
-/// Linux uses an added vCPU only if it is told to. One may go meanwhile.
+/// Linux uses an added vCPU only on request. A vCPU may be removed in the meantime.
 const ONLINE: &str = "for cpu in /sys/devices/system/cpu/cpu[1-9]*/online; do echo 1 > $cpu; done 2> /dev/null; true";
 /// Words of Linux about lost memory.
 const COMPLAINTS: [&str; 5] = ["corruption", "bit error", "BUG", "Oops", "Bad page"];

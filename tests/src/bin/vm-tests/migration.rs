@@ -226,7 +226,7 @@ fn guest_moved_at_random_moments_loses_no_byte_and_no_packet() -> Result<Outcome
     Ok(Outcome::Passed)
 }
 
-/// Memory that the guest touches and returns, unless the environment says how much.
+/// Memory that the guest touches and returns, unless the environment sets the amount.
 const RETURNED_MIB: u64 = 600;
 
 /// The guest of 4 GiB is idle when it moves.

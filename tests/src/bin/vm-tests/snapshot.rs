@@ -76,7 +76,7 @@ pub(crate) fn restore(first: &Guest, url: &str) -> Result<Guest> {
     )
 }
 
-/// The same with its RAM restored as `mode` says. `serial` is the socket of its serial port.
+/// The same with its RAM restored in `mode`. `serial` is the socket of its serial port.
 pub(crate) fn restore_in(mode: Mode, url: &str, serial: &Path) -> Result<Guest> {
     restore_as(url, mode.options(), serial)
 }

@@ -581,7 +581,7 @@ fn qcow2_keeps_its_size() {
     assert!(error.to_string().contains("qemu-img resize"), "{error}");
 }
 
-/// Opens an image with these changes, reads all of it and changes parts of it. Whatever the image says, that ends.
+/// Opens an image with these changes, reads all of it and changes parts of it. This ends for every image.
 fn use_damaged(images: &Images, name: &str, changes: &[(usize, u8)]) {
     let mut bytes = std::fs::read(images.path(name)).unwrap();
     for (at, byte) in changes {

@@ -24,7 +24,7 @@ use super::super::RING_FEATURES;
 type Mem = GuestMemoryAtomic<GuestMemoryMmap>;
 type Daemon = VhostUserDaemon<Arc<Mutex<Echo>>>;
 
-/// What it says about the device.
+/// Properties that it reports for the device.
 #[derive(Debug, Clone)]
 pub(super) struct About {
     pub(super) features: u64,
@@ -163,7 +163,7 @@ impl BackEnd {
         Self::start_as(path, queues, About::default())
     }
 
-    /// Listens on `path`. The device is as `about` says.
+    /// Listens on `path`. The device has the properties in `about`.
     pub(super) fn start_as(path: &Path, queues: usize, about: About) -> Self {
         let mut listener = Listener::new(path, true).unwrap();
         Self::run(queues, about, move |daemon| {

@@ -274,7 +274,7 @@ fn record_of_requests_in_flight_passes_to_the_successor() {
 
 #[test]
 fn wrong_configuration_space_is_refused_and_counted() {
-    // Size that the answer says, and its content.
+    // Size in the answer, and its content.
     let lies: [(&str, u64, Option<usize>, usize); 6] = [
         ("cannot share it", by_hand::MQ, None, 0),
         ("refuses like QEMU", by_hand::CONFIG, None, 0),

@@ -581,7 +581,7 @@ fn target_that_is_told_of_the_end_answers_no_questions() {
     }
 }
 
-/// A target that accepts the machine and receives everything, but never says that it is prepared.
+/// A target that accepts the machine and receives everything, but never reports that it is prepared.
 fn silent_target() -> Address {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = Address::Tcp(listener.local_addr().unwrap());
