@@ -88,12 +88,12 @@ impl Client {
         }
     }
 
-    /// `GET`s an endpoint by name, and returns the peer of the connection together with the response.
+    /// `GET`s an endpoint, and returns the peer of the connection together with the response.
     ///
     /// # Errors
     /// As [`Client::call`].
-    pub fn get_with_peer(&self, name: &str) -> Result<(Option<String>, Peer), ClientError> {
-        self.exchange(Method::Get, name, None, &[])
+    pub fn get_with_peer(&self, endpoint: Endpoint) -> Result<(Option<String>, Peer), ClientError> {
+        self.exchange(Method::Get, endpoint.name(), None, &[])
     }
 
     /// Calls an endpoint of the table. Returns the body of the response, if it has one.

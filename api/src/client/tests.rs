@@ -17,7 +17,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::response::ResponseReader;
 use super::*;
-use crate::error_chain;
+use crate::{Endpoint, error_chain};
 
 /// A server that serves one connection with `serve`.
 struct MockServer {
@@ -531,7 +531,11 @@ fn peer_is_the_listener_and_nobody_else_is_sent_anything() {
         stream.read_exact(&mut bytes).unwrap();
         stream.write_all(b"HTTP/1.1 204 \r\n\r\n").unwrap();
     });
-    let (body, peer) = server.client.to_peer(own).get_with_peer("vm.info").unwrap();
+    let (body, peer) = server
+        .client
+        .to_peer(own)
+        .get_with_peer(Endpoint::VmInfo)
+        .unwrap();
     assert_eq!((body, peer.pid, peer.has_ended), (None, own, false));
     assert_eq!(peer.uid, std::fs::metadata("/proc/self").unwrap().uid());
     server.server.join();

@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use api::{Client, VmConfig};
+use api::{Client, Endpoint, VmConfig};
 use fleet::agent::{
     DiscardRequest, JournalPage, StandbyRequest, StandbyStatus, WakeAnswer, WakeRequest,
     WokenRequest,
@@ -259,7 +259,7 @@ fn bring_up(agent: &Agent, vm: &str, socket: &Path, child: &mut Child) -> Result
 /// Whether the VM is there. It is paused, unless an agent that was restarted has resumed it.
 fn is_loaded(client: &Client, pid: i32, child: &mut Child) -> Result<bool> {
     require_alive(child)?;
-    let Ok((_, peer)) = client.get_with_peer("vmm.ping") else {
+    let Ok((_, peer)) = client.get_with_peer(Endpoint::VmmPing) else {
         return Ok(false);
     };
     if peer.pid != pid {

@@ -4,7 +4,7 @@ use std::mem;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use api::{Client, ClientError, ReclaimThresholdsChange, VmResize};
+use api::{Client, ClientError, Endpoint, ReclaimThresholdsChange, VmResize};
 use thiserror::Error;
 
 use super::save::{self, SaveError};
@@ -66,10 +66,11 @@ impl Order {
     /// The endpoint it calls or the file it writes.
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Balloon(_) => "vm.resize",
+            Self::Balloon(_) => Endpoint::VmResize.name(),
+            // The query has the name of the endpoint.
             Self::Report(_) => "vm.reclaim-thresholds.set",
-            Self::Pause => "vm.pause",
-            Self::Resume => "vm.resume",
+            Self::Pause => Endpoint::VmPause.name(),
+            Self::Resume => Endpoint::VmResume.name(),
             Self::Group(file, _) => file.name(),
             Self::Kill => "kill",
             Self::Save { .. } => "vm.snapshot",
@@ -194,8 +195,8 @@ impl OrderTarget<'_> {
                 ..VmResize::default()
             })?,
             Order::Report(change) => drop(self.client.set_reclaim_thresholds(change)?),
-            Order::Pause => drop(self.client.put("vm.pause", None)?),
-            Order::Resume => drop(self.client.put("vm.resume", None)?),
+            Order::Pause => drop(self.client.call(Endpoint::VmPause, None)?),
+            Order::Resume => drop(self.client.call(Endpoint::VmResume, None)?),
             Order::Group(file, limit) => {
                 let vmm = self.vmm(to.as_ref())?;
                 self.files.limit(vmm.pid(), *file, *limit, || vmm.lives())?;

@@ -56,8 +56,9 @@ pub struct Action {
 }
 
 /// The kinds of actions. All values are absolute, so actions are idempotent.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, strum::IntoStaticStr)]
 #[serde(rename_all = "kebab-case")]
+#[strum(serialize_all = "kebab-case", const_into_str)]
 pub enum ActionKind {
     /// Request a balloon of this size.
     Balloon {
@@ -100,13 +101,7 @@ impl ActionKind {
         match self {
             Self::Balloon { from, to } if to.0 >= from.0 => "inflate",
             Self::Balloon { .. } => "deflate",
-            Self::Reporting { .. } => "reporting",
-            Self::MemoryMax { .. } => "memory-max",
-            Self::MemoryHigh { .. } => "memory-high",
-            Self::SwapMax { .. } => "swap-max",
-            Self::Pause => "pause",
-            Self::Resume => "resume",
-            Self::Kill => "kill",
+            _ => self.into_str(),
         }
     }
 }

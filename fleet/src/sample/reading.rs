@@ -7,7 +7,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use api::{Client, ClientError, Peer, ReclaimStats};
+use api::{Client, ClientError, Endpoint, Peer, ReclaimStats};
 use serde::Deserialize;
 use thiserror::Error;
 
@@ -119,22 +119,23 @@ impl VmReading {
 }
 
 /// Reasons why a round failed.
-#[derive(Debug, Error)]
+#[derive(Debug, Error, strum::IntoStaticStr)]
+#[strum(serialize_all = "kebab-case")]
 pub enum SampleFailure {
     /// A request failed.
-    #[error("{op} failed")]
+    #[error("{} failed", op.name())]
     Request {
         /// The endpoint.
-        op: &'static str,
+        op: Endpoint,
         /// The reason.
         #[source]
         source: ClientError,
     },
     /// The response has an unexpected format.
-    #[error("unexpected response to {op}")]
+    #[error("unexpected response to {}", op.name())]
     Form {
         /// The endpoint.
-        op: &'static str,
+        op: Endpoint,
         /// The parser's error.
         #[source]
         source: serde_json::Error,
@@ -166,10 +167,7 @@ impl SampleFailure {
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Request { source, .. } => failure_kind(source),
-            Self::Form { .. } => "form",
-            Self::Resident { .. } => "resident",
-            Self::Owner { .. } => "owner",
-            Self::NoVm => "no-vm",
+            other => other.into(),
         }
     }
 }
@@ -326,12 +324,12 @@ pub(crate) fn read_vm(
 ) -> Result<VmReading, SampleFailure> {
     let mut reading = from_info(info, round.process.pid, round.at_ms);
     let reclaim = match *level_max {
-        FeatureLevel::L2 => optional(round, "vm.reclaim-stats")?,
+        FeatureLevel::L2 => optional(round, Endpoint::VmReclaimStats)?,
         _ => Answer::Absent,
     };
     match reclaim {
         Answer::Body(body) => {
-            let stats: ReclaimStats = parse("vm.reclaim-stats", &body)?;
+            let stats: ReclaimStats = parse(Endpoint::VmReclaimStats, &body)?;
             fill_from_reclaim(&mut reading, &stats, round.at_ms);
             reading.sample.reclaim = reading.sample.reclaim.map(|figures| ReclaimFigures {
                 policy_in_effect: round
@@ -374,7 +372,7 @@ fn ask_guest(
     reading: &mut VmReading,
     level_max: &mut FeatureLevel,
 ) -> Result<(), SampleFailure> {
-    let op = "vm.balloon-stats";
+    let op = Endpoint::VmBalloonStats;
     match optional(round, op)? {
         Answer::Body(body) => {
             let stats: api::BalloonStatsResponse = parse(op, &body)?;
@@ -392,7 +390,7 @@ fn ask_guest(
 }
 
 fn policy_in_effect(round: Round<'_>) -> bool {
-    let Ok(Answer::Body(body)) = optional(round, "vm.reclaim-thresholds") else {
+    let Ok(Answer::Body(body)) = optional(round, Endpoint::VmReclaimThresholds) else {
         return false;
     };
     serde_json::from_str::<api::ReclaimThresholds>(&body)
@@ -404,7 +402,7 @@ pub(crate) fn read_info(
     client: &Client,
     counters: &RequestCounters,
 ) -> Result<(Info, Peer), SampleFailure> {
-    let op = "vm.info";
+    let op = Endpoint::VmInfo;
     let answer = counted(counters, op, || client.get_with_peer(op));
     match answer {
         Ok((Some(body), peer)) => Ok((parse(op, &body)?, peer)),
@@ -521,7 +519,7 @@ enum Answer {
 }
 
 /// Queries an endpoint that a VMM may lack. Only a broken connection fails the round.
-fn optional(round: Round<'_>, op: &'static str) -> Result<Answer, SampleFailure> {
+fn optional(round: Round<'_>, op: Endpoint) -> Result<Answer, SampleFailure> {
     match request(round, op) {
         Ok(Some(body)) => Ok(Answer::Body(body)),
         Ok(None) => Ok(Answer::Nothing),
@@ -537,33 +535,33 @@ fn optional(round: Round<'_>, op: &'static str) -> Result<Answer, SampleFailure>
     }
 }
 
-fn request(round: Round<'_>, op: &'static str) -> Result<Option<String>, SampleFailure> {
-    counted(round.counters, op, || round.client.get(op))
+fn request(round: Round<'_>, op: Endpoint) -> Result<Option<String>, SampleFailure> {
+    counted(round.counters, op, || round.client.call(op, None))
         .map_err(|source| SampleFailure::Request { op, source })
 }
 
 fn counted<T>(
     counters: &RequestCounters,
-    op: &'static str,
+    op: Endpoint,
     ask: impl FnOnce() -> Result<T, ClientError>,
 ) -> Result<T, ClientError> {
     let begin = Instant::now();
     let answer = ask();
     let failure = answer.as_ref().err().map(failure_kind);
-    counters.record(op, failure, begin.elapsed());
+    counters.record(op.name(), failure, begin.elapsed());
     answer
 }
 
-fn parse<T: serde::de::DeserializeOwned>(op: &'static str, body: &str) -> Result<T, SampleFailure> {
+fn parse<T: serde::de::DeserializeOwned>(op: Endpoint, body: &str) -> Result<T, SampleFailure> {
     serde_json::from_str(body).map_err(|source| SampleFailure::Form { op, source })
 }
 
 /// The reading from these two responses of a VMM: its memory and the sample.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn figures(info: &str, stats: &str) -> Option<(Bytes, VmSample)> {
-    let info: Info = parse("vm.info", info).ok()?;
+    let info: Info = parse(Endpoint::VmInfo, info).ok()?;
     let mut reading = from_info(&info, 1, 0);
-    if let Ok(stats) = parse("vm.reclaim-stats", stats) {
+    if let Ok(stats) = parse(Endpoint::VmReclaimStats, stats) {
         fill_from_reclaim(&mut reading, &stats, 0);
     }
     reading.fill_from_process(ProcessMemory::default());

@@ -7,7 +7,7 @@ use std::sync::mpsc::Receiver;
 use std::time::Duration;
 use std::{fs, mem};
 
-use api::ClientError;
+use api::{ClientError, Endpoint};
 
 use crate::agent::no_harm::Turns;
 use crate::execute::{Addressed, GroupFile, Order, OrderError};
@@ -412,7 +412,7 @@ impl Machine {
             Some(Fault::Hang | Fault::Late) => Some(request(timed_out())),
             Some(Fault::Refused) => Some(request(self.refused())),
             Some(Fault::Garbage) => Some(SampleFailure::Form {
-                op: "vm.info",
+                op: Endpoint::VmInfo,
                 source: serde_json::from_str::<u8>("lorem").unwrap_err(),
             }),
             Some(Fault::Unreadable) if self.character.level < FeatureLevel::L2 => {
@@ -521,6 +521,6 @@ fn timed_out() -> ClientError {
 }
 
 fn request(source: ClientError) -> SampleFailure {
-    let op = "vm.info";
+    let op = Endpoint::VmInfo;
     SampleFailure::Request { op, source }
 }
