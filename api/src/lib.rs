@@ -35,7 +35,7 @@ mod thresholds;
 pub use ascii_json::to_ascii_json;
 pub use balloon_stats::BalloonStatsResponse;
 pub use byte_size::{exact_bytes, format_bytes, scale_bytes};
-pub use client::{Client, ClientError, Peer, SocketFile};
+pub use client::{Client, ClientError, Peer, SocketInode};
 pub use config::{RestoreConfig, VmConfig, VmReceiveMigrationData, VmSendMigrationData};
 pub use coredump::*;
 pub use device_facts::{

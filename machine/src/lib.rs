@@ -5,6 +5,7 @@
 
 pub mod acpi;
 pub mod assigned;
+pub mod attempt_limit;
 pub mod boot;
 pub mod bus;
 pub mod cpu;
@@ -21,6 +22,5 @@ mod regular_file;
 pub mod serial;
 pub mod signals;
 pub mod threads;
-pub mod token_bucket;
 
 pub use regular_file::open_regular_file;

@@ -66,4 +66,4 @@ impl MachineThread {
 }
 
 /// Called first on every thread that the machine starts; may restrict the thread permanently.
-pub type ThreadStart = Arc<dyn Fn(MachineThread) + Send + Sync>;
+pub type MachineThreadStart = Arc<dyn Fn(MachineThread) + Send + Sync>;

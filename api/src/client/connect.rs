@@ -39,7 +39,7 @@ pub struct Peer {
 
 /// The identity of a socket file. Its path may refer to another file at any time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SocketFile {
+pub struct SocketInode {
     /// The file system.
     pub device: u64,
     /// The file in it.
@@ -48,7 +48,7 @@ pub struct SocketFile {
 
 pub(super) fn connect(
     socket: &Path,
-    file: Option<SocketFile>,
+    file: Option<SocketInode>,
     deadline: Option<Deadline>,
 ) -> Result<UnixStream, ClientError> {
     let failed = |source: io::Error| {
@@ -82,13 +82,13 @@ pub(super) fn connect(
 }
 
 /// Opens this file. Unlike its path, the descriptor cannot refer to another file later.
-fn hold(socket: &Path, expected: SocketFile) -> io::Result<File> {
+fn hold(socket: &Path, expected: SocketInode) -> io::Result<File> {
     let file = File::options()
         .read(true)
         .custom_flags(libc::O_PATH | libc::O_NOFOLLOW)
         .open(socket)?;
     let metadata = file.metadata()?;
-    let found = SocketFile {
+    let found = SocketInode {
         device: metadata.dev(),
         inode: metadata.ino(),
     };

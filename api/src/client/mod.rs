@@ -13,7 +13,7 @@ mod response;
 #[cfg(test)]
 mod tests;
 
-pub use connect::{Peer, SocketFile};
+pub use connect::{Peer, SocketInode};
 pub use error::{ClientError, ServerError};
 pub use response::{RESPONSE_BODY_BYTES_MAX, RESPONSE_HEAD_BYTES_MAX, ResponseError};
 
@@ -39,7 +39,7 @@ pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
 pub struct Client {
     socket: PathBuf,
     /// The required socket file; if `None`, any file at the path.
-    file: Option<SocketFile>,
+    file: Option<SocketInode>,
     timeout: Option<Duration>,
     /// The process that may receive requests; if `None`, any listener.
     peer: Option<i32>,
@@ -71,7 +71,7 @@ impl Client {
     /// Restricts the client to this file: it does not connect to another file that is at the path by then or that a
     /// link refers to. Needs `/proc`.
     #[must_use]
-    pub fn at_file(self, file: SocketFile) -> Self {
+    pub fn at_file(self, file: SocketInode) -> Self {
         Self {
             file: Some(file),
             ..self

@@ -490,13 +490,13 @@ fn only_the_file_that_was_meant_is_connected_to() {
     });
     let socket = server.client.socket().to_owned();
     let metadata = std::fs::metadata(&socket).unwrap();
-    let file = SocketFile {
+    let file = SocketInode {
         device: metadata.dev(),
         inode: metadata.ino(),
     };
     let link = socket.with_extension("link");
     std::os::unix::fs::symlink(&socket, &link).unwrap();
-    let other = SocketFile {
+    let other = SocketInode {
         inode: file.inode + 1,
         ..file
     };

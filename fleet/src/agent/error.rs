@@ -9,7 +9,7 @@ use thiserror::Error;
 use crate::agent_config::StoreFault;
 use crate::cluster::NameError;
 use crate::host::HostError;
-use crate::http::TlsError;
+use crate::http::ServerTlsError;
 use crate::reservations::ReservationError;
 use crate::sample::PatternError;
 use crate::standby::StandbyError;
@@ -67,7 +67,7 @@ pub enum AgentError {
     },
     /// TLS of the page cannot be set up.
     #[error("Cannot serve the page with TLS")]
-    Tls(#[source] TlsError),
+    Tls(#[source] ServerTlsError),
     /// The page's address cannot be used.
     #[error("Cannot serve the page and the metrics at {address}")]
     Page {

@@ -20,4 +20,4 @@ mod tests;
 
 pub use message::{Method, Peer, Request, Response};
 pub use server::{CONNECTIONS_MAX, Deadlines, HttpServer, serve_tcp, serve_unix};
-pub use tls::{TlsError, server_tls};
+pub use tls::{ServerTlsError, server_tls};

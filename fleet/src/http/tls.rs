@@ -12,7 +12,7 @@ use crate::secret_file::warn_if_exposed;
 
 /// Reasons why TLS cannot be set up.
 #[derive(Debug, Error)]
-pub enum TlsError {
+pub enum ServerTlsError {
     /// A file lacks the expected content.
     #[error("{} contains no {what}", path.display())]
     File {
@@ -33,10 +33,10 @@ pub enum TlsError {
 ///
 /// # Errors
 /// A file cannot be read, or certificate and key do not match.
-pub fn server_tls(certificate: &Path, key: &Path) -> Result<Arc<ServerConfig>, TlsError> {
+pub fn server_tls(certificate: &Path, key: &Path) -> Result<Arc<ServerConfig>, ServerTlsError> {
     let failed = |path: &Path, what| {
         let path = path.to_owned();
-        move |source| TlsError::File { path, what, source }
+        move |source| ServerTlsError::File { path, what, source }
     };
     let chain = CertificateDer::pem_file_iter(certificate)
         .and_then(Iterator::collect::<Result<Vec<_>, _>>)
@@ -46,9 +46,9 @@ pub fn server_tls(certificate: &Path, key: &Path) -> Result<Arc<ServerConfig>, T
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
-        .map_err(TlsError::Pair)?
+        .map_err(ServerTlsError::Pair)?
         .with_no_client_auth()
         .with_single_cert(chain, key)
-        .map_err(TlsError::Pair)?;
+        .map_err(ServerTlsError::Pair)?;
     Ok(Arc::new(config))
 }

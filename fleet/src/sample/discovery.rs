@@ -8,7 +8,7 @@ use std::fmt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
-use api::SocketFile;
+use api::SocketInode;
 use thiserror::Error;
 
 /// Maximum number of VMs per agent. A pattern that matches more is a mistake, and each VM needs a thread.
@@ -44,8 +44,8 @@ pub struct SocketIdentity {
 
 impl SocketIdentity {
     /// The file, for connecting to it.
-    pub(crate) fn file(self) -> SocketFile {
-        SocketFile {
+    pub(crate) fn file(self) -> SocketInode {
+        SocketInode {
             device: self.device,
             inode: self.inode,
         }

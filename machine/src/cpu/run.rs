@@ -11,7 +11,7 @@ use super::counters::{ExitCounters, count};
 use super::gate::Gate;
 use super::thread_number::ThreadNumber;
 use super::{ExceptionPath, GuestEvent, VmExitHandler};
-use crate::threads::{MachineThread, ThreadStart};
+use crate::threads::{MachineThread, MachineThreadStart};
 
 /// Maximum number of exits served after a pause is requested, so that the instruction that caused the last exit
 /// completes. An access that crosses a page needs two. A guest that repeats a port access endlessly is stopped in the
@@ -26,7 +26,7 @@ pub struct VcpusContext {
     /// Called with the event that ends the machine, on the vCPU's thread. Must not block.
     pub events: Arc<dyn Fn(GuestEvent) + Send + Sync>,
     /// Called first on every vCPU thread.
-    pub thread_start: ThreadStart,
+    pub thread_start: MachineThreadStart,
 }
 
 virtio_devices::debug_fields!(VcpusContext {});

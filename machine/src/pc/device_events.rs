@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use virtio_devices::Unpoisoned;
 use virtio_devices::transport::LifecycleListener;
 
+use crate::attempt_limit::AttemptLimit;
 use crate::events::{DeviceEvent, DeviceEventKind, DeviceEventSink};
-use crate::token_bucket::TokenBucket;
 
 /// Burst of events: firmware, boot loader and kernel each reset and activate a device a few times.
 const BURST: u32 = 16;
@@ -19,7 +19,7 @@ const REFILL: Duration = Duration::from_millis(250);
 /// The listener of one device.
 pub(super) struct DeviceEvents {
     sink: DeviceEventSink,
-    bucket: Mutex<TokenBucket>,
+    bucket: Mutex<AttemptLimit>,
 }
 
 virtio_devices::debug_fields!(DeviceEvents {});
@@ -28,7 +28,7 @@ impl DeviceEvents {
     pub(super) fn new(sink: DeviceEventSink) -> Self {
         Self {
             sink,
-            bucket: Mutex::new(TokenBucket::new(BURST, REFILL, Instant::now())),
+            bucket: Mutex::new(AttemptLimit::new(BURST, REFILL, Instant::now())),
         }
     }
 

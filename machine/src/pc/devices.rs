@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use state::Saved;
 use virtio_devices::Unpoisoned;
 use virtio_devices::transport::{VirtioPciFunction, VirtioPciParams, vectors_needed};
-use virtio_devices::worker::ThreadStart as WorkerStart;
+use virtio_devices::worker::WorkerStart;
 
 use super::Pc;
 use super::device_events::DeviceEvents;
@@ -22,7 +22,7 @@ use super::device_memory::MappedMemory;
 use super::error::PcError;
 use super::plugged::{Plug, Plugged};
 use crate::interrupt::FunctionVectors;
-use crate::threads::{DeviceKind, MachineThread, ThreadStart};
+use crate::threads::{DeviceKind, MachineThread, MachineThreadStart};
 
 /// Maximum time of one access to a device. It is one system call, on a host that may not run the vCPU for a while.
 const ACCESS_DEADLINE: Duration = Duration::from_secs(60);
@@ -219,7 +219,7 @@ impl Pc {
 }
 
 /// The start hook for workers of this kind, independent of the device's name.
-fn worker_start(thread_start: &ThreadStart, kind: DeviceKind) -> WorkerStart {
+fn worker_start(thread_start: &MachineThreadStart, kind: DeviceKind) -> WorkerStart {
     let thread_start = Arc::clone(thread_start);
     Arc::new(move |_own_name| thread_start(MachineThread::Worker(kind)))
 }

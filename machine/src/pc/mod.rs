@@ -40,7 +40,7 @@ use crate::memory::{GuestMemory, MemoryFault, MemoryFaults, RamSlots, WriteTrack
 use crate::pci::{Bdf, PciBus, Place};
 use crate::serial::{Endpoint, Output, SERIAL_IRQ, SERIAL_PORTS, Uart};
 use crate::signals::VmSignals;
-use crate::threads::{DeviceKind, ThreadStart};
+use crate::threads::{DeviceKind, MachineThreadStart};
 use chassis::Chassis;
 use device_events::DeviceEvents;
 use device_memory::DeviceSlots;
@@ -60,7 +60,7 @@ pub struct PcContext {
     /// Signals to the machine's owner.
     pub signals: Arc<VmSignals>,
     /// Called first on every thread.
-    pub thread_start: ThreadStart,
+    pub thread_start: MachineThreadStart,
     /// Called when a driver initialises or releases a device.
     pub events: DeviceEventSink,
 }

@@ -16,7 +16,7 @@ use virtio_devices::Unpoisoned;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::threads::{MachineThread, SERIAL_THREAD, ThreadStart};
+use crate::threads::{MachineThread, MachineThreadStart, SERIAL_THREAD};
 
 /// Maximum number of events per epoll call.
 const EVENTS_MAX: usize = 8;
@@ -84,7 +84,7 @@ impl Shared {
 /// new thread does not inherit a vCPU's seccomp filter.
 pub struct SerialManager {
     shared: Arc<Shared>,
-    thread_start: ThreadStart,
+    thread_start: MachineThreadStart,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -95,7 +95,7 @@ impl SerialManager {
     ///
     /// # Errors
     /// No descriptors are left.
-    pub fn new(thread_start: ThreadStart) -> io::Result<Self> {
+    pub fn new(thread_start: MachineThreadStart) -> io::Result<Self> {
         let shared = Shared {
             epoll: Epoll::new()?,
             sources: Mutex::default(),

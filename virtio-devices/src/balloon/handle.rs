@@ -11,7 +11,7 @@ use device_facts::{PausePhase, ReportingPolicy};
 
 use super::accounting::{GuestFaults, Path, PathFigures};
 use super::counters;
-use super::hinting::{HintingError, HintingStatus};
+use super::hinting::{HintingError, HintingRuns};
 use super::reporting_policy::{PolicyStatus, ReportNowStatus, ReportingError};
 use super::shared::Shared;
 use super::spec::{
@@ -109,7 +109,7 @@ pub struct BalloonSnapshot {
     /// Memory returned by free page hinting.
     pub hint: PathFigures,
     /// The state of hinting.
-    pub hinting: HintingStatus,
+    pub hinting: HintingRuns,
     /// Memory that the guest took back: chains and bytes.
     pub deflated: Extent,
     /// Faults of the guest.
@@ -210,7 +210,7 @@ impl BalloonHandle {
 
     /// The state of hinting.
     #[must_use]
-    pub fn hinting(&self) -> HintingStatus {
+    pub fn hinting(&self) -> HintingRuns {
         self.shared.hinting.status()
     }
 

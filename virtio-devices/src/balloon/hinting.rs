@@ -62,9 +62,9 @@ const PART: Part = parts::BALLOON;
 /// The first id of a run.
 const CMD_ID_FIRST: u32 = 2;
 
-/// The status of hinting.
+/// The runs of hinting.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct HintingStatus {
+pub struct HintingRuns {
     /// The phase of the latest run.
     pub phase: HintingPhase,
     /// Id of the latest run; 0 before the first.
@@ -106,17 +106,17 @@ pub enum HintingError {
     UnderWay(u32),
 }
 
-/// The status of hinting. The fields that the guest sees change under the same lock.
+/// The runs of hinting. The fields that the guest sees change under the same lock.
 #[derive(Debug, Default)]
-pub(super) struct Hinting(Mutex<HintingStatus>);
+pub(super) struct Hinting(Mutex<HintingRuns>);
 
 impl Hinting {
-    fn lock(&self) -> MutexGuard<'_, HintingStatus> {
+    fn lock(&self) -> MutexGuard<'_, HintingRuns> {
         // Only plain stores run under the lock, so no holder can panic.
         self.0.lock().unpoisoned()
     }
 
-    pub(super) fn status(&self) -> HintingStatus {
+    pub(super) fn status(&self) -> HintingRuns {
         *self.lock()
     }
 
@@ -154,7 +154,7 @@ impl Hinting {
                 state.phase, state.command_id
             )
         })?;
-        *self.lock() = HintingStatus {
+        *self.lock() = HintingRuns {
             phase,
             command_id: state.command_id,
             runs_requested: state.runs_requested,

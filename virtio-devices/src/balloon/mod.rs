@@ -51,7 +51,7 @@ pub use accounting::{GuestFaults, LastBatch, PathFigures};
 pub use device::{Balloon, BalloonParams};
 pub use device_facts::{HintingPhase, PausePhase};
 pub use handle::{BalloonHandle, BalloonSnapshot, ReportingState};
-pub use hinting::{HintingError, HintingState, HintingStatus};
+pub use hinting::{HintingError, HintingRuns, HintingState};
 pub use latency::{LatencyBucket, LatencyHistogram};
 pub use rate::RateWindow;
 pub use shared::FREE_BLOCK_BYTES_MAX;

@@ -46,7 +46,7 @@ use ::state::StateError;
 use crate::device::{GuestRam, VirtioDevice, WorkerError};
 use crate::dma::DmaEndpoint;
 use crate::pci::MsiVectors;
-use crate::worker::ThreadStart;
+use crate::worker::WorkerStart;
 
 /// Notified when a driver activates or resets a device. Called on a vCPU thread with the function's lock held: must
 /// neither block nor call back.
@@ -70,7 +70,7 @@ pub struct VirtioPciParams {
     /// Interrupt vectors: at least [`vectors_needed`] of the device.
     pub vectors: Arc<dyn MsiVectors>,
     /// Runs first on every worker thread.
-    pub thread_start: ThreadStart,
+    pub thread_start: WorkerStart,
     /// Listener for the event monitor.
     pub listener: Option<Arc<dyn LifecycleListener>>,
 }

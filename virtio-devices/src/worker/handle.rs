@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::ThreadStart;
+use super::WorkerStart;
 use super::affinity::pin;
 use super::command::{Command, Progress};
 use super::sources::EventSources;
@@ -35,7 +35,7 @@ impl Worker {
     /// No descriptor or thread is available, or the thread cannot run on the handler's host CPUs.
     pub fn spawn(
         handler: Box<dyn QueueHandler>,
-        thread_start: ThreadStart,
+        thread_start: WorkerStart,
     ) -> Result<WorkerHandle, WorkerError> {
         let wake = Arc::new(
             EventFd::new(EFD_NONBLOCK).map_err(|source| WorkerError::Host {

@@ -43,4 +43,4 @@ pub(crate) use throttle::Throttle;
 pub use turn::{Turn, Work};
 
 /// The VMM's hook that runs first on every new worker thread, with the thread's name. It can install a seccomp filter.
-pub type ThreadStart = Arc<dyn Fn(&str) + Send + Sync>;
+pub type WorkerStart = Arc<dyn Fn(&str) + Send + Sync>;

@@ -24,9 +24,9 @@ use crate::threads::{CONTROL_THREAD, THRESHOLDS_THREAD, ThreadKind};
 use crate::thresholds::Thresholds;
 use crate::view::PublishedView;
 use crate::vm::{MachineFactory, VmContext};
+use machine::attempt_limit::AttemptLimit;
 use machine::cpu::STALL_CHECK_INTERVAL;
 use machine::signals::VmSignals;
-use machine::token_bucket::TokenBucket;
 
 /// Maximum number of queued requests. It exceeds the HTTP server's number of connections, so only clients that
 /// disconnect before their response can fill the queue.
@@ -319,7 +319,7 @@ fn run(
         lifecycle,
         signals,
         no_shutdown: setup.no_shutdown,
-        guest_resets: TokenBucket::new(GUEST_RESETS_BURST, GUEST_RESET_INTERVAL, Instant::now()),
+        guest_resets: AttemptLimit::new(GUEST_RESETS_BURST, GUEST_RESET_INTERVAL, Instant::now()),
         delayed_reset: None,
     };
     let ending = loop {
@@ -348,7 +348,7 @@ struct Control {
     lifecycle: Lifecycle,
     signals: Arc<VmSignals>,
     no_shutdown: bool,
-    guest_resets: TokenBucket,
+    guest_resets: AttemptLimit,
     delayed_reset: Option<DelayedReset>,
 }
 

@@ -8,7 +8,7 @@ use api::config::MemoryRestoreMode;
 use machine::memory::GuestMemory;
 use machine::memory::on_demand::{Faults, FillError, FillOwner, FillReport};
 use machine::signals::VmSignals;
-use machine::threads::ThreadStart;
+use machine::threads::MachineThreadStart;
 
 use super::touched::write_order;
 use super::{Progress, SnapshotError};
@@ -62,7 +62,7 @@ pub struct RestoreContext {
     /// Signals to the owner of the machine.
     pub signals: Arc<VmSignals>,
     /// Called first on the thread that fills RAM.
-    pub thread_start: ThreadStart,
+    pub thread_start: MachineThreadStart,
 }
 
 virtio_devices::debug_fields!(RestoreContext { signals });

@@ -73,7 +73,7 @@ impl VmContext {
         }
     }
 
-    pub(super) fn start_of_machine_threads(&self) -> machine::threads::ThreadStart {
+    pub(super) fn start_of_machine_threads(&self) -> machine::threads::MachineThreadStart {
         let thread_start = Arc::clone(&self.thread_start);
         Arc::new(move |thread| thread_start(ThreadKind::Machine(thread)))
     }

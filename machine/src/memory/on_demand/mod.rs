@@ -40,7 +40,7 @@ use self::handler::Handler;
 use self::orders::{Orders, Outcome};
 use self::uffd::Userfaultfd;
 use super::{GuestMemory, SavedZone};
-use crate::threads::{FILL_THREAD, MachineThread, ThreadStart};
+use crate::threads::{FILL_THREAD, MachineThread, MachineThreadStart};
 
 pub use self::error::{DEVICE, FillError, OnDemandError};
 pub use self::orders::{FillOwner, FillReport, TOUCHED_MAX};
@@ -76,7 +76,7 @@ impl OnDemand {
         faults: &Faults,
         fills: bool,
         first: &[u32],
-        thread_start: &ThreadStart,
+        thread_start: &MachineThreadStart,
         owner: Box<dyn FillOwner>,
     ) -> Result<Self, OnDemandError> {
         let mut chunks = Chunks::new();

@@ -89,7 +89,7 @@ fn restored_first(
     let faults = Faults::open().map_err(test_skip::skip).ok()?;
     let (owner, told) = channel();
     let memory = memory(false);
-    let start: ThreadStart = Arc::new(|_| ());
+    let start: MachineThreadStart = Arc::new(|_| ());
     let owner = Box::new(Owner(owner));
     let on_demand = OnDemand::start(&memory, copies(files), &faults, fills, first, &start, owner);
     Some(Restored {
@@ -332,7 +332,7 @@ fn other_memory_than_private_memory_is_refused_by_name() {
         return;
     };
     let (owner, _told) = channel();
-    let start: ThreadStart = Arc::new(|_| ());
+    let start: MachineThreadStart = Arc::new(|_| ());
     let owner = Box::new(Owner(owner));
     let files = saved(PAGES);
     let refused = OnDemand::start(

@@ -6,12 +6,12 @@ use virtio_devices::rate_limit::{Bucket, BucketLimit};
 
 /// A token bucket: up to a burst at once, then one token per refill interval.
 #[derive(Debug)]
-pub struct TokenBucket {
+pub struct AttemptLimit {
     bucket: Bucket,
     left_out: u64,
 }
 
-impl TokenBucket {
+impl AttemptLimit {
     /// A full bucket of `burst` tokens that gains one per `refill`.
     #[must_use]
     pub fn new(burst: u32, refill: Duration, now: Instant) -> Self {
@@ -47,7 +47,7 @@ mod tests {
         const BURST: u32 = 16;
         const REFILL: Duration = Duration::from_millis(250);
         let start = Instant::now();
-        let mut bucket = TokenBucket::new(BURST, REFILL, start);
+        let mut bucket = AttemptLimit::new(BURST, REFILL, start);
         for _ in 0..BURST {
             assert_eq!(bucket.take(start), Some(0));
         }
