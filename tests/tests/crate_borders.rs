@@ -151,7 +151,7 @@ fn machine_knows_no_http_no_json_no_command_line_and_no_filters() -> Result<()> 
 }
 
 /// The Rust files of a module, without those of its tests.
-fn sources(place: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
+pub(crate) fn sources(place: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
     if place.is_file() {
         files.push(place.to_owned());
         return Ok(());

@@ -17,6 +17,7 @@ mod reporting_policy;
 mod shared_folder;
 mod snapshot;
 mod standby;
+mod unit_tests;
 mod vsock;
 
 use std::collections::BTreeSet;
