@@ -358,9 +358,8 @@ impl DiscardEngine {
                 // has released; `discard` keeps the file open.
                 unsafe { sys::punch_hole(fd, file_start + offset, bytes) }
             }
-            Backing::Unsupported => {
-                unreachable!("the planner makes no pieces of {:?}", region.backing)
-            }
+            // The planner makes no pieces of such a region.
+            Backing::Unsupported => Err(io::ErrorKind::Unsupported.into()),
         };
         match result {
             Ok(()) => {
