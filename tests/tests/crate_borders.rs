@@ -46,7 +46,6 @@ const MAY_USE: &[(&str, &[&str])] = &[
         &[
             "api",
             "chart",
-            "device-facts",
             "generated-client",
             "test-server",
             "test-skip",
