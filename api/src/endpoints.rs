@@ -189,7 +189,7 @@ endpoints! {
     VmRestore = Upstream Put "vm.restore",
         request Some("RestoreConfig"), response None, command "restore",
         failure "The VM could not be restored";
-    /// Remove a disk, a network interface, a shared folder, persistent memory, the vsock device or the balloon from the VM.
+    /// Remove a device from the VM.
     VmRemoveDevice = Upstream Put "vm.remove-device",
         request Some("VmRemoveDevice"), response None, command "remove-device",
         failure "The device could not be removed from the VM";

@@ -186,8 +186,8 @@ impl ReclaimThresholdsChange {
     /// Syntax of `ch-remote reclaim-thresholds --set`.
     pub fn syntax() -> String {
         format!(
-            "An alert \"name=<name>,figure=<figure>,direction=above|below,enter=<value>,leave=<value>,\
-             duration_ms=<ms>\", or the reporting policy \"{}\"",
+            "Set an alert or the reporting policy: \"name=<name>,figure=<figure>,direction=above|below,enter=<value>,leave=<value>,\
+             duration_ms=<ms>\" or \"{}\"",
             ReportingPolicy::syntax()
         )
     }

@@ -10,6 +10,7 @@
 //! fish/vendor_completions.d/PROGRAM.fish
 //! ```
 
+mod manual;
 #[cfg(any(test, feature = "test-utils"))]
 mod reference;
 
@@ -66,7 +67,7 @@ pub fn write(mut command: Command, folder: &Path) -> io::Result<()> {
     let pages = folder.join("man/man1");
     fs::create_dir_all(&pages)?;
     // Written before completions, which add help commands to the given command.
-    clap_mangen::generate_to(for_pages(command.clone()), pages)?;
+    manual::write_pages(command.clone(), &pages)?;
     for (shell, place, before, after) in SHELLS {
         let place = folder.join(place);
         fs::create_dir_all(&place)?;
@@ -88,18 +89,7 @@ pub fn completions(shell: Shell, command: &mut Command, out: &mut dyn Write) {
 /// # Errors
 /// Writing to `out` fails.
 pub fn manual_page(command: Command, out: &mut dyn Write) -> io::Result<()> {
-    clap_mangen::Man::new(for_pages(command)).render(out)
-}
-
-/// Manual pages show a version behind a `v` of their own.
-fn for_pages(command: Command) -> Command {
-    let version = command
-        .get_version()
-        .map(|it| it.trim_start_matches('v').to_owned());
-    match version {
-        Some(version) => command.long_version(version),
-        None => command,
-    }
+    manual::write_page(command, out)
 }
 
 /// Makes `program` write its files and checks that each expected file, named by its path in the folder, contains its
@@ -135,6 +125,7 @@ mod tests {
         Command::new("sample")
             .about("Shows how it is done")
             .version("v1.2")
+            .after_help("It is small.\n\nExit status: 0 success.\n\nExamples:\n  sample grow")
             .arg(Arg::new("socket").long("socket").required(true))
             .subcommand(Command::new("grow").about("Grow it").arg(size))
     }
@@ -146,6 +137,22 @@ mod tests {
         for (file, text) in [
             ("man/man1/sample.1", "Shows how it is done"),
             ("man/man1/sample.1", ".SH VERSION\nv1.2\n"),
+            ("man/man1/sample.1", ".TH sample 1 \" \" \"sample 1.2\" "),
+            (
+                "man/man1/sample-grow.1",
+                ".TH sample-grow 1 \" \" \"sample 1.2\" ",
+            ),
+            (
+                "man/man1/sample-grow.1",
+                ".SH SYNOPSIS\nsample \\-\\-socket <socket> grow [OPTIONS]\n",
+            ),
+            (
+                "man/man1/sample-grow.1",
+                ".SH \"EXIT STATUS\"\n0 success.\n",
+            ),
+            ("man/man1/sample-grow.1", ".SH \"SEE ALSO\"\nsample(1)\n"),
+            ("man/man1/sample.1", ".SH EXAMPLES\n.nf\nsample grow\n.fi\n"),
+            ("man/man1/sample.1", ".SH NOTES\nIt is small.\n"),
             ("man/man1/sample-grow.1", "Size in bytes"),
             ("bash-completion/completions/sample", "--size"),
             ("zsh/site-functions/_sample", "--size"),

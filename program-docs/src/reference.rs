@@ -32,7 +32,8 @@ fn page(command: &Command, keys: &[String], old: &str) -> String {
          compares the two. [options.md](../options.md) lists the keys of options that accept `key=value`. \"–\" in the column\n\
          Default means that there is no default. The column Since has the version that introduced the option. Options of the\n\
          program itself come before a command, unless the program accepts them anywhere.\n\
-         `--help` (`-h`) shows a summary{}.\n",
+         `--help` (`-h`) shows a summary{}. `--generate-docs DIR`, as the only\n\
+         option, writes manual pages and completions to `DIR`.\n",
         match command.get_version() {
             Some(_) => ", and `--version` (`-V`) the version",
             None => "",
@@ -179,11 +180,16 @@ fn with_keys(about: &str, argument: &Arg, command: &str, keys: &[String]) -> Str
         format!("--{device}"),
         format!("ch-remote-{command}"),
     ];
-    let known = keys
+    let links: Vec<String> = keys
         .iter()
-        .find(|it| candidates.contains(it) || it.starts_with(&of_command));
-    let anchor = known.unwrap_or_else(|| panic!("docs/options.md has no keys of {own} {command}"));
-    format!("{about} ([keys](../options.md#{anchor}))")
+        .filter(|it| candidates.contains(it) || it.starts_with(&of_command))
+        .map(|anchor| format!("[keys](../options.md#{anchor})"))
+        .collect();
+    assert!(
+        !links.is_empty(),
+        "docs/options.md has no keys of {own} {command}"
+    );
+    format!("{about} ({})", links.join(", "))
 }
 
 #[cfg(test)]

@@ -37,13 +37,13 @@ pub struct NetConfig {
     /// Ethernet address given to the tap device on the host.
     #[key]
     pub host_mac: Option<MacAddr>,
-    /// Largest packet, bytes.
-    #[key("<bytes>")]
+    /// Largest packet in bytes.
+    #[key("<mtu>")]
     pub mtu: Option<u16>,
     /// Put the device behind the virtual IOMMU. Unsupported with `vhost_user`.
     #[key(omit_false)]
     pub iommu: bool,
-    /// Number of queues, two per pair.
+    /// Number of queues, two per pair. An odd number adds the control queue. At most one pair per vCPU.
     #[key("<number_of_queues>", default = DEFAULT_NET_NUM_QUEUES)]
     pub num_queues: usize,
     /// Entries in each queue, a power of two.

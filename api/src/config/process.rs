@@ -7,7 +7,10 @@ use api_macros::section;
 use crate::options::parse_bytes;
 
 /// A path that the jail shows in addition to those that the other options name.
-#[section(option = "jail", about = "Jail parameters")]
+#[section(
+    option = "jail",
+    about = "Confine the VMM to the paths that options and these keys name:"
+)]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JailConfig {
     /// A file, or a folder with everything in it except other file systems.

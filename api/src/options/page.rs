@@ -127,9 +127,9 @@ fn page(old: &str) -> String {
         .flatten()
     {
         let name = format!("`{key}`");
-        let doc = meanings.cell(&name, &description(schema));
-        let since = versions.get(heading, &[&name]);
         let (unit, default) = (alert_unit(key), alert_default(key));
+        let doc = meanings.cell(&name, &without_unit(&description(schema), unit));
+        let since = versions.get(heading, &[&name]);
         let _ = writeln!(page, "| {name} | {unit} | {default} | {since} | {doc} |");
     }
     page.push_str(&meanings.below());
@@ -142,9 +142,10 @@ fn page(old: &str) -> String {
     let mut meanings = Meanings::default();
     for setting in ReportingPolicy::TABLE {
         let name = format!("`{}`", setting.name);
-        let doc = meanings.cell(&name, &description(&schema[setting.name]));
         let default = setting.default;
         let unit = setting.unit.name();
+        let doc = without_unit(&description(&schema[setting.name]), unit);
+        let doc = meanings.cell(&name, &doc);
         let since = versions.get(heading, &[&name]);
         let _ = writeln!(page, "| {name} | {unit} | {default} | {since} | {doc} |");
     }
@@ -175,6 +176,7 @@ fn row(
     let syntax = format!("`{}`", values.replace('|', "\\|"));
     let unit = unit(key.is_size, values);
     let default = default(&key.default, values, unit == "bytes");
+    let meaning = without_unit(&meaning, unit);
     let since = versions.get(heading, &[&name, &syntax]);
     let meaning = meanings.cell(&name, &meaning);
     format!("| {name} | {syntax} | {unit} | {default} | {since} | {meaning} |\n")
@@ -191,6 +193,19 @@ fn unit(is_size: bool, values: &str) -> &'static str {
         _ if values.contains("_bits>") => "bits",
         _ => "",
     }
+}
+
+/// The meaning without the unit, which has its own column.
+fn without_unit(meaning: &str, unit: &str) -> String {
+    let words = match unit {
+        "bytes" => &[", bytes"][..],
+        "ms" => &[", ms", ", milliseconds"],
+        "s" => &[", seconds"],
+        "bits" => &[", in bits"],
+        _ => &[],
+    };
+    let text = meaning.to_owned();
+    words.iter().fold(text, |text, word| text.replace(word, ""))
 }
 
 fn alert_unit(key: &str) -> &'static str {
@@ -218,6 +233,7 @@ fn default(default: &KeyDefault, values: &str, is_bytes: bool) -> String {
         KeyDefault::Value(Value::Bool(on)) => if *on { "on" } else { "off" }.to_owned(),
         KeyDefault::Value(Value::Number(number)) => match number.as_u64() {
             Some(bytes) if is_bytes => crate::exact_bytes(bytes, &["", "K", "M", "G"]),
+            Some(port) if values == "<port>" => format!("{port:#x}"),
             _ => number.to_string(),
         },
         KeyDefault::Value(Value::String(text)) => word(text, values),

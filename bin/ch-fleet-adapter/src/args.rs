@@ -17,7 +17,8 @@ use crate::http::Service;
     name = "ch-fleet-adapter",
     version = concat!("v", env!("CARGO_PKG_VERSION")),
     after_help = "Exit status: 0 success (--once, --withdraw), 1 error, 2 usage error; otherwise it runs until a signal \
-                  ends it.\n\nExamples:\n  \
+                  ends it.\n\n\
+                  --generate-docs DIR, as the only option, writes manual pages and completions to DIR.\n\nExamples:\n  \
                   ch-fleet-adapter kubernetes --node worker-1\n  \
                   ch-fleet-adapter --withdraw kubernetes --node worker-1"
 )]
@@ -55,7 +56,7 @@ impl Arguments {
 fn seconds(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(seconds) if (0.1..=3600.0).contains(&seconds) => Ok(seconds),
-        _ => Err("a number of seconds from 0.1 to 3600 is needed".to_owned()),
+        _ => Err("must be between 0.1 and 3600 seconds".to_owned()),
     }
 }
 
@@ -125,7 +126,7 @@ impl Access {
 fn segment(text: &str) -> Result<String, String> {
     let fits = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
     if text.is_empty() || !text.chars().all(fits) {
-        return Err("only letters, digits, '-', '.' and '_' may be in it".to_owned());
+        return Err("may contain only letters, digits, '-', '.' and '_'".to_owned());
     }
     Ok(text.to_owned())
 }

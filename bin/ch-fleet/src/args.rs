@@ -17,7 +17,9 @@ use fleet::config::SafetyRule;
 #[command(
     name = "ch-fleet",
     version = concat!("v", env!("CARGO_PKG_VERSION")),
-    after_help = "Exit status: 0 success, 1 error, 2 usage error, 3 refused, 5 timeout; run and wake exit with their VMM's status.\n\nExamples:\n  \
+    after_help = "Exit status: 0 success; 1 error, failed check (doctor) or unmet expectation (simulate); 2 usage error; \
+                  3 refused; 5 timeout. run and wake exit with the status of the VMM, or with 128+N if signal N ended it.\n\n\
+                  --generate-docs DIR, as the only option, writes manual pages and completions to DIR.\n\nExamples:\n  \
                   ch-fleet agent --config /etc/ch-fleet/agent.toml\n  \
                   ch-fleet status\n  \
                   ch-fleet explain web-1\n  \
@@ -79,7 +81,7 @@ pub(crate) enum Command {
     /// Show recent events
     Events {
         /// Number of the first event, from `next` of the previous output
-        #[arg(long, default_value_t = 0)]
+        #[arg(long, value_name = "NUMBER", default_value_t = 0)]
         since: u64,
     },
     /// Show the host and its VMs, refreshed continuously
@@ -144,7 +146,7 @@ pub(crate) enum Command {
 
 #[derive(Debug, Args)]
 pub(crate) struct AgentOptions {
-    /// Settings file; *.toml files in the folder with the ending .d are read too
+    /// Settings file; the files in agent.d/*.toml beside it are read after it
     #[arg(long, value_name = "PATH", default_value = DEFAULT_FILE)]
     pub(crate) config: PathBuf,
 
@@ -184,12 +186,19 @@ pub(crate) struct TopOptions {
     pub(crate) batch: bool,
 
     /// Number of rounds [default: unlimited]
-    #[arg(long, short = 'n', value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, short = 'n', value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) count: Option<u64>,
 
-    /// Seconds between rounds
-    #[arg(long, short, default_value_t = 2.0)]
+    /// Time between rounds, from 0.1 to 3600 seconds
+    #[arg(long, short, value_name = "SECONDS", default_value_t = 2.0, value_parser = delay)]
     pub(crate) delay: f64,
+}
+
+fn delay(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if (0.1..=3600.0).contains(&seconds) => Ok(seconds),
+        _ => Err("must be between 0.1 and 3600 seconds".to_owned()),
+    }
 }
 
 #[cfg(feature = "simulate")]
@@ -200,7 +209,7 @@ pub(crate) struct SimulateArguments {
     pub(crate) scenarios: Vec<PathBuf>,
 
     /// Seed [default: that of the file]
-    #[arg(long)]
+    #[arg(long, value_name = "NUMBER")]
     pub(crate) seed: Option<u64>,
 
     /// Switch off a safety rule, to show its effect

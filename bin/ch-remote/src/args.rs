@@ -14,8 +14,8 @@ use crate::command::Command;
     version = concat!("v", env!("CARGO_PKG_VERSION")),
     about = "Control a running cloud-hypervisor over its API socket",
     after_help = "Responses are printed as JSON on standard output; on a terminal, reclaim-stats prints a table.\n\n\
-                  Exit status: 0 on success, 1 on failure with the chain of causes on standard error, 2 on a usage \
-                  error.\n\nExamples:\n  \
+                  Exit status: 0 success, 1 error, with the chain of causes on standard error, 2 usage error.\n\n\
+                  --generate-docs DIR, as the only option, writes manual pages and completions to DIR.\n\nExamples:\n  \
                   ch-remote --api-socket /run/vm.sock info\n  \
                   ch-remote --api-socket /run/vm.sock resize --balloon 1G\n  \
                   ch-remote --api-socket /run/vm.sock reclaim-stats --watch\n  \

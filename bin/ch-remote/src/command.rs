@@ -383,7 +383,7 @@ struct SnapshotArguments {
     #[arg(long)]
     track_writes: bool,
 
-    /// Write only what has changed since the VM's last snapshot, which must be this one
+    /// Write a differential snapshot based on URL, which must be the VM's last snapshot
     #[arg(long, value_name = "URL")]
     base: Option<String>,
 }
@@ -466,7 +466,7 @@ pub(crate) struct ReclaimStatsArguments {
     #[arg(long, value_name = "SECONDS", default_value = "1", requires = "watch", value_parser = parse_interval)]
     pub(crate) interval: Duration,
 
-    /// End after this many samples
+    /// End after this many samples [default: unlimited]
     #[arg(long, value_name = "SAMPLES", requires = "watch", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) count: Option<u64>,
 }

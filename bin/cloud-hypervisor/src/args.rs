@@ -13,7 +13,7 @@ use api::{RestoreConfig, VmConfig};
 use clap::{ArgAction, ArgGroup, Parser, ValueEnum};
 use vmm::seccomp::SeccompMode;
 
-/// Launch a cloud-hypervisor VMM.
+/// Run a virtual machine, controlled by options and a REST API.
 #[derive(Debug, Parser)]
 #[command(
     name = "cloud-hypervisor",
@@ -21,8 +21,9 @@ use vmm::seccomp::SeccompMode;
     version = concat!("v", env!("CARGO_PKG_VERSION")),
     arg_required_else_help = true,
     disable_version_flag = true,
-    after_help = "Exit status: 0 when the VM was shut down or the VMM stopped (API, SIGTERM, SIGINT), 1 error, 2 usage \
-                  error, 159 a system call that seccomp does not allow.",
+    after_help = "Exit status: 0 the VM was shut down or the VMM stopped (API, SIGTERM, SIGINT), 1 error, 2 usage error, 159 \
+                  a system call that seccomp does not allow.\n\n--generate-docs DIR, as the only option, writes \
+                  manual pages and completions to DIR.",
     group = ArgGroup::new("payload").args(["kernel", "firmware"]).multiple(true)
 )]
 pub(crate) struct Arguments {
@@ -36,14 +37,17 @@ pub(crate) struct Arguments {
     #[arg(long, requires = "payload", allow_hyphen_values = true)]
     cmdline: Option<String>,
 
-    #[arg(long, requires = "payload", help = ConsoleConfig::syntax())]
+    #[arg(long, requires = "payload", help = with_default(&ConsoleConfig::syntax(), "tty"))]
     console: Option<String>,
 
-    #[arg(long, requires = "payload", help = CpusConfig::syntax())]
+    #[arg(long, requires = "payload", help = with_default(&CpusConfig::syntax(), "boot=1"))]
     cpus: Option<String>,
 
-    #[arg(long, value_name = "debug-console", requires = "payload", help = DebugConsoleConfig::syntax())]
+    #[arg(long, value_name = "debug-console", requires = "payload", help = with_default(&DebugConsoleConfig::syntax(), "off"))]
     debug_console: Option<String>,
+
+    #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = DeviceConfig::syntax())]
+    device: Vec<String>,
 
     #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = DiskConfig::syntax())]
     disk: Vec<String>,
@@ -55,6 +59,12 @@ pub(crate) struct Arguments {
     #[arg(long)]
     firmware: Option<PathBuf>,
 
+    #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = FsConfig::syntax())]
+    fs: Vec<String>,
+
+    #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = GenericVhostUserConfig::syntax())]
+    generic_vhost_user: Vec<String>,
+
     /// Run as this group (name or number) [default: the user's group]
     #[arg(long, requires = "user")]
     pub(crate) group: Option<String>,
@@ -64,7 +74,7 @@ pub(crate) struct Arguments {
     initramfs: Option<PathBuf>,
 
     // Without a value, the jail shows only the paths that other options name.
-    #[arg(long, num_args = 0.., action = ArgAction::Append, help = jail_help())]
+    #[arg(long, num_args = 0.., action = ArgAction::Append, help = JailConfig::syntax())]
     jail: Option<Vec<String>>,
 
     /// Path to kernel to load: a vmlinux with a PVH entry point, or a bzImage
@@ -86,17 +96,11 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "size", requires = "log_file", value_parser = parse_bytes)]
     pub(crate) log_file_bytes_max: Option<u64>,
 
-    #[arg(long, requires = "payload", help = MemoryConfig::syntax())]
+    #[arg(long, requires = "payload", help = with_default(&MemoryConfig::syntax(), "size=512M"))]
     memory: Option<String>,
 
     #[arg(long, value_name = "memory-zone", requires = "payload", num_args = 1.., action = ArgAction::Append, help = MemoryZoneConfig::syntax())]
     memory_zone: Vec<String>,
-
-    #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = FsConfig::syntax())]
-    fs: Vec<String>,
-
-    #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = GenericVhostUserConfig::syntax())]
-    generic_vhost_user: Vec<String>,
 
     #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = NetConfig::syntax())]
     net: Vec<String>,
@@ -110,9 +114,6 @@ pub(crate) struct Arguments {
 
     #[arg(long, requires = "payload", help = PlatformConfig::syntax())]
     platform: Option<String>,
-
-    #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = DeviceConfig::syntax())]
-    device: Vec<String>,
 
     #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = PmemConfig::syntax())]
     pmem: Vec<String>,
@@ -130,14 +131,14 @@ pub(crate) struct Arguments {
     #[arg(long, conflicts_with = "payload", help = RestoreConfig::syntax())]
     restore: Option<String>,
 
-    #[arg(long, requires = "payload", help = RngConfig::syntax())]
+    #[arg(long, requires = "payload", help = with_default(&RngConfig::syntax(), "src=/dev/urandom"))]
     rng: Option<String>,
 
     /// Action on a system call that the seccomp filter does not allow
     #[arg(long, value_enum, default_value = "true")]
     pub(crate) seccomp: SeccompArgument,
 
-    #[arg(long, requires = "payload", help = SerialConfig::syntax())]
+    #[arg(long, requires = "payload", help = with_default(&SerialConfig::syntax(), "null"))]
     serial: Option<String>,
 
     /// Run as this user (name or number), without capabilities, once the log file is open
@@ -254,9 +255,9 @@ impl Arguments {
     }
 }
 
-fn jail_help() -> String {
-    let syntax = JailConfig::syntax();
-    format!("Change to a root folder with only the paths that options or these keys name. {syntax}")
+/// The help of an option that is in effect without being given.
+fn with_default(syntax: &str, default: &str) -> String {
+    format!("{syntax} [default: {default}]")
 }
 
 type Read<T> = fn(&str) -> Result<T, OptionError>;
@@ -295,6 +296,31 @@ mod tests {
     fn page_of_the_program_is_that_of_its_command_line() {
         use clap::CommandFactory;
         program_docs::expect_reference(Arguments::command());
+    }
+
+    #[test]
+    fn defaults_in_the_help_are_those_of_the_configuration() {
+        use clap::CommandFactory;
+        let given = Arguments::command().get_arguments().fold(
+            "--kernel /k".to_owned(),
+            |line, argument| {
+                let help = argument
+                    .get_help()
+                    .map(ToString::to_string)
+                    .unwrap_or_default();
+                let keys = help.contains('"');
+                let default = help.split_once(" [default: ").filter(|_| keys);
+                match (default, argument.get_long()) {
+                    (Some((_, default)), Some(name)) => {
+                        format!("{line} --{name} {}", default.trim_end_matches(']'))
+                    }
+                    _ => line,
+                }
+            },
+        );
+        assert_eq!(given.matches(" --").count(), 6, "{given}");
+        let config = |line: &str| parse(line).unwrap().vm_config().unwrap();
+        assert_eq!(config(&given), config("--kernel /k"));
     }
 
     #[test]
