@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use api::options::OptionError;
 use api::{Client, ClientError};
 use fleet::agent::Status;
 use fleet::cluster::PlaceError;
@@ -26,17 +27,17 @@ pub(crate) struct Agent {
     client: Client,
 }
 
-/// A refusal by this program.
+/// A host or VM on the command line that does not exist.
 #[derive(Debug)]
-pub(crate) struct Refused(String);
+pub(crate) struct Unknown(String);
 
-impl Refused {
-    pub(crate) fn unknown_host(host: &str) -> Self {
-        Self(format!("The store knows no host {host:?}"))
+impl Unknown {
+    pub(crate) fn host(host: &str) -> Self {
+        Self(format!("the store contains no host {host:?}"))
     }
 
-    pub(crate) fn unknown_vm(vm: &str) -> Self {
-        Self(format!("The last plan knows no VM {vm:?}"))
+    pub(crate) fn vm(vm: &str) -> Self {
+        Self(format!("the last plan contains no VM {vm:?}"))
     }
 
     pub(crate) fn not_in_standby(vm: &str) -> Self {
@@ -56,13 +57,13 @@ impl std::fmt::Display for Locked {
 
 impl std::error::Error for Locked {}
 
-impl std::fmt::Display for Refused {
+impl std::fmt::Display for Unknown {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl std::error::Error for Refused {}
+impl std::error::Error for Unknown {}
 
 impl Agent {
     pub(crate) fn new(socket: &Path, timeout: Duration) -> Self {
@@ -114,6 +115,10 @@ pub(crate) fn exit_code(error: &anyhow::Error) -> ExitCode {
     }
     if error.is::<Locked>() {
         return ExitCode::from(3);
+    }
+    // `run` reads the VMM's options.
+    if error.chain().any(|cause| cause.is::<OptionError>()) {
+        return ExitCode::from(2);
     }
     let cause = error
         .chain()

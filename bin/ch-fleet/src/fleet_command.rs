@@ -16,7 +16,7 @@ use fleet::model::Bytes;
 use fleet::placement::{HostCapacity, MovableVm, drain, rebalance};
 
 use crate::args::{FleetArguments, FleetCommand, Output, PlaceOptions};
-use crate::ask::Refused;
+use crate::ask::Unknown;
 use crate::fleet_tables;
 use crate::fleet_tables::{Advice, Choice, HostLine};
 use crate::output::print;
@@ -63,7 +63,7 @@ pub(crate) fn run(
             let picture = placer.picture(fleet.until)?;
             let known = picture.find(host);
             if known.is_none() {
-                return Err(Refused::unknown_host(host).into());
+                return Err(Unknown::host(host).into());
             }
             let mark = (!undo).then(drain_mark);
             placer.mark(host, mark.as_ref(), fleet.until)?;

@@ -2,8 +2,8 @@
 //!
 //! `ch-fleet agent` manages the memory of one host's VMs; `ch-fleet fleet` uses the store that several hosts share;
 //! every other command queries a running agent over its socket. Responses are printed on standard output as a table or
-//! as JSON, errors as a chain of causes on standard error. Exit status: 0 success, 1 error, 2 usage error, 3 refused, 5
-//! timeout; `run` and `wake` exit with their VMM's status.
+//! as JSON, errors as a chain of causes on standard error. `docs/fleet.md` lists the exit
+//! statuses.
 
 mod agent_command;
 mod allocator;
@@ -33,7 +33,7 @@ use anyhow::{Context, Result};
 use clap::{CommandFactory, Parser};
 
 use args::{Arguments, Command, Output};
-use ask::{Agent, Refused};
+use ask::{Agent, Unknown};
 use fleet::agent::{JournalPage, PinRequest, ReleaseRequest, ReserveAnswer, ReserveRequest};
 use fleet::model::Bytes;
 use output::print;
@@ -159,7 +159,7 @@ fn explain(agent: &Agent, vm: Option<&str>, output: Output, out: &mut dyn Write)
         entries.into_iter().filter(|entry| entry["vm"] == vm)
     };
     let Some(explanation) = of_vm("explanations").next() else {
-        return Err(Refused::unknown_vm(vm).into());
+        return Err(Unknown::vm(vm).into());
     };
     let whole = serde_json::json!({
         "explanation": explanation,

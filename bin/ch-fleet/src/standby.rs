@@ -25,7 +25,7 @@ use rustix::process::{Signal, geteuid, pidfd_send_signal};
 use serde::Deserialize;
 
 use crate::args::{Output, WakeMode, WakeOptions};
-use crate::ask::{Agent, Locked, Refused, status_of};
+use crate::ask::{Agent, Locked, Unknown, status_of};
 use crate::output::print;
 use crate::run;
 
@@ -83,7 +83,7 @@ pub(crate) fn discard(agent: &Agent, vm: &str) -> Result<()> {
 /// Wakes a VM, and waits for its end.
 pub(crate) fn wake(agent: &Agent, options: &WakeOptions) -> Result<ExitCode> {
     let vm = options.vm.as_str();
-    let entry = find(agent, vm)?.ok_or_else(|| Refused::not_in_standby(vm))?;
+    let entry = find(agent, vm)?.ok_or_else(|| Unknown::not_in_standby(vm))?;
     let lock = lock(&Path::new(&entry.folder).join("lock"), vm)?;
     let request = WakeRequest {
         vm: vm.to_owned(),

@@ -6,7 +6,7 @@ use std::io::{self, IsTerminal, Write};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use ratatui::crossterm::event::{self, Event, KeyEventKind};
 
 use crate::args::{Output, TopOptions};
@@ -15,16 +15,7 @@ use crate::output::print;
 use crate::screen::{Screen, draw};
 use crate::tables;
 
-/// Minimum and maximum time between two rounds, seconds.
-const DELAY_SECONDS: std::ops::RangeInclusive<f64> = 0.1..=3600.0;
-
 pub(crate) fn run(agent: &Agent, options: &TopOptions, output: Output) -> Result<()> {
-    ensure!(
-        DELAY_SECONDS.contains(&options.delay),
-        "--delay must be between {} and {} seconds",
-        DELAY_SECONDS.start(),
-        DELAY_SECONDS.end()
-    );
     let delay = Duration::from_secs_f64(options.delay);
     let stdout = io::stdout();
     if options.batch || output == Output::Json || !stdout.is_terminal() {

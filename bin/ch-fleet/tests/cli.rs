@@ -279,6 +279,44 @@ fn commands_without_an_agent_say_so() {
 }
 
 #[test]
+fn exit_statuses_are_the_documented_ones() {
+    let agent = Agent::start();
+    let scenario = agent.folder.path().join("scenario");
+    let text = "name = 'a'\nlasts = '10min'\nsettle = '1min'\n[hosts]\nmemory = '8GiB'\n\
+                [[guests]]\ncount = 1\nmemory = '4GiB'\n\
+                load = { shape = 'burst', low = '15%', high = '65%', period = '15min', lasts = '5min' }\n[check]\nstalled_max = '100%'\n";
+    fs::write(&scenario, text).unwrap();
+    let unmet = agent.folder.path().join("unmet");
+    fs::write(&unmet, format!("{text}ballooned_peak_min = '100%'\n")).unwrap();
+    let (scenario, unmet) = (scenario.to_str().unwrap(), unmet.to_str().unwrap());
+    let socket = "--api-socket=/a";
+    for (arguments, code) in [
+        (&["doctor"][..], 0),
+        (&["simulate", scenario], 0),
+        (&["simulate", unmet], 1),
+        (&["simulate", "/nonexistent"], 1),
+        (&["explain", "nobody"], 1),
+        (&["top", "-n", "1", "--delay", "0"], 2),
+        (&["stauts"], 2),
+        (&["run", "--", "sh", socket, "--memory", "sise=1G"], 2),
+    ] {
+        let output = agent.ask(arguments);
+        assert_eq!(
+            output.status.code(),
+            Some(code),
+            "{arguments:?}: {output:?}"
+        );
+    }
+    let killed = agent.run("64M", "kill -KILL $$");
+    assert_eq!(killed.status.code(), Some(128 + 9), "{killed:?}");
+    let absent = Command::new(PROGRAM)
+        .args(["--socket", "/nonexistent/agent.sock", "doctor"])
+        .output()
+        .unwrap();
+    assert_eq!(absent.status.code(), Some(1), "{absent:?}");
+}
+
+#[test]
 fn fleet_commands_without_a_store_say_so() {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("agent.toml");

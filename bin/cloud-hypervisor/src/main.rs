@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::Context;
+use api::options::OptionError;
 use clap::{CommandFactory, Parser};
 
 use args::Arguments;
@@ -37,9 +38,15 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("{}", api::chain_report("Cloud Hypervisor", error.as_ref()));
-            ExitCode::FAILURE
+            exit_code(&error)
         }
     }
+}
+
+/// Exit status for a failure: 2 if an option cannot be parsed, as for one that clap rejects.
+fn exit_code(error: &anyhow::Error) -> ExitCode {
+    let is_usage = error.chain().any(|cause| cause.is::<OptionError>());
+    ExitCode::from(if is_usage { 2 } else { 1 })
 }
 
 /// Prints the version in upstream's format.

@@ -182,6 +182,10 @@ fn program_bad_values_end_in_one_chain_and_leave_nothing_behind() {
             "A balloon of 536870912 bytes",
         ),
         (
+            "--kernel /k --disk path=/a,image_type=qcow",
+            "Error parsing --disk",
+        ),
+        (
             "--kernel /k --balloon colour=red",
             "unknown parameter \"colour\"",
         ),
@@ -210,8 +214,14 @@ fn program_bad_values_end_in_one_chain_and_leave_nothing_behind() {
             _ => format!("{line} --api-socket {}", socket.display()),
         };
         let output = output(&with_socket);
-        assert_eq!(output.status.code(), Some(1), "{line}");
         let text = stderr(&output);
+        // A value that cannot be parsed is a usage error; a VM that cannot exist is not.
+        let code = if text.contains("Error parsing --") {
+            2
+        } else {
+            1
+        };
+        assert_eq!(output.status.code(), Some(code), "{line}: {text}");
         let mut lines = text.lines();
         assert_eq!(
             lines.next(),
