@@ -7,6 +7,9 @@ use std::path::PathBuf;
 #[cfg(test)]
 use crate::options::{KeyDefault, KeyReference, OptionReference};
 use crate::options::{OptionError, OptionFault, Options};
+use crate::similar::similar;
+
+const KEYS: [&str; 2] = ["path", "fd"];
 
 /// A path, or an inherited descriptor.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,7 +33,10 @@ impl PathOrFd {
     /// # Errors
     /// An unknown key, a malformed descriptor, or not exactly one of the two.
     pub fn parse_api_socket(text: &str) -> Result<Self, OptionError> {
-        if !text.is_empty() && !text.starts_with("path=") && !text.starts_with("fd=") {
+        let key = text.split_once('=').map(|(key, _)| key);
+        // A misspelt key is an error. Any other text is a path, which may contain `=`.
+        let is_key = key.is_some_and(|key| similar(key, KEYS).is_some());
+        if !text.is_empty() && !is_key {
             return Ok(Self::Path(PathBuf::from(text)));
         }
         Self::parse("api-socket", text)
@@ -65,7 +71,7 @@ impl PathOrFd {
     }
 
     fn parse(option: &'static str, text: &str) -> Result<Self, OptionError> {
-        let options = Options::parse(option, text, ["path", "fd"][..].into())?;
+        let options = Options::parse(option, text, KEYS[..].into())?;
         match (options.text("path"), options.get::<u16>("fd")?) {
             (Some(path), None) => Ok(Self::Path(PathBuf::from(path))),
             (None, Some(fd)) => Ok(Self::Fd(fd.into())),

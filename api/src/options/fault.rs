@@ -3,7 +3,7 @@
 use byte_size::SizeError;
 use thiserror::Error;
 
-use crate::similar::{did_you_mean, similar};
+use crate::similar::{did_you_mean, similar, suggestion_among};
 
 /// Maximum length of an option. A kernel command line, the longest legitimate value, is below 64 KiB.
 pub const OPTION_LENGTH_MAX: usize = 128 << 10;
@@ -146,12 +146,20 @@ pub enum ValueError {
     )]
     Topology(String),
     /// Not one of a few words.
-    #[error("{word:?} is not one of {known}")]
+    #[error("{word:?} is not one of {known}{}", suggestion_among(word, known.split(", ")))]
     Word {
         /// The word.
         word: String,
-        /// The known words.
+        /// The known words, separated by a comma and a space.
         known: String,
+    },
+    /// Not a number that the key can hold.
+    #[error("{text:?} is not a whole number from 0 to {max}")]
+    Number {
+        /// The text.
+        text: String,
+        /// The largest number.
+        max: String,
     },
     /// The type's own parser rejected the text.
     #[error("{0}")]

@@ -89,9 +89,29 @@ macro_rules! read_by_from_str {
 }
 
 read_by_from_str!("<text>": String);
-read_by_from_str!("<number>": u8, u16, u32, u64, usize);
 read_by_from_str!("<ip_addr>": IpAddr);
 read_by_from_str!("<mac_addr>": MacAddr);
+
+macro_rules! numbers {
+    ($($name:ty),*) => {
+        $(
+            impl OptionValue for $name {
+                fn values() -> String {
+                    "<number>".to_owned()
+                }
+
+                fn read(text: &str) -> Result<Self, ValueError> {
+                    text.parse().map_err(|_| ValueError::Number {
+                        text: text.to_owned(),
+                        max: Self::MAX.to_string(),
+                    })
+                }
+            }
+        )*
+    };
+}
+
+numbers!(u8, u16, u32, u64, usize);
 
 macro_rules! lists_of_integers {
     ($($name:ty),*) => {

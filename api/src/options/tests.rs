@@ -5,6 +5,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::config::{CpusConfig, DiskConfig, NetConfig, PathOrFd};
 use crate::error_chain;
 
 const KEYS: &[&str] = &["size", "shared", "cmdline", "list", "map"];
@@ -121,6 +122,33 @@ fn options_bad_value_tells_key_value_and_reason() {
              512M or 1.5GiB"
         ]
     );
+}
+
+#[test]
+fn value_that_is_not_one_of_the_words_or_numbers_is_rejected_with_the_accepted_ones() {
+    for (error, expected) in [
+        (
+            DiskConfig::parse("path=/a,image_type=qcow").map(drop),
+            "\"qcow\" is not one of vmdk, vhd, qcow2, raw, vhdx (did you mean \"qcow2\"?)",
+        ),
+        (
+            CpusConfig::parse("boot=1,features=amxx").map(drop),
+            "\"amxx\" is not one of amx (did you mean \"amx\"?)",
+        ),
+        (
+            NetConfig::parse("mtu=1k").map(drop),
+            "\"1k\" is not a whole number from 0 to 65535",
+        ),
+        (
+            PathOrFd::parse_api_socket("pth=/x").map(drop),
+            "unknown parameter \"pth\" (did you mean \"path\"?); known are path, fd",
+        ),
+    ] {
+        let chain = error_chain(&error.unwrap_err());
+        assert_eq!(chain.last().unwrap(), expected, "{chain:?}");
+    }
+    let path = PathOrFd::parse_api_socket("/run/x=y").unwrap();
+    assert_eq!(path, PathOrFd::Path("/run/x=y".into()));
 }
 
 #[test]
