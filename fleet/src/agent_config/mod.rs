@@ -5,6 +5,7 @@
 //! file is first checked separately, so that an error names its file.
 
 mod load;
+#[cfg(test)]
 mod reference;
 mod rules;
 mod store;
@@ -13,7 +14,6 @@ mod store;
 mod tests;
 
 pub use load::{LoadError, Loaded, SettingsFault, load, load_for};
-pub use reference::reference;
 pub use rules::RuleFault;
 pub use store::{StoreFault, StoreSection};
 
@@ -49,6 +49,7 @@ pub struct AgentConfig {
 /// `[agent]`: the agent itself. Read at the start; a reload does not change it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct AgentSection {
     /// Socket on which the agent accepts requests.
     pub socket: PathBuf,
@@ -56,9 +57,9 @@ pub struct AgentSection {
     pub state_dir: PathBuf,
     /// Address of the metrics and the page; without it, neither is served.
     pub listen: Option<SocketAddr>,
-    /// Additional names of this host that clients of the page may use, besides its own name and addresses.
+    /// Names of this host that clients of the page may use. Its own name and addresses are always allowed.
     pub listen_names: Vec<String>,
-    /// File with the token that clients of the page must send; without it, no token is required.
+    /// File with the token that clients of the page must send. Without it, no token is required.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token_file: Option<PathBuf>,
     /// File with the certificate of the page; without it, the page is served without TLS.
@@ -71,9 +72,9 @@ pub struct AgentSection {
     pub scan: Millis,
     /// Time between two readings of the host.
     pub host: Millis,
-    /// Stall within `trigger_window` that makes the agent plan at once.
+    /// Stall within `trigger_window` after which the agent plans immediately.
     pub trigger_stall: Millis,
-    /// See `trigger_stall`.
+    /// Time over which the kernel adds up the stall.
     pub trigger_window: Millis,
     /// What happens to the balloons when the agent ends.
     pub on_stop: OnStop,
@@ -131,6 +132,7 @@ const AGENT: &[Row<AgentSection>] = rows! { AgentSection:
 /// What happens to the balloons when the agent ends.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum OnStop {
     /// They stay, so that a restart of the agent does not affect guests.
     #[default]
@@ -142,10 +144,11 @@ pub enum OnStop {
 /// `[discovery]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct DiscoverySection {
     /// Patterns of API sockets.
     pub sockets: Vec<String>,
-    /// Query every matching socket. Otherwise, a socket whose process is known not to be a VMM is skipped, because a
+    /// Query every matching socket. Otherwise, the agent skips a socket whose process is known not to be a VMM, because a
     /// request would break a back end that serves a single connection.
     pub any_program: bool,
 }
@@ -162,10 +165,11 @@ impl Default for DiscoverySection {
 /// `[[vm]]`: assigns a policy to VMs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct VmRule {
-    /// Pattern of names.
+    /// Pattern of VM names.
     pub name: String,
-    /// Name of a `[policy.…]`.
+    /// Name of the policy of these VMs.
     pub policy: String,
 }
 

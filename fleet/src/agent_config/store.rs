@@ -21,6 +21,7 @@ const LEASE_MAX: Millis = Millis::seconds(600);
 /// `[store]`. Read at the start; a reload does not change it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct StoreSection {
     /// Members of the etcd cluster, `http://host:port` or `https://host:port`; if empty, this host is standalone.
     pub endpoints: Vec<String>,
@@ -46,7 +47,7 @@ pub struct StoreSection {
     pub host: Option<String>,
     /// Time for which a host without contact counts as available.
     pub lease: Millis,
-    /// Time limit of a call to the store.
+    /// Time limit of a call to the store, at most `lease`.
     pub deadline: Millis,
 }
 
@@ -106,6 +107,7 @@ pub enum StoreFault {
 
 impl StoreSection {
     /// Minimum and maximum lease.
+    #[cfg(test)]
     pub(super) const LEASE: (Millis, Millis) = (LEASE_MIN, LEASE_MAX);
 
     /// Whether there is a store.

@@ -8,6 +8,7 @@ use crate::model::{Amount, Bytes, Fraction};
 /// `[control]`
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct ControlConfig {
     /// Time between two plans; a pressure trigger plans at once.
     pub plan: Millis,
@@ -21,11 +22,11 @@ pub struct ControlConfig {
     pub misses_max: u32,
     /// Number of good samples required before memory is taken from a VM.
     pub samples_min: u32,
-    /// Differences below this, or below `dead_band_part` of the VM if that is more, are not acted on.
+    /// The agent does not act on differences below this. `dead_band_part` of the VM applies instead if it is more.
     pub dead_band: Bytes,
-    /// See `dead_band`.
+    /// The same limit as a fraction of the VM's configured size.
     pub dead_band_part: Fraction,
-    /// Maximum memory taken from a VM in one plan while the host is yellow; double while orange, four times while red.
+    /// Maximum memory taken from a VM in one plan while the host is yellow. Double while orange, four times while red.
     pub step: Bytes,
     /// The same limit as a fraction of its configured size.
     pub step_part: Fraction,
@@ -37,34 +38,33 @@ pub struct ControlConfig {
     pub suffer: Fraction,
     /// A guest with less available memory than this is suffering as well.
     pub suffer_min: Bytes,
-    /// Repopulated memory per minute, as a fraction of the resident memory, above which a guest's balloon does harm.
+    /// Repopulated memory per minute above which a guest's balloon counts as harmful. A fraction of the resident memory.
     pub repopulate_max: Fraction,
     /// Completion time of reports (p99) above which steps are smaller, µs.
     pub report_p99_us_max: u64,
-    /// Free fraction of the usable memory above which guests in need receive the memory that they lack.
+    /// Free fraction of usable memory above which guests in need receive what they lack.
     pub give_above: Fraction,
     /// Free fraction above which the other guests receive memory, too.
     pub relax_above: Fraction,
-    /// After memory was given to a VM, nothing is taken from it for this time, doubled for each reversal.
+    /// Time without taking memory from a VM after it received some. Doubled for each reversal.
     pub block_take: Millis,
-    /// After memory was taken from a VM, nothing is given to it for this time, unless it suffers.
+    /// Time without giving memory to a VM after it lost some. A suffering VM does not wait.
     pub block_give: Millis,
     /// Maximum of `block_take` after reversals.
     pub block_max: Millis,
     /// A balloon that moved less than `stuck_rate` for this long is stuck.
     pub stuck_after: Millis,
-    /// Bytes per second.
+    /// Bytes per second below which a moving balloon counts as stuck.
     pub stuck_rate: Bytes,
     /// A stuck balloon is tried again after this time, doubled each time.
     pub stuck_retry: Millis,
-    /// Maximum of that time.
+    /// Maximum time between two attempts with a stuck balloon.
     pub stuck_retry_max: Millis,
-    /// Reaction time: the time that the manager needs to get memory back. Memory that guests take meanwhile must be
-    /// available.
+    /// Time that the agent needs to get memory back. Memory that guests take during this time must be available.
     pub react: Millis,
     /// Quantile of the growth per window of `react` that the burst figure covers.
     pub burst_quantile: Fraction,
-    /// Fraction of the callable liability that is assumed as the burst while there are few measurements.
+    /// Burst assumed while there are few measurements, as a fraction of the callable liability.
     pub burst_prior: Fraction,
     /// The safety rules in force.
     #[serde(skip)]
@@ -110,10 +110,11 @@ impl Default for ControlConfig {
 /// `[admission]`
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct AdmissionConfig {
     /// Fraction of a new VM's memory above its minimum that must also be available.
     pub above_min: Fraction,
-    /// Maximum configured memory of all VMs, as a multiple of the usable memory; limits the risk of unmeasured
+    /// Maximum configured memory of all VMs, as a multiple of the usable memory. Limits the risk of unmeasured
     /// behaviour.
     pub overcommit_max: f64,
     /// A reservation that is not confirmed within this time is released.
@@ -139,12 +140,13 @@ impl Default for AdmissionConfig {
 /// `[last_resort]`: measures allowed on a red host when nothing else helps. By default none, only reporting.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct LastResortConfig {
-    /// Time for which a host must be red, without relief by balloons, before each further step.
+    /// Time for which a host must be red before each further step. Relief by balloons restarts it.
     pub after: Millis,
     /// Throttle VMs of the lowest classes with `memory.high`.
     pub memory_high: bool,
-    /// Let those VMs use the host's swap.
+    /// Let VMs of the lowest classes use the host's swap.
     pub swap: bool,
     /// Pause VMs of the class `batch`.
     pub pause: bool,

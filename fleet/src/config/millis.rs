@@ -9,6 +9,7 @@ use crate::model::ParseQuantityError;
 
 /// A number of milliseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Millis(pub u64);
 
 impl Millis {
@@ -42,6 +43,7 @@ impl FromStr for Millis {
 impl fmt::Display for Millis {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
+            ms if ms % 3_600_000 == 0 && ms > 0 => write!(f, "{}h", ms / 3_600_000),
             ms if ms % 60_000 == 0 && ms > 0 => write!(f, "{}min", ms / 60_000),
             ms if ms % 1000 == 0 => write!(f, "{}s", ms / 1000),
             ms => write!(f, "{ms}ms"),
@@ -70,7 +72,12 @@ mod tests {
 
     #[test]
     fn times_with_units_are_read_and_written() {
-        for (text, ms) in [("150ms", 150), ("10s", 10_000), ("2min", 120_000)] {
+        for (text, ms) in [
+            ("150ms", 150),
+            ("10s", 10_000),
+            ("2min", 120_000),
+            ("168h", 604_800_000),
+        ] {
             assert_eq!(text.parse(), Ok(Millis(ms)));
             assert_eq!(Millis(ms).to_string(), text);
         }

@@ -49,6 +49,7 @@ pub struct Config {
 /// `[host]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct HostConfig {
     /// Memory that is never handed out.
     pub reserve: Amount,

@@ -7,23 +7,24 @@ use crate::model::{Amount, Bytes, Fraction, PriorityClass, VmPolicy};
 /// Limits and weight of a VM. Fractions refer to its configured size.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct PolicyConfig {
-    /// Its guaranteed memory.
+    /// Guaranteed memory.
     pub min: Amount,
     /// Lower bound of `min`.
     pub floor: Bytes,
-    /// Its maximum memory.
+    /// Maximum memory.
     pub max: Amount,
-    /// Its weight.
+    /// Weight when memory is distributed; with 0 the VM is not managed.
     pub shares: u32,
-    /// Its priority class.
+    /// Priority class.
     pub class: PriorityClass,
-    /// Whether its balloon may be moved.
+    /// Whether the balloon may be moved.
     pub balloon: bool,
-    /// Whether its reporting policy may be changed.
+    /// Whether the reporting policy may be changed.
     pub reporting: bool,
-    /// Whether its control group may be limited (`memory.max`) according to the balloon that it reports, so that a
-    /// lying guest harms only itself.
+    /// Whether the control group may be limited (`memory.max`). The limit follows the balloon that the guest reports, so
+    /// that a lying guest harms only itself.
     pub enforce: bool,
 }
 

@@ -6,6 +6,7 @@
 use std::fmt;
 
 use api::ReportingPolicy;
+use device_facts::reporting_policy::Unit;
 
 use super::{Config, ConfigFault, Millis, PolicyConfig};
 use crate::model::{Amount, Bytes, Fraction};
@@ -57,9 +58,27 @@ impl Range {
     }
 }
 
+/// A fraction in the syntax of a file.
+fn part(part: f64) -> String {
+    format!("{}%", (part * 1e4).round() / 100.0)
+}
+
+/// In the syntax of a file.
+#[cfg(test)]
+impl fmt::Display for Quantity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::Time(ms) => write!(f, "{}", Millis(ms)),
+            Self::Size(bytes) => f.write_str(&size(bytes)),
+            Self::Part(fraction) => f.write_str(&part(fraction)),
+            Self::Count(count) => write!(f, "{count}"),
+            Self::Number(number) => write!(f, "{number}"),
+        }
+    }
+}
+
 impl fmt::Display for Range {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let part = |part: f64| format!("{}%", (part * 1e4).round() / 100.0);
         match *self {
             Self::Time(min, max) => write!(f, "{} to {}", Millis(min), Millis(max)),
             Self::Size(min, max) => write!(f, "{} to {}", size(min), size(max)),
@@ -239,8 +258,14 @@ pub(crate) fn config(config: &Config) -> Vec<Entry> {
         // The VMM rejects a policy out of its bounds.
         all.extend(ReportingPolicy::TABLE.iter().map(|setting| Entry {
             key: format!("reporting.{state}.{}", setting.name),
-            range: R::Count(setting.min, setting.max.min(SIZE_MAX)),
-            value: setting.value(policy).into(),
+            range: match setting.unit {
+                Unit::Bytes => R::Size(setting.min, setting.max.min(SIZE_MAX)),
+                Unit::Order | Unit::Count | Unit::Ms => R::Count(setting.min, setting.max),
+            },
+            value: match setting.unit {
+                Unit::Bytes => Quantity::Size(setting.value(policy)),
+                Unit::Order | Unit::Count | Unit::Ms => setting.value(policy).into(),
+            },
         }));
     }
     all

@@ -12,6 +12,7 @@ use crate::model::{Bytes, Fraction, HostState};
 /// Two values with a dead band between them.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Band {
     /// The state begins when the free fraction of the usable memory is below this.
     pub enter: Fraction,
@@ -22,6 +23,7 @@ pub struct Band {
 /// `[thresholds]`
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Thresholds {
     /// Getting scarce.
     pub yellow: Band,
@@ -29,8 +31,8 @@ pub struct Thresholds {
     pub orange: Band,
     /// About to run out.
     pub red: Band,
-    /// Memory pressure (PSI some, mean of 10 s, as a fraction of time) at which yellow, orange and red begin; they end
-    /// at half of it.
+    /// Memory pressure at which yellow, orange and red begin. Each ends at half of its value. The pressure is the mean of
+    /// 10 s of PSI `some`, as a fraction of time.
     pub pressure: [Fraction; 3],
     /// Pressure counts only while less than this fraction of the usable memory is free. With more free memory, the VMs
     /// are not its cause, and taking memory from them would not help.

@@ -12,6 +12,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// A number of bytes. Arithmetic saturates, so that a guest's false figure cannot wrap around to a small one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Bytes(pub u64);
 
 impl Bytes {
@@ -171,6 +172,7 @@ impl<'de> Deserialize<'de> for Bytes {
 
 /// A fraction: 0.15, written `"15%"` or `0.15`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, PartialOrd)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Fraction(pub f64);
 
 impl FromStr for Fraction {
@@ -210,6 +212,7 @@ impl<'de> Deserialize<'de> for Fraction {
 
 /// Bytes, or a fraction of an amount that is known only later: `"2GiB"` or `"50%"`.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum Amount {
     /// A number of bytes.
     Bytes(Bytes),

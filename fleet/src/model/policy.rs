@@ -22,6 +22,7 @@ use super::Bytes;
 )]
 #[serde(rename_all = "lowercase")]
 #[strum(serialize_all = "lowercase")]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum PriorityClass {
     /// May be paused, and even killed, if the settings allow it.
     Batch,
