@@ -86,7 +86,7 @@ impl Kubernetes {
             // Another client has already created it.
             CONFLICT => Ok(()),
             404 => Err(HttpError::Missing(format!(
-                "The cluster knows no {KIND} of {API_VERSION}: apply crd.yaml"
+                "the cluster does not define {KIND} of {API_VERSION}: apply crd.yaml"
             ))),
             _ => answer.good().map(drop),
         }

@@ -88,7 +88,7 @@ fn follow(arguments: &Arguments, scheduler: &mut Scheduler) -> Result<()> {
         // Logged once when the agent stops responding, and once when it responds again.
         match &heard {
             Err(error) if agent_answers => log(&format!("the agent does not respond: {error:#}")),
-            Ok(_) if !agent_answers => log("the agent answers again"),
+            Ok(_) if !agent_answers => log("the agent responds again"),
             _ => {}
         }
         agent_answers = heard.is_ok();
@@ -151,8 +151,8 @@ fn scheduler(target: &Target) -> Result<Scheduler> {
 /// The API server, from a pod's environment.
 fn in_cluster(access: &Access) -> Result<Service> {
     let variable = |name: &str| {
-        std::env::var(name)
-            .with_context(|| format!("Outside of a cluster --server is needed: no {name}"))
+        let value = std::env::var(name).ok();
+        value.with_context(|| format!("--server is required outside a cluster ({name} is not set)"))
     };
     let host = variable("KUBERNETES_SERVICE_HOST")?;
     let port = variable("KUBERNETES_SERVICE_PORT")?;

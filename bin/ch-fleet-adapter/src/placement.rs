@@ -102,7 +102,7 @@ impl Placement {
             }
             Value::Null => {
                 return Err(HttpError::Missing(format!(
-                    "Placement knows no resource provider {:?}; --create makes it",
+                    "Placement has no resource provider {:?}; --create creates it",
                     self.provider
                 )));
             }

@@ -17,7 +17,7 @@ pub(crate) fn run(agent: &Agent, command: &ConfigCommand, out: &mut dyn Write) -
                 .files
                 .iter()
                 .map(|file| format!("{}\n", file.display()));
-            format!("{}the settings hold\n", files.collect::<String>())
+            format!("{}settings are valid\n", files.collect::<String>())
         }
         ConfigCommand::Show {
             config: Some(config),

@@ -89,12 +89,12 @@ fn host(proc: &Path, sys: &Path) -> Vec<Finding> {
         .lines()
         .any(|line| line.starts_with("SwapTotal:") && !line.contains(" 0 kB"));
     findings.push(if swap {
-        finding(Grade::Good, "swap", "there is swap for the last resort")
+        finding(Grade::Good, "swap", "swap is available for the last resort")
     } else {
         finding(
             Grade::Note,
             "swap",
-            "no swap: what does not fit is killed; balloons must react in time",
+            "no swap: if guests need memory faster than balloons shrink, the kernel kills VMs",
         )
     });
     let huge = fs::read_to_string(sys.join("kernel/mm/transparent_hugepage/enabled"));
@@ -122,14 +122,14 @@ fn agent_and_vms(agent: &Agent) -> Vec<Finding> {
         findings.push(finding(
             Grade::Bad,
             "settings",
-            "the last reload was refused: ch-fleet config check",
+            "the last reload was rejected; run ch-fleet config check",
         ));
     }
     if !status.host.trigger {
         findings.push(finding(
             Grade::Note,
             "trigger",
-            "no pressure trigger: reactions take up to a second longer",
+            "no pressure trigger: the agent reacts up to one second later",
         ));
     }
     if let Some(store) = &status.store {
@@ -138,13 +138,13 @@ fn agent_and_vms(agent: &Agent) -> Vec<Finding> {
                 Grade::Good,
                 "store",
                 format!(
-                    "{} answers in {:.1} ms, this host is in it as {}",
+                    "{} responds in {:.1} ms; this host is registered as {}",
                     store.endpoints.join(", "),
                     store.latency_us as f64 / 1e3,
                     store.host
                 ),
             ),
-            None => finding(Grade::Note, "store", "this host is not in it yet"),
+            None => finding(Grade::Note, "store", "this host is not registered yet"),
             Some(error) => finding(
                 Grade::Bad,
                 "store",
@@ -162,13 +162,15 @@ fn vm_finding(vm: &VmStatus) -> Finding {
         _ if vm.interlock.as_deref() == Some("huge-pages") => finding(
             Grade::Note,
             "vm",
-            format!("{name}: not managed, its memory comes from the host's pool of huge pages"),
+            format!(
+                "{name}: not managed, because its memory comes from the host's pool of huge pages"
+            ),
         ),
         (Some(failure), _) if !vm.up && failure == "resident" => finding(
             Grade::Bad,
             "vm",
             format!(
-                "{name}: how much memory it has cannot be read from /proc; nothing is taken from it"
+                "{name}: cannot read its resident memory from /proc; the agent takes no memory from it"
             ),
         ),
         (Some(failure), _) if !vm.up => {
@@ -182,19 +184,19 @@ fn vm_finding(vm: &VmStatus) -> Finding {
                 if vm.reporting {
                     ""
                 } else {
-                    ", free page reporting is not at work"
+                    ", free page reporting is inactive"
                 }
             ),
         ),
         (_, 1) => finding(
             Grade::Good,
             "vm",
-            format!("{name}: level 1, the guest's statistics without what came back"),
+            format!("{name}: level 1, guest statistics only, no reclaim statistics"),
         ),
         _ => finding(
             Grade::Note,
             "vm",
-            format!("{name}: level 0, nothing is known from inside; taken from carefully"),
+            format!("{name}: level 0, no guest statistics; the agent takes memory in small steps"),
         ),
     }
 }
@@ -221,7 +223,7 @@ mod tests {
         let found = vm_finding(&vm);
         assert_eq!(found.grade, Grade::Bad);
         assert!(
-            found.text.contains("web: how much memory it has"),
+            found.text.contains("web: cannot read its resident memory"),
             "{found:?}"
         );
         let huge = VmStatus {

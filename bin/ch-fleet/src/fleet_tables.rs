@@ -158,7 +158,7 @@ fn lines(out: &mut dyn Write, host: &str, found: &Moves) -> io::Result<()> {
         let why = match why {
             StayReason::Fixed => "stays: it cannot be moved",
             StayReason::Rests(_) => "stays: it was moved not long ago",
-            StayReason::NoHost => "stays: no host takes it",
+            StayReason::NoHost => "stays: no other host has room",
         };
         writeln!(out, "{host:<20} {:<20} {why}", clip(vm.as_str(), 20))?;
     }

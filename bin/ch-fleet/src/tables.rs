@@ -61,7 +61,7 @@ pub(crate) fn host(out: &mut dyn Write, status: &Status) -> io::Result<()> {
     )?;
     writeln!(
         out,
-        "pressure some {:.1} % full {:.1} %  swap in {:#}/s out {:#}/s  lacking {:#}  wanted {:#}  coming {:#}  owed {:#}",
+        "pressure some {:.1} % full {:.1} %  swap in {:#}/s out {:#}/s  short {:#}  wanted {:#}  pending {:#}  owed {:#}",
         pressure.some_avg10,
         pressure.full_avg10,
         host.facts.swap_in_per_s,
@@ -84,9 +84,9 @@ pub(crate) fn host(out: &mut dyn Write, status: &Status) -> io::Result<()> {
 /// The store in one line.
 fn store(out: &mut dyn Write, store: &StoreStatus) -> io::Result<()> {
     let state = match (store.registered, &store.error) {
-        (true, None) => "in step".to_owned(),
-        (_, Some(error)) => format!("OUT OF STEP: {error}"),
-        (false, None) => "not yet in step".to_owned(),
+        (true, None) => "in sync".to_owned(),
+        (_, Some(error)) => format!("OUT OF SYNC: {error}"),
+        (false, None) => "joining".to_owned(),
     };
     writeln!(
         out,

@@ -235,13 +235,13 @@ fn lowest_minimum(request: &Request, free: Bytes, above_min: Fraction) -> Bytes 
 impl fmt::Display for Obstacle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Short(bytes) => write!(f, "{bytes} are missing"),
+            Self::Short(bytes) => write!(f, "{bytes} more memory is needed"),
             Self::State(state) => write!(f, "the host is {state}"),
             Self::Overcommit { would_be, allowed } => write!(
                 f,
-                "all VMs together would have {would_be:.2} times the usable memory, {allowed:.2} is allowed"
+                "all VMs together would have {would_be:.2} times the usable memory, but {allowed:.2} is the limit"
             ),
-            Self::TooLarge(most) => write!(f, "the host can never give more than {most}"),
+            Self::TooLarge(most) => write!(f, "a VM on this host can have at most {most}"),
         }
     }
 }
@@ -252,11 +252,11 @@ impl fmt::Display for Remedy {
             Self::Wait { for_bytes, about } => {
                 write!(
                     f,
-                    "wait about {about}, in which guests can give {for_bytes}"
+                    "wait about {about}; guests can release {for_bytes} by then"
                 )
             }
             Self::Release(bytes) => write!(f, "confirm or release reservations of {bytes}"),
-            Self::LowerMinimum(min) => write!(f, "ask for a minimum of at most {min}"),
+            Self::LowerMinimum(min) => write!(f, "lower --min to {min}"),
             Self::Shrink(max) => write!(f, "make the VM no larger than {max}"),
             Self::MakeRoom(bytes) => write!(f, "stop or move VMs that occupy {bytes}"),
             Self::RaiseOvercommit(factor) => {
@@ -272,7 +272,7 @@ impl fmt::Display for Refusal {
         let against = list(self.obstacles.iter().map(ToString::to_string).collect());
         write!(
             f,
-            "no: {} needed, {} can be promised; {against}",
+            "the VM needs {}, but only {} can be reserved: {against}",
             self.needed, self.free
         )?;
         if self.remedies.is_empty() {

@@ -53,10 +53,7 @@ fn refusal_says_what_is_missing_and_what_would_help() {
         ]
     );
     let text = refusal.to_string();
-    assert!(
-        text.contains("ask for a minimum of at most 3.00 GiB"),
-        "{text}"
-    );
+    assert!(text.contains("lower --min to 3.00 GiB"), "{text}");
 }
 
 #[test]

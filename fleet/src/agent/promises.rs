@@ -414,7 +414,7 @@ impl Promises {
         let total = situation.facts.pool.total;
         Err(Refused {
             why: format!(
-                "no: {size} of huge pages needed, {free} of the pool of {total} can be promised",
+                "{size} of huge pages requested; {free} of the {total} pool can be reserved",
             ),
             for_good: *size > total,
             needs: None,
@@ -487,14 +487,14 @@ impl Promises {
             return match same {
                 true => Ok(()),
                 false => Err(format!(
-                    "a reservation {:?} is here already, and is another one",
+                    "reservation id {:?} is already in use on this host",
                     entry.id
                 )),
             };
         }
         let vm = checked_name(entry.vm.clone())?;
         if situation.rounds.has_vm(&vm) {
-            return Err(format!("a VM {vm:?} runs here already"));
+            return Err(format!("VM {vm:?} is already running on this host"));
         }
         if situation.standby.holds(&vm) {
             return Err(in_standby(&vm));
@@ -532,7 +532,10 @@ impl Promises {
         for id in withdrawn {
             match self.book.release(&id) {
                 Ok(entry) => {
-                    let text = format!("reservation of {} taken back from afar", entry.promised);
+                    let text = format!(
+                        "reservation of {} withdrawn through the store",
+                        entry.promised
+                    );
                     journal.enter("admission", &entry.vm, text);
                 }
                 Err(error) => log::error!("{}", api::chain_report("reservations", &error)),

@@ -121,7 +121,7 @@ impl VmRounds {
                 && let Some(stranger) = owners.stranger(&found.socket)
             {
                 return Err(StartRefusal {
-                    why: format!("{stranger} listens there, which is not a VMM"),
+                    why: format!("the socket belongs to {stranger}, which is not a VMM"),
                     looks: STRANGER_LOOKS,
                 });
             }
@@ -244,7 +244,7 @@ impl VmRounds {
         let (before, now) = (plan.host.state_before, plan.host.state);
         if before != now {
             let text = format!(
-                "{before} → {now}: {} of the usable memory free, {} lacking",
+                "{before} → {now}: {} of the usable memory free, {} short",
                 plan.host.free, plan.host.shortage
             );
             journal.enter("state", "", text);
@@ -527,7 +527,7 @@ impl VmRounds {
             if let Some(to) = vm.to_resend(now_ms)
                 && vm.order(Order::Balloon(to))
             {
-                let text = format!("balloon → {to} once more: it was not confirmed");
+                let text = format!("balloon target {to} sent again: the VMM did not confirm it");
                 journal.enter("action", vm.id.as_str(), text);
             }
         }

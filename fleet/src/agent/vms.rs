@@ -538,7 +538,7 @@ mod tests {
                 starts += 1;
                 if starts < 3 {
                     return Err(StartRefusal {
-                        why: "no VMM listens there yet".to_owned(),
+                        why: "no VMM listens on the socket yet".to_owned(),
                         looks: 1,
                     });
                 }

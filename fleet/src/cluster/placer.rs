@@ -63,7 +63,7 @@ pub struct PlaceRefusal {
 impl fmt::Display for PlaceRefusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.hosts.is_empty() && self.said.is_empty() {
-            return f.write_str("no host is there");
+            return f.write_str("no host is registered");
         }
         let counts = self.hosts.iter().map(|(refusal, count)| {
             let hosts = if *count == 1 { "host" } else { "hosts" };
@@ -74,7 +74,7 @@ impl fmt::Display for PlaceRefusal {
             .iter()
             .map(|(host, text)| format!("{host}: {text}"));
         let all: Vec<String> = counts.chain(said).collect();
-        write!(f, "no host takes it; {}", all.join("; "))
+        write!(f, "no host accepts the VM: {}", all.join("; "))
     }
 }
 

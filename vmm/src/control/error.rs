@@ -109,7 +109,7 @@ pub enum LifecycleError {
     Saving,
     /// After a migration that failed, another process may have them.
     #[error(
-        "The VM has not taken its disks again since a migration failed: wait until it runs, or use vm.resume"
+        "The VM's disks are still locked elsewhere after a failed migration: wait until the VM resumes, or call vm.resume"
     )]
     DisksReleased,
     /// The machine would be paused until its RAM is complete.

@@ -250,7 +250,9 @@ fn line_with_the_id_of_another_reservation_gets_a_no() {
             let answer = &lines.find(|line| line["placer"] == vm && line["id"] == **id)?["answer"];
             (answer["is"] == "refused").then(|| {
                 assert!(
-                    answer["because"].to_string().contains("is here already"),
+                    answer["because"]
+                        .to_string()
+                        .contains("is already in use on this host"),
                     "{answer}"
                 );
             })
