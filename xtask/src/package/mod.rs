@@ -100,3 +100,83 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::collections::BTreeSet;
+    use std::path::{Component, Path, PathBuf};
+
+    use super::*;
+
+    const DOCUMENTS: &str = "usr/share/doc/cloud-hypervisor-balloon/";
+
+    /// The packaged documents, by their paths in the repository.
+    fn documents() -> BTreeSet<PathBuf> {
+        let root = paths::workspace();
+        let manifest = fs::read_to_string(root.join("bin/cloud-hypervisor/Cargo.toml")).unwrap();
+        let mut files = BTreeSet::new();
+        for line in manifest.lines().filter(|line| line.contains(DOCUMENTS)) {
+            let words: Vec<&str> = line.split('"').collect();
+            let source = words[1].strip_prefix("../../").unwrap();
+            let place = words[3].strip_prefix(DOCUMENTS).unwrap();
+            let (folder, name) = source.rsplit_once('/').unwrap_or(("", source));
+            assert_eq!(
+                folder,
+                place.trim_end_matches('/'),
+                "{source} changes its folder"
+            );
+            let Some((_, end)) = name.split_once('*') else {
+                files.insert(PathBuf::from(source));
+                continue;
+            };
+            for entry in fs::read_dir(root.join(folder)).unwrap() {
+                let name = entry.unwrap().file_name().into_string().unwrap();
+                if name.ends_with(end) {
+                    files.insert(Path::new(folder).join(name));
+                }
+            }
+        }
+        files
+    }
+
+    /// The path without `..`.
+    fn normal(path: &Path) -> PathBuf {
+        let mut normal = PathBuf::new();
+        for part in path.components() {
+            match part {
+                Component::ParentDir => drop(normal.pop()),
+                part => normal.push(part),
+            }
+        }
+        normal
+    }
+
+    #[test]
+    fn links_of_packaged_documents_lead_to_packaged_files() {
+        let files = documents();
+        let mut checked = 0;
+        for document in files
+            .iter()
+            .filter(|file| file.extension().is_some_and(|it| it == "md"))
+        {
+            let text = fs::read_to_string(paths::workspace().join(document)).unwrap();
+            for (line, target) in test_docs::links(&text) {
+                let path = target.split('#').next().unwrap_or_default();
+                if target.contains("://") || path.is_empty() {
+                    continue;
+                }
+                let path = normal(&document.parent().unwrap().join(path));
+                let is_there = files.iter().any(|file| file.starts_with(&path));
+                assert!(
+                    is_there,
+                    "{}:{line}: {target} is not packaged",
+                    document.display()
+                );
+                checked += 1;
+            }
+        }
+        assert!(checked > 50, "only {checked} links were seen");
+    }
+}
