@@ -5,9 +5,8 @@
 //! whether this guest does.
 
 use std::collections::BTreeMap;
-use std::sync::LazyLock;
 
-use api_macros::Words;
+use api_macros::{Words, section};
 use device_facts::reporting_policy::Unit;
 use device_facts::{ReportingPolicy, ReportingPolicyChange};
 use schemars::JsonSchema;
@@ -15,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::bounded::list;
-use crate::options::{OptionError, OptionFault, Options, parse_bytes};
+use crate::options::{OptionError, Options, parse_bytes};
 
 /// Alerts with their states, and the reporting policy.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
@@ -155,39 +154,41 @@ pub struct ReclaimThresholdsChange {
 }
 
 /// Changes of one alert, which is created if none has this name. A new alert needs `figure`, `direction` and `enter`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[section(
+    option = "set",
+    about = "Set an alert or the reporting policy:",
+    parse = "parse_one"
+)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AlertChange {
     /// Name in events; unique in a VM.
+    #[key("<name>", required)]
     pub name: String,
     /// A number of `vm.reclaim-stats` by its path, or a counter of `vm.counters`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[key("<figure>")]
     pub figure: Option<String>,
     /// Side of `enter` on which the alert is active.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[key]
     pub direction: Option<AlertDirection>,
     /// The alert becomes active when the figure is beyond this value.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[key("<value>", read = parse_bytes)]
     pub enter: Option<u64>,
     /// The alert ends when the figure is at this value or on its safe side. When absent in a new alert, the value
     /// of `enter`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[key("<value>", read = parse_bytes)]
     pub leave: Option<u64>,
     /// Time for which the figure must be beyond `enter` before the alert becomes active, ms. When absent in a new alert,
     /// 0.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[key("<ms>")]
     pub duration_ms: Option<u64>,
 }
-
-const ALERT_KEYS: &[&str] = &["figure", "direction", "enter", "leave", "duration_ms"];
-const POLICY_KEYS: &[&str] = ReportingPolicy::NAMES;
-static KEYS: LazyLock<Vec<&str>> = LazyLock::new(|| [&["name"], ALERT_KEYS, POLICY_KEYS].concat());
 
 impl ReclaimThresholdsChange {
     /// Syntax of `ch-remote reclaim-thresholds --set`.
     pub fn syntax() -> String {
         format!(
-            "Set an alert or the reporting policy: \"name=<name>,figure=<figure>,direction=above|below,enter=<value>,leave=<value>,\
-             duration_ms=<ms>\" or \"{}\"",
+            "{} or \"{}\"",
+            AlertChange::syntax(),
             ReportingPolicy::syntax()
         )
     }
@@ -198,31 +199,22 @@ impl ReclaimThresholdsChange {
     /// # Errors
     /// An unknown key, a malformed value, or keys of both kinds.
     pub fn parse(text: &str) -> Result<Self, OptionError> {
-        let options = Options::parse("set", text, KEYS.as_slice().into())?;
-        let given =
-            |keys: &[&'static str]| keys.iter().copied().find(|key| options.text(key).is_some());
-        let Some(name) = options.get::<String>("name")? else {
-            if given(ALERT_KEYS).is_some() || given(POLICY_KEYS).is_none() {
-                return Err(options.missing("name"));
-            }
+        let alert = AlertChange::keys();
+        let alert_keys = alert.names().to_vec();
+        let options = Options::parse("set", text, alert.and(ReportingPolicy::NAMES))?;
+        let given = |keys: &[&'static str]| keys.iter().any(|key| options.text(key).is_some());
+        if given(&["name"]) {
+            let alerts = vec![AlertChange::parse_one(text)?];
             return Ok(Self {
-                reporting_policy: Some(policy_change(&options)?),
+                alerts,
                 ..Self::default()
             });
-        };
-        if let Some(key) = given(POLICY_KEYS) {
-            return Err(options.refuse(OptionFault::unknown_key(key, ALERT_KEYS)));
         }
-        let alert = AlertChange {
-            name,
-            figure: options.get("figure")?,
-            direction: options.get("direction")?,
-            enter: options.read("enter", parse_bytes)?,
-            leave: options.read("leave", parse_bytes)?,
-            duration_ms: options.get("duration_ms")?,
-        };
+        if given(&alert_keys) || !given(ReportingPolicy::NAMES) {
+            return Err(options.missing("name"));
+        }
         Ok(Self {
-            alerts: vec![alert],
+            reporting_policy: Some(policy_change(&options)?),
             ..Self::default()
         })
     }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 #[cfg(test)]
 use crate::options::{KeyDefault, KeyReference, OptionReference};
-use crate::options::{OptionError, OptionFault, Options};
+use crate::options::{Keys, OptionError, OptionFault, Options};
 use crate::similar::similar;
 
 const KEYS: [&str; 2] = ["path", "fd"];
@@ -71,7 +71,7 @@ impl PathOrFd {
     }
 
     fn parse(option: &'static str, text: &str) -> Result<Self, OptionError> {
-        let options = Options::parse(option, text, KEYS[..].into())?;
+        let options = Options::parse(option, text, Keys::default().and(&KEYS))?;
         match (options.text("path"), options.get::<u16>("fd")?) {
             (Some(path), None) => Ok(Self::Path(PathBuf::from(path))),
             (None, Some(fd)) => Ok(Self::Fd(fd.into())),

@@ -49,6 +49,18 @@ impl Keys {
         &self.help
     }
 
+    /// The names of all keys.
+    pub(crate) fn names(&self) -> &[&'static str] {
+        &self.keys
+    }
+
+    /// Adds keys whose help is elsewhere.
+    pub(crate) fn and(mut self, keys: &[&'static str]) -> Self {
+        self.keys.extend(keys);
+        self.shown.extend(keys);
+        self
+    }
+
     pub(super) fn has_key(&self, key: &str) -> bool {
         self.keys.contains(&key)
     }
@@ -78,16 +90,6 @@ impl Keys {
                 let known: Vec<_> = self.shown.iter().chain(&self.flags).copied().collect();
                 Err(OptionFault::unknown_key(key, &known))
             }
-        }
-    }
-}
-
-impl From<&[&'static str]> for Keys {
-    fn from(keys: &[&'static str]) -> Self {
-        Self {
-            keys: keys.to_vec(),
-            shown: keys.to_vec(),
-            ..Self::default()
         }
     }
 }

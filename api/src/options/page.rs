@@ -121,14 +121,11 @@ fn page(old: &str) -> String {
         "\n## {heading}\n\n| Key | Unit | Default | Since | Meaning |\n| --- | --- | --- | --- | --- |\n"
     );
     let mut meanings = Meanings::default();
-    for (key, schema) in properties::<AlertChange>()
-        .as_object()
-        .into_iter()
-        .flatten()
-    {
+    for key in AlertChange::reference().keys {
+        let (key, doc) = (key.syntax[0].split('=').next().unwrap_or_default(), key.doc);
         let name = format!("`{key}`");
         let (unit, default) = (alert_unit(key), alert_default(key));
-        let doc = meanings.cell(&name, &without_unit(&description(schema), unit));
+        let doc = meanings.cell(&name, &without_unit(doc, unit));
         let since = versions.get(heading, &[&name]);
         let _ = writeln!(page, "| {name} | {unit} | {default} | {since} | {doc} |");
     }
@@ -293,6 +290,7 @@ mod tests {
             }
         }
         let page = sections().into_iter().chain(commands());
+        let page = page.chain([AlertChange::reference()]);
         let page: BTreeSet<_> = page.map(|it| it.option.to_owned()).collect();
         assert_eq!(page, declared);
     }

@@ -12,7 +12,7 @@ const KEYS: &[&str] = &["size", "shared", "cmdline", "list", "map"];
 const FLAGS: &[&str] = &["tty", "off"];
 
 fn parse(text: &str) -> Result<Options, OptionError> {
-    let mut keys = Keys::from(KEYS);
+    let mut keys = Keys::default().and(KEYS);
     keys.alternatives(FLAGS);
     Options::parse("test", text, keys)
 }
