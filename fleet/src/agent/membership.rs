@@ -16,6 +16,7 @@ use super::store_link::{StoreHealth, StoreLink};
 use crate::agent_config::{AgentConfig, StoreSection};
 use crate::cluster::{HeldReservation, Keys, Member};
 use crate::model::Bytes;
+use crate::state_file;
 use crate::store::Store;
 
 /// How long the store's thread waits for the control loop.
@@ -113,8 +114,6 @@ fn instance(state_dir: &Path) -> io::Result<String> {
         _ => {}
     }
     let made = fs::read_to_string("/proc/sys/kernel/random/uuid")?;
-    let beside = state_dir.join("instance.new");
-    fs::write(&beside, &made)?;
-    fs::rename(&beside, &path)?;
+    state_file::replace(&path, made.as_bytes())?;
     Ok(made.trim().to_owned())
 }
