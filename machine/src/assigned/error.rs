@@ -16,6 +16,18 @@ pub enum AssignError {
         #[source]
         source: io::Error,
     },
+    /// The device has no group, or VFIO does not have the group.
+    #[error(
+        "cannot find {} in VFIO: is an IOMMU enabled, and are the device and all others of its IOMMU group bound to \
+         vfio-pci?",
+        path.display()
+    )]
+    NoGroup {
+        /// The device.
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     /// Neither the IOMMU nor VFIO.
     #[error("cannot use VFIO: is an IOMMU enabled, and the module vfio-pci loaded?")]
     Container(#[source] VfioError),

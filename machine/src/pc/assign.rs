@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::{fs, io};
 
 use virtio_devices::dma::DmaEndpoint;
 use virtio_devices::iommu::IommuHandle;
@@ -32,17 +33,33 @@ impl Assignment {
     /// Checks what needs neither KVM nor VFIO.
     ///
     /// # Errors
-    /// The folder is not that of a PCI device.
+    /// The folder is not that of a PCI device, or VFIO does not have the device's group.
     pub fn check(&self) -> Result<(), PcError> {
-        let vendor = std::fs::metadata(self.path.join("vendor"));
-        vendor.map(drop).map_err(|source| PcError::Assign {
-            id: self.id.clone(),
-            source: AssignError::NotPci {
-                path: self.path.clone(),
+        let path = || self.path.clone();
+        let vendor = fs::metadata(self.path.join("vendor"));
+        let checked = vendor
+            .map_err(|source| AssignError::NotPci {
+                path: path(),
                 source,
-            },
+            })
+            .and_then(|_| {
+                vfio_group(&self.path).map_err(|source| AssignError::NoGroup {
+                    path: path(),
+                    source,
+                })
+            });
+        checked.map(drop).map_err(|source| PcError::Assign {
+            id: self.id.clone(),
+            source,
         })
     }
+}
+
+/// The file of the device's group. It exists once a device of the group is bound to a driver of VFIO.
+fn vfio_group(device: &Path) -> io::Result<fs::Metadata> {
+    let group = fs::read_link(device.join("iommu_group"))?;
+    let name = group.file_name().unwrap_or_default();
+    fs::metadata(Path::new("/dev/vfio").join(name))
 }
 
 /// An open device, and its connection to the virtual IOMMU if it is behind it.
@@ -150,5 +167,30 @@ impl Pc {
         let device = (Arc::new(device) as _, dma.clone());
         let function = AssignedFunction::new(id, device, slots, vectors)?;
         Ok(Assigned { function, dma })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn device_that_vfio_does_not_have_is_refused_before_anything_is_opened() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().to_owned();
+        let assignment = Assignment {
+            id: "a".to_owned(),
+            place: Place::default(),
+            path: path.clone(),
+            iommu: None,
+        };
+        let refusal = || api::error_line(&assignment.check().unwrap_err());
+        assert!(refusal().contains("is not the folder of a PCI device"));
+        fs::write(path.join("vendor"), "0x8086").unwrap();
+        assert!(refusal().contains("its IOMMU group"), "{}", refusal());
+        symlink("/sys/kernel/iommu_groups/none", path.join("iommu_group")).unwrap();
+        assert!(refusal().contains("its IOMMU group"), "{}", refusal());
     }
 }
