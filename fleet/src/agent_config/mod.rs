@@ -78,7 +78,7 @@ pub struct AgentSection {
     pub trigger_window: Millis,
     /// What happens to the balloons when the agent ends.
     pub on_stop: OnStop,
-    /// Folder for VMs in standby; without it, none is put there.
+    /// Folder for VMs in standby; without it, standby is off.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub standby_dir: Option<PathBuf>,
     /// Time limit of each request that saves a VM.

@@ -10,7 +10,7 @@ use crate::model::{Amount, Bytes, Fraction};
 #[serde(default, deny_unknown_fields)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct ControlConfig {
-    /// Time between two plans; a pressure trigger plans at once.
+    /// Time between two plans; a pressure trigger plans immediately.
     pub plan: Millis,
     /// Time between two samples of a VM.
     pub sample: Millis,
@@ -44,7 +44,7 @@ pub struct ControlConfig {
     pub report_p99_us_max: u64,
     /// Free fraction of usable memory above which guests in need receive what they lack.
     pub give_above: Fraction,
-    /// Free fraction above which the other guests receive memory, too.
+    /// Free fraction above which the other guests also receive memory.
     pub relax_above: Fraction,
     /// Time without taking memory from a VM after it received some. Doubled for each reversal.
     pub block_take: Millis,
@@ -56,7 +56,7 @@ pub struct ControlConfig {
     pub stuck_after: Millis,
     /// Bytes per second below which a moving balloon counts as stuck.
     pub stuck_rate: Bytes,
-    /// A stuck balloon is tried again after this time, doubled each time.
+    /// Time after which a stuck balloon is retried, doubled each time.
     pub stuck_retry: Millis,
     /// Maximum time between two attempts with a stuck balloon.
     pub stuck_retry_max: Millis,
@@ -142,7 +142,7 @@ impl Default for AdmissionConfig {
 #[serde(default, deny_unknown_fields)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct LastResortConfig {
-    /// Time for which a host must be red before each further step. Relief by balloons restarts it.
+    /// Time for which a host must be red before each further step. The time restarts when balloons bring relief.
     pub after: Millis,
     /// Throttle VMs of the lowest classes with `memory.high`.
     pub memory_high: bool,

@@ -51,7 +51,7 @@ pub struct Config {
 #[serde(default, deny_unknown_fields)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct HostConfig {
-    /// Memory that is never handed out.
+    /// Memory that is never reserved for VMs.
     pub reserve: Amount,
     /// Control group of the VMs, below `/sys/fs/cgroup`. If its limit is smaller than the machine's memory, the limit
     /// is "the host".

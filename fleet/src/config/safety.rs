@@ -33,7 +33,7 @@ pub enum SafetyRule {
     Stuck,
     /// Claims are checked against resident memory.
     Trust,
-    /// A suffering guest gets its memory back at once.
+    /// A suffering guest gets its memory back immediately.
     GiveBack,
     /// Nothing changes between two close values.
     DeadBand,
@@ -41,7 +41,7 @@ pub enum SafetyRule {
     Blocking,
     /// Nothing is taken from a VM that does not respond.
     Stale,
-    /// Memory that guests may take at once is kept available.
+    /// Memory that guests may take simultaneously is kept available.
     Burst,
 }
 

@@ -16,7 +16,7 @@ use crate::model::{Bytes, Fraction, HostState};
 pub struct Band {
     /// The state begins when the free fraction of the usable memory is below this.
     pub enter: Fraction,
-    /// The state ends when it is above this.
+    /// The state ends when the free fraction is above this.
     pub leave: Fraction,
 }
 
@@ -31,11 +31,11 @@ pub struct Thresholds {
     pub orange: Band,
     /// About to run out.
     pub red: Band,
-    /// Memory pressure at which yellow, orange and red begin. Each ends at half of its value. The pressure is the mean of
-    /// 10 s of PSI `some`, as a fraction of time.
+    /// Memory pressure at which yellow, orange and red begin. Each state ends at half of its value. The pressure is
+    /// the mean of 10 s of PSI `some`, as a fraction of time.
     pub pressure: [Fraction; 3],
     /// Pressure counts only while less than this fraction of the usable memory is free. With more free memory, the VMs
-    /// are not its cause, and taking memory from them would not help.
+    /// do not cause the pressure, and taking memory from them would not help.
     pub pressure_below: Fraction,
 }
 
@@ -76,7 +76,7 @@ pub struct ReportingConfig {
     /// While memory is plentiful, for guests that take back most of what they report: report only memory that stayed
     /// free for long.
     pub calm: ReportingPolicy,
-    /// While memory is scarce: report everything at once.
+    /// While memory is scarce: report everything immediately.
     pub eager: ReportingPolicy,
     /// Ratio of repopulated to discarded memory, percent, above which a guest counts as churning.
     pub churn_percent: u64,
