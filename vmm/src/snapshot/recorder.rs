@@ -1,4 +1,4 @@
-//! Records what is written after a snapshot, so that the next one needs only that.
+//! Records which pages are written after a snapshot, so that the next snapshot needs to save only these.
 
 use std::path::Path;
 
