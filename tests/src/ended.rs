@@ -57,12 +57,12 @@ impl Ended {
         })
     }
 
-    /// The links of the chain of errors, which must be the only output, with exit status 1.
+    /// The links of the chain of errors, which must be the only output, with exit status 2 if an option cannot be parsed,
+    /// else 1.
     ///
     /// # Errors
     /// It ended with another status or printed something else.
     pub fn chain(&self, program: &str) -> Result<Vec<String>> {
-        ensure!(self.code == Some(1), "{self:?}");
         ensure!(self.stdout.is_empty(), "{self:?}");
         let mut lines = self.stderr.lines();
         let heading = format!("Error: {program} exited with the following chain of errors:");
@@ -78,6 +78,9 @@ impl Ended {
             })
             .collect::<Result<_>>()?;
         ensure!(!links.is_empty() && lines.next().is_none(), "{self:?}");
+        let is_usage = links[0].starts_with("Error parsing --");
+        let code = if is_usage { 2 } else { 1 };
+        ensure!(self.code == Some(code), "{self:?}");
         Ok(links)
     }
 
