@@ -52,6 +52,8 @@ pub struct WorkerOptions {
     pub sample: Duration,
     /// Time limit of a request.
     pub deadline: Duration,
+    /// Whether to find out what the VM does.
+    pub wants_activity: bool,
     /// Paths of processes and control groups.
     pub files: GroupFiles,
     /// Zero of the planner's clock.
@@ -78,6 +80,13 @@ pub struct VmEvent {
     pub worker: u64,
     /// The kind of event.
     pub kind: VmEventKind,
+}
+
+impl VmEvent {
+    /// Whether it is a sample.
+    pub(crate) fn is_sample(&self) -> bool {
+        matches!(self.kind, VmEventKind::Sampled(..))
+    }
 }
 
 /// See [`VmEvent`].
@@ -288,6 +297,7 @@ impl Thread {
             at_ms: u64::try_from(at.as_millis()).unwrap_or(u64::MAX),
             policy_in_effect: self.policy.map(|(in_effect, _)| in_effect),
             guest_age_ms_max: u64::try_from(self.options.sample.as_millis()).unwrap_or(u64::MAX),
+            wants_activity: self.options.wants_activity,
             claims_before: self.claims,
         };
         let mut reading = read_vm(round, &info, &mut self.level_max)?;
@@ -444,6 +454,7 @@ mod tests {
         let options = WorkerOptions {
             sample: Duration::from_millis(50),
             deadline: DEADLINE,
+            wants_activity: false,
             files: GroupFiles {
                 proc: files.proc,
                 cgroup_root: files.cgroup_root,

@@ -27,7 +27,7 @@ struct Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
-        // The VMMs end with their sockets' last request, or are killed with their commands' group.
+        // The VMM does not end with the command that started it.
         if let Some(pid) = self.pid() {
             let _ = Command::new("kill").args(["-9", &pid.to_string()]).status();
         }
@@ -110,6 +110,15 @@ impl Host {
 
     /// Runs a guest that writes and verifies memory and a disk.
     fn run_guest(&mut self, memory: &str) -> Result<usize> {
+        let run = self.run_scenario(memory, "scenario=chaos")?;
+        self.wait_rounds(0)?;
+        wait_for("the agent to know it", PROCESS_DEADLINE, || {
+            Ok(self.vm()?.is_some_and(|vm| vm["up"] == true).then_some(()))
+        })?;
+        Ok(run)
+    }
+
+    fn run_scenario(&mut self, memory: &str, scenario: &str) -> Result<usize> {
         let disk = self.path("disk.raw");
         fs::File::create(&disk)?.set_len(1 << 20)?;
         let program = paths::program("cloud-hypervisor")?;
@@ -122,7 +131,7 @@ impl Host {
             "--kernel".to_owned(),
             text(&image()?)?,
             "--cmdline".to_owned(),
-            "scenario=chaos".to_owned(),
+            scenario.to_owned(),
             "--memory".to_owned(),
             memory.to_owned(),
             "--balloon".to_owned(),
@@ -135,12 +144,7 @@ impl Host {
             format!("file={}", text(&self.path("serial"))?),
         ];
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        let run = self.spawn(&arguments, "run.log")?;
-        self.wait_rounds(0)?;
-        wait_for("the agent to know it", PROCESS_DEADLINE, || {
-            Ok(self.vm()?.is_some_and(|vm| vm["up"] == true).then_some(()))
-        })?;
-        Ok(run)
+        self.spawn(&arguments, "run.log")
     }
 
     fn socket(&self) -> PathBuf {
@@ -440,7 +444,6 @@ fn vm_that_finds_the_disk_full_runs_again() -> Result<()> {
         return Ok(());
     }
     let result = find_disk_full(&mut host);
-    drop(host);
     // Lazily, because a folder may still be removed.
     ensure!(mount(&["umount", "--lazy"]), "it cannot be unmounted");
     result
@@ -524,5 +527,58 @@ fn vm_that_does_not_fit_or_does_not_start_sleeps_on() -> Result<()> {
     ensure!(host.ask(&["discard", VM, "--yes"])?.status.success());
     ensure!(host.folders()?.is_empty() && host.entry()?.is_none());
     ensure!(host.ask(&["wake", VM])?.status.code() == Some(1));
+    Ok(())
+}
+
+#[test]
+fn client_that_is_killed_while_it_wakes_a_vm_leaves_one_vm() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let mut host = Host::start()?;
+    host.run_guest("size=256M")?;
+    host.standby()?;
+    let before = host.newest_round();
+    let record = host.path("standby").join(VM).join("record.json");
+    let wake = host.spawn(&["wake", VM], "wake.log")?;
+    wait_for("the record", PROCESS_DEADLINE, || {
+        let text = fs::read_to_string(&record).unwrap_or_default();
+        Ok((!text.contains("\"standby\"")).then_some(()))
+    })?;
+    host.runs[wake].kill()?;
+    host.runs[wake].wait()?;
+    // Its VMM, if it has started one, loads the snapshot, and the agent resumes the VM.
+    let wake = match host.wait_one()? {
+        true => Some(host.wake()?),
+        false => None,
+    };
+    host.wait_rounds(before)?;
+    match wake {
+        Some(wake) => host.expect_nothing_lost(wake),
+        None => Ok(()),
+    }
+}
+
+#[test]
+fn guest_that_is_idle_goes_to_standby_by_itself() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let mut host = Host::start()?;
+    // The agent's own requests keep a VMM without optimisation busy, too.
+    let policy = "[policy.default]\nidle_standby = '2s'\nidle_cpu = '50%'\n";
+    write_settings(host.folder.path(), policy)?;
+    host.replace_agent()?;
+    // When it has done its work, it waits for interrupts.
+    let run = host.run_scenario("size=256M", "scenario=pci stay")?;
+    wait_for("the VM in standby", SCENARIO_DEADLINE, || {
+        let entry = host.entry()?;
+        Ok(entry.filter(|entry| entry["phase"] == "standby").map(drop))
+    })
+    .with_context(|| host.last_words())?;
+    ensure!(host.wait_end(run)? == Some(0));
+    let events = host.ask(&["events"])?;
+    let told = String::from_utf8_lossy(&events.stdout).into_owned();
+    ensure!(told.contains("idle for "), "{told}");
     Ok(())
 }

@@ -172,7 +172,13 @@ impl ControlLoop {
         match event {
             Event::Vm(event) => {
                 let is_noted = self.standby.note(&event);
+                let sampled = event.is_sample().then(|| event.id.clone());
                 self.due.plan_wanted |= self.rounds.event(event, &self.config, &mut self.journal);
+                if let Some(vm) = sampled {
+                    let (config, journal) = (&self.config, &mut self.journal);
+                    self.standby
+                        .watch(vm.as_str(), config, &mut self.rounds, journal);
+                }
                 if is_noted {
                     self.follow_standby();
                     self.publish();

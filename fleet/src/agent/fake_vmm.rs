@@ -109,6 +109,10 @@ pub struct FakeVm {
     pub refuses_snapshot: bool,
     /// Whether its VMM has ended.
     pub ended: bool,
+    /// Bytes that its disk transfers per request for counters, and those so far.
+    pub works: u64,
+    /// See `works`.
+    pub io_bytes: u64,
     /// The fault of its VMM.
     pub fault: Fault,
     /// Every requested size, and when.
@@ -137,6 +141,8 @@ impl FakeVm {
             refuses_balloon: false,
             refuses_snapshot: false,
             ended: false,
+            works: 0,
+            io_bytes: 0,
             fault: Fault::None,
             resizes: Vec::new(),
             requests: 0,
@@ -438,6 +444,13 @@ fn respond(vm: &mut FakeVm, request: &Request) -> String {
                 fs::write(folder.join(name), "{}").unwrap();
             }
             done()
+        }
+        ("vm.counters", _) => {
+            vm.io_bytes += vm.works;
+            ok(&format!(
+                r#"{{"_disk0":{{"read_bytes":{},"read_ops":77}}}}"#,
+                vm.io_bytes
+            ))
         }
         ("vmm.shutdown", _) => {
             vm.ended = true;

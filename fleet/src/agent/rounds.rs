@@ -48,6 +48,7 @@ pub(super) fn with_threads(
         let options = WorkerOptions {
             sample: control.sample.duration(),
             deadline: control.sample_deadline.duration(),
+            wants_activity: config.idle_policy(&found.name).is_some(),
             files: files.clone(),
             clock: clock.zero(),
             counters: Arc::clone(&counters),
@@ -148,8 +149,14 @@ impl VmRounds {
         if let Ok(discovery) = Discovery::new(&config.discovery.sockets) {
             self.discovery = discovery;
         }
+        let watches = |config: &AgentConfig, vm: &Vm| config.idle_policy(vm.id.as_str()).is_some();
+        let is_other = |vm: &Vm| watches(before, vm) != watches(config, vm);
+        let other_watch = self.vms.iter().any(is_other);
         let (before, after) = (&before.planning.control, &config.planning.control);
-        if before.sample != after.sample || before.sample_deadline != after.sample_deadline {
+        if before.sample != after.sample
+            || before.sample_deadline != after.sample_deadline
+            || other_watch
+        {
             let serve = &self.serve;
             self.vms
                 .restart(|found, number| serve(found, number, config));

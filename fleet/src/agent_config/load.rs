@@ -69,6 +69,12 @@ pub enum LoadError {
         /// The folder.
         path: PathBuf,
     },
+    /// Idle VMs cannot be put in standby.
+    #[error("policy.{policy}.idle_standby needs agent.standby_dir")]
+    IdleStandby {
+        /// The policy.
+        policy: String,
+    },
     /// There is no program that would wake a VM.
     #[error("agent.wake_command must name a program")]
     WakeCommand,
@@ -256,6 +262,13 @@ fn check(config: &AgentConfig) -> Result<(), LoadError> {
     if let Some(path) = agent.standby_dir.as_ref().filter(|path| !suits(path)) {
         let path = path.clone();
         return Err(LoadError::StandbyDir { path });
+    }
+    let mut policies = config.planning.policy.iter();
+    if agent.standby_dir.is_none()
+        && let Some((policy, _)) = policies.find(|(_, policy)| policy.watches_idle())
+    {
+        let policy = policy.clone();
+        return Err(LoadError::IdleStandby { policy });
     }
     if agent.wake_command.first().is_none_or(String::is_empty) {
         return Err(LoadError::WakeCommand);

@@ -23,7 +23,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::config::ranges::{Range, Row, rows};
-use crate::config::{Config, Millis};
+use crate::config::{Config, Millis, PolicyConfig};
 use crate::model::{Bytes, VmPolicy};
 
 /// Default path of the file.
@@ -194,6 +194,17 @@ impl AgentConfig {
     /// Limits of a VM of `configured` bytes under its policy.
     pub fn vm_policy(&self, vm: &str, configured: Bytes) -> VmPolicy {
         self.planning.vm_policy(self.policy_name(vm), configured)
+    }
+
+    /// The policy by which a VM that is idle is put in standby; `None` if it never is.
+    pub(crate) fn idle_policy(&self, vm: &str) -> Option<&PolicyConfig> {
+        // Most hosts have none, and a name is compared with every rule.
+        let policies = &self.planning.policy;
+        if !policies.values().any(PolicyConfig::watches_idle) {
+            return None;
+        }
+        let policy = self.planning.policy(self.policy_name(vm));
+        policy.filter(|policy| policy.watches_idle())
     }
 
     /// All settings as TOML, including defaults.

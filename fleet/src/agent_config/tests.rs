@@ -88,6 +88,13 @@ fn fault_is_told_with_the_file_it_is_in() {
         ("[store]\nendpoints = ['https://a:1']\n", "store.ca_file"),
         ("[store]\nendpoints = ['ftp://a:1']\n", "https://"),
         ("[agent]\ntls_key = '/x'\n", "tls_certificate"),
+        ("[agent]\nstandby_dir = 'x'\n", "must begin with /"),
+        ("[agent]\nstandby_dir = '/x\"'\n", "no quotes"),
+        ("[agent]\nwake_command = []\n", "agent.wake_command"),
+        (
+            "[policy.a]\nidle_standby = '1min'\n",
+            "policy.a.idle_standby",
+        ),
         ("[store]\nprefix = 'x'\n", "not a prefix"),
         ("[[vm]]\nname = 'db-['\npolicy = 'default'\n", "db-["),
         ("[[vm]]\nname = ''\npolicy = 'default'\n", "empty"),

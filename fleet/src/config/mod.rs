@@ -89,15 +89,16 @@ impl Config {
         usable.part(self.thresholds.orange.enter)
     }
 
+    /// The policy called `name`; if there is none of that name, `default`.
+    pub(crate) fn policy(&self, name: &str) -> Option<&PolicyConfig> {
+        self.policy.get(name).or_else(|| self.policy.get("default"))
+    }
+
     /// Limits of a VM of `configured` bytes under the policy called `name`; if there is none of that name, `default` or
     /// the built-in values.
     pub fn vm_policy(&self, name: &str, configured: Bytes) -> VmPolicy {
-        self.policy
-            .get(name)
-            .or_else(|| self.policy.get("default"))
-            .cloned()
-            .unwrap_or_default()
-            .resolve(configured)
+        let policy = self.policy(name).cloned().unwrap_or_default();
+        policy.resolve(configured)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::Millis;
 use crate::model::{Amount, Bytes, Fraction, PriorityClass, VmPolicy};
 
 /// Limits and weight of a VM. Fractions refer to its configured size.
@@ -26,6 +27,12 @@ pub struct PolicyConfig {
     /// Whether the control group may be limited (`memory.max`). The limit follows the balloon that the guest reports, so
     /// that a lying guest harms only itself.
     pub enforce: bool,
+    /// Idle time after which the VM is put in standby; 0: never.
+    pub idle_standby: Millis,
+    /// Part of a processor that the VMM of an idle VM uses at most.
+    pub idle_cpu: Fraction,
+    /// Bytes per second that the disks and networks of an idle VM transfer at most.
+    pub idle_io: Bytes,
 }
 
 impl Default for PolicyConfig {
@@ -39,11 +46,19 @@ impl Default for PolicyConfig {
             balloon: true,
             reporting: true,
             enforce: false,
+            idle_standby: Millis(0),
+            idle_cpu: Fraction(0.02),
+            idle_io: Bytes(4 << 10),
         }
     }
 }
 
 impl PolicyConfig {
+    /// Whether an idle VM is put in standby.
+    pub(crate) fn watches_idle(&self) -> bool {
+        self.idle_standby > Millis(0)
+    }
+
     /// Whether its maximum is below its minimum, as far as this is known without the size of a VM.
     pub(super) fn contradicts_itself(&self) -> bool {
         match (self.min, self.max) {

@@ -232,6 +232,9 @@ pub(crate) const POLICY: &[Row<PolicyConfig>] = rows! { PolicyConfig:
     // Linux does not boot with less than 64 MiB, so a smaller limit would make the guest unusable.
     max = R::Amount((64 * MIB, SIZE_MAX), (0.01, 1.0));
     shares = R::Count(0, 1_000_000);
+    idle_standby = R::Time(0, 7 * DAY);
+    idle_cpu = WHOLE;
+    idle_io = R::Size(0, 1 << 40);
 };
 
 /// A key with its section, and its value.

@@ -14,7 +14,7 @@ mod vm_groups;
 mod tests;
 
 pub use process::{Process, ProcessIdentity};
-pub(crate) use process::{ProcessMemory, has_ended, holds_vm, ids_of};
+pub(crate) use process::{ProcessMemory, cpu_ms, has_ended, holds_vm, ids_of};
 pub use reader::{CGROUP_ROOT, HostFiles, HostReader};
 pub use trigger::{PressureTrigger, TriggerError, TriggerLevel, watch_pressure};
 pub(crate) use vm_groups::limiting_groups;

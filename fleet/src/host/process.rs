@@ -11,6 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::param::clock_ticks_per_second;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
@@ -159,6 +160,24 @@ pub(crate) fn ids_of(proc: &Path, pid: i32) -> io::Result<(u32, u32)> {
     };
     let ids = id("Uid:").zip(id("Gid:"));
     ids.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "there is no Uid in its status"))
+}
+
+/// Processor time that a process has used, ms.
+///
+/// # Errors
+/// The process has ended, or the file does not contain it.
+pub(crate) fn cpu_ms(proc: &Path, pid: i32) -> io::Result<u64> {
+    let stat = fs::read_to_string(proc.join(pid.to_string()).join("stat"))?;
+    let ticks = || -> Option<u64> {
+        // As in `ProcessIdentity::of`; fields 14 and 15, of which the first includes the guest's time.
+        let rest = &stat[stat.rfind(')')? + 1..];
+        let mut fields = rest.split_ascii_whitespace().skip(11);
+        let (user, system): (u64, u64) =
+            (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
+        Some(user.saturating_add(system))
+    };
+    let ticks = ticks().ok_or(io::ErrorKind::InvalidData)?;
+    Ok(ticks.saturating_mul(1000) / clock_ticks_per_second().max(1))
 }
 
 /// Host memory of a process.

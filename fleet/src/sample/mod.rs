@@ -10,5 +10,5 @@ pub use discovery::{Discovery, Found, PatternError, SocketIdentity, VMS_MAX};
 pub(crate) use owner::SocketOwners;
 #[cfg(any(test, fuzzing))]
 pub(crate) use reading::figures;
-pub use reading::{PoolUse, SampleFailure, VmReading};
+pub use reading::{Activity, PoolUse, SampleFailure, VmReading};
 pub(crate) use reading::{ProcessFiles, Round, failure_kind, read_info, read_vm};

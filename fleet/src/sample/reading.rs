@@ -4,6 +4,7 @@
 //! 1 adds `vm.balloon-stats`, level 2 `vm.reclaim-stats`. If a VMM returns 404, it lacks the endpoint. Any other error
 //! is inconclusive, because plain Cloud Hypervisor returns 500 for a guest without a driver.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
@@ -12,11 +13,13 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use super::RequestCounters;
-use crate::host::{Process, ProcessMemory};
+use crate::host::{Process, ProcessMemory, cpu_ms};
 use crate::model::{
     Bytes, FeatureLevel, GuestClaims, HugePool, Interlock, ReclaimFigures, VmSample,
 };
 
+/// Counters of `vm.counters` that count transferred bytes: of disks, and of networks.
+const TRANSFERS: [&str; 4] = ["read_bytes", "write_bytes", "rx_bytes", "tx_bytes"];
 /// HTTP status of a VMM that does not know an endpoint or has no VM.
 const NOT_FOUND: u16 = 404;
 
@@ -43,6 +46,17 @@ pub struct VmReading {
     pub sample: VmSample,
     /// Bytes that the guest named on the reporting and inflate queues since its boot.
     pub requested: Bytes,
+    /// What it has done since its start; absent if nobody asks, or its VMM does not tell.
+    pub activity: Option<Activity>,
+}
+
+/// Work of a VM since its start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Activity {
+    /// Processor time of the VMM, with that of the vCPUs, ms.
+    pub cpu_ms: u64,
+    /// Bytes that its disks and networks have transferred.
+    pub io_bytes: u64,
 }
 
 /// A VM's use of the host's pool of huge pages.
@@ -114,6 +128,7 @@ impl VmReading {
             interlock: None,
             sample,
             requested: Bytes::ZERO,
+            activity: None,
         }
     }
 }
@@ -312,6 +327,8 @@ pub(crate) struct Round<'a> {
     pub(crate) policy_in_effect: Option<bool>,
     /// If a guest's figures are older than this, new ones are requested.
     pub(crate) guest_age_ms_max: u64,
+    /// Whether to find out what the VM has done.
+    pub(crate) wants_activity: bool,
     /// The guest's last claims. If a guest stops responding, its claims become outdated, but remain known.
     pub(crate) claims_before: Option<GuestClaims>,
 }
@@ -359,6 +376,9 @@ pub(crate) fn read_vm(
     if *level_max >= FeatureLevel::L1 && !known && reading.has_balloon {
         ask_guest(round, &mut reading, level_max)?;
     }
+    if round.wants_activity {
+        reading.activity = activity(round);
+    }
     if reading.sample.guest.is_none() && round.claims_before.is_some() {
         reading.sample.guest = round.claims_before;
         reading.level = reading.level.max(FeatureLevel::L1);
@@ -387,6 +407,20 @@ fn ask_guest(
         Answer::Absent | Answer::Nothing => {}
     }
     Ok(())
+}
+
+/// What the VM has done. A VM whose VMM does not tell is never idle.
+fn activity(round: Round<'_>) -> Option<Activity> {
+    let ProcessFiles { proc, pid } = round.process;
+    let cpu_ms = cpu_ms(proc, pid).ok()?;
+    let Ok(Answer::Body(body)) = optional(round, Endpoint::VmCounters) else {
+        return None;
+    };
+    let devices: BTreeMap<String, BTreeMap<String, u64>> = serde_json::from_str(&body).ok()?;
+    let counters = devices.values().flatten();
+    let transfers = counters.filter(|(name, _)| TRANSFERS.contains(&name.as_str()));
+    let io_bytes = transfers.fold(0_u64, |sum, (_, bytes)| sum.saturating_add(*bytes));
+    Some(Activity { cpu_ms, io_bytes })
 }
 
 fn policy_in_effect(round: Round<'_>) -> bool {
@@ -455,6 +489,7 @@ fn from_info(info: &Info, pid: i32, at_ms: u64) -> VmReading {
             ..VmSample::default()
         },
         requested: Bytes::ZERO,
+        activity: None,
     }
 }
 

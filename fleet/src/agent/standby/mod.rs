@@ -4,6 +4,7 @@
 //! own thread waits for its VMM.
 
 mod entry;
+mod idle;
 mod step;
 #[cfg(test)]
 mod tests;
@@ -17,12 +18,14 @@ use super::request::{DiscardRequest, StandbyRequest, WokenRequest};
 use super::rounds::VmRounds;
 use super::status::StandbyStatus;
 use crate::agent_config::AgentConfig;
+use crate::config::Millis;
 use crate::execute::{Order, OrderError, SaveError};
 use crate::host::{ProcessIdentity, ids_of};
 use crate::http::{Request, Response};
 use crate::standby::{Phase, Record, StandbyError, StandbyFolder, check_name, clean, names};
 use crate::worker::{OrderDone, VmEvent, VmEventKind};
 use entry::{Entry, Taken};
+use idle::IdleVms;
 use step::Save;
 
 /// Maximum number of steps of one VM at once; the longest way has fewer.
@@ -35,6 +38,7 @@ pub(super) struct Standbys {
     proc: PathBuf,
     clock: Clock,
     entries: BTreeMap<String, Entry>,
+    idle: IdleVms,
 }
 
 impl Standbys {
@@ -53,6 +57,7 @@ impl Standbys {
             proc,
             clock,
             entries: BTreeMap::new(),
+            idle: IdleVms::default(),
         };
         let Some(dir) = dir else {
             return Ok(all);
@@ -89,6 +94,59 @@ impl Standbys {
         journal: &mut Journal,
     ) -> Result<Response, Response> {
         let StandbyRequest { vm: name } = request.json()?;
+        self.save(name, config, rounds, journal)
+            .map(|()| Response::done())
+    }
+
+    /// Puts a VM in standby if it has been idle for as long as its policy says. To be called after each of its samples.
+    pub(super) fn watch(
+        &mut self,
+        name: &str,
+        config: &AgentConfig,
+        rounds: &mut VmRounds,
+        journal: &mut Journal,
+    ) {
+        let Some(vm) = rounds.vm(name) else {
+            return;
+        };
+        let activity = vm.reading.as_ref().and_then(|reading| reading.activity);
+        let at_ms = vm
+            .reading
+            .as_ref()
+            .map_or(0, |reading| reading.sample.at_ms);
+        let (Some(activity), Some(process)) = (activity, vm.process()) else {
+            return;
+        };
+        let policy = config.idle_policy(name);
+        // A pinned VM, for example, is not put in standby, and may be idle for long.
+        let Some(policy) = policy.filter(|_| vm.interlock().is_none()) else {
+            self.idle.forget(name);
+            return;
+        };
+        let idle_ms = self.idle.sampled(name, process, (at_ms, activity), policy);
+        if idle_ms < policy.idle_standby.0 {
+            return;
+        }
+        // If this fails, it is tried again after the same time.
+        self.idle.forget(name);
+        let text = match self.save(name.to_owned(), config, rounds, journal) {
+            Ok(()) => format!("idle for {}", Millis(idle_ms)),
+            Err(refusal) => format!(
+                "idle for {}, but not saved: {}",
+                Millis(idle_ms),
+                String::from_utf8_lossy(&refusal.body)
+            ),
+        };
+        journal.enter("standby", name, text);
+    }
+
+    fn save(
+        &mut self,
+        name: String,
+        config: &AgentConfig,
+        rounds: &mut VmRounds,
+        journal: &mut Journal,
+    ) -> Result<(), Response> {
         let Some(dir) = self.dir.clone() else {
             let text = "Set agent.standby_dir to put VMs in standby".to_owned();
             return Err(Response::error(400, &[text]));
@@ -121,7 +179,7 @@ impl Standbys {
         rounds.hold(&name, true);
         journal.enter("standby", &name, "saving".to_owned());
         self.entries.insert(name, entry);
-        Ok(Response::done())
+        Ok(())
     }
 
     /// What is known of a VM that may be saved now.
@@ -287,6 +345,7 @@ impl Standbys {
     pub(super) fn follow(&mut self, rounds: &mut VmRounds, journal: &mut Journal) -> Vec<String> {
         let (mut freed, mut removed) = (Vec::new(), Vec::new());
         let at = (self.proc.as_path(), self.clock.now_ms());
+        self.idle.keep(|name| rounds.has_vm(name));
         for (name, entry) in &mut self.entries {
             rounds.hold(name, entry.is_moving());
             for _ in 0..STEPS_MAX {

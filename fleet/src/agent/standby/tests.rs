@@ -11,8 +11,8 @@ use strum::VariantArray as _;
 use super::step::{Save, SeenVm, Sight, Step};
 use crate::agent::fake_vmm::{DEADLINE, FakeVm, Fault, GIB, World, wait};
 use crate::agent::{Agent, AgentOptions, StandbyStatus, WakeAnswer};
-use crate::agent_config::AgentConfig;
-use crate::config::Millis;
+use crate::agent_config::{AgentConfig, VmRule};
+use crate::config::{Millis, PolicyConfig};
 use crate::standby::Phase;
 
 /// Every combination of what a step depends on.
@@ -401,4 +401,43 @@ fn unusable_folder_is_shown_and_can_only_be_discarded() {
     drop(lock);
     ask(&world, "fleet.discard", VM).unwrap();
     wait_phase(&agent, None);
+}
+
+#[test]
+fn vm_that_is_idle_goes_to_standby_if_its_policy_says_so_and_no_other() {
+    let world = World::new(16 * GIB, 0);
+    let vm = FakeVm::new(GIB, GIB / 2);
+    world.add(
+        "busy",
+        FakeVm {
+            works: 1 << 20,
+            ..vm.clone()
+        },
+    );
+    world.add("idle-1", vm.clone());
+    world.add("kept", vm);
+    let mut config = config(&world);
+    let policy = PolicyConfig {
+        idle_standby: Millis(1000),
+        ..PolicyConfig::default()
+    };
+    config.planning.policy.insert("sandbox".to_owned(), policy);
+    config.vms = ["idle-*", "busy"]
+        .map(|name| VmRule {
+            name: name.to_owned(),
+            policy: "sandbox".to_owned(),
+        })
+        .into();
+    let agent = start_with(&world, config);
+    wait_phase(&agent, Some(Phase::Standby));
+    assert_eq!(entry(&agent).unwrap().vm, "idle-1");
+    let entries = agent.published().journal.since(0).entries;
+    assert!(
+        entries
+            .iter()
+            .any(|entry| entry.vm == "idle-1" && entry.text.starts_with("idle for "))
+    );
+    // Their process has ended with that VM, as far as the fake host shows, but both still respond.
+    let status = agent.published().get().status.clone();
+    assert_eq!(status.standby.len(), 1, "{status:?}");
 }

@@ -503,6 +503,7 @@ impl Machine {
                 reclaim,
             },
             requested: Bytes(self.requested),
+            activity: None,
         }
     }
 
