@@ -149,7 +149,9 @@ impl OrderError {
     /// The request that failed, if it was one to the VMM.
     pub(crate) fn request(&self) -> Option<&ClientError> {
         match self {
-            Self::Vmm(error) | Self::Save(SaveError::Vmm(error)) => Some(error),
+            Self::Vmm(error) | Self::Save(SaveError::Vmm(error) | SaveError::NotEnded(error)) => {
+                Some(error)
+            }
             _ => None,
         }
     }

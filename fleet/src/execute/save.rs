@@ -19,6 +19,9 @@ pub enum SaveError {
     /// The VMM rejected a request, or did not respond in time.
     #[error(transparent)]
     Vmm(#[from] ClientError),
+    /// The VM is paused, but its VMM rejected the request to end, or did not respond in time.
+    #[error("the VMM of the paused VM does not end")]
+    NotEnded(#[source] ClientError),
     /// The VM is in a state in which the order would do harm.
     #[error("the VM is in state {state:?}, not {needed}")]
     State {
@@ -103,6 +106,6 @@ pub(super) fn save(client: &Client, folder: &Path, deadline: Duration) -> Result
 /// Ends the VMM. The VM must still be paused: if another client has resumed it, the snapshot is outdated.
 pub(super) fn end(client: &Client) -> Result<(), SaveError> {
     Info::read(client)?.require("Paused")?;
-    client.put("vmm.shutdown", None)?;
-    Ok(())
+    let ended = client.put("vmm.shutdown", None);
+    ended.map(drop).map_err(SaveError::NotEnded)
 }

@@ -6,7 +6,7 @@ use super::super::clock::unix_ms;
 use super::super::journal::Journal;
 use super::super::rounds::VmRounds;
 use super::super::status::StandbyStatus;
-use super::step::{Save, SeenVm, Sight, Step};
+use super::step::{EndOrder, Save, SeenVm, Sight, Step};
 use crate::execute::Order;
 use crate::host::{Process, ProcessIdentity, holds_vm};
 use crate::model::{Bytes, Interlock};
@@ -22,8 +22,8 @@ pub(super) struct Entry {
     pub(super) fault: Option<String>,
     /// How far the save is.
     pub(super) save: Save,
-    /// Whether the VM was found to run when it was to be ended.
-    pub(super) was_resumed: bool,
+    /// The result of the orders to end the VMM in this phase.
+    pub(super) end: EndOrder,
     /// Disk space of the snapshot.
     disk: Bytes,
     /// The process of the record, if it can be looked up.
@@ -76,7 +76,7 @@ impl Entry {
             record: None,
             fault: None,
             save: Save::Unknown,
-            was_resumed: false,
+            end: EndOrder::Unknown,
             disk: Bytes::ZERO,
             process: None,
             since_ms: now_ms,
@@ -164,7 +164,7 @@ impl Entry {
         self.record = Some(record);
         self.since_ms = now_ms;
         self.tried_ms = None;
-        self.was_resumed = false;
+        self.end = EndOrder::Unknown;
     }
 
     /// What the next step depends on; `None` if the operator must act.
@@ -183,7 +183,7 @@ impl Entry {
             phase,
             age_ms: now_ms.saturating_sub(self.since_ms),
             save: &self.save,
-            was_resumed: self.was_resumed,
+            end: self.end,
             tried_ms_ago: self.tried_ms.map(|at| now_ms.saturating_sub(at)),
             has_ended,
             is_complete: phase == Phase::Saving && has_ended && self.folder.check().is_ok(),
@@ -225,6 +225,9 @@ impl Entry {
                     Step::End => Order::End,
                     _ => Order::Resume,
                 };
+                if order == Order::End && self.end == EndOrder::Unknown {
+                    self.end = EndOrder::InProgress;
+                }
                 rounds.order(name, order);
                 self.tried_ms = Some(now_ms);
             }
@@ -261,30 +264,32 @@ impl Entry {
         tell: impl FnOnce(&str),
     ) -> Taken {
         let before = self.phase();
-        let written = match (before, process) {
-            (Some(Phase::Waking), Some(process)) if phase == Phase::Running => {
+        let written = match (before, phase, process) {
+            (Some(Phase::Waking), Phase::Running, Some(process)) => {
                 self.run_as(process, proc, now_ms)
             }
+            // The record would name the former process, which has ended.
+            (Some(Phase::Waking), Phase::Running, None) => return Taken::Last,
             _ => self.enter(phase, now_ms),
         };
         if let Err(error) = written {
             let why = api::error_line(&error);
             log::error!("{why}");
-            match phase {
+            match (before, phase) {
                 // The VM must not be ended.
-                Phase::Ending => {
+                (_, Phase::Ending) => {
                     self.save = Save::Ended(Err(why));
                     return Taken::More;
                 }
-                // The VM must not run.
-                Phase::Running if before == Some(Phase::Waking) => return Taken::Last,
-                // The next agent would take the same step again.
-                _ => {
+                // The VM must not stay paused, and the next agent would take the same step again.
+                (Some(Phase::Saving), Phase::Running) => {
                     let record = self.in_phase(phase);
                     record
                         .into_iter()
                         .for_each(|record| self.set(record, now_ms));
                 }
+                // Only this agent knows what it has seen, so the step waits until it can be recorded.
+                _ => return Taken::Last,
             }
         }
         match (phase, self.folder.check()) {

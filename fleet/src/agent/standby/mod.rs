@@ -26,7 +26,7 @@ use crate::standby::{Phase, Record, StandbyError, StandbyFolder, check_name, cle
 use crate::worker::{OrderDone, VmEvent, VmEventKind};
 use entry::{Entry, Taken};
 use idle::IdleVms;
-use step::Save;
+use step::{EndOrder, Save};
 
 /// Maximum number of steps of one VM at once; the longest way has fewer.
 const STEPS_MAX: usize = 8;
@@ -333,8 +333,12 @@ impl Standbys {
                 entry.save = Save::Ended(result);
             }
             Order::End => {
-                entry.was_resumed =
-                    matches!(result, Err(OrderError::Save(SaveError::State { .. })));
+                entry.end = match result {
+                    Ok(()) | Err(OrderError::Save(SaveError::NotEnded(_))) => EndOrder::Paused,
+                    Err(OrderError::Save(SaveError::State { .. })) => EndOrder::Resumed,
+                    Err(_) if entry.end == EndOrder::InProgress => EndOrder::Unknown,
+                    Err(_) => entry.end,
+                };
             }
             _ => return false,
         }

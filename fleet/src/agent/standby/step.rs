@@ -8,13 +8,19 @@
 //!   running ◄─────────────             running ◄───────┘ it has loaded the snapshot, and is paused
 //!     └─► it runs, or has ended: the folder is removed
 //! ```
+//! If the VMM ends in `saving` or `ending` without an order of this agent, another client may have resumed the VM after
+//! it was saved. The operator decides then.
+//!
 //! In `saving` and `running`, the VM is its process; otherwise it is the folder. A process is resumed only in
 //! `running`, and ended only in `ending`.
 
 use crate::standby::Phase;
 
-/// If a VMM has not ended after this time, it is killed: the VM is in the folder.
+/// If a paused VMM has not ended after this time, it is killed: the VM is in the folder.
 const KILL_AFTER_MS: u64 = 10_000;
+/// The reason to give up.
+const MAY_HAVE_RUN: &str =
+    "the VMM has ended without this agent, so the VM may have run after it was saved";
 /// Time between two attempts to end or resume a VM.
 const AGAIN_MS: u64 = 2000;
 
@@ -30,6 +36,20 @@ pub(super) enum Save {
     Ended(Result<(), String>),
 }
 
+/// The result of this agent's orders to end the VMM in `ending`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum EndOrder {
+    /// None found the state of the VM.
+    #[default]
+    Unknown,
+    /// The first one is in progress.
+    InProgress,
+    /// The VM was paused, and its VMM was asked to end.
+    Paused,
+    /// The VM was not paused: another client has resumed it.
+    Resumed,
+}
+
 /// Everything that a step depends on.
 #[derive(Clone, Debug)]
 pub(super) struct Sight<'a> {
@@ -37,8 +57,7 @@ pub(super) struct Sight<'a> {
     /// How long this agent has known the phase.
     pub(super) age_ms: u64,
     pub(super) save: &'a Save,
-    /// Whether the VM was found to run when it was to be ended.
-    pub(super) was_resumed: bool,
+    pub(super) end: EndOrder,
     /// Time since the last order to end or resume.
     pub(super) tried_ms_ago: Option<u64>,
     /// Whether the process of the record has ended.
@@ -101,29 +120,33 @@ impl Sight<'_> {
         if !self.has_ended {
             return Step::Become(Phase::Running, format!("not saved: {why}"));
         }
-        match (self.is_complete, self.save) {
-            (false, _) => Step::Remove(format!("the VMM has ended: {why}")),
-            // It was paused, and this agent has not resumed it.
-            (true, Save::Ended(_)) => Step::Become(
-                Phase::Standby,
-                "the VMM ended when it had saved it".to_owned(),
-            ),
-            (true, _) => Step::GiveUp(
-                "the VMM has ended without this agent, so the VM may have run after it was saved",
-            ),
+        match self.is_complete {
+            false => Step::Remove(format!("the VMM has ended: {why}")),
+            true => Step::GiveUp(MAY_HAVE_RUN),
         }
     }
 
     fn ending(&self) -> Step {
-        if self.has_ended {
-            return Step::Become(Phase::Standby, "its memory is free".to_owned());
-        }
-        if self.was_resumed {
+        let runs = self.vm.is_some_and(|vm| vm.runs);
+        // First of all: then the folder is outdated, even if the VM has ended since.
+        if self.end == EndOrder::Resumed || runs {
             let why = "another client has resumed it".to_owned();
             return Step::Become(Phase::Running, why);
         }
+        let is_paused = self.end == EndOrder::Paused;
+        if self.has_ended {
+            return match self.end {
+                EndOrder::Paused => Step::Become(Phase::Standby, "its memory is free".to_owned()),
+                EndOrder::InProgress
+                    if self.tried_ms_ago.is_some_and(|ago| ago < KILL_AFTER_MS) =>
+                {
+                    Step::Wait
+                }
+                _ => Step::GiveUp(MAY_HAVE_RUN),
+            };
+        }
         match self.vm {
-            _ if self.age_ms >= KILL_AFTER_MS && self.may_try() => Step::Kill,
+            _ if is_paused && self.age_ms >= KILL_AFTER_MS && self.may_try() => Step::Kill,
             Some(vm) if !vm.is_busy && self.may_try() => Step::End,
             _ => Step::Wait,
         }

@@ -8,7 +8,7 @@ use api::ClientError;
 use rustix::fs::{FlockOperation, flock};
 use strum::VariantArray as _;
 
-use super::step::{Save, SeenVm, Sight, Step};
+use super::step::{EndOrder, Save, SeenVm, Sight, Step};
 use crate::agent::fake_vmm::{DEADLINE, FakeVm, Fault, GIB, World, wait};
 use crate::agent::{Agent, AgentOptions, StandbyStatus, WakeAnswer};
 use crate::agent_config::{AgentConfig, VmRule};
@@ -24,6 +24,12 @@ fn each(check: impl Fn(&Sight<'_>, &Step)) {
         Save::Ended(Err("disk full".to_owned())),
     ];
     let bools = [false, true];
+    let ends = [
+        EndOrder::Unknown,
+        EndOrder::InProgress,
+        EndOrder::Paused,
+        EndOrder::Resumed,
+    ];
     let vm = |bits: u8| SeenVm {
         runs: bits & 1 != 0,
         is_paused: bits & 2 != 0,
@@ -35,7 +41,7 @@ fn each(check: impl Fn(&Sight<'_>, &Step)) {
         .collect();
     for &phase in Phase::VARIANTS {
         for save in &saves {
-            for bits in 0..16_u8 {
+            for bits in 0..32_u8 {
                 for vm in &vms {
                     for (age_ms, tried_ms_ago) in
                         [(0, None), (60_000, Some(0)), (60_000, Some(60_000))]
@@ -45,11 +51,11 @@ fn each(check: impl Fn(&Sight<'_>, &Step)) {
                             phase,
                             age_ms,
                             save,
-                            was_resumed: bit(0),
+                            end: ends[usize::from(bits >> 3)],
                             tried_ms_ago,
-                            has_ended: bit(1),
-                            is_complete: bit(2),
-                            is_locked: bit(3),
+                            has_ended: bit(0),
+                            is_complete: bit(1),
+                            is_locked: bit(2),
                             vm: *vm,
                         };
                         check(&sight, &sight.step());
@@ -68,7 +74,14 @@ fn is_folder(phase: Phase) -> bool {
 #[test]
 fn process_is_ended_only_if_the_folder_is_the_vm_and_resumed_only_if_it_is_not() {
     each(|sight, step| match step {
-        Step::End | Step::Kill => assert_eq!(sight.phase, Phase::Ending, "{sight:?}"),
+        Step::End | Step::Kill => {
+            assert_eq!(sight.phase, Phase::Ending, "{sight:?}");
+            assert!(!sight.vm.is_some_and(|vm| vm.runs), "{sight:?}");
+            assert!(
+                *step == Step::End || sight.end == EndOrder::Paused,
+                "{sight:?}"
+            );
+        }
         Step::Resume => assert_eq!(sight.phase, Phase::Running, "{sight:?}"),
         _ => {}
     });
@@ -96,9 +109,32 @@ fn folder_becomes_the_vm_only_when_it_is_complete_and_the_process_cannot_have_ru
             && !is_folder(sight.phase)
         {
             assert_eq!(sight.phase, Phase::Saving, "{sight:?}");
-            let is_saved = *sight.save == Save::Ended(Ok(()));
-            let died = sight.has_ended && sight.is_complete && *sight.save != Save::Unknown;
-            assert!(is_saved || died, "{sight:?}");
+            assert_eq!(*phase, Phase::Ending, "{sight:?}");
+            assert_eq!(*sight.save, Save::Ended(Ok(())), "{sight:?}");
+        }
+    });
+}
+
+#[test]
+fn vm_is_in_standby_only_if_this_agent_found_it_paused_and_ended_it() {
+    each(|sight, step| {
+        if let Step::Become(Phase::Standby, _) = step
+            && sight.phase != Phase::Waking
+        {
+            assert_eq!(sight.phase, Phase::Ending, "{sight:?}");
+            assert_eq!(sight.end, EndOrder::Paused, "{sight:?}");
+            assert!(sight.has_ended, "{sight:?}");
+            assert!(!sight.vm.is_some_and(|vm| vm.runs), "{sight:?}");
+        }
+    });
+}
+
+#[test]
+fn folder_of_a_vm_that_was_resumed_is_outdated_even_if_the_vm_has_ended() {
+    each(|sight, step| {
+        let runs = sight.vm.is_some_and(|vm| vm.runs);
+        if sight.phase == Phase::Ending && (sight.end == EndOrder::Resumed || runs) {
+            assert!(matches!(step, Step::Become(Phase::Running, _)), "{sight:?}");
         }
     });
 }
@@ -109,13 +145,16 @@ fn every_phase_but_standby_comes_to_an_end() {
     each(|sight, step| {
         let rests =
             sight.phase == Phase::Standby || sight.phase == Phase::Waking && sight.is_locked;
-        let waits = *sight.save == Save::Ordered && sight.phase == Phase::Saving;
+        let is_ending = sight.phase == Phase::Ending && sight.end == EndOrder::InProgress;
+        let waits = *sight.save == Save::Ordered && sight.phase == Phase::Saving
+            || is_ending && sight.tried_ms_ago == Some(0);
         if sight.has_ended && !rests && !waits {
             let ends = matches!(step, Step::Become(..) | Step::Remove(_) | Step::GiveUp(_));
             assert!(ends, "{sight:?}: {step:?}");
         }
-        // A VMM that does not respond.
-        if sight.phase == Phase::Ending && sight.tried_ms_ago == Some(60_000) {
+        // A VMM that does not respond any more.
+        let was_paused = sight.phase == Phase::Ending && sight.end == EndOrder::Paused;
+        if was_paused && sight.tried_ms_ago == Some(60_000) {
             assert_ne!(*step, Step::Wait, "{sight:?}");
         }
     });
@@ -440,4 +479,54 @@ fn vm_that_is_idle_goes_to_standby_if_its_policy_says_so_and_no_other() {
     // Their process has ended with that VM, as far as the fake host shows, but both still respond.
     let status = agent.published().get().status.clone();
     assert_eq!(status.standby.len(), 1, "{status:?}");
+}
+
+/// Changes the record of an agent that has ended.
+fn change_record(world: &World, change: impl FnOnce(&mut serde_json::Value)) {
+    let path = world.path().join("standby/a/record.json");
+    let mut record = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    change(&mut record);
+    fs::write(path, record.to_string()).unwrap();
+}
+
+#[test]
+fn vm_that_ended_after_another_agent_had_saved_it_is_left_to_the_operator() {
+    let world = World::new(16 * GIB, 0);
+    drop(asleep(&world));
+    change_record(&world, |record| record["phase"] = "ending".into());
+    let agent = start(&world);
+    let fault = wait("the fault", || entry(&agent)?.fault);
+    assert!(fault.contains("may have run"), "{fault}");
+    assert_eq!(entry(&agent).unwrap().phase, Some(Phase::Ending));
+}
+
+/// Whether a VM that is in `ending` when an agent starts is ended.
+fn is_ended_by_next_agent(paused: bool) -> bool {
+    let world = World::new(16 * GIB, 0);
+    world.add("a", FakeVm::new(4 * GIB, GIB));
+    let agent = start(&world);
+    wait_up(&agent, "a");
+    world.change("a", |vm| vm.fault = Fault::Mute);
+    ask(&world, "fleet.standby", VM).unwrap();
+    drop(agent);
+    for name in ["config.json", "state.json"] {
+        fs::write(world.path().join("standby/a/snapshot").join(name), "{}").unwrap();
+    }
+    change_record(&world, |record| record["phase"] = "ending".into());
+    world.change("a", |vm| {
+        vm.fault = Fault::None;
+        vm.paused = paused;
+    });
+    let agent = start(&world);
+    wait("the end", || {
+        let text = agent.published().journal.last_of("standby")?;
+        let removed = text.starts_with("snapshot removed: the VM runs");
+        (removed || text.starts_with("in standby")).then_some(!removed)
+    })
+}
+
+#[test]
+fn next_agent_ends_a_paused_vm_and_leaves_one_that_was_resumed() {
+    assert!(is_ended_by_next_agent(true));
+    assert!(!is_ended_by_next_agent(false));
 }
