@@ -98,7 +98,7 @@ pub(crate) fn release(agent: &Agent, reservation: &Reservation) {
 
 /// A descriptor of a child that has not been waited for. Signals through it reach the child or no process, whereas
 /// after the wait the child's id may belong to another process.
-pub(crate) fn handle_of(child: &Child) -> io::Result<OwnedFd> {
+fn handle_of(child: &Child) -> io::Result<OwnedFd> {
     Ok(pidfd_open(Pid::from_child(child), PidfdFlags::empty())?)
 }
 

@@ -21,7 +21,7 @@ use fleet::model::Bytes;
 use fleet::standby::Phase;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
-use rustix::process::{Signal, geteuid, pidfd_send_signal};
+use rustix::process::geteuid;
 use serde::Deserialize;
 
 use crate::args::{Output, WakeMode, WakeOptions};
@@ -141,21 +141,46 @@ fn settle(agent: &Agent, vm: &str) {
     }
 }
 
-/// Starts the VMM. When this returns, the VM runs.
+/// Starts the VMM. When this returns, the VM runs, or the agent manages it.
 fn start(agent: &Agent, options: &WakeOptions, answer: &WakeAnswer) -> Result<Child> {
     let mut command = command(options, answer)?;
     let mut child = run::start(&mut command)?;
     run::confirm(agent, &answer.reservation);
-    let woken = bring_up(agent, &options.vm, &answer.socket, &mut child);
-    if woken.is_err() {
-        // It never ran.
-        if let Ok(handle) = run::handle_of(&child) {
-            // It may have ended already.
-            let _ = pidfd_send_signal(&handle, Signal::KILL);
-        }
+    let Err(error) = bring_up(agent, &options.vm, &answer.socket, &mut child) else {
+        return Ok(child);
+    };
+    if may_kill(agent, &options.vm, &mut child)? {
+        // It may have ended already.
+        let _ = child.kill();
         run::wait(&mut child)?;
+        return Err(error);
     }
-    woken.map(|()| child)
+    eprintln!("{}", api::chain_report("ch-fleet", error.as_ref()));
+    Ok(child)
+}
+
+/// Whether the VMM has ended, or the agent agrees to its end. Otherwise the VM may be this process alone.
+fn may_kill(agent: &Agent, vm: &str, child: &mut Child) -> Result<bool> {
+    let request = woken(vm, child, true)?;
+    let until = Instant::now() + SETTLE;
+    while child.try_wait().is_ok_and(|ended| ended.is_none()) {
+        match agent.order("fleet.woken", Some(&request)) {
+            Ok(()) => return Ok(true),
+            Err(error) if status_of(&error).is_some_and(|status| status < 500) => return Ok(false),
+            Err(_) if Instant::now() < until => thread::sleep(LOOK_AGAIN),
+            Err(_) => return Ok(false),
+        }
+    }
+    Ok(true)
+}
+
+fn woken(vm: &str, child: &Child, failed: bool) -> Result<String> {
+    let request = WokenRequest {
+        vm: vm.to_owned(),
+        pid: i32::try_from(child.id()).context("The process id is too large")?,
+        failed,
+    };
+    Ok(api::to_ascii_json(&request)?)
 }
 
 fn command(options: &WakeOptions, answer: &WakeAnswer) -> Result<Command> {
@@ -225,11 +250,7 @@ fn bring_up(agent: &Agent, vm: &str, socket: &Path, child: &mut Child) -> Result
     while !is_loaded(&client, pid, child)? {
         thread::sleep(ASK_AGAIN);
     }
-    let request = WokenRequest {
-        vm: vm.to_owned(),
-        pid,
-    };
-    let request = api::to_ascii_json(&request)?;
+    let request = woken(vm, child, false)?;
     let mut is_told = false;
     while let Err(error) = agent.order("fleet.woken", Some(&request)) {
         // Without a record that it runs, it must not run. An agent that was restarted has recorded and resumed it.

@@ -94,6 +94,9 @@ pub struct WokenRequest {
     pub vm: String,
     /// The VMM, which has the lock open.
     pub pid: i32,
+    /// The client gives up instead. If the agent agrees, the VM will not run, and the client may kill the VMM.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub failed: bool,
 }
 
 /// `PUT fleet.discard`

@@ -24,6 +24,8 @@ pub(super) struct Entry {
     pub(super) save: Save,
     /// The result of the orders to end the VMM in this phase.
     pub(super) end: EndOrder,
+    /// Whether the client that wakes the VM kills the VMM.
+    pub(super) is_abandoned: bool,
     /// Disk space of the snapshot.
     disk: Bytes,
     /// The process of the record, if it can be looked up.
@@ -77,6 +79,7 @@ impl Entry {
             fault: None,
             save: Save::Unknown,
             end: EndOrder::Unknown,
+            is_abandoned: false,
             disk: Bytes::ZERO,
             process: None,
             since_ms: now_ms,
@@ -165,6 +168,7 @@ impl Entry {
         self.since_ms = now_ms;
         self.tried_ms = None;
         self.end = EndOrder::Unknown;
+        self.is_abandoned = false;
     }
 
     /// What the next step depends on; `None` if the operator must act.
@@ -189,6 +193,7 @@ impl Entry {
             is_complete: phase == Phase::Saving && has_ended && self.folder.check().is_ok(),
             // If that is unknown, the VM must not be loaded again.
             is_locked: phase == Phase::Waking && self.folder.is_locked().unwrap_or(true),
+            is_abandoned: self.is_abandoned,
             vm: self.seen(name, rounds, proc),
         })
     }

@@ -254,7 +254,14 @@ impl Standbys {
         request: &Request,
         journal: &mut Journal,
     ) -> Result<Response, Response> {
-        let WokenRequest { vm: name, pid } = request.json()?;
+        let WokenRequest {
+            vm: name,
+            pid,
+            failed,
+        } = request.json()?;
+        if failed {
+            return self.abandon(&name);
+        }
         let now_ms = self.clock.now_ms();
         let entry = self
             .entries
@@ -291,6 +298,21 @@ impl Standbys {
             }
         }
         Ok(Response::done())
+    }
+
+    /// The client that wakes the VM is going to kill the VMM. From now on the VM does not become its process.
+    fn abandon(&mut self, name: &str) -> Result<Response, Response> {
+        let entry = self.entries.get_mut(name).ok_or_else(|| not_there(name))?;
+        match entry.phase() {
+            Some(Phase::Waking | Phase::Standby) => {
+                entry.is_abandoned = true;
+                Ok(Response::done())
+            }
+            _ => Err(conflict(&format!(
+                "{name:?} must not be killed: {}",
+                entry.word()
+            ))),
+        }
     }
 
     /// `PUT fleet.discard`

@@ -66,6 +66,8 @@ pub(super) struct Sight<'a> {
     pub(super) is_complete: bool,
     /// Whether a process holds the lock.
     pub(super) is_locked: bool,
+    /// Whether the client that wakes the VM kills the VMM.
+    pub(super) is_abandoned: bool,
     /// The VM at the socket, if its process is that of the record or, in `waking`, has the lock open.
     pub(super) vm: Option<SeenVm>,
 }
@@ -158,8 +160,10 @@ impl Sight<'_> {
                 Phase::Standby,
                 "the VMM that loaded it has ended".to_owned(),
             ),
-            // Who woke it has ended, or is going to ask for this step.
-            Some(vm) if vm.is_paused => Step::Become(Phase::Running, "loaded".to_owned()),
+            // The client has ended, or is going to request this step.
+            Some(vm) if vm.is_paused && !self.is_abandoned => {
+                Step::Become(Phase::Running, "loaded".to_owned())
+            }
             _ => Step::Wait,
         }
     }

@@ -41,7 +41,7 @@ fn each(check: impl Fn(&Sight<'_>, &Step)) {
         .collect();
     for &phase in Phase::VARIANTS {
         for save in &saves {
-            for bits in 0..32_u8 {
+            for bits in 0..64_u8 {
                 for vm in &vms {
                     for (age_ms, tried_ms_ago) in
                         [(0, None), (60_000, Some(0)), (60_000, Some(60_000))]
@@ -51,11 +51,12 @@ fn each(check: impl Fn(&Sight<'_>, &Step)) {
                             phase,
                             age_ms,
                             save,
-                            end: ends[usize::from(bits >> 3)],
+                            end: ends[usize::from(bits >> 4)],
                             tried_ms_ago,
                             has_ended: bit(0),
                             is_complete: bit(1),
                             is_locked: bit(2),
+                            is_abandoned: bit(3),
                             vm: *vm,
                         };
                         check(&sight, &sight.step());
@@ -479,6 +480,43 @@ fn vm_that_is_idle_goes_to_standby_if_its_policy_says_so_and_no_other() {
     // Their process has ended with that VM, as far as the fake host shows, but both still respond.
     let status = agent.published().get().status.clone();
     assert_eq!(status.standby.len(), 1, "{status:?}");
+}
+
+#[test]
+fn vm_whose_client_kills_the_vmm_does_not_become_its_process() {
+    each(|sight, step| {
+        if sight.phase == Phase::Waking && sight.is_abandoned {
+            let runs = matches!(step, Step::Become(Phase::Running, _));
+            assert!(!runs, "{sight:?}");
+        }
+    });
+    let failed = r#"{"vm":"a","pid":1,"failed":true}"#;
+    let world = World::new(16 * GIB, 0);
+    let agent = asleep(&world);
+    let lock = fs::File::options()
+        .write(true)
+        .open(lock_of(&world))
+        .unwrap();
+    flock(&lock, FlockOperation::NonBlockingLockExclusive).unwrap();
+    ask(&world, "fleet.wake", VM).unwrap();
+    ask(&world, "fleet.woken", failed).unwrap();
+    drop(agent);
+    // The VM is its process, so nobody may kill it.
+    change_record(&world, |record| {
+        record["phase"] = "running".into();
+        record["process"]["start_ticks"] = 78.into();
+    });
+    let agent = start(&world);
+    wait_phase(&agent, Some(Phase::Running));
+    let (status, text) = refused(ask(&world, "fleet.woken", failed));
+    assert_eq!(
+        (status, text.contains("must not be killed")),
+        (409, true),
+        "{text}"
+    );
+    // As after the folder was removed.
+    let unknown = r#"{"vm":"b","pid":1,"failed":true}"#;
+    assert_eq!(refused(ask(&world, "fleet.woken", unknown)).0, 404);
 }
 
 /// Changes the record of an agent that has ended.
