@@ -422,7 +422,11 @@ fn agent_that_is_killed_while_a_vm_is_woken_leaves_one_vm() -> Result<()> {
         Ok((!text.contains("\"standby\"")).then_some(()))
     })?;
     host.replace_agent()?;
-    ensure!(!host.wait_one()?);
+    // The client got no answer if the agent was killed right after it wrote the record.
+    let wake = match host.wait_one()? {
+        true => host.wake()?,
+        false => wake,
+    };
     host.wait_rounds(before)?;
     host.expect_nothing_lost(wake)
 }

@@ -33,7 +33,7 @@ pub enum AgentError {
     #[error("Cannot read agent.standby_dir")]
     Standby(#[source] StandbyError),
     /// Another agent uses the folder.
-    #[error("{} is used by another agent: stop it, or set agent.state_dir", path.display())]
+    #[error("{} is used by another agent: stop it, or set another folder in [agent]", path.display())]
     Taken {
         /// The folder.
         path: PathBuf,

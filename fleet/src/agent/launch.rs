@@ -30,6 +30,7 @@ use crate::execute::GroupFiles;
 use crate::host::HostFiles;
 use crate::http::{Deadlines, HttpServer, Request, Response, serve_tcp, serve_unix, server_tls};
 use crate::reservations::Reservations;
+use crate::standby::make_folders;
 use crate::store::Store;
 
 /// Maximum number of queued events, beyond which senders wait.
@@ -245,21 +246,12 @@ pub(super) fn assemble(
         path: folder.clone(),
         source,
     })?;
-    let lock = FolderLock::take(folder).map_err(|source| match source.kind() {
-        io::ErrorKind::WouldBlock => AgentError::Taken {
-            path: folder.clone(),
-        },
-        _ => AgentError::Folder {
-            path: folder.clone(),
-            source,
-        },
-    })?;
+    let lock = FolderLock::take(folder).map_err(taken(folder))?;
     let host =
         HostWatch::start(&config, files, clock.now_ms(), pressed).map_err(AgentError::Host)?;
     let book = Reservations::open(folder, clock.moment()).map_err(AgentError::Book)?;
     let acts = Acts::open(folder, &files.proc).map_err(AgentError::Acts)?;
-    let standby =
-        Standbys::open(&config, files.proc.clone(), clock).map_err(AgentError::Standby)?;
+    let standby = open_standby(&config, files, clock)?;
     let saved = (acts, SavedLessons::open(folder));
     let rounds = VmRounds::new(&config, files.proc.clone(), (clock, serve), saved)
         .map_err(AgentError::Pattern)?;
@@ -279,6 +271,30 @@ pub(super) fn assemble(
         _folder: lock,
         config,
     })
+}
+
+fn open_standby(
+    config: &AgentConfig,
+    files: &HostFiles,
+    clock: Clock,
+) -> Result<Standbys, AgentError> {
+    let lock = match &config.agent.standby_dir {
+        Some(dir) => {
+            make_folders(dir).map_err(AgentError::Standby)?;
+            Some(FolderLock::take_standby(dir).map_err(taken(dir))?)
+        }
+        None => None,
+    };
+    Standbys::open(config, files.proc.clone(), clock, lock).map_err(AgentError::Standby)
+}
+
+/// Converts the error of a folder's lock.
+fn taken(folder: &Path) -> impl FnOnce(io::Error) -> AgentError {
+    let path = folder.to_owned();
+    move |source| match source.kind() {
+        io::ErrorKind::WouldBlock => AgentError::Taken { path },
+        _ => AgentError::Folder { path, source },
+    }
 }
 
 /// The sockets of this host: the one for orders, and the read-only one.

@@ -24,15 +24,24 @@ pub(super) struct FolderLock {
 }
 
 impl FolderLock {
-    /// Takes the lock; an error of kind `WouldBlock` means that another agent has it.
+    /// Takes the lock of a state folder; an error of kind `WouldBlock` means that another agent has it.
     pub(super) fn take(folder: &Path) -> io::Result<Self> {
+        Self::take_file(&folder.join("lock"))
+    }
+
+    /// The same for a folder of VMs in standby, where names without a dot are those of VMs.
+    pub(super) fn take_standby(folder: &Path) -> io::Result<Self> {
+        Self::take_file(&folder.join(".lock"))
+    }
+
+    fn take_file(path: &Path) -> io::Result<Self> {
         let file = OpenOptions::new()
             .write(true)
             .create(true)
             .truncate(false)
             // A user who can open the file can lock it, and thus keep the agent from starting.
             .mode(0o600)
-            .open(folder.join("lock"))?;
+            .open(path)?;
         flock(&file, FlockOperation::NonBlockingLockExclusive)?;
         Ok(Self { _file: file })
     }

@@ -335,7 +335,11 @@ fn make_folder(path: &Path, mode: u32) -> Result<(), StandbyError> {
     made.map_err(StandbyError::system(path))
 }
 
-fn make_folders(path: &Path) -> Result<(), StandbyError> {
+/// Creates a folder for VMs in standby, and those above it, unless it exists.
+///
+/// # Errors
+/// The system reports an error.
+pub(crate) fn make_folders(path: &Path) -> Result<(), StandbyError> {
     let made = DirBuilder::new()
         .recursive(true)
         .mode(FOLDER_MODE)

@@ -17,6 +17,6 @@ mod tests;
 
 pub use error::StandbyError;
 pub use files::StandbyFolder;
-pub(crate) use files::{clean, names, sync_snapshot};
+pub(crate) use files::{clean, make_folders, names, sync_snapshot};
 pub(crate) use record::check_name;
 pub use record::{Phase, Record};

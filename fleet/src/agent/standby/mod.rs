@@ -14,6 +14,7 @@ use std::path::PathBuf;
 
 use super::clock::{Clock, unix_ms};
 use super::journal::Journal;
+use super::locks::FolderLock;
 use super::request::{DiscardRequest, StandbyRequest, WokenRequest};
 use super::rounds::VmRounds;
 use super::status::StandbyStatus;
@@ -22,6 +23,7 @@ use crate::config::Millis;
 use crate::execute::{Order, OrderError, SaveError};
 use crate::host::{ProcessIdentity, ids_of};
 use crate::http::{Request, Response};
+use crate::sample::VMS_MAX;
 use crate::standby::{Phase, Record, StandbyError, StandbyFolder, check_name, clean, names};
 use crate::worker::{OrderDone, VmEvent, VmEventKind};
 use entry::{Entry, Taken};
@@ -39,6 +41,8 @@ pub(super) struct Standbys {
     clock: Clock,
     entries: BTreeMap<String, Entry>,
     idle: IdleVms,
+    /// Held as long as the agent runs: another one would resume VMs that this one saves.
+    _lock: Option<FolderLock>,
 }
 
 impl Standbys {
@@ -50,6 +54,7 @@ impl Standbys {
         config: &AgentConfig,
         proc: PathBuf,
         clock: Clock,
+        lock: Option<FolderLock>,
     ) -> Result<Self, StandbyError> {
         let dir = config.agent.standby_dir.clone();
         let mut all = Self {
@@ -58,6 +63,7 @@ impl Standbys {
             clock,
             entries: BTreeMap::new(),
             idle: IdleVms::default(),
+            _lock: lock,
         };
         let Some(dir) = dir else {
             return Ok(all);
@@ -162,6 +168,9 @@ impl Standbys {
                 "{name:?} is in standby already: {}",
                 entry.word()
             )));
+        }
+        if self.entries.len() >= VMS_MAX {
+            return Err(conflict(&format!("{VMS_MAX} VMs are in standby already")));
         }
         let record = self.record(&name, rounds)?;
         let failed = |error| Response::error(500, &api::error_chain(&error));

@@ -349,6 +349,23 @@ fn requests_that_make_no_sense_are_refused_by_name() {
     assert!(text.contains("agent.standby_dir"), "{text}");
 }
 
+#[test]
+fn second_agent_with_the_same_standby_folder_is_refused_by_name() {
+    let world = World::new(16 * GIB, 0);
+    let _first = start(&world);
+    let mut config = config(&world);
+    config.agent.socket = world.path().join("run/second.sock");
+    config.agent.state_dir = world.path().join("second");
+    let second = Agent::start(AgentOptions {
+        config,
+        file: None,
+        host: world.files(),
+        store: None,
+    });
+    let text = second.unwrap_err().to_string();
+    assert!(text.contains("standby is used by another agent"), "{text}");
+}
+
 /// An agent with a VM in standby.
 fn asleep(world: &World) -> Agent {
     world.add("a", FakeVm::new(4 * GIB, GIB));
