@@ -245,8 +245,10 @@ impl ControlLoop {
             (Method::Put, "fleet.wake") => self.wake(request),
             (Method::Put, "fleet.woken") => self.standby.woken(request, &mut self.journal),
             (Method::Put, "fleet.discard") => {
-                let journal = &mut self.journal;
-                let answer = self.standby.discard(request, &mut self.rounds, journal)?;
+                let (config, journal) = (&self.config, &mut self.journal);
+                let answer = self
+                    .standby
+                    .discard(request, config, &mut self.rounds, journal)?;
                 self.publish();
                 Ok(answer)
             }
@@ -277,7 +279,7 @@ impl ControlLoop {
     /// Reserves the memory of a VM in standby, for a client that is going to start its VMM.
     fn wake(&mut self, request: &Request) -> Result<Response, Response> {
         let WakeRequest { vm, min } = request.json()?;
-        let record = self.standby.to_wake(&vm, &self.rounds)?;
+        let record = self.standby.to_wake(&vm, &self.config, &self.rounds)?;
         self.read_host();
         let situation = Situation {
             config: &self.config,
@@ -319,7 +321,8 @@ impl ControlLoop {
     }
 
     fn follow_standby(&mut self) {
-        for vm in self.standby.follow(&mut self.rounds, &mut self.journal) {
+        let (config, journal) = (&self.config, &mut self.journal);
+        for vm in self.standby.follow(config, &mut self.rounds, journal) {
             self.promises.forget(&vm);
         }
     }

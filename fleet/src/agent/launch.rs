@@ -30,7 +30,7 @@ use crate::execute::GroupFiles;
 use crate::host::HostFiles;
 use crate::http::{Deadlines, HttpServer, Request, Response, serve_tcp, serve_unix, server_tls};
 use crate::reservations::Reservations;
-use crate::standby::make_folders;
+use crate::standby::prepare;
 use crate::store::Store;
 
 /// Maximum number of queued events, beyond which senders wait.
@@ -280,7 +280,7 @@ fn open_standby(
 ) -> Result<Standbys, AgentError> {
     let lock = match &config.agent.standby_dir {
         Some(dir) => {
-            make_folders(dir).map_err(AgentError::Standby)?;
+            prepare(dir).map_err(AgentError::Standby)?;
             Some(FolderLock::take_standby(dir).map_err(taken(dir))?)
         }
         None => None,

@@ -1,4 +1,4 @@
-//! Locks that separate agents: one on the state folder, one on each VM.
+//! Locks that separate agents: on the state folder, on the folder of VMs in standby, and on each VM.
 //!
 //! Two agents with one folder would both reserve the same memory; two that manage the same VM would move its balloon in
 //! opposite directions. The kernel releases both kinds when the agent ends, however it ends.

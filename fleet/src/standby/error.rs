@@ -14,6 +14,12 @@ pub enum StandbyError {
         /// The name.
         name: String,
     },
+    /// Another user could change records, or has created the folder of all VMs in standby.
+    #[error("{} must belong to root or the agent's user, and only they may write to it", path.display())]
+    Exposed {
+        /// The folder.
+        path: PathBuf,
+    },
     /// The folder exists already.
     #[error("{} exists already", path.display())]
     Exists {

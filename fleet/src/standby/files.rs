@@ -28,6 +28,8 @@ const REMOVED: &str = ".removed-";
 /// The user of the VMM must get through to the snapshot, and nobody may list the folders.
 const FOLDER_MODE: u32 = 0o711;
 const SNAPSHOT_MODE: u32 = 0o700;
+/// The bits that let the group and others write.
+const OTHERS_WRITE: u32 = 0o022;
 /// A record has some hundred bytes and a path.
 const RECORD_BYTES_MAX: u64 = 16 << 10;
 /// A VM has one file of memory per zone, and few others.
@@ -189,6 +191,22 @@ impl StandbyFolder {
     }
 }
 
+/// Creates the folder of all VMs if it does not exist.
+///
+/// # Errors
+/// It cannot be created, or users other than root and the agent's could change records.
+pub(crate) fn prepare(dir: &Path) -> Result<(), StandbyError> {
+    make_folders(dir)?;
+    let found = fs::metadata(dir).map_err(StandbyError::system(dir))?;
+    let is_own = found.uid() == 0 || found.uid() == geteuid().as_raw();
+    match is_own && found.mode() & OTHERS_WRITE == 0 {
+        true => Ok(()),
+        false => Err(StandbyError::Exposed {
+            path: dir.to_owned(),
+        }),
+    }
+}
+
 /// The names of all folders below `dir`; none if it does not exist.
 ///
 /// # Errors
@@ -335,11 +353,7 @@ fn make_folder(path: &Path, mode: u32) -> Result<(), StandbyError> {
     made.map_err(StandbyError::system(path))
 }
 
-/// Creates a folder for VMs in standby, and those above it, unless it exists.
-///
-/// # Errors
-/// The system reports an error.
-pub(crate) fn make_folders(path: &Path) -> Result<(), StandbyError> {
+fn make_folders(path: &Path) -> Result<(), StandbyError> {
     let made = DirBuilder::new()
         .recursive(true)
         .mode(FOLDER_MODE)

@@ -1,7 +1,8 @@
 //! VMs in standby: each is a folder with a snapshot, a record and a lock.
 //!
 //! ```text
-//! standby_dir/NAME/record.json   who the VM is: its process or this folder; replaced atomically
+//! standby_dir/.lock              locked by the agent
+//!             NAME/record.json   who the VM is: its process or this folder; replaced atomically
 //!                  lock          locked by `ch-fleet wake`, and then by the VMM that it starts
 //!                  snapshot/     written by the VMM, and owned by its user
 //! ```
@@ -17,6 +18,6 @@ mod tests;
 
 pub use error::StandbyError;
 pub use files::StandbyFolder;
-pub(crate) use files::{clean, make_folders, names, sync_snapshot};
+pub(crate) use files::{clean, names, prepare, sync_snapshot};
 pub(crate) use record::check_name;
 pub use record::{Phase, Record};

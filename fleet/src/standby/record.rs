@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::StandbyError;
 use crate::host::ProcessIdentity;
 use crate::model::Bytes;
+use crate::state_file::boot_id;
 
 /// Version of the record; another one is rejected rather than misread.
 pub(super) const VERSION: u32 = 1;
@@ -64,6 +65,8 @@ pub struct Record {
     pub socket: PathBuf,
     /// Its process.
     pub process: ProcessIdentity,
+    /// The boot of the host in which that process was started.
+    pub boot_id: String,
     /// The user of the process.
     pub uid: u32,
     /// The group of the process.
@@ -90,11 +93,17 @@ impl Record {
             since_unix_ms,
             socket,
             process,
+            boot_id: boot_id(),
             uid,
             gid,
             memory,
             huge_pages,
         }
+    }
+
+    /// Its process, if that is of this boot of the host. Identities of different boots can be equal.
+    pub(crate) fn process_of_boot(&self) -> Option<ProcessIdentity> {
+        (self.boot_id == boot_id()).then_some(self.process)
     }
 }
 

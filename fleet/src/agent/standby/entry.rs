@@ -11,6 +11,7 @@ use crate::execute::Order;
 use crate::host::{Process, ProcessIdentity, holds_vm};
 use crate::model::{Bytes, Interlock};
 use crate::standby::{Phase, Record, StandbyError, StandbyFolder};
+use crate::state_file::boot_id;
 
 /// One VM.
 #[derive(Debug)]
@@ -56,7 +57,9 @@ impl Entry {
         Self {
             fault: fault.map(|error| api::error_line(error)),
             disk: checked.unwrap_or_default(),
-            process: hold(proc, record.process),
+            process: record
+                .process_of_boot()
+                .and_then(|process| hold(proc, process)),
             record: Some(record),
             ..Self::bare(folder, now_ms)
         }
@@ -147,7 +150,12 @@ impl Entry {
         let Some(record) = self.in_phase(Phase::Running) else {
             return Ok(());
         };
-        let record = Record { process, ..record };
+        let boot_id = boot_id();
+        let record = Record {
+            process,
+            boot_id,
+            ..record
+        };
         self.folder.write(&record)?;
         self.process = hold(proc, process);
         self.set(record, now_ms);
@@ -181,8 +189,10 @@ impl Entry {
     ) -> Option<Sight<'_>> {
         let phase = self.phase()?;
         let record = self.record.as_ref()?;
-        let has_ended =
-            self.process.as_ref().is_some_and(Process::has_ended) || record.process.has_ended(proc);
+        let has_ended = self.process.as_ref().is_some_and(Process::has_ended)
+            || record
+                .process_of_boot()
+                .is_none_or(|process| process.has_ended(proc));
         Some(Sight {
             phase,
             age_ms: now_ms.saturating_sub(self.since_ms),
@@ -205,7 +215,7 @@ impl Entry {
         let reading = vm.reading.as_ref()?;
         let is_this = match record.phase {
             Phase::Waking => self.folder.is_open_in(proc, reading.pid),
-            _ => vm.process() == Some(record.process),
+            _ => vm.process().is_some() && vm.process() == record.process_of_boot(),
         };
         is_this.then(|| SeenVm {
             runs: vm.runs_unasked(),

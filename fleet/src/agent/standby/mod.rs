@@ -49,7 +49,7 @@ impl Standbys {
     /// Reads the folders of all VMs. A folder that cannot be used has a fault, and does not keep the agent from starting.
     ///
     /// # Errors
-    /// The folder of the folders cannot be read.
+    /// The folder of the folders cannot be used.
     pub(super) fn open(
         config: &AgentConfig,
         proc: PathBuf,
@@ -157,11 +157,7 @@ impl Standbys {
             let text = "Set agent.standby_dir to put VMs in standby".to_owned();
             return Err(Response::error(400, &[text]));
         };
-        if config.agent.dry_run {
-            return Err(conflict(
-                "The agent changes nothing: it was started with dry_run",
-            ));
-        }
+        require_orders(config)?;
         check_name(&name).map_err(|error| Response::error(400, &api::error_chain(&error)))?;
         if let Some(entry) = self.entries.get(&name) {
             return Err(conflict(&format!(
@@ -221,7 +217,13 @@ impl Standbys {
     }
 
     /// The VM that a request wants to wake, if that is possible now. The client must hold the lock.
-    pub(super) fn to_wake(&self, name: &str, rounds: &VmRounds) -> Result<Record, Response> {
+    pub(super) fn to_wake(
+        &self,
+        name: &str,
+        config: &AgentConfig,
+        rounds: &VmRounds,
+    ) -> Result<Record, Response> {
+        require_orders(config)?;
         let entry = self.entries.get(name).ok_or_else(|| not_there(name))?;
         let is_still = entry.phase() == Some(Phase::Standby);
         let Some(record) = entry.record.as_ref().filter(|_| is_still) else {
@@ -230,9 +232,14 @@ impl Standbys {
                 entry.word()
             )));
         };
-        if rounds.has_vm(name) {
+        // The socket of a VMM that was killed stays, until another one replaces it.
+        let other = rounds.vm(name).is_some_and(|vm| {
+            let is_former = vm.process().is_some() && vm.process() == record.process_of_boot();
+            !vm.has_ended() && !is_former
+        });
+        if other {
             return Err(conflict(&format!(
-                "A VM {name:?} runs already: end it, or discard the one in standby"
+                "another VM {name:?} runs already: end it first"
             )));
         }
         let failed = |error| Response::error(409, &api::error_chain(&error));
@@ -328,9 +335,11 @@ impl Standbys {
     pub(super) fn discard(
         &mut self,
         request: &Request,
+        config: &AgentConfig,
         rounds: &mut VmRounds,
         journal: &mut Journal,
     ) -> Result<Response, Response> {
+        require_orders(config)?;
         let DiscardRequest { vm: name } = request.json()?;
         let entry = self.entries.get(&name).ok_or_else(|| not_there(&name))?;
         let is_still = matches!(entry.phase(), None | Some(Phase::Standby));
@@ -377,12 +386,20 @@ impl Standbys {
     }
 
     /// Takes all steps that are possible now. Returns the VMs whose memory is free since then.
-    pub(super) fn follow(&mut self, rounds: &mut VmRounds, journal: &mut Journal) -> Vec<String> {
+    pub(super) fn follow(
+        &mut self,
+        config: &AgentConfig,
+        rounds: &mut VmRounds,
+        journal: &mut Journal,
+    ) -> Vec<String> {
         let (mut freed, mut removed) = (Vec::new(), Vec::new());
         let at = (self.proc.as_path(), self.clock.now_ms());
         self.idle.keep(|name| rounds.has_vm(name));
         for (name, entry) in &mut self.entries {
             rounds.hold(name, entry.is_moving());
+            if config.agent.dry_run {
+                continue;
+            }
             for _ in 0..STEPS_MAX {
                 let sight = entry.sight(name, rounds, at.0, at.1);
                 let Some(step) = sight.map(|sight| sight.step()) else {
@@ -405,6 +422,16 @@ impl Standbys {
         }
         freed
     }
+}
+
+/// With `dry_run`, the agent changes no VM and no folder.
+fn require_orders(config: &AgentConfig) -> Result<(), Response> {
+    if config.agent.dry_run {
+        return Err(conflict(
+            "The agent changes nothing: it was started with dry_run",
+        ));
+    }
+    Ok(())
 }
 
 fn conflict(text: &str) -> Response {

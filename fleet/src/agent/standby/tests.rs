@@ -2,6 +2,8 @@
 //! Tests the steps alone, and with a fake VMM.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
 use api::ClientError;
@@ -584,4 +586,80 @@ fn is_ended_by_next_agent(paused: bool) -> bool {
 fn next_agent_ends_a_paused_vm_and_leaves_one_that_was_resumed() {
     assert!(is_ended_by_next_agent(true));
     assert!(!is_ended_by_next_agent(false));
+}
+
+fn start_error(config: AgentConfig, world: &World) -> String {
+    let agent = Agent::start(AgentOptions {
+        config,
+        file: None,
+        host: world.files(),
+        store: None,
+    });
+    let error = agent.unwrap_err();
+    api::error_line(&error)
+}
+
+#[test]
+fn folder_that_other_users_may_write_to_is_rejected() {
+    let world = World::new(16 * GIB, 0);
+    drop(start(&world));
+    for mode in [0o771, 0o713] {
+        let dir = world.path().join("standby");
+        fs::set_permissions(dir, fs::Permissions::from_mode(mode)).unwrap();
+        let text = start_error(config(&world), &world);
+        assert!(text.contains("only they may write"), "{mode:o}: {text}");
+    }
+}
+
+#[test]
+fn process_of_another_boot_has_ended() {
+    let world = World::new(16 * GIB, 0);
+    world.add("a", FakeVm::new(4 * GIB, GIB));
+    let agent = start(&world);
+    wait_up(&agent, "a");
+    world.change("a", |vm| vm.fault = Fault::Mute);
+    ask(&world, "fleet.standby", VM).unwrap();
+    drop(agent);
+    world.change("a", |vm| vm.fault = Fault::None);
+    change_record(&world, |record| {
+        record["phase"] = "ending".into();
+        record["boot_id"] = "other".into();
+    });
+    let agent = start(&world);
+    let fault = wait("the fault", || entry(&agent)?.fault);
+    assert!(fault.contains("does not exist"), "{fault}");
+    assert!(!world.vm("a").ended);
+}
+
+#[test]
+fn agent_with_dry_run_takes_no_step() {
+    let world = World::new(16 * GIB, 0);
+    drop(asleep(&world));
+    change_record(&world, |record| record["phase"] = "running".into());
+    let mut config = config(&world);
+    config.agent.dry_run = true;
+    let agent = start_with(&world, config);
+    wait_phase(&agent, Some(Phase::Running));
+    for name in ["fleet.wake", "fleet.discard"] {
+        let (status, text) = refused(ask(&world, name, VM));
+        assert_eq!((status, text.contains("dry_run")), (409, true), "{text}");
+    }
+    assert!(lock_of(&world).exists());
+}
+
+#[test]
+fn socket_of_a_killed_vmm_is_not_in_the_way() {
+    let world = World::new(16 * GIB, 0);
+    let agent = asleep(&world);
+    drop(UnixListener::bind(world.socket_of("a")).unwrap());
+    wait("the socket", || {
+        let status = &agent.published().get().status;
+        status.vms.first().filter(|vm| !vm.up).map(|_| ())
+    });
+    let lock = fs::File::options()
+        .write(true)
+        .open(lock_of(&world))
+        .unwrap();
+    flock(&lock, FlockOperation::NonBlockingLockExclusive).unwrap();
+    ask(&world, "fleet.wake", VM).unwrap();
 }
