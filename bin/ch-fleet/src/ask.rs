@@ -82,26 +82,42 @@ impl Agent {
     }
 
     pub(crate) fn text(&self, name: &str) -> Result<String> {
-        let answer = self.client.get(name).context("The agent did not respond")?;
+        let answer = self.client.get(name).map_err(unreachable_agent)?;
         answer.context("The agent's response is empty")
     }
 
     pub(crate) fn put<T: DeserializeOwned>(&self, name: &str, body: &impl Serialize) -> Result<T> {
         let body = api::to_ascii_json(body)?;
-        let answer = self
-            .client
-            .put(name, Some(&body))
-            .context("The agent did not perform the request")?;
+        let answer = self.client.put(name, Some(&body)).map_err(failed_request)?;
         let text = answer.context("The agent's response is empty")?;
         serde_json::from_str(&text).context("Cannot parse the agent's response")
     }
 
     pub(crate) fn order(&self, name: &str, body: Option<&str>) -> Result<()> {
         let answer = self.client.put(name, body);
-        answer
-            .map(drop)
-            .context("The agent did not perform the request")
+        answer.map(drop).map_err(failed_request)
     }
+}
+
+fn failed_request(error: ClientError) -> anyhow::Error {
+    let is_refusal = matches!(error, ClientError::Server(_));
+    if is_refusal {
+        return anyhow::Error::new(error).context("The agent did not perform the request");
+    }
+    unreachable_agent(error)
+}
+
+/// Says what to check if no agent listens.
+fn unreachable_agent(error: ClientError) -> anyhow::Error {
+    let hint = match error {
+        ClientError::NoSocket { .. }
+        | ClientError::Refused { .. }
+        | ClientError::Connect { .. } => {
+            ": is ch-fleet-agent.service running, and may this user open its socket?"
+        }
+        _ => "",
+    };
+    anyhow::Error::new(error).context(format!("The agent did not respond{hint}"))
 }
 
 /// Exit status for a failure.

@@ -276,6 +276,7 @@ fn commands_without_an_agent_say_so() {
     assert_eq!(output.status.code(), Some(1));
     let told = String::from_utf8(output.stderr).unwrap();
     assert!(told.contains("There is no API socket"), "{told}");
+    assert!(told.contains("is ch-fleet-agent.service running"), "{told}");
 }
 
 #[test]

@@ -84,7 +84,7 @@ pub enum CpuError {
     NotPaused,
     /// No vCPU, more at boot than the maximum, or more than KVM supports.
     #[error(
-        "the number of boot vCPUs ({boot}) must be between 1 and the maximum ({max}), and the maximum at most {limit}"
+        "cpus.boot must be between 1 and cpus.max, and cpus.max at most {limit}; got boot={boot} and max={max}"
     )]
     VcpuCount {
         /// vCPUs at boot.

@@ -343,7 +343,7 @@ pub enum NumaFault {
 pub enum CpusFault {
     /// Not 1 ≤ boot ≤ max ≤ limit.
     #[error(
-        "the number of boot vCPUs ({boot}) must be between 1 and the maximum ({max}), and the maximum at most {limit}"
+        "cpus.boot must be between 1 and cpus.max, and cpus.max at most {limit}; got boot={boot} and max={max}"
     )]
     Count {
         /// vCPUs at boot.

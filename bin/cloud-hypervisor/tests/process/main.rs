@@ -175,7 +175,7 @@ fn program_bad_values_end_in_one_chain_and_leave_nothing_behind() {
         ),
         (
             "--kernel /k --cpus boot=0",
-            "the number of boot vCPUs (0) must be between 1",
+            "cpus.boot must be between 1 and cpus.max",
         ),
         (
             "--kernel /k --balloon size=512M",
