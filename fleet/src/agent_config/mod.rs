@@ -22,7 +22,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::ranges::{Range, Row, rows};
+use crate::config::ranges::{self, Entry, POLICY, Quantity, Range, Row, rows};
 use crate::config::{Config, Millis, PolicyConfig};
 use crate::model::{Bytes, VmPolicy};
 
@@ -212,6 +212,13 @@ impl AgentConfig {
         // Every section consists of tables and strings, which TOML can represent.
         let table = |value: Result<toml::Table, toml::ser::Error>| value.unwrap_or_default();
         let mut all = table(toml::Table::try_from(&self.planning));
+        show_sizes(&mut all, &ranges::config(&self.planning));
+        for (name, policy) in &self.planning.policy {
+            let shown = all.get_mut("policy").and_then(|all| all.get_mut(name));
+            if let Some(shown) = shown.and_then(toml::Value::as_table_mut) {
+                show_sizes(shown, &ranges::entries("", POLICY, policy));
+            }
+        }
         let mut put =
             |name: &str, section| all.insert(name.to_owned(), toml::Value::Table(section));
         put("agent", table(toml::Table::try_from(&self.agent)));
@@ -226,5 +233,24 @@ impl AgentConfig {
             all.insert("vm".to_owned(), toml::Value::Array(rules));
         }
         all.to_string()
+    }
+}
+
+/// Writes the sizes among `entries` with their units.
+fn show_sizes(section: &mut toml::Table, entries: &[Entry]) {
+    for entry in entries {
+        let Quantity::Size(bytes @ 1..) = entry.value else {
+            continue;
+        };
+        let (path, name) = entry.key.rsplit_once('.').unwrap_or(("", &entry.key));
+        let table = path
+            .split('.')
+            .filter(|part| !part.is_empty())
+            .try_fold(&mut *section, |table, part| {
+                table.get_mut(part)?.as_table_mut()
+            });
+        if let Some(value) = table.and_then(|table| table.get_mut(name)) {
+            *value = toml::Value::String(ranges::size(bytes));
+        }
     }
 }

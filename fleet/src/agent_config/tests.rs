@@ -51,11 +51,18 @@ fn drop_ins_win_by_name_and_add_to_lists() {
 #[test]
 fn shown_settings_read_back_the_same() {
     let (_folder, file) = files(
-        "[agent]\nlisten = '127.0.0.1:9273'\n[store]\nendpoints = ['http://e1:2379']\nhost = 'h1'\n[[vm]]\nname='a'\npolicy='default'\n",
+        "[agent]\nlisten = '127.0.0.1:9273'\n[store]\nendpoints = ['http://e1:2379']\nhost = 'h1'\n[reporting.calm]\nbytes_per_second_max = 67108864\n[policy.'a.b']\nfloor = '2048MiB'\n[[vm]]\nname='a'\npolicy='default'\n",
         &[],
     );
     let config = load(&file, true).unwrap().config;
     let shown = config.to_toml();
+    for line in [
+        "dead_band = \"16MiB\"",
+        "bytes_per_second_max = \"64MiB\"",
+        "floor = \"2GiB\"",
+    ] {
+        assert!(shown.contains(line), "{shown}");
+    }
     let (_folder, file) = files(&shown, &[]);
     assert_eq!(load(&file, true).unwrap().config, config, "{shown}");
 }

@@ -98,7 +98,7 @@ impl fmt::Display for Range {
 }
 
 /// A size in the syntax of a file.
-fn size(bytes: u64) -> String {
+pub(crate) fn size(bytes: u64) -> String {
     api::exact_bytes(bytes, &["", "KiB", "MiB", "GiB", "TiB"])
 }
 
