@@ -47,6 +47,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "api",
             "chart",
             "generated-client",
+            "test-docs",
             "test-server",
             "test-skip",
             "virtio-devices",

@@ -26,6 +26,7 @@ mod patched;
 mod pmem;
 mod power;
 mod promises;
+mod readme;
 mod shared_folder;
 mod snapshot;
 mod snapshot_cycles;
@@ -92,6 +93,7 @@ fn main() -> ExitCode {
         fleet::tests(),
         patched::tests(),
         debian::tests(),
+        readme::tests(),
         shared_folder::tests(),
         vhost_user_disk::tests(),
         adopters::tests(),
