@@ -336,6 +336,10 @@ pub(crate) struct WakeOptions {
     #[arg(long, value_enum)]
     pub(crate) mode: Option<WakeMode>,
 
+    /// Wake the VM even if its memory may be older than its disks
+    #[arg(long)]
+    pub(crate) force: bool,
+
     /// The VMM and its arguments [default: agent.wake_command]; --api-socket and --restore are added
     #[arg(last = true, value_name = "COMMAND")]
     pub(crate) command: Vec<OsString>,

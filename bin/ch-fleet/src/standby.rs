@@ -88,6 +88,7 @@ pub(crate) fn wake(agent: &Agent, options: &WakeOptions) -> Result<ExitCode> {
     let request = WakeRequest {
         vm: vm.to_owned(),
         min: options.min.map(Bytes),
+        force: options.force,
     };
     let answer: WakeAnswer = run::retry(options.wait, || agent.put("fleet.wake", &request))?;
     let mut child = match start(agent, options, &answer) {

@@ -278,8 +278,10 @@ impl ControlLoop {
 
     /// Reserves the memory of a VM in standby, for a client that is going to start its VMM.
     fn wake(&mut self, request: &Request) -> Result<Response, Response> {
-        let WakeRequest { vm, min } = request.json()?;
-        let record = self.standby.to_wake(&vm, &self.config, &self.rounds)?;
+        let WakeRequest { vm, min, force } = request.json()?;
+        let record = self
+            .standby
+            .to_wake((&vm, force), &self.config, &self.rounds)?;
         self.read_host();
         let situation = Situation {
             config: &self.config,

@@ -107,6 +107,8 @@ pub struct FakeVm {
     pub refuses_balloon: bool,
     /// Whether its VMM cannot write snapshots.
     pub refuses_snapshot: bool,
+    /// Its disk image.
+    pub disk: Option<PathBuf>,
     /// Whether its VMM has ended.
     pub ended: bool,
     /// Bytes that its disk transfers per request for counters, and those so far.
@@ -140,6 +142,7 @@ impl FakeVm {
             refusals: 0,
             refuses_balloon: false,
             refuses_snapshot: false,
+            disk: None,
             ended: false,
             works: 0,
             io_bytes: 0,
@@ -440,9 +443,11 @@ fn respond(vm: &mut FakeVm, request: &Request) -> String {
             let body: serde_json::Value = serde_json::from_str(&request.body).unwrap();
             let url = body["destination_url"].as_str().unwrap();
             let folder = Path::new(url.strip_prefix("file://").unwrap());
-            for name in ["config.json", "memory-0", "state.json"] {
+            for name in ["memory-0", "state.json"] {
                 fs::write(folder.join(name), "{}").unwrap();
             }
+            let config = serde_json::json!({"disks": [{"path": vm.disk}]});
+            fs::write(folder.join("config.json"), config.to_string()).unwrap();
             done()
         }
         ("vm.counters", _) => {

@@ -69,6 +69,9 @@ pub struct WakeRequest {
     /// Memory that must be reserved; by default that of the VM's policy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min: Option<Bytes>,
+    /// Wake the VM even if it may have run, or an image was changed, since it was saved.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub force: bool,
 }
 
 /// Response to `PUT fleet.wake`.

@@ -99,6 +99,17 @@ pub enum StandbyError {
 }
 
 impl StandbyError {
+    /// Whether the snapshot itself is at fault, and not the system.
+    pub(crate) fn is_damage(&self) -> bool {
+        matches!(
+            self,
+            Self::NotAFolder { .. }
+                | Self::NotAFile { .. }
+                | Self::Incomplete { .. }
+                | Self::TooMany { .. }
+        )
+    }
+
     pub(super) fn system(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| Self::System { path, source }

@@ -8,11 +8,12 @@ use std::process;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
-use rustix::fs::{FlockOperation, OFlags, flock};
+use rustix::fs::{FlockOperation, flock};
 use rustix::process::geteuid;
 use serde::Deserialize;
 
 use super::StandbyError;
+use super::plain::open_plain;
 use super::record::{Record, VERSION, check_name};
 use crate::model::Bytes;
 use crate::sample::VMS_MAX;
@@ -30,8 +31,8 @@ const FOLDER_MODE: u32 = 0o711;
 const SNAPSHOT_MODE: u32 = 0o700;
 /// The bits that let the group and others write.
 const OTHERS_WRITE: u32 = 0o022;
-/// A record has some hundred bytes and a path.
-const RECORD_BYTES_MAX: u64 = 16 << 10;
+/// A record has some hundred bytes and the paths of the VM's images.
+const RECORD_BYTES_MAX: u64 = 1 << 20;
 /// A VM has one file of memory per zone, and few others.
 const FILES_MAX: usize = 1024;
 /// Both are part of a complete snapshot, and the second is written last.
@@ -293,23 +294,6 @@ fn snapshot_files(folder: &Path) -> Result<Vec<PathBuf>, StandbyError> {
     match missing.into_iter().find(|path| !files.contains(path)) {
         Some(path) => Err(StandbyError::Incomplete { path }),
         None => Ok(files),
-    }
-}
-
-/// Opens a regular file that another user may have put there.
-fn open_plain(path: &Path) -> Result<File, StandbyError> {
-    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    let file = File::options()
-        .read(true)
-        .custom_flags(flags.bits().cast_signed())
-        .open(path)
-        .map_err(StandbyError::system(path))?;
-    let found = file.metadata().map_err(StandbyError::system(path))?;
-    match found.is_file() {
-        true => Ok(file),
-        false => Err(StandbyError::NotAFile {
-            path: path.to_owned(),
-        }),
     }
 }
 

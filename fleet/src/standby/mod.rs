@@ -12,6 +12,8 @@
 
 mod error;
 mod files;
+mod images;
+mod plain;
 mod record;
 #[cfg(test)]
 mod tests;
@@ -19,5 +21,7 @@ mod tests;
 pub use error::StandbyError;
 pub use files::StandbyFolder;
 pub(crate) use files::{clean, names, prepare, sync_snapshot};
+pub use images::Image;
+pub(crate) use images::images;
 pub(crate) use record::check_name;
 pub use record::{Phase, Record};

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::StandbyError;
+use super::{Image, StandbyError};
 use crate::host::ProcessIdentity;
 use crate::model::Bytes;
 use crate::state_file::boot_id;
@@ -75,6 +75,8 @@ pub struct Record {
     pub memory: Bytes,
     /// Whether that is memory of the pool of huge pages.
     pub huge_pages: bool,
+    /// Its writable images when its VMM had ended.
+    pub images: Vec<Image>,
 }
 
 impl Record {
@@ -98,6 +100,7 @@ impl Record {
             gid,
             memory,
             huge_pages,
+            images: Vec::new(),
         }
     }
 

@@ -126,7 +126,7 @@ fn damaged_records_are_refused_by_name() {
     assert!(matches!(error, StandbyError::Form { .. }), "{error}");
     let error = write("{", "{\"unknown\": 1,");
     assert!(matches!(error, StandbyError::Form { .. }), "{error}");
-    fs::write(&path, " ".repeat(17 << 10)).unwrap();
+    fs::write(&path, " ".repeat((1 << 20) + 1)).unwrap();
     let error = error_of(here.path());
     assert!(matches!(error, StandbyError::Long { .. }), "{error}");
     fs::remove_file(&path).unwrap();
@@ -217,4 +217,46 @@ fn leftovers_of_a_killed_agent_are_removed_and_nothing_else() {
         let left: io::Result<Vec<_>> = left.map(|entry| Ok(entry?.file_name())).collect();
         (left.unwrap() == ["a"]).then_some(())
     });
+}
+
+#[test]
+fn images_that_are_changed_or_replaced_are_noticed() {
+    let here = TempDir::new().unwrap();
+    let folder = made(here.path());
+    let image = |name: &str| here.path().join(name).display().to_string();
+    for name in ["disk", "pmem", "readonly", "private"] {
+        fs::write(image(name), name).unwrap();
+    }
+    let config = serde_json::json!({
+        "disks": [
+            {"path": image("disk"), "new": 1},
+            {"path": image("readonly"), "readonly": true},
+            {"path": image("absent")},
+            {"path": "relative"},
+            {"vhost_user": true},
+            {"path": image("")},
+        ],
+        "pmem": [
+            {"file": image("pmem")},
+            {"file": image("private"), "discard_writes": true},
+        ],
+    });
+    fs::write(folder.snapshot().join("config.json"), config.to_string()).unwrap();
+    let found = images(&folder.snapshot()).unwrap();
+    let paths: Vec<String> = found
+        .iter()
+        .map(|it| it.path.display().to_string())
+        .collect();
+    assert_eq!(paths, [image("disk"), image("pmem")]);
+    assert!(found.iter().all(|image| !image.has_changed()));
+    fs::write(image("disk"), "longer than before").unwrap();
+    fs::write(image("new"), "pmem").unwrap();
+    fs::rename(image("new"), image("pmem")).unwrap();
+    assert!(found.iter().all(Image::has_changed));
+    fs::remove_file(image("disk")).unwrap();
+    assert!(found[0].has_changed());
+    for text in ["", "[]", "{\"disks\": 1}"] {
+        fs::write(folder.snapshot().join("config.json"), text).unwrap();
+        images(&folder.snapshot()).unwrap_err();
+    }
 }

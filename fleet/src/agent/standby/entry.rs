@@ -10,7 +10,7 @@ use super::step::{EndOrder, Save, SeenVm, Sight, Step};
 use crate::execute::Order;
 use crate::host::{Process, ProcessIdentity, holds_vm};
 use crate::model::{Bytes, Interlock};
-use crate::standby::{Phase, Record, StandbyError, StandbyFolder};
+use crate::standby::{Image, Phase, Record, StandbyError, StandbyFolder, images};
 use crate::state_file::boot_id;
 
 /// One VM.
@@ -51,8 +51,8 @@ impl Entry {
     /// A VM whose record was read or written.
     pub(super) fn new(folder: StandbyFolder, record: Record, proc: &Path, now_ms: u64) -> Self {
         let checked = folder.check();
-        // In the other phases, the snapshot need not be complete.
-        let needed = matches!(record.phase, Phase::Standby | Phase::Ending);
+        // In the other phases, the snapshot need not be complete, or the next step depends on it.
+        let needed = record.phase == Phase::Standby;
         let fault = checked.as_ref().err().filter(|_| needed);
         Self {
             fault: fault.map(|error| api::error_line(error)),
@@ -129,12 +129,23 @@ impl Entry {
     /// # Errors
     /// It cannot be written. The phase is unchanged then.
     pub(super) fn enter(&mut self, phase: Phase, now_ms: u64) -> Result<(), StandbyError> {
-        let Some(record) = self.in_phase(phase) else {
+        let Some(mut record) = self.in_phase(phase) else {
             return Ok(());
         };
+        if self.phase() == Some(Phase::Ending) && phase == Phase::Standby {
+            record.images = self.images();
+        }
         self.folder.write(&record)?;
         self.set(record, now_ms);
         Ok(())
+    }
+
+    /// The writable images. A VMM does not load a configuration that cannot be read.
+    fn images(&self) -> Vec<Image> {
+        images(&self.folder.snapshot()).unwrap_or_else(|error| {
+            log::warn!("{}", api::error_line(&error));
+            Vec::new()
+        })
     }
 
     /// Writes that the VM is another process than before.
@@ -175,6 +186,7 @@ impl Entry {
         self.record = Some(record);
         self.since_ms = now_ms;
         self.tried_ms = None;
+        self.fault = None;
         self.end = EndOrder::Unknown;
         self.is_abandoned = false;
     }
@@ -200,12 +212,38 @@ impl Entry {
             end: self.end,
             tried_ms_ago: self.tried_ms.map(|at| now_ms.saturating_sub(at)),
             has_ended,
-            is_complete: phase == Phase::Saving && has_ended && self.folder.check().is_ok(),
+            is_complete: self.is_complete(phase, has_ended),
             // If that is unknown, the VM must not be loaded again.
             is_locked: phase == Phase::Waking && self.folder.is_locked().unwrap_or(true),
             is_abandoned: self.is_abandoned,
             vm: self.seen(name, rounds, proc),
         })
+    }
+
+    fn is_complete(&self, phase: Phase, has_ended: bool) -> bool {
+        match phase {
+            Phase::Saving if has_ended => self.folder.check().is_ok(),
+            Phase::Ending => !self.folder.check().is_err_and(|error| error.is_damage()),
+            _ => false,
+        }
+    }
+
+    /// Whether the VM may have run since it was saved, and has ended.
+    pub(super) fn may_have_run(&self) -> bool {
+        let phase = self.record.as_ref().map(|record| record.phase);
+        self.fault.is_some() && matches!(phase, Some(Phase::Saving | Phase::Ending))
+    }
+
+    /// Checks a snapshot again that could not be used: its file system may have failed for a while.
+    pub(super) fn check_again(&mut self) {
+        let record = self.record.as_ref();
+        if self.fault.is_none() || record.is_none_or(|record| record.phase != Phase::Standby) {
+            return;
+        }
+        match self.folder.check() {
+            Ok(disk) => (self.fault, self.disk) = (None, disk),
+            Err(error) => self.fault = Some(api::error_line(&error)),
+        }
     }
 
     /// The VM at the socket, if it is this one.

@@ -33,6 +33,9 @@ use step::{EndOrder, Save};
 /// Maximum number of steps of one VM at once; the longest way has fewer.
 const STEPS_MAX: usize = 8;
 
+/// Ends refusals that the client can override.
+const FORCE: &str = "; ch-fleet wake --force loads the memory nevertheless";
+
 /// All of them, by name.
 #[derive(Debug)]
 pub(super) struct Standbys {
@@ -219,19 +222,28 @@ impl Standbys {
     /// The VM that a request wants to wake, if that is possible now. The client must hold the lock.
     pub(super) fn to_wake(
         &self,
-        name: &str,
+        (name, force): (&str, bool),
         config: &AgentConfig,
         rounds: &VmRounds,
     ) -> Result<Record, Response> {
         require_orders(config)?;
         let entry = self.entries.get(name).ok_or_else(|| not_there(name))?;
         let is_still = entry.phase() == Some(Phase::Standby);
-        let Some(record) = entry.record.as_ref().filter(|_| is_still) else {
+        let may_wake = is_still || force && entry.may_have_run();
+        let Some(record) = entry.record.as_ref().filter(|_| may_wake) else {
+            let hint = if entry.may_have_run() { FORCE } else { "" };
             return Err(conflict(&format!(
-                "{name:?} cannot be woken: {}",
+                "{name:?} cannot be woken: {}{hint}",
                 entry.word()
             )));
         };
+        let changed = record.images.iter().find(|image| image.has_changed());
+        if let Some(image) = changed.filter(|_| !force) {
+            return Err(conflict(&format!(
+                "{name:?} cannot be woken: {} was changed after the VM had been saved, so its memory does not match{FORCE}",
+                image.path.display()
+            )));
+        }
         // The socket of a VMM that was killed stays, until another one replaces it.
         let other = rounds.vm(name).is_some_and(|vm| {
             let is_former = vm.process().is_some() && vm.process() == record.process_of_boot();
@@ -400,6 +412,7 @@ impl Standbys {
             if config.agent.dry_run {
                 continue;
             }
+            entry.check_again();
             for _ in 0..STEPS_MAX {
                 let sight = entry.sight(name, rounds, at.0, at.1);
                 let Some(step) = sight.map(|sight| sight.step()) else {

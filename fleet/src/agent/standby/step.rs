@@ -62,7 +62,7 @@ pub(super) struct Sight<'a> {
     pub(super) tried_ms_ago: Option<u64>,
     /// Whether the process of the record has ended.
     pub(super) has_ended: bool,
-    /// Whether the folder has a complete snapshot.
+    /// Whether the folder has a complete snapshot; in `ending`, also if that is unknown.
     pub(super) is_complete: bool,
     /// Whether a process holds the lock.
     pub(super) is_locked: bool,
@@ -146,6 +146,10 @@ impl Sight<'_> {
                 }
                 _ => Step::GiveUp(MAY_HAVE_RUN),
             };
+        }
+        if !self.is_complete && self.end == EndOrder::Unknown {
+            let why = "the snapshot cannot be used".to_owned();
+            return Step::Become(Phase::Running, why);
         }
         match self.vm {
             _ if is_paused && self.age_ms >= KILL_AFTER_MS && self.may_try() => Step::Kill,

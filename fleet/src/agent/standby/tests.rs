@@ -555,6 +555,72 @@ fn vm_that_ended_after_another_agent_had_saved_it_is_left_to_the_operator() {
     let fault = wait("the fault", || entry(&agent)?.fault);
     assert!(fault.contains("may have run"), "{fault}");
     assert_eq!(entry(&agent).unwrap().phase, Some(Phase::Ending));
+    let _lock = locked(&world);
+    let (status, text) = refused(ask(&world, "fleet.wake", VM));
+    assert_eq!((status, text.contains("--force")), (409, true), "{text}");
+    ask(&world, "fleet.wake", FORCED).unwrap();
+    wait_phase(&agent, Some(Phase::Waking));
+    assert_eq!(entry(&agent).unwrap().fault, None);
+}
+
+const FORCED: &str = r#"{"vm":"a","force":true}"#;
+
+fn locked(world: &World) -> fs::File {
+    let lock = fs::File::options()
+        .write(true)
+        .open(lock_of(world))
+        .unwrap();
+    flock(&lock, FlockOperation::NonBlockingLockExclusive).unwrap();
+    lock
+}
+
+#[test]
+fn vm_whose_disk_was_changed_is_woken_by_force_alone() {
+    let world = World::new(16 * GIB, 0);
+    let disk = world.path().join("disk.raw");
+    fs::write(&disk, "before").unwrap();
+    world.add(
+        "a",
+        FakeVm {
+            disk: Some(disk.clone()),
+            ..FakeVm::new(4 * GIB, GIB)
+        },
+    );
+    let agent = start(&world);
+    wait_up(&agent, "a");
+    ask(&world, "fleet.standby", VM).unwrap();
+    wait_phase(&agent, Some(Phase::Standby));
+    fs::write(&disk, "changed").unwrap();
+    let _lock = locked(&world);
+    let (status, text) = refused(ask(&world, "fleet.wake", VM));
+    let is_named = text.contains("disk.raw was changed") && text.contains("--force");
+    assert_eq!((status, is_named), (409, true), "{text}");
+    ask(&world, "fleet.wake", FORCED).unwrap();
+}
+
+#[test]
+fn vm_whose_snapshot_cannot_be_used_runs_again_while_its_vmm_lives() {
+    each(|sight, step| {
+        let is_known = sight.end == EndOrder::Unknown && !sight.has_ended;
+        if sight.phase == Phase::Ending && is_known && !sight.is_complete {
+            assert!(matches!(step, Step::Become(Phase::Running, _)), "{sight:?}");
+        }
+    });
+}
+
+#[test]
+fn snapshot_that_could_not_be_read_for_a_while_is_used_again() {
+    let world = World::new(16 * GIB, 0);
+    drop(asleep(&world));
+    let (there, away) = (
+        world.path().join("standby/a/snapshot"),
+        world.path().join("away"),
+    );
+    fs::rename(&there, &away).unwrap();
+    let agent = start(&world);
+    wait("the fault", || entry(&agent)?.fault);
+    fs::rename(&away, &there).unwrap();
+    wait("its end", || entry(&agent)?.fault.is_none().then_some(()));
 }
 
 /// Whether a VM that is in `ending` when an agent starts is ended.
@@ -627,7 +693,7 @@ fn process_of_another_boot_has_ended() {
     });
     let agent = start(&world);
     let fault = wait("the fault", || entry(&agent)?.fault);
-    assert!(fault.contains("does not exist"), "{fault}");
+    assert!(fault.contains("may have run"), "{fault}");
     assert!(!world.vm("a").ended);
 }
 
