@@ -84,7 +84,7 @@ impl DeviceSlots {
             number,
             range,
             mapping: memory.mapping,
-            _cover: None,
+            cover: None,
         })
     }
 
@@ -142,7 +142,7 @@ pub(super) struct MappedMemory {
     range: RangeInclusive,
     mapping: Arc<MmapRegion<()>>,
     /// Held for the effect of its drop.
-    _cover: Option<Arc<DeviceCover>>,
+    cover: Option<Arc<DeviceCover>>,
 }
 
 impl MappedMemory {
@@ -154,7 +154,7 @@ impl MappedMemory {
     /// Survives missing pages, and names device `id`, from now on.
     pub(super) fn covered(mut self, faults: &MemoryFaults, id: &str) -> Self {
         let cover = faults.cover_device(id, Arc::clone(&self.mapping), self.start());
-        self._cover = cover.map_or_else(
+        self.cover = cover.map_or_else(
             |error| {
                 log::warn!("A missing page of device {id} could end the process: {error}");
                 None
@@ -167,6 +167,8 @@ impl MappedMemory {
 
 impl Drop for MappedMemory {
     fn drop(&mut self) {
+        // Without a slot, an access of the guest leaves KVM, and with a cover it would count as a missing page.
+        self.cover = None;
         if let Err(error) = self.slots.vm.remove_memory_slot(self.number) {
             // KVM would continue to use the range. Keep it mapped forever, so that the guest still accesses nothing
             // else.

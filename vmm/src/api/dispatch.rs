@@ -273,7 +273,13 @@ impl Dispatcher {
         let fds = match device {
             NewDevice::Net(_) => std::mem::take(&mut call.fds),
             // No other device uses descriptors: the call closes them.
-            _ => Vec::new(),
+            NewDevice::Disk(_)
+            | NewDevice::Fs(_)
+            | NewDevice::GenericVhostUser(_)
+            | NewDevice::Assigned(_)
+            | NewDevice::Pmem(_)
+            | NewDevice::Vsock(_)
+            | NewDevice::Balloon(_) => Vec::new(),
         };
         self.submit(
             call,

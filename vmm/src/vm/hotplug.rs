@@ -142,7 +142,12 @@ fn in_the_way<'a>(
         NewDevice::Vsock(_) => Some(DeviceKind::Vsock),
         // Nothing can stop a balloon that is leaving from discarding what the guest reports until then.
         NewDevice::Assigned(device) if !has_balloon && !device.iommu => Some(DeviceKind::Balloon),
-        _ => None,
+        NewDevice::Disk(_)
+        | NewDevice::Net(_)
+        | NewDevice::Fs(_)
+        | NewDevice::GenericVhostUser(_)
+        | NewDevice::Assigned(_)
+        | NewDevice::Pmem(_) => None,
     };
     let found = plugged.find(|(id, kind)| Some(*id) == device.id() || Some(*kind) == not_beside);
     found.map(|(id, _)| id)
