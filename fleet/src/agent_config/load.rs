@@ -69,6 +69,12 @@ pub enum LoadError {
         /// The folder.
         path: PathBuf,
     },
+    /// The agent's own files would count as VMs in standby.
+    #[error("agent.standby_dir must not contain agent.state_dir; got {}", path.display())]
+    StandbyDirOfState {
+        /// The folder for VMs in standby.
+        path: PathBuf,
+    },
     /// Idle VMs cannot be put in standby.
     #[error("policy.{policy}.idle_standby needs agent.standby_dir")]
     IdleStandby {
@@ -262,6 +268,11 @@ fn check(config: &AgentConfig) -> Result<(), LoadError> {
     if let Some(path) = agent.standby_dir.as_ref().filter(|path| !suits(path)) {
         let path = path.clone();
         return Err(LoadError::StandbyDir { path });
+    }
+    let contains_state = |path: &&PathBuf| agent.state_dir.starts_with(path);
+    if let Some(path) = agent.standby_dir.as_ref().filter(contains_state) {
+        let path = path.clone();
+        return Err(LoadError::StandbyDirOfState { path });
     }
     let mut policies = config.planning.policy.iter();
     if agent.standby_dir.is_none()

@@ -97,6 +97,10 @@ fn fault_is_told_with_the_file_it_is_in() {
         ("[agent]\ntls_key = '/x'\n", "tls_certificate"),
         ("[agent]\nstandby_dir = 'x'\n", "must begin with /"),
         ("[agent]\nstandby_dir = '/x\"'\n", "no quotes"),
+        (
+            "[agent]\nstate_dir = '/x/y'\nstandby_dir = '/x'\n",
+            "must not contain agent.state_dir",
+        ),
         ("[agent]\nwake_command = []\n", "agent.wake_command"),
         (
             "[policy.a]\nidle_standby = '1min'\n",

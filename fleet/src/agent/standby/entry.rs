@@ -358,7 +358,7 @@ impl Entry {
             _ => tell(phase.name()),
         }
         match (before, phase) {
-            (Some(Phase::Saving | Phase::Ending), Phase::Standby) => Taken::Freed,
+            (Some(_), Phase::Standby) => Taken::Freed,
             _ => Taken::More,
         }
     }

@@ -418,6 +418,10 @@ fn vm_is_woken_once_and_sleeps_on_if_the_attempt_ends() {
     );
     drop(lock);
     wait_phase(&agent, Some(Phase::Standby));
+    wait("the reservation released", || {
+        let status = &agent.published().get().status;
+        status.reservations.is_empty().then_some(())
+    });
 }
 
 #[test]
