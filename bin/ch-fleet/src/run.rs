@@ -204,7 +204,8 @@ fn saved_memory(restore: &str) -> Result<MemoryConfig> {
     Ok(config.memory)
 }
 
-fn read_config(path: &Path) -> Result<VmConfig> {
+/// The configuration in a snapshot, which another user may have written.
+pub(crate) fn read_config(path: &Path) -> Result<VmConfig> {
     // Opening a FIFO, for example, may not return.
     if !fs::metadata(path)?.is_file() {
         bail!("it is not a file");

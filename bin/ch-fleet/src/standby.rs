@@ -5,14 +5,14 @@
 //! Therefore no VM is woken twice, and the agent knows when an attempt has failed.
 
 use std::fs::File;
-use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
+use std::io::Write;
+use std::path::Path;
 use std::process::{Child, Command, ExitCode};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use api::{Client, Endpoint, VmConfig};
+use api::{Client, Endpoint};
 use fleet::agent::{
     DiscardRequest, JournalPage, StandbyRequest, StandbyStatus, WakeAnswer, WakeRequest,
     WokenRequest,
@@ -39,8 +39,6 @@ const LOCK: Duration = Duration::from_secs(1);
 const SETTLE: Duration = Duration::from_secs(10);
 /// Time limit of a request to the VMM.
 const VMM_DEADLINE: Duration = Duration::from_secs(10);
-/// Maximum length of the VM's configuration.
-const CONFIG_BYTES_MAX: u64 = 1 << 20;
 
 /// Puts a VM in standby, and waits until its memory is free.
 pub(crate) fn standby(agent: &Agent, vm: &str, output: Output, out: &mut dyn Write) -> Result<()> {
@@ -223,7 +221,7 @@ fn command(options: &WakeOptions, answer: &WakeAnswer) -> Result<Command> {
 
 /// Loading on demand, if the configuration allows it. If it cannot be read, the VMM gives the reason.
 fn mode_of(snapshot: &Path) -> WakeMode {
-    let memory = read_config(&snapshot.join("config.json")).map(|config| config.memory);
+    let memory = run::read_config(&snapshot.join("config.json")).map(|config| config.memory);
     let Ok(memory) = memory else {
         return WakeMode::OnDemand;
     };
@@ -234,14 +232,6 @@ fn mode_of(snapshot: &Path) -> WakeMode {
     } else {
         WakeMode::OnDemand
     }
-}
-
-fn read_config(path: &PathBuf) -> Result<VmConfig> {
-    let mut text = String::new();
-    File::open(path)?
-        .take(CONFIG_BYTES_MAX)
-        .read_to_string(&mut text)?;
-    Ok(serde_json::from_str(&text)?)
 }
 
 /// Waits until the VMM has loaded the snapshot, has the agent record that the VM is this process, and resumes it.
