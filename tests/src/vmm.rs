@@ -221,6 +221,25 @@ impl Vmm {
         Ok(())
     }
 
+    /// Stops all threads, until the signal `CONT`. The signal `STOP` alone returns before they have stopped.
+    ///
+    /// # Errors
+    /// They do not stop.
+    pub fn stop(&self) -> Result<()> {
+        self.signal("STOP")?;
+        wait_for("the stop of all threads", PROCESS_DEADLINE, || {
+            let tasks = fs::read_dir(format!("/proc/{}/task", self.pid()))?;
+            for task in tasks {
+                let stat = fs::read_to_string(task?.path().join("stat"))?;
+                let state = stat.rsplit(") ").next().unwrap_or_default();
+                if !state.starts_with('T') {
+                    return Ok(None);
+                }
+            }
+            Ok(Some(()))
+        })
+    }
+
     /// Returns a function that kills the process, callable from any thread, even while another waits for a response.
     pub fn killer(&self) -> impl FnOnce() + Send + use<> {
         let pid = self.pid().to_string();

