@@ -1,4 +1,4 @@
-//! Arbitrary guest behaviour against the balloon: every queue, the configuration space, resets and the discard switch,
+//! Fuzz target: arbitrary guest behaviour against the balloon: every queue, the configuration space, resets and the discard switch,
 //! with private and shared memory between guard regions.
 #![no_main]
 

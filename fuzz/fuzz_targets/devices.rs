@@ -1,4 +1,4 @@
-//! Arbitrary guest behaviour against any device: chains, rings, configuration, resets, saved states.
+//! Fuzz target: arbitrary guest behaviour against any device: chains, rings, configuration, resets, saved states.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

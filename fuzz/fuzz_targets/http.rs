@@ -1,4 +1,4 @@
-//! Arbitrary bytes on the API socket: framing, JSON, and validation of a configuration.
+//! Fuzz target: arbitrary bytes on the API socket: framing, JSON, and validation of a configuration.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,4 @@
-//! vCPUs that move BARs and eject functions, while the host plugs and unplugs them.
+//! Fuzz target: vCPUs that move BARs and eject functions, while the host plugs and unplugs them.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

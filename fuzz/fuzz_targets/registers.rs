@@ -1,4 +1,4 @@
-//! Arbitrary accesses to a device's registers, with pauses and resets in between, while its workers run.
+//! Fuzz target: arbitrary accesses to a device's registers, with pauses and resets in between, while its workers run.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,4 @@
-//! Devices restored from states with modified text.
+//! Fuzz target: restores devices from saved states whose text was changed.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

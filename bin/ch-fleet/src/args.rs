@@ -314,7 +314,7 @@ pub(crate) struct RunOptions {
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     pub(crate) wait: u64,
 
-    /// The VMM with its arguments, including --api-socket and --memory
+    /// The VMM with its arguments, including --api-socket and --memory or --restore
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub(crate) command: Vec<OsString>,
 }

@@ -23,7 +23,10 @@ use vmm::seccomp::SeccompMode;
     disable_version_flag = true,
     after_help = "Exit status: 0 the VM was shut down or the VMM stopped (API, SIGTERM, SIGINT), 1 error, 2 usage error, 159 \
                   a system call that seccomp does not allow.\n\n--generate-docs DIR, as the only option, writes \
-                  manual pages and completions to DIR.",
+                  manual pages and completions to DIR.\n\nExamples:\n  \
+                  cloud-hypervisor --api-socket path=/run/vm.sock --kernel vmlinuz --disk path=root.raw \
+                  --cmdline \"root=/dev/vda\" --memory size=1G --balloon size=0,free_page_reporting=on\n  \
+                  cloud-hypervisor --api-socket path=/run/vm.sock --restore source_url=file:///var/lib/vm/saved,resume=true",
     group = ArgGroup::new("payload").args(["kernel", "firmware"]).multiple(true)
 )]
 pub(crate) struct Arguments {

@@ -1,5 +1,5 @@
-//! Entry point of the fuzz target `fleet`: feeds hostile input from a VMM, guest, store or client. Ordinary tests
-//! call it with random bytes.
+//! Entry point of the fuzz target `fleet`: passes hostile input from a VMM, guest, store or client to the code that reads
+//! it. Ordinary tests call it with random bytes.
 
 mod history;
 

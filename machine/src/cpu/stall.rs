@@ -1,8 +1,8 @@
 //! Detects a vCPU that waits endlessly for a page that the host cannot provide.
 //!
-//! A vCPU that accepts interrupts does not wait for a missing page in `KVM_RUN`: KVM lets a kernel thread get it
-//! (an asynchronous page fault), ignores that this fails, and runs the same instruction again. So `KVM_RUN` never
-//! returns, and only KVM's counters show it: page faults begin all the time, and none is resolved.
+//! A vCPU that accepts interrupts does not wait for a missing page in `KVM_RUN`: KVM has a kernel thread fetch the page (an
+//! asynchronous page fault). If that fails, KVM ignores the failure and repeats the instruction. `KVM_RUN` then never
+//! returns. Only KVM's counters show the stall: page faults keep starting, and none is resolved.
 
 use std::time::{Duration, Instant};
 

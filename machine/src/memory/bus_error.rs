@@ -1,8 +1,8 @@
-//! SIGBUS in guest RAM or in the memory of a device: a thread of ours touched a page that the host cannot provide, or the
-//! memory under it is defective.
+//! Handles SIGBUS in guest RAM or in the memory of a device. The signal means that one of our threads touched a page that
+//! the host cannot provide, or that is defective.
 //!
-//! The access cannot fail, and the thread cannot wait. So the handler puts a page of zeros in place of the missing one,
-//! and notifies the machine's owner, who ends the machine. Any other SIGBUS ends the process, as by default.
+//! The access cannot fail, and the thread cannot wait. The handler therefore puts a page of zeros in place of the missing
+//! one, and notifies the machine's owner, which ends or pauses the machine. Any other SIGBUS ends the process, as by default.
 #![allow(unsafe_code)]
 // UNSAFETY: a signal handler may only call what is async-signal-safe: atomics and plain system calls.
 

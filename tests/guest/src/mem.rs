@@ -1,4 +1,4 @@
-//! Allocates, touches, verifies and frees guest memory on request of a test.
+//! Allocates, touches, verifies and frees guest memory when a test requests it.
 
 use std::ops::Range;
 

@@ -1,5 +1,5 @@
-//! Data about single tests from the output of the steps: durations, skipped, retried or failed tests with reasons, and
-//! cache hits instead of builds.
+//! Collects from the output of the steps: durations of tests, skipped, retried and failed tests with reasons, and cache
+//! hits.
 
 use std::fs;
 use std::path::Path;

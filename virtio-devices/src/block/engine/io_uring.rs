@@ -1,5 +1,5 @@
-//! The io_uring engine: one ring per queue. The ring's own descriptor is readable while it holds completions. Unlike an
-//! eventfd, it costs nothing for completions that exist when submission returns.
+//! The io_uring engine: one ring per queue. The ring's descriptor is readable while the ring holds completions. Unlike an
+//! eventfd, this descriptor costs nothing for completions that exist when submission returns.
 //!
 //! Writes to the page cache do not go through the ring. Most file systems cannot start them without blocking; the
 //! kernel then passes them to its own threads, which takes longer than the copy.
