@@ -466,6 +466,20 @@ mod tests {
 
     use super::*;
 
+    /// The first entry of the L1 table refers to the refcount table, which the guest overwrites. Then the VMM reads all
+    /// tables again, as after a migration that failed.
+    #[test]
+    fn image_whose_guest_overwrites_its_refcounts_is_not_read_again() {
+        let input = [
+            0x04, 0xfc, 0x3b, 0x02, 0x6a, 0x00, 0xb0, 0x0b, 0x00, 0x00, 0x01, 0x00, 0x00, 0x08,
+            0xfe, 0x00, 0x00, 0x00, 0x00, 0x00, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
+            0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x00, 0x00, 0xff, 0x29, 0xff, 0xa1, 0xdd,
+            0x2a, 0xc5, 0xe5, 0x2f, 0xff, 0x6a,
+        ];
+        let seen = run(&input);
+        assert!(seen.opened && seen.damaged && seen.failed > 0, "{seen:?}");
+    }
+
     /// Without figures above zero, the checks of `run` would mean nothing.
     #[test]
     fn image_of_random_bytes_keeps_its_data_or_fails() {

@@ -31,12 +31,13 @@ use imago::{
 
 use super::engine::{IoOperation, zeroes};
 use super::format::ImageFormat;
-use super::image_file::{is_disk, lock, open_file};
+use super::image_file::{file_bytes, is_disk, lock, open_file};
 use super::{BlockError, BlockParams};
 use crate::Unpoisoned;
 use crate::counters::Count;
 pub use error::{ContainerError, Qcow2Error, VhdError};
 use layer_file::LayerFile;
+use qcow2::Header;
 pub(super) use vhd::fixed_disk_bytes;
 
 /// The content of an image, wherever it is.
@@ -59,6 +60,9 @@ pub(super) struct Container {
     access: RwLock<Access>,
     /// The image's own file, which `access` uses.
     top: Arc<LayerFile>,
+    /// The same file without direct I/O, to check its tables.
+    tables: File,
+    writable: bool,
     flushing: Mutex<()>,
     cluster_bytes: u64,
     /// Bytes of the disk that one L2 table describes.
@@ -73,6 +77,10 @@ impl Container {
     /// Opens the qcow2 image whose file, opened and locked, is `top`.
     pub(super) fn open(params: &BlockParams, top: &File) -> Result<Self, BlockError> {
         let layers = chain::of(&params.path, params.backing_files, !params.readonly)?;
+        let tables = File::open(&params.path).map_err(|source| BlockError::Open {
+            path: params.path.clone(),
+            source,
+        })?;
         let mut backing = Vec::new();
         let mut below: Option<(Access, Arc<LayerFile>)> = None;
         for (depth, layer) in layers.iter().enumerate().rev() {
@@ -96,6 +104,8 @@ impl Container {
             path: params.path.clone(),
             access: RwLock::new(access),
             top,
+            tables,
+            writable: !params.readonly,
             flushing: Mutex::default(),
             cluster_bytes: layers[0].cluster_bytes,
             l2_covers: layers[0].l2_covers,
@@ -127,9 +137,13 @@ impl Container {
         self.top.flush_all(|| access.flush())
     }
 
-    /// Reads everything again: another process may have changed the image.
+    /// Reads everything again: another process may have changed the image, and the guest of a damaged one its tables. What
+    /// was checked when it was opened is therefore checked again: imago would recurse until its stack is full.
     pub(super) fn reload(&self) -> io::Result<()> {
         let access = self.access.write().unpoisoned();
+        let bytes = file_bytes(&self.tables)?;
+        let header = Header::read(&self.tables, bytes, self.writable)?;
+        header.map_err(io::Error::other)?;
         // SAFETY: the lock excludes all other operations, and everything was flushed before the image was released.
         unsafe { access.invalidate_cache() }
     }
