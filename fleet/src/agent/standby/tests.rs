@@ -234,9 +234,7 @@ const VM: &str = r#"{"vm":"a"}"#;
 #[test]
 fn saved_vm_leaves_the_books_and_its_name_is_taken() {
     let world = World::new(16 * GIB, 0);
-    world.add("a", FakeVm::new(4 * GIB, GIB));
-    let agent = start(&world);
-    wait_up(&agent, "a");
+    let agent = awake(&world);
     ask(&world, "fleet.standby", VM).unwrap();
     wait_phase(&agent, Some(Phase::Standby));
     let entry = entry(&agent).unwrap();
@@ -295,11 +293,7 @@ fn vm_that_cannot_be_saved_runs_again_and_leaves_no_folder() {
 #[test]
 fn vm_whose_agent_ended_while_it_was_saved_runs_again() {
     let world = World::new(16 * GIB, 0);
-    world.add("a", FakeVm::new(4 * GIB, GIB));
-    let agent = start(&world);
-    wait_up(&agent, "a");
-    world.change("a", |vm| vm.fault = Fault::Mute);
-    ask(&world, "fleet.standby", VM).unwrap();
+    let agent = saving(&world);
     assert_eq!(entry(&agent).unwrap().phase, Some(Phase::Saving));
     drop(agent);
     world.change("a", |vm| {
@@ -315,9 +309,7 @@ fn vm_whose_agent_ended_while_it_was_saved_runs_again() {
 #[test]
 fn requests_that_make_no_sense_are_refused_by_name() {
     let world = World::new(16 * GIB, 0);
-    world.add("a", FakeVm::new(4 * GIB, GIB));
-    let agent = start(&world);
-    wait_up(&agent, "a");
+    let agent = awake(&world);
     let standby = |name: &str| {
         refused(ask(
             &world,
@@ -368,11 +360,25 @@ fn second_agent_with_the_same_standby_folder_is_refused_by_name() {
     assert!(text.contains("standby is used by another agent"), "{text}");
 }
 
-/// An agent with a VM in standby.
-fn asleep(world: &World) -> Agent {
+/// An agent that manages a VM.
+fn awake(world: &World) -> Agent {
     world.add("a", FakeVm::new(4 * GIB, GIB));
     let agent = start(world);
     wait_up(&agent, "a");
+    agent
+}
+
+/// An agent that saves a VM which does not respond.
+fn saving(world: &World) -> Agent {
+    let agent = awake(world);
+    world.change("a", |vm| vm.fault = Fault::Mute);
+    ask(world, "fleet.standby", VM).unwrap();
+    agent
+}
+
+/// An agent with a VM in standby.
+fn asleep(world: &World) -> Agent {
+    let agent = awake(world);
     ask(world, "fleet.standby", VM).unwrap();
     wait_phase(&agent, Some(Phase::Standby));
     wait("the VM gone", || {
@@ -630,11 +636,7 @@ fn snapshot_that_could_not_be_read_for_a_while_is_used_again() {
 /// Whether a VM that is in `ending` when an agent starts is ended.
 fn is_ended_by_next_agent(paused: bool) -> bool {
     let world = World::new(16 * GIB, 0);
-    world.add("a", FakeVm::new(4 * GIB, GIB));
-    let agent = start(&world);
-    wait_up(&agent, "a");
-    world.change("a", |vm| vm.fault = Fault::Mute);
-    ask(&world, "fleet.standby", VM).unwrap();
+    let agent = saving(&world);
     drop(agent);
     for name in ["config.json", "state.json"] {
         fs::write(world.path().join("standby/a/snapshot").join(name), "{}").unwrap();
@@ -684,11 +686,7 @@ fn folder_that_other_users_may_write_to_is_rejected() {
 #[test]
 fn process_of_another_boot_has_ended() {
     let world = World::new(16 * GIB, 0);
-    world.add("a", FakeVm::new(4 * GIB, GIB));
-    let agent = start(&world);
-    wait_up(&agent, "a");
-    world.change("a", |vm| vm.fault = Fault::Mute);
-    ask(&world, "fleet.standby", VM).unwrap();
+    let agent = saving(&world);
     drop(agent);
     world.change("a", |vm| vm.fault = Fault::None);
     change_record(&world, |record| {
