@@ -223,8 +223,8 @@ pub(crate) const STEPS: &[Step] = &[
         "crate",
         &[],
         &[Shared],
-        "cargo package --offline --allow-dirty --locked --package byte-size --package device-facts \
-         --package cloud-hypervisor-balloon-api-macros --package cloud-hypervisor-balloon-api",
+        "cargo package --offline --allow-dirty --locked --package cloud-hypervisor-balloon-byte-size \
+         --package device-facts --package cloud-hypervisor-balloon-api-macros --package cloud-hypervisor-balloon-api",
     )),
     // The unit tests of the series are in the kernel that all tests boot.
     beside(guests(
