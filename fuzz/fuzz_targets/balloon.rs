@@ -1,5 +1,5 @@
-//! Fuzz target: arbitrary guest behaviour against the balloon: every queue, the configuration space, resets and the discard switch,
-//! with private and shared memory between guard regions.
+//! Fuzz target: arbitrary guest behaviour against the balloon: every queue, the configuration space, resets and the
+//! discard switch. Memory is private or shared, between guard regions.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

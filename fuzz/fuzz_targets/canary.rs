@@ -1,5 +1,5 @@
-//! Checks that each target reaches the relevant code and can fail: an assertion about it that is false, which the fuzzer
-//! must refute. The environment variable `CANARY` names the target.
+//! Fuzz target: checks that another target reaches the relevant code, and can fail. It contains a false assertion about
+//! that code, which the fuzzer must refute. The environment variable `CANARY` names the other target.
 #![no_main]
 
 use std::sync::OnceLock;

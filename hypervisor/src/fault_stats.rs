@@ -1,5 +1,5 @@
-//! Reads how many page faults KVM has taken and resolved for a vCPU from the statistics that KVM publishes in a file
-//! (Documentation/virt/kvm/api.rst, `KVM_GET_STATS_FD`). Reading does not disturb the vCPU.
+//! Reads the numbers of page faults that KVM has taken and resolved for a vCPU. KVM publishes these statistics in a
+//! file (Documentation/virt/kvm/api.rst, `KVM_GET_STATS_FD`). Reading does not disturb the vCPU.
 #![allow(unsafe_code)]
 // UNSAFETY: kvm-ioctls has no wrapper for KVM_GET_STATS_FD.
 

@@ -1,8 +1,8 @@
 //! Counts tests that cannot run on this machine.
 //!
-//! A Rust test cannot report that it was skipped: it returns, and its runner counts it as passed. Here it appends a
-//! line to a file that `cargo xtask ci` provides and reads: the test is then listed with the reason and counted as
-//! skipped.
+//! A Rust test cannot report that it was skipped: it returns, and its runner counts it as passed. With this crate, it
+//! appends a line to a file that `cargo xtask ci` provides. The command then lists the test with the reason, and counts
+//! it as skipped.
 
 use std::env;
 use std::ffi::OsStr;

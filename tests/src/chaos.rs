@@ -1,5 +1,5 @@
-//! Several API clients that change a machine at random while its guest verifies memory and disks, and the state that
-//! the VMM must have once all changes are undone. The test itself reboots the machine and starts migrations, because
+//! Runs several API clients that change a machine at random while its guest verifies memory and disks. Once all changes
+//! are undone, the state of the VMM is checked. The test itself reboots the machine and starts migrations, because
 //! clients would repeat them before the guest has verified anything.
 //!
 //! Each client begins with each of its actions once, so that a short run has all of them. `CHAOS_SEED=N` repeats their

@@ -1,9 +1,9 @@
 //! An HTTP client that parses responses exactly like upstream's `ch-remote`.
 //!
-//! An ordinary HTTP library would hide differences that break upstream's tools, so this client follows their rules: the
-//! status is the text between `HTTP/1.1 ` and the first carriage return, parsed as a number (a reason phrase breaks
-//! it); `Content-Length: ` is matched case-sensitively; without it there is no body; bytes are read in blocks of 256,
-//! each of which must be valid UTF-8; the request is sent in several writes.
+//! An ordinary HTTP library would hide differences that break upstream's tools, so this client follows their rules. The
+//! status is the text between `HTTP/1.1 ` and the first carriage return, parsed as a number, so a reason phrase breaks
+//! it. `Content-Length: ` is matched case-sensitively; without it, there is no body. Bytes are read in blocks of 256,
+//! each of which must be valid UTF-8. The request is sent in several writes.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

@@ -1,7 +1,7 @@
 //! Test programs: `libtest-mimic` selects, lists and runs the tests, a few at a time.
 //!
-//! The output format is our own. libtest starts a line before a test and completes it afterwards, prints reasons of
-//! failures after all tests, and measures no times; if a host hangs, all of that is lost. Here each test prints one
+//! The output format is our own. libtest starts a line before a test and completes it afterwards, prints the reasons
+//! for failures after all tests, and measures no times. If a host hangs, all of that is lost. Here each test prints one
 //! complete line with time and reason, which `cargo xtask` reads while the others run.
 
 use std::collections::BTreeMap;

@@ -1,4 +1,4 @@
-//! Memory that the VMM itself uses, with an idle guest that has balloon, disk and network.
+//! Measures the memory that the VMM itself uses, with an idle guest that has a balloon, a disk and a network interface.
 
 use std::fs::File;
 use std::path::Path;

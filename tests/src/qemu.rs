@@ -1,4 +1,4 @@
-//! A Linux guest under QEMU's emulation, without our VMM: a second host for our kernel patches, with its own memory
+//! A Linux guest under QEMU's emulation, without our VMM. It tests our kernel patches with another host's memory
 //! hot-plug and virtio-mem.
 
 use std::fs;

@@ -1,8 +1,8 @@
-//! Guests that tests share: under emulation a boot takes longer than what many tests do with the guest.
+//! Guests that tests share, because a boot under emulation takes longer than many tests.
 //!
-//! One idle guest waits for the next test that wants the same machine. It is ended before any other machine starts, so
-//! that tests that run one after the other find no guest on the host but their own. Tests that share a machine therefore
-//! form a group, see [`crate::outcome::group`].
+//! One idle guest waits for the next test with the same machine. It is ended before any other machine starts, so that
+//! each test finds only its own guest on the host. Tests that share a machine therefore form a group, see
+//! [`crate::outcome::group`].
 
 use anyhow::{Context, Result, ensure};
 

@@ -1,5 +1,5 @@
-//! Two hosts on one machine. Each is a network namespace with a tap, and a mount namespace with a folder: of the same
-//! names, so that a VM finds on one what it had on the other.
+//! Two hosts on one machine. Each is a network namespace with a tap, and a mount namespace with a folder. Taps and
+//! folders have the same names on both hosts, so that a VM can move.
 //!
 //! ```text
 //! this machine   bridge, PREFIX.1

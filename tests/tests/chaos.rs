@@ -1,4 +1,4 @@
-//! Tests clients that change a machine at random, with a guest without an operating system that follows each change
+//! Tests clients that change a machine at random. The guest has no operating system, and follows each change
 //! immediately.
 
 use std::time::{Duration, Instant};

@@ -1,4 +1,4 @@
-//! Tests moving a running VM between two processes. The guest verifies its memory and its disk all the time.
+//! Tests moving a running VM between two processes. The guest continuously verifies its memory and its disk.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};

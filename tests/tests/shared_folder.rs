@@ -1,5 +1,5 @@
-//! Tests shared folders and disks whose back end does not exist, ends, or never responds. Tests of a working back end are in
-//! `virtio-devices/src/vhost_user/tests/`.
+//! Tests shared folders and disks whose back end does not exist, ends, or never responds. Tests of working back ends
+//! are in `virtio-devices/src/vhost_user/tests/`.
 
 use std::io::Read;
 use std::os::unix::net::{UnixListener, UnixStream};

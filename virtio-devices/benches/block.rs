@@ -2,8 +2,8 @@
 //! content if `qemu-img` is installed.
 //!
 //! Reports requests and bytes per second for each workload and engine, and the processor time of the whole process per
-//! request (kernel included; the mock driver's part is the same for both). The file is created in the current
-//! directory, or in `BENCH_DIR`.
+//! request. This time includes the kernel, and the mock driver, whose part is the same for both engines. The file is
+//! created in the current directory, or in `BENCH_DIR`.
 //!
 //! `cargo bench -p virtio-devices --features test-utils --bench block`
 #![allow(unsafe_code)]

@@ -1,4 +1,4 @@
-//! Measures requests of the virtual IOMMU, and what a device behind it pays for them.
+//! Measures requests of the virtual IOMMU, and their cost for a device behind it.
 //!
 //! | Line | Meaning |
 //! | --- | --- |

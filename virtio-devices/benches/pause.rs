@@ -1,4 +1,4 @@
-//! Prints the longest pause of each device behind the worst rings that it takes.
+//! Prints the longest pause of each device with the worst rings that it accepts.
 //!
 //! `cargo bench -p virtio-devices --features test-utils --bench pause`
 

@@ -1,7 +1,7 @@
 //! Compares the rate at which the balloon returns memory with other ways to return the same memory.
 //!
-//! The ways are measured in turns, a small batch each, in an order that changes from round to round. Other load on the
-//! machine therefore affects all of them alike, and the medians are comparable. Every batch is touched again before it
+//! All ways are measured in each round, a small batch each, in an order that changes from round to round. Other load on
+//! the machine therefore affects them equally, and the medians are comparable. Every batch is touched again before it
 //! is returned.
 //!
 //! | Way | Meaning |

@@ -12,8 +12,8 @@
 //! ```
 //! Both `hold` and `begin` start under one lock. If `hold` is first, the batch does not contain the range. If `begin`
 //! is first, `hold` returns after the last system call of the batch. So no page is pinned between the check and the
-//! discard. A mapping waits only for batches that contain its own range, which a guest with a sound driver never causes,
-//! and for batches that began while nothing was mapped, which do not name their ranges.
+//! discard. A mapping waits for batches that contain its own range, which a guest with a sound driver never causes. It
+//! also waits for batches that began while nothing was mapped, because they do not name their ranges.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

@@ -1,4 +1,5 @@
-//! Open file description locks. Locks of std cannot be limited to a part of the file, and other programs do not see them.
+//! Open file description locks. The locks of std cannot be limited to a part of the file, and other programs do not see
+//! them.
 #![allow(unsafe_code)]
 // UNSAFETY: no safe interface; the system call reads a local of the size that the kernel expects.
 

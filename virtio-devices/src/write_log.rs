@@ -1,8 +1,9 @@
-//! Records which pages of guest RAM this process writes or discards, while a migration needs to know.
+//! Records which pages of guest RAM this process writes or discards, while a migration or a live snapshot needs the
+//! record.
 //!
 //! KVM records the guest's own writes. It does not see those of devices, which this log adds. A page is recorded after
-//! the write. A reader that takes the record and copies the pages afterwards therefore misses no write: the next record
-//! has it.
+//! the write. A reader that takes the record and copies the pages afterwards therefore misses no write: a later write
+//! is in the next record.
 
 use std::ops::Range;
 use std::sync::RwLock;

@@ -1,7 +1,8 @@
 //! Host memory that the kernel attributes to this process: the charge of its control group, or its resident set.
 //!
-//! Residency of guest RAM, from the page tables, does not include memory that the kernel keeps after a part of a huge
-//! page was discarded. Only the charge of the control group does (docs/decisions/0021-partly-discarded-huge-pages-are-split.md).
+//! The residency of guest RAM comes from the page tables. It does not include memory that the kernel keeps after a part
+//! of a huge page was discarded. Only the charge of the control group does
+//! (docs/decisions/0021-partly-discarded-huge-pages-are-split.md).
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek};

@@ -1,6 +1,6 @@
 //! The published view: the state after the last completed change.
 //!
-//! Readers take a reference and never wait for the control thread, however long it takes to boot or to stop a machine.
+//! Readers take a reference and never wait for the control thread, even while it boots or stops a machine.
 
 use std::sync::{Arc, RwLock};
 

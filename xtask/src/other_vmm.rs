@@ -1,4 +1,4 @@
-//! `--vmm PATH`: a VMM compatible with Cloud Hypervisor to measure in addition to ours or instead of it.
+//! `--vmm PATH`: a VMM compatible with Cloud Hypervisor, measured in addition to ours or instead of it.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};

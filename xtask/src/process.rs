@@ -1,4 +1,4 @@
-//! Child processes that cannot outlive this one, and waiting for them with a deadline.
+//! Starts child processes that cannot outlive this one, and waits for them with a deadline.
 #![allow(unsafe_code)]
 // UNSAFETY: prctl, kill and pre_exec have no safe form in std.
 

@@ -1,8 +1,8 @@
 //! Progress of long-running commands with the remaining time: a bar on a terminal, a line every ten seconds in a log.
 //!
 //! Work is a [`Plan`] of concurrent lanes; the tasks of a lane run one after another. Each task has an expected time on
-//! an idle machine with two processors. If a task reports its progress, the estimate uses that; a lane's slowness so
-//! far scales the expected times of its remaining tasks.
+//! an idle machine with two processors. If a task reports its progress, the estimate uses that. A lane's delay so far
+//! scales the expected times of its remaining tasks.
 
 use std::io::IsTerminal as _;
 use std::sync::mpsc::{self, RecvTimeoutError};

@@ -1,7 +1,7 @@
 //! Records the acts that the agent must undo (pauses, limits of control groups), and the VMs that it must not manage.
 //!
 //! An act is saved before it is executed, and removed after its reversal was confirmed. Therefore the next agent knows
-//! which acts are in force, however this one ended. An act applies to one process and ends with it.
+//! which acts are in force, even if this one was killed. An act applies to one process and ends with it.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -1,8 +1,8 @@
 //! Saves what the agent learned about VMs for its successor.
 //!
-//! A lesson concerns one process and ends with it. The planner's clock counts from the start of the machine, so times
-//! are valid for the next agent too, and the file for one start of the machine. For the same reason it need not be
-//! synced to disk: when the machine ends, so do the VMs.
+//! A lesson concerns one process and ends with it. The planner's clock counts from the start of the machine. Times in
+//! the file are therefore valid for the next agent, until the machine restarts. The file need not be synced to disk,
+//! because the VMs end with the machine.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -1,7 +1,7 @@
 //! Locks that separate agents: on the state folder, on the folder of VMs in standby, and on each VM.
 //!
-//! Two agents with one folder would both reserve the same memory; two that manage the same VM would move its balloon in
-//! opposite directions. The kernel releases both kinds when the agent ends, however it ends.
+//! Two agents with one folder would both reserve the same memory. Two agents that manage the same VM would move its
+//! balloon in opposite directions. The kernel releases the locks when the agent ends, even if it is killed.
 
 use std::fs::{File, OpenOptions};
 use std::io;

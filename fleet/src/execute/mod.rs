@@ -2,8 +2,7 @@
 //! available, and outdated actions are dropped.
 //!
 //! The executor makes no decisions. It checks an action against the current state with [`Action::check`] right before
-//! sending it to its VM's thread, and lets a grant wait for memory until its plan expires; by then there is a newer
-//! one.
+//! sending it to its VM's thread. A grant waits for memory until its plan expires; by then, a newer plan exists.
 
 mod group;
 mod order;

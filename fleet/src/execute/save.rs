@@ -1,4 +1,4 @@
-//! Saves a VM into a folder, and ends the VMM of a VM that was saved.
+//! Saves a VM to a folder, and ends the VMM of a saved VM.
 
 use std::path::Path;
 use std::time::Duration;

@@ -1,10 +1,10 @@
 //! Gives memory: decides which VMs get memory back, and from which source.
 //!
-//! Only memory that is free now is given. Memory that balloons are about to return is given by the plan that sees it
-//! arrive: this is the second of the two phases. A suffering guest gets all of its memory in one request, because small
-//! steps do not help a guest that thrashes (and that may never respond again). It may use free memory down to half of
-//! the value at which the host turns red. Guests that are merely short of memory may use memory above `give_above`, the
-//! others memory above `relax_above`.
+//! Only memory that is free now is given. Memory that balloons are about to return is given by a later plan, after it
+//! has arrived: the second of the two phases. A suffering guest gets all of its memory in one request. Small steps do
+//! not help a guest that thrashes, and it may never respond again. It may use free memory down to half of the value at
+//! which the host turns red. Guests that are merely short of memory may use memory above `give_above`, the others
+//! memory above `relax_above`.
 
 use crate::config::{Config, ControlConfig, SafetyRule};
 use crate::model::{Bytes, HostState, Ledger};

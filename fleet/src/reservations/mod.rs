@@ -7,9 +7,9 @@
 //!    └────────► dropped ◄──┴────────────────────────┘            release drops it in any state
 //! ```
 //!
-//! A reservation counts in full until its VM is seen, and then minus the VM's resident memory. After the VM had time to
-//! grow, it no longer counts, because the measured burst of all VMs covers it. Every change is on disk before the
-//! response, so that a restarted agent reserves nothing twice.
+//! A reservation counts in full until its VM is seen, and then minus the VM's resident memory. Once the VM has had time
+//! to grow, the reservation no longer counts, because the measured burst of all VMs covers it. Every change is on disk
+//! before the response, so that a restarted agent reserves nothing twice.
 
 mod book;
 mod file;

@@ -1,9 +1,9 @@
 //! Other memory managers for comparison, implemented from descriptions of their rules, with their defaults.
 //!
-//! - MOM: the ballooning rules of oVirt's Memory Overcommitment Manager: all guests shrink by at most 5 % while the mean
-//!   of the host's free memory is below 20 %, else all grow by at most 5 %; page cache counts as used.
-//! - Proxmox VE's automatic ballooning: the host is kept at 80 %; at most 100 MiB per guest and round; the surplus over
-//!   the minimum is distributed by shares; guests' free memory only decides the order.
+//! - MOM: the ballooning rules of oVirt's Memory Overcommitment Manager. While the mean of the host's free memory is
+//!   below 20 %, all guests shrink by at most 5 %; otherwise all grow by at most 5 %. Page cache counts as used.
+//! - Proxmox VE's automatic ballooning: keeps the host at 80 %, and moves at most 100 MiB per guest and round. The
+//!   surplus over the minimum is distributed by shares. Guests' free memory only decides the order.
 //! - xapi's squeezed: memory over the minimum is distributed in proportion to the range, from memory that domains do
 //!   not own. Domains that shrink go first; others grow when the shrinking is done. A domain that does not move is
 //!   ignored.

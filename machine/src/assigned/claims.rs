@@ -1,4 +1,4 @@
-//! Tracks the open devices: each device once, and one per IOMMU group.
+//! Tracks open devices. Each device can be open only once, and only one device of an IOMMU group.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

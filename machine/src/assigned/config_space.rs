@@ -1,4 +1,4 @@
-//! Configuration space of an assigned device as the guest sees it.
+//! The configuration space of an assigned device as the guest sees it.
 
 use virtio_devices::pci::MsiMessage;
 

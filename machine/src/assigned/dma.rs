@@ -1,4 +1,4 @@
-//! The IOMMU of the host in front of one device: a container that has no mappings but those of the guest.
+//! The host's IOMMU in front of one device: a container with only the guest's mappings.
 
 use std::any::Any;
 use std::io;

@@ -1,4 +1,4 @@
-//! VFIO's calls for the IOMMU of a container. The crate vfio-ioctls lacks mappings that the device may only read, and the
+//! VFIO's calls for the IOMMU of a container. The crate vfio-ioctls supports neither read-only mappings nor the
 //! properties of the IOMMU.
 #![allow(unsafe_code)]
 // UNSAFETY: gives guest RAM to devices, and calls the kernel.

@@ -1,6 +1,6 @@
-//! Looks in the host for the cause of a triple fault or a failed emulation: if page tables, code or handlers of
-//! exceptions are in RAM that the host cannot provide, KVM may treat them as absent. It can then neither deliver an
-//! exception nor read the instruction that it has to emulate.
+//! Looks in the host for the cause of a triple fault or a failed emulation. If page tables, code or exception handlers
+//! are in RAM that the host cannot provide, KVM may treat them as absent. It can then neither deliver an exception nor
+//! read the instruction to emulate.
 
 use hypervisor::Vcpu;
 use hypervisor::bindings::{kvm_regs, kvm_sregs};

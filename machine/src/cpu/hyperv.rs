@@ -1,7 +1,7 @@
-//! The CPUID leaves of Hyper-V, for guests that know no other hypervisor (`kvm_hyperv=on`).
+//! The CPUID leaves of Hyper-V, for guests that support no other hypervisor (`kvm_hyperv=on`).
 //!
-//! Names and bits: Microsoft, Hypervisor Top-Level Functional Specification, chapter 2. Each feature below is one that
-//! KVM emulates in the kernel; the registers of the guest that use it are part of a vCPU's state.
+//! Names and bits: Microsoft, Hypervisor Top-Level Functional Specification, chapter 2. KVM emulates each feature below
+//! in the kernel. The guest's registers for these features are part of a vCPU's state.
 
 use hypervisor::bindings::kvm_cpuid_entry2;
 

@@ -1,11 +1,11 @@
-//! Arbitrary accesses to the devices at fixed addresses, while the host sends input, raises interrupts, and plugs vCPUs
-//! and memory.
+//! Makes arbitrary accesses to the devices at fixed addresses, while the host sends input, raises interrupts, and plugs
+//! vCPUs and memory.
 //!
 //! Afterwards:
 //!
 //! * the guest has ejected only vCPUs whose removal was requested;
-//! * interrupts were sent to local APICs only;
-//! * the state of every device can be restored, and is the same then.
+//! * interrupts were sent only to local APICs;
+//! * every device can be restored from its saved state, and has the same state afterwards.
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! vCPUs that move BARs and eject functions, while the host plugs functions in and requests their removal.
+//! Simulates vCPUs that move BARs and eject functions, while the host plugs functions in and requests their removal.
 //!
 //! Afterwards the bus must be consistent:
 //!

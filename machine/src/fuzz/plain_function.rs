@@ -1,4 +1,4 @@
-//! A function with a BAR in each window and a doorbell, on the configuration space that real devices have.
+//! A PCI function with a BAR in each window and a doorbell, and with the configuration space of real devices.
 
 use std::sync::{Mutex, MutexGuard};
 

@@ -1,7 +1,7 @@
 //! The real-time clock and its 128 bytes of RAM (Motorola MC146818A).
 //!
-//! The time is the host's, in UTC, and cannot be set. The size of RAM is in the bytes where firmware has read it since
-//! the PC AT.
+//! The time is the host's, in UTC, and cannot be set. The size of RAM is in the bytes from which firmware has read it
+//! since the PC AT.
 
 use std::sync::{Mutex, MutexGuard};
 use std::time::SystemTime;

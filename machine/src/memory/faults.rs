@@ -1,7 +1,7 @@
-//! Guest RAM, or the memory of a device, that the host fails to provide while the machine runs: the pool of huge pages is
-//! empty, a file system is full, a file became shorter, or memory is defective.
+//! Guest RAM, or the memory of a device, that the host fails to provide while the machine runs. Causes are an empty
+//! pool of huge pages, a full file system, a truncated file, and defective memory.
 //!
-//! | Access | How it is noticed | Can be repeated |
+//! | Access | Detected by | Can be repeated |
 //! | --- | --- | --- |
 //! | by a vCPU | `KVM_RUN` fails | yes |
 //! | by a vCPU, and KVM tries again endlessly | page faults without result (`cpu/stall.rs`) | yes |

@@ -8,8 +8,8 @@
 //!   assigned      │      pinned pinned      pinned         one mapping per open block, without a virtual IOMMU
 //! ```
 //!
-//! A slot is never changed, only added or removed, because KVM would drop and add it: the guest may be using the blocks
-//! other than the one that changes.
+//! Slots are only added and removed, never changed. To change a slot, KVM removes it and adds it again, while the guest
+//! may be using its other blocks.
 #![allow(unsafe_code)]
 // UNSAFETY: memory slots hand address ranges of this process to the kernel; regions of devices are parts of one mapping.
 

@@ -1,4 +1,4 @@
-//! The saved map of guest memory. Its content is not part of it: code that saves or sends the content reads it from
+//! The saved map of guest memory, without the content. Code that saves or sends the content reads it from
 //! [`GuestMemory::ram`].
 
 use ::state::{Fields, Part, State, StateError, parts, require};

@@ -1,7 +1,7 @@
 //! The zones of guest RAM (`--memory-zone`) and their addresses.
 //!
-//! RAM that is not divided is one zone with the name that Cloud Hypervisor uses, so all other code handles only zones.
-//! Zones follow one another in the order of the configuration. A zone that does not fit below 3 GiB continues at 4 GiB:
+//! Undivided RAM is one zone with the name that Cloud Hypervisor uses, so all other code handles only zones. Zones
+//! follow one another in the order of the configuration. A zone that does not fit below 3 GiB continues at 4 GiB:
 //!
 //! ```text
 //!   zones      │ a 1G │        b 4G          │

@@ -1,4 +1,4 @@
-//! Assigned devices on the bus. Everything else is as for virtio devices.
+//! Plugs assigned devices into the bus. All other steps are the same as for virtio devices.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -3,9 +3,9 @@
 //! ```text
 //!   header │ program headers │ notes │ padding to a page │ RAM, zone after zone
 //! ```
-//! A `PT_LOAD` describes each range of RAM by its guest physical address. Pages that the host does not hold, and pages of
-//! zeros, are holes in the file. Each vCPU that the guest has has two notes: `CORE` with its registers as Linux has them,
-//! and `QEMU` with its segments and control registers.
+//! A `PT_LOAD` describes each range of RAM by its guest physical address. Pages that the host does not hold, and pages
+//! of zeros, are holes in the file. Each vCPU has two notes: `CORE` with its registers in Linux's format, and `QEMU`
+//! with its segments and control registers.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

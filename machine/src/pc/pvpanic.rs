@@ -1,6 +1,6 @@
 //! The device through which a guest reports its panic: QEMU's pvpanic on PCI, as in Cloud Hypervisor.
 //!
-//! One byte of BAR 0 lists the events that the driver may write, and receives them. The machine continues to run.
+//! The driver reads the supported events from one byte of BAR 0, and writes events to it. The machine continues to run.
 
 use std::fmt;
 use std::sync::{Mutex, MutexGuard};

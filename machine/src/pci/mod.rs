@@ -8,9 +8,9 @@
 //!                                        └─► MMIO bus + doorbells (ioeventfd)
 //! ```
 //!
-//! [`virtio_devices::pci`] defines what a function is. This module does the work of a host bridge and its firmware: it
-//! answers configuration cycles (PCI 3.0 §3.2.2.3.2, PCI Express 3.0 §7.2.2), places BARs and forwards memory accesses
-//! to them.
+//! [`virtio_devices::pci`] defines what a function is. This module replaces a host bridge and its firmware. It answers
+//! configuration cycles (PCI 3.0 §3.2.2.3.2, PCI Express 3.0 §7.2.2), places BARs, and forwards memory accesses to
+//! them.
 
 mod bars;
 mod bus;

@@ -1,7 +1,7 @@
 //! Input: bytes from the operator to the guest.
 //!
 //! A chunk is read when the source has data, and offered to the device. Bytes for which the device has no space stay
-//! here, and nothing more is read until [`Input::resume`] reports space again. Meanwhile the terminal, pty or socket
+//! here, and nothing more is read until [`Input::resume`] reports space again. Until then, the terminal, pty or socket
 //! blocks the sender.
 
 use std::fs::File;

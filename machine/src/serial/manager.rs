@@ -1,8 +1,8 @@
 //! The thread that waits for terminals, pseudo-terminals and sockets.
 //!
-//! Every watch is one-shot: once a source is ready, it is not watched until it rearms its watch, which it may do from
-//! any thread. So a source whose consumer has no space costs nothing. A source that cannot continue now may be called
-//! again later.
+//! Every watch is one-shot. Once a source is ready, it is not watched until it rearms its watch, from any thread. A
+//! source whose consumer has no space therefore costs nothing. A source that cannot continue now may be called again
+//! later.
 
 use std::collections::BTreeMap;
 use std::io;

@@ -1,4 +1,4 @@
-//! A new pseudo-terminal: the VMM holds its master side; an operator opens the other by path.
+//! A new pseudo-terminal. The VMM holds its master side; an operator opens the other side by its path.
 #![allow(unsafe_code)]
 // UNSAFETY: three ioctls of the pty driver (ioctl_tty(2)) have no safe interface.
 

@@ -1,7 +1,6 @@
 //! The parameters of the guest's init on the kernel command line.
 //!
-//! `guest.run=` carries a shell script in base64, because the kernel splits at blanks and the
-//! value must survive quoting by any VMM.
+//! `guest.run=` carries a shell script in base64, because the kernel splits at blanks, and a VMM may change quotes.
 
 /// The action after the script has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

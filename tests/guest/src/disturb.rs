@@ -1,8 +1,8 @@
 //! The disturbances of `guest-mem stress`, one kind each.
 //!
-//! A kernel may reject much of it with reason: a block of memory in use is not taken offline, and no immediate report
-//! is made while reporting is paused. Rejections are counted. A wrong byte in a file, or a setting that is not
-//! accepted, is an error.
+//! A kernel may have good reason to reject a disturbance. For example, it does not take a block of memory in use
+//! offline, and makes no immediate report while reporting is paused. Rejections are counted. A wrong byte in a file, or
+//! a setting that is not accepted, is an error.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,10 +1,9 @@
 //! Process 1 of a test guest.
 //!
-//! mounts → `guest: init SECONDS` on the console → modules → `guest.run=` script or an interactive
-//! shell → `guest: exit STATUS` → power off, reboot or stay. With `guest.root=` the init of the system
-//! on that disk takes over instead. The marker comes as early as
-//! possible, because the time to it is a published figure. A press of the power button ends
-//! the guest in any state.
+//! mounts → `guest: init SECONDS` on the console → modules → `guest.run=` script or an interactive shell →
+//! `guest: exit STATUS` → power off, reboot or stay. With `guest.root=`, the init of the system on that disk takes
+//! over. The marker is printed as early as possible, because the time until then is a published figure. Pressing the
+//! power button ends the guest in any state.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Seek as _, SeekFrom, Write as _};

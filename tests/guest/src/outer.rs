@@ -1,5 +1,5 @@
-//! Process 1 of the testbed's outer machine: runs one command on a root that looks like the host's, and returns its
-//! output and status.
+//! Process 1 of the testbed's outer machine. It runs one command on a root that looks like the host's, and returns the
+//! command's output and status.
 //!
 //! ```text
 //! 9p "root" (the host's /, read-only) ─┐
@@ -11,11 +11,11 @@
 //!                                  └ virtio port "testbed.status": "ready", "start SECONDS", "exit N"
 //! ```
 //!
-//! The plan comes after the boot, because the host saves the machine when it is ready and starts later ones from there.
+//! The plan is sent after the boot: the host saves the machine when it is ready, and starts later machines from there.
 //! Until then, nothing may depend on the command or on the host's files.
 //!
-//! The command writes to pipes and not to the ports themselves, because a port can be opened
-//! once only and scripts reopen /dev/stdout.
+//! The command writes to pipes and not to the ports, because a port can be opened only once, and scripts reopen
+//! /dev/stdout.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write as _};

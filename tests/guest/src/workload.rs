@@ -1,8 +1,8 @@
 //! `guest-mem workload`: workloads to time a page allocator.
 //!
-//! The work of will-it-scale's page_fault1 and page_fault2, a churn of one large region, and others. Each is a fixed
-//! amount of work, so that its time (or, if the clock counts instructions, its instructions) can be compared between
-//! kernels.
+//! The workloads include will-it-scale's page_fault1 and page_fault2, and a churn of one large region. Each is a fixed
+//! amount of work, so that its time can be compared between kernels. If the clock counts instructions, the time is a
+//! number of instructions.
 
 use std::fs::{self, File};
 use std::io;

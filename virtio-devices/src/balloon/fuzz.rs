@@ -1,6 +1,6 @@
 //! Simulates a fuzzed guest: any sequence of bytes drives a balloon over real memory.
 //!
-//! The fuzz targets call [`run`], and so do the ordinary tests with random bytes. It acts as a driver that writes any
+//! The fuzz targets call [`run`], and so do the ordinary tests with random bytes. The simulated driver writes any
 //! descriptor, ring index, field of the configuration space and byte of its own RAM, in any order. Afterwards it checks
 //! the invariants:
 //!

@@ -9,8 +9,8 @@
 //!     └───────────────────────────────────────────────────┴───┘
 //! ```
 //!
-//! Blocks are discarded only in `Running`. The guest sees the request as `free_page_hint_cmd_id`: a new id for a start;
-//! DONE for a stop and at the end, so that it takes its blocks back. A guest that never responds keeps the run in
+//! Blocks are discarded only in `Running`. The guest sees the request as `free_page_hint_cmd_id`. A new id starts a
+//! run. DONE stops or ends it, so that the guest takes its blocks back. A guest that never responds keeps the run in
 //! `Requested`. A guest that never ends it keeps the run in `Stopping`, which the next start also leaves.
 //!
 //! # When a hinted block may be discarded
@@ -39,8 +39,8 @@
 //! * the doorbell of this queue holds the vCPU that signals it ([`crate::VirtioDevice::holds_notifier`]), so KVM does not
 //!   handle it in the kernel;
 //! * a block is discarded only while the vCPU is held, and of the available chains only the *last* one: the kicks of
-//!   the earlier ones have returned. The driver's work item is one thread, and no feature that suppresses kicks is
-//!   offered, so normally there are no earlier ones;
+//!   the earlier ones have returned. Normally, no earlier chains exist, because the driver's work item is one thread,
+//!   and the device offers no feature that suppresses kicks;
 //! * a block found in any other way, for example after a pause, is completed and counted as `hint_not_held`;
 //! * the run must be acknowledged and not stopped; otherwise the block is counted as `hint_stale`.
 //!

@@ -1,6 +1,6 @@
 //! The saved state of the balloon. It does not include discarded memory, which is simply absent from guest RAM.
 //!
-//! It does not include times (latencies, rates, the age of statistics), because they are meaningless on another host.
+//! Nor does it include times (latencies, rates, the age of statistics), because they are meaningless on another host.
 
 use std::collections::BTreeMap;
 

@@ -1,11 +1,11 @@
 //! Arbitrary disk images, for the fuzz target `image` and for ordinary tests with random bytes.
 //!
-//! The bytes describe the files: one of any bytes, a fixed VHD, or a chain of qcow2 images, with or without damage. Then
-//! they describe operations that a guest can cause. Afterwards:
+//! The bytes describe the files: one of any bytes, a fixed VHD, or a chain of qcow2 images, with or without damage.
+//! Then they describe operations that a guest can cause. Afterwards, these invariants are checked:
 //!
 //! * memory around the guest's buffer is unchanged;
 //! * the images below the first one are unchanged;
-//! * the disk has the content of a model if nothing is damaged, also when opened again.
+//! * if nothing is damaged, the disk has the content of a model, also after it is opened again.
 
 #![allow(unsafe_code)]
 // UNSAFETY: `memfd_create` has no safe wrapper here; vectors that describe a buffer go to the engine, as from the queues.

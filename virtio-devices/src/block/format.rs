@@ -4,8 +4,8 @@
 //! detected unless it is configured. The reverse danger is a guest that writes a signature into a raw image, so that the
 //! next start misreads it. Therefore signatures cannot be written to an image with a detected format.
 //!
-//! Only the front decides: the guest of a raw image may write anything to its end. The footer of a fixed VHD, which has
-//! no other signature, counts only if the format is configured.
+//! Only the start of the image is examined, because the guest of a raw image may write anything to its end. A fixed VHD
+//! has a signature only in its footer, so this format must be configured.
 
 /// Number of bytes at the front of the file that [`detect`] checks, and of a footer; one sector.
 pub(super) const HEADER_BYTES: usize = 512;

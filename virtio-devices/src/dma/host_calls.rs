@@ -1,5 +1,5 @@
 //! Calls to the host's IOMMUs that a change of the tables requires. They are made after the change and without the lock
-//! of the tables, because the host may take seconds to provide, pin or release memory. Other devices can still
+//! of the tables. The host may take seconds to provide, pin or release memory, and other devices must still be able to
 //! translate.
 
 use std::sync::Arc;

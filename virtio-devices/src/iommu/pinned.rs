@@ -2,7 +2,7 @@
 //!
 //! The host pins the memory that it maps. A mapping therefore has four steps. The range counts as mapped, so that no
 //! discard of it begins ([`crate::dma_mapped`]). Discards of the range that have already begun end. The memory of the
-//! range is looked up, which fails for memory that was unplugged by then. Then the host maps it.
+//! range is looked up, which fails if it has been unplugged. Then the host maps it.
 
 use std::any::Any;
 use std::collections::BTreeMap;

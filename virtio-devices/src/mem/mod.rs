@@ -8,10 +8,10 @@
 //! ```
 //!
 //! The device owns one region of guest RAM, divided into blocks. The host requests a number of bytes. The guest plugs
-//! blocks until it has that many, or unplugs blocks that it can spare. The VMM maps the region from the start, which costs
-//! nothing until it is touched. Guest and devices reach plugged blocks only: plugging opens a block ([`BlockAccess`]);
-//! unplugging closes it and then discards it. A block counts as unplugged only after its memory has been returned to
-//! the host.
+//! blocks until it has that many, or unplugs blocks that it can spare. The VMM maps the region from the start, which
+//! costs nothing until it is touched. Guest and devices can access only plugged blocks. Plugging opens a block
+//! ([`BlockAccess`]); unplugging closes it and then discards it. A block counts as unplugged only after its memory has
+//! been returned to the host.
 //!
 //! Errors are contained as follows. An invalid request gets an error response, is counted, and changes nothing. A block
 //! that the host cannot open, close or discard keeps its state, and the guest must try again. A guest that accesses

@@ -1,8 +1,8 @@
 //! Announces a restored interface, which another host may have served before.
 //!
-//! A switch sends frames for the guest to the port from which the guest's last frame came, for minutes. The guest does
-//! not know that it has moved, and may send nothing unless it is asked. Therefore, the device sends requests of RARP
-//! (RFC 903) in the guest's name. They change what switches know and ask nothing of other hosts.
+//! For minutes, a switch sends frames for the guest to the port from which the guest's last frame came. The guest does
+//! not know that it has moved, and may send nothing. Therefore, the device sends RARP requests (RFC 903) on the guest's
+//! behalf. They update the tables of switches, and require nothing from other hosts.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};

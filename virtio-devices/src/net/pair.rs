@@ -1,5 +1,4 @@
-//! The queue half for traffic: a receive and a transmit queue, one tap queue,
-//! one worker.
+//! The queue half for traffic: a receive and a transmit queue on one tap queue and one worker.
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;

@@ -1,8 +1,8 @@
 //! Receiving: from the tap to the guest (virtio 1.2 §5.1.6.3, §5.1.6.4).
 //!
 //! Buffers that the guest has provided are taken ahead of frames and kept in order. A frame goes to the first buffer
-//! or, with mergeable buffers, to as many from the front as it needs. A frame longer than all of those is held until
-//! the guest has provided enough, because it cannot be returned to the tap.
+//! or, with mergeable buffers, to as many from the front as it needs. A frame that exceeds all available buffers is
+//! held until the guest has provided more, because it cannot be returned to the tap.
 
 use std::collections::VecDeque;
 use std::io;

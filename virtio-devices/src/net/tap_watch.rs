@@ -1,9 +1,9 @@
 //! Watches a tap for the events that a worker waits for.
 //!
 //! The worker's own event set watches only for readability, and only code that the worker calls may change it. A tap
-//! must also be watched for writability. While the guest has provided no buffers, a tap must not be watched at all: a
-//! frame that cannot be delivered would wake the worker endlessly. So the tap is in a separate event set, which is
-//! readable when an awaited event of the tap occurs.
+//! must also be watched for writability. While the guest has provided no buffers, the tap must not be watched, because
+//! a frame that cannot be delivered would wake the worker endlessly. The tap is therefore in a separate event set,
+//! which is readable when an awaited event of the tap occurs.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};

@@ -1,4 +1,4 @@
-//! The queue half of a device that has one queue and completes each request immediately.
+//! The queue half of devices with one queue that complete each request immediately.
 
 use std::os::fd::RawFd;
 

@@ -2,7 +2,7 @@
 //!
 //! The bytes describe the regions of guest RAM, and then batches of claims. After each batch:
 //!
-//! * exactly the pages of the rule are gone ([`discard_and_check_on`]);
+//! * exactly the pages that the rule selects are discarded ([`discard_and_check_on`]);
 //! * the resident memory of each region has fallen by what the engine has discarded there.
 
 use std::sync::OnceLock;

@@ -1,7 +1,7 @@
 //! Reads from `/proc/self/pagemap` which pages of our mappings are present or swapped.
 //!
 //! Both methods walk the page tables under the read side of the memory map lock, so page faults of vCPU threads
-//! continue in parallel. But a thread that wants to change the map waits for the walk, and page faults then queue
+//! continue in parallel. However, a thread that changes the map must wait for the walk, and page faults then queue
 //! behind that thread. Therefore no single call walks more than a window of memory.
 //!
 //! * `PAGEMAP_SCAN` (Linux ≥ 6.7, Documentation/admin-guide/mm/pagemap.rst) returns ranges, and skips absent page

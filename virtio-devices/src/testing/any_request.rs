@@ -1,5 +1,5 @@
-//! Requests of a device's driver with arbitrary values, for the guest with arbitrary behaviour: random bytes rarely have
-//! all lengths of a valid request.
+//! Requests of a device's driver with arbitrary values but valid lengths, which random bytes rarely have. Used by the
+//! guest with arbitrary behaviour.
 
 use super::any_device::mem_block;
 use super::fuzz_input::Input;

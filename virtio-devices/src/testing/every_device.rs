@@ -1,4 +1,4 @@
-//! Runs [`conformance`] for the devices whose creation takes more than a line.
+//! Runs [`conformance`] for the devices whose creation takes more than one line.
 
 use std::fs;
 use std::sync::{Arc, Mutex};

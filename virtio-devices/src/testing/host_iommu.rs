@@ -1,4 +1,4 @@
-//! An IOMMU of the host, in memory. It behaves as VFIO does, and panics when the VMM would break the host's memory.
+//! A host IOMMU in memory. It behaves as VFIO does, and panics if the VMM would corrupt the host's memory.
 
 use std::any::Any;
 use std::collections::BTreeMap;

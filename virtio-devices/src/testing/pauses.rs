@@ -1,6 +1,6 @@
-//! Measures pauses behind the worst rings that each device takes, with its workers: the benchmark `pause`.
+//! Measures the pauses of each device with the worst rings that it accepts, for the benchmark `pause`.
 //!
-//! The tests count work instead of time ([`super::turns`]). This shows what the counted work costs on a host.
+//! The tests count work instead of time ([`super::turns`]). This benchmark shows the cost of that work on a host.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};

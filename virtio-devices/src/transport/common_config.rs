@@ -1,8 +1,8 @@
 //! `struct virtio_pci_common_cfg` (virtio 1.2 §4.1.4.3) and the status state machine (§3.1).
 //!
-//! This module handles only registers: the effects of a write on the device are returned as [`Effects`]. For the driver
-//! the structure is little-endian bytes, so any width at any offset is well defined: a read copies from an image; a
-//! write is applied to the image and passed on field by field.
+//! This module handles only registers: the effects of a write on the device are returned as [`Effects`]. For the
+//! driver, the structure is little-endian bytes, so any width at any offset is well defined. A read copies from an
+//! image. A write is applied to the image and passed on field by field.
 
 use std::sync::Arc;
 

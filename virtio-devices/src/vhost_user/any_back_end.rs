@@ -1,8 +1,8 @@
 //! An arbitrary back end against the front end, for the fuzz target `back_end`.
 //!
 //! The input determines the response to each message: correct, modified, noise, or the end of the connection. If the
-//! front end may interpret a response as the beginning of a longer message, the connection ends, because no test may
-//! wait forever.
+//! front end could interpret a response as the beginning of a longer message, the connection ends, so that no test
+//! waits forever.
 
 use std::fs::File;
 use std::io::{Read, Write};

@@ -23,10 +23,10 @@
 //! ends every call of the link. So a back end that never responds blocks no other thread.
 //!
 //! The link tries forever to reconnect to a back end that has disconnected. If the back end keeps a record of its
-//! requests in flight, the VMM keeps that record for its successor (`VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD`). Otherwise
-//! the queues' thread follows the rings at each interrupt, and puts the requests in flight where the successor starts.
-//! If it has lost track, the successor continues after the last completed request, which is exact for a back end that
-//! completes requests in order.
+//! requests in flight, the VMM keeps that record for its successor (`VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD`). Otherwise,
+//! the queues' thread follows the rings at each interrupt, and places the requests in flight where the successor
+//! starts. If the thread has lost track, the successor continues after the last completed request. That is exact for a
+//! back end that completes requests in order.
 //!
 //! A device whose features come from the back end has none until a back end connects. A driver that probes it waits in
 //! its first reset (`DeviceIdentity`).

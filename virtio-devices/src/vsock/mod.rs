@@ -12,8 +12,8 @@
 //!   device      the configuration half
 //! ```
 //!
-//! There are no timeouts. A client that gives up closes its end; a guest that gives up sends a reset.
-//! [`CONNECTIONS_MAX`] limits the number of connections that either leaves open.
+//! Connections have no timeouts. A client that gives up closes its end; a guest that gives up sends a reset.
+//! [`CONNECTIONS_MAX`] limits the number of open connections.
 
 mod connection;
 mod counters;

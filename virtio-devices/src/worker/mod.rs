@@ -12,8 +12,8 @@
 //!
 //! * *Idle*: only commands and the handler's idle sources are served.
 //! * *Active*: doorbells and the handler's own sources are served as well.
-//! * *Failed*: as idle; DEVICE_NEEDS_RESET is set for the driver. Entered when a handler returns an error, which is
-//!   logged once and counted.
+//! * *Failed*: as idle, with DEVICE_NEEDS_RESET set for the driver. A worker enters this state when its handler returns
+//!   an error, which is logged once and counted.
 //! * *Paused*: only commands are served. Doorbells are level-triggered and not drained, so a kick during the pause is
 //!   found at resume. An activation during the pause waits for resume; a reset does not.
 //!

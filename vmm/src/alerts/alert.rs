@@ -9,7 +9,7 @@
 //! ```
 //! - If a figure is unavailable, a pending entry ends, because the figure may not have stayed beyond; the alert neither
 //!   enters nor leaves.
-//! - Between `leave` and `enter` nothing changes, whatever the figure does there.
+//! - Between `leave` and `enter`, the state does not change.
 //! - One step makes one transition at most, so that the rate of steps bounds the rate of events.
 
 use api::{AlertDirection, AlertRule, AlertStatus};

@@ -1,4 +1,4 @@
-//! Alerts: named rules on one figure each, with hysteresis. Pure; times are numbers.
+//! Alerts: named rules on one figure each, with hysteresis. Pure functions; times are numbers.
 
 mod alert;
 mod error;

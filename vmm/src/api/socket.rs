@@ -1,7 +1,7 @@
 //! The API socket: creation, locking and removal.
 //!
-//! The socket that a killed VMM left behind is replaced, the socket of a running process never. A lock on `<path>.lock`
-//! lets only one VMM at a time decide which one it is.
+//! The VMM replaces a socket that a killed VMM left behind, and never the socket of a running process. A lock on
+//! `<path>.lock` ensures that only one VMM at a time checks and replaces the socket.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};

@@ -7,7 +7,7 @@
 //!     │     delete      │ └──────────────┴──── shutdown ──────────┤
 //!     └─────────────────┴──────────────── delete ─────────────────┘
 //! ```
-//! Changes from outside wait for no migration: while one is under way, they are rejected.
+//! While a migration is under way, changes from outside are rejected.
 //!
 //! A snapshot requires Paused and keeps that state, unless it is live; a restore leads from nothing to Paused. If a boot
 //! or reboot fails, the state is Created, and all resources have been released.

@@ -6,7 +6,7 @@
 //!              ▼
 //!            migration-failed: "stays paused until" ─► tried until it works, or the operator acts
 //! ```
-//! The thread of the migration waits between the attempts, and the control thread makes them.
+//! The control thread makes the attempts; the thread of the migration waits between them.
 
 use std::time::{Duration, Instant};
 

@@ -13,18 +13,19 @@
 //!  Released ───────────────────────────────────────►   the source ends
 //! ```
 //! With several connections, the source opens the others after Accepted, and the target answers Joined. Each pass then
-//! begins with PassBegin on the first one, and ends with PassEnd on all. The target starts none before it has all of the
-//! previous one.
+//! begins with PassBegin on the first connection, and ends with PassEnd on all. The target starts a pass only after the
+//! previous one is complete.
 //!
 //! If memory files are handed over, they follow the state, and there are no passes: both sides map the same pages. The
 //! target does not write to them before the commit.
 //!
 //! Until it sends Commit, the source owns the VM: after any failure it resumes, and the target, which has received no
-//! Commit, drops its copy. After that, only the target may run the VM. A source without an answer asks on a new
-//! connection; a target answers such questions for a while if it does not know that the source has its answer. A source
-//! that cannot learn the outcome stays paused and reports that. Two machines never run.
+//! Commit, drops its copy. After that, only the target may run the VM. A source without a response queries the outcome
+//! on a new connection. Until the target knows that the source has its response, it answers such queries for a limited
+//! time. A source that cannot learn the outcome stays paused, and reports that. The two machines never run at the same
+//! time.
 //!
-//! Each side runs in a separate thread. It asks the owner of the machine for each step ([`SourceOwner`],
+//! Each side runs in a separate thread. It requests each step from the owner of the machine ([`SourceOwner`],
 //! [`TargetOwner`]).
 
 mod converge;

@@ -1,5 +1,5 @@
-//! Entry point of the fuzz target `snapshot`, and of an ordinary test with random bytes: the files of a chain of two
-//! snapshots, of which the last one or both have other content than was written.
+//! Entry point of the fuzz target `snapshot`, and of an ordinary test with random bytes. Modifies the files of a chain
+//! of two snapshots, in the last one or in both.
 
 use std::fs;
 use std::path::Path;

@@ -10,9 +10,10 @@
 //!  write:  config.json, memory-N (new files, synced) ─► state.json.partial, synced ─► renamed ─► folder synced
 //!  open:   config.json ─► state.json: size, checksum, versions ─► memory-N opened ─► VM created
 //! ```
-//! A folder without `state.json` is not a snapshot, so a crash or a full disk leaves none. [`LiveSave`] writes the
-//! memory files of a running machine in several passes. A snapshot may have only the difference from another one
-//! ([`Link`]). File names are fixed and never read from the files. The formats of the states are in `docs/state.md`.
+//! A folder without `state.json` is not a snapshot, so a crash or a full disk leaves no damaged one. [`LiveSave`]
+//! writes the memory files of a running machine in several passes. A snapshot may have only the difference from another
+//! one ([`Link`]). File names are fixed and never read from the files. The formats of the states are in
+//! `docs/state.md`.
 
 mod adapt;
 mod bounds;

@@ -1,7 +1,7 @@
-//! The order in which the first machine touched its RAM, in a file in the folder of the snapshot that was restored on
-//! demand.
+//! Records the order in which the first machine touched its RAM after a restore on demand. The file is in the folder of
+//! the snapshot.
 //!
-//! The file is a hint: a missing or damaged one only means that RAM comes in the order of addresses.
+//! The file is only a hint. If it is missing or damaged, RAM is loaded in the order of addresses.
 
 use std::fs::{self, File};
 use std::io::{self, Write};

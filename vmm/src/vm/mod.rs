@@ -1,7 +1,7 @@
 //! One virtual machine: built from a validated configuration, booted, paused, shut down.
 //!
-//! The control thread owns it. Other threads read a running machine through [`MachineObserver`], which never waits for
-//! the control thread. Except for one documented call, it never waits for the guest.
+//! The control thread owns the VM. Other threads read a running machine through [`MachineObserver`], which never waits
+//! for the control thread. Except for one documented call, the observer never waits for the guest.
 
 mod build;
 mod consoles;

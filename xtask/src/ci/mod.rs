@@ -1,10 +1,10 @@
 //! `cargo xtask ci`: all checks for a change, cheapest first. Steps that keep one processor busy run two at a time;
 //! each of their lines begins with the step's name.
 //!
-//! Every step runs even if an earlier one has failed, so that one run shows everything to repair. Only a step that
-//! cannot work without an earlier one is skipped, and shown as skipped. The summary line adds up the tests of all
-//! steps; a failed step without tests counts as one failed test. Before it come the time of each step, the slowest
-//! tests, cache hits, and skipped or retried tests with reasons.
+//! Every step runs even if an earlier one has failed, so that one run shows everything to repair. A step is skipped,
+//! and shown as skipped, only if it depends on a failed one. The summary line adds up the tests of all steps; a failed
+//! step without tests counts as one failed test. The lines before it list the time of each step, the slowest tests,
+//! cache hits, and skipped or retried tests with reasons.
 
 mod count;
 mod part;

@@ -1,11 +1,11 @@
 //! `cargo xtask fuzz`: fuzzes the devices and parsers for a limited time.
 //!
-//! It works with the project's compiler: the flags by which LLVM reports code coverage to libFuzzer are stable; only
-//! sanitizers need nightly (see `fuzz/Cargo.toml`). The targets themselves check that memory around the guest's is
+//! The project's own compiler suffices, because the flags by which LLVM reports code coverage to libFuzzer are stable.
+//! Only sanitizers need nightly (see `fuzz/Cargo.toml`). The targets themselves check that memory around the guest's is
 //! untouched, which finds most errors without sanitizers.
 //!
 //! A canary runs before each target: a false assertion about the same code, with the same committed inputs. If the
-//! fuzzer does not refute it, the target reaches too little code, and its silence means nothing.
+//! fuzzer does not refute it, the target reaches too little code, and its passing is meaningless.
 
 mod build;
 mod coverage;

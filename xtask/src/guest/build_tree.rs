@@ -8,12 +8,12 @@
 //! cache/check-SOURCE/                 another one, for `guest check`
 //! ```
 //!
-//! Checks have their own tree and lock: they go through all prefixes of the series, after which the next build of a
-//! test kernel would start from nothing, and they take long.
+//! Checks have their own tree and lock, because they take long. They build all prefixes of the series, after which the
+//! next build of a test kernel would start from nothing.
 //!
 //! Kbuild stores the path of the source in every object, so objects can be reused for another state of the source only
-//! at the same path. A file is written only when its contents change, and then has the current time, so make rebuilds
-//! only what depends on it.
+//! at the same path. A file is written, with the current time, only when its contents change. Make therefore rebuilds
+//! only the objects that depend on it.
 
 use std::collections::BTreeSet;
 use std::fs;

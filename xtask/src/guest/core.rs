@@ -1,8 +1,8 @@
 //! `cargo xtask guest core`: the core of the patches in user space, against a model.
 //!
 //! The series adds the core's files, so they can be extracted from the patches without a kernel source.
-//! `guest-patches/userspace` has the rest. Builds of the first series alone and of all patches run random traces; builds with a planted bug must fail with the
-//! expected message.
+//! `guest-patches/userspace` has the rest. Builds of the first series alone and of all patches run random traces.
+//! Builds with a planted bug must fail with the expected message.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,8 +1,8 @@
-//! Writer of the "newc" cpio format that the kernel unpacks as initramfs
+//! Writes the "newc" cpio format that the kernel unpacks as initramfs
 //! (Documentation/driver-api/early-userspace/buffer-format.rst).
 //!
-//! Written here because the contents must not depend on the machine: owner 0, time 0, device
-//! nodes without being root.
+//! The contents must not depend on the machine: owner and time are 0, and device nodes are written without root
+//! privileges.
 
 const S_IFDIR: u32 = 0o040_000;
 const S_IFCHR: u32 = 0o020_000;

@@ -1,8 +1,8 @@
 //! `cargo xtask guest sanitize`: stress for the series in kernels with debugging options.
 //!
-//! There are three small kernels under emulation, each with two processors, two NUMA nodes and a balloon. `guest-mem
-//! stress` churns memory and checks every byte, while trackers, settings, huge pages, memory blocks and the driver
-//! itself change. Afterwards the kernel must not have reported a fault. Its output stays in
+//! Three small kernels run under emulation, each with two processors, two NUMA nodes and a balloon. `guest-mem stress`
+//! churns memory and checks every byte, while trackers, settings, huge pages, memory blocks and the driver itself
+//! change. Afterwards the kernel must not have reported a fault. Its output stays in
 //! `target/guest/sanitize/KIND/console`.
 
 use std::fs;

@@ -1,7 +1,7 @@
 //! Names of patches after a refresh, and the `series` file that lists them.
 //!
-//! A patch is identified by its subject. One with a new subject replaces an unclaimed old patch between the same
-//! neighbours; otherwise it gets a free number after its predecessor.
+//! A patch is identified by its subject. A patch with a new subject replaces an unclaimed old patch between the same
+//! neighbours. Otherwise, it gets a free number after its predecessor.
 
 use std::collections::BTreeSet;
 

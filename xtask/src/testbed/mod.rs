@@ -1,4 +1,4 @@
-//! `cargo xtask testbed run -- COMMAND…`: COMMAND as root on a host whose KVM boots Linux.
+//! `cargo xtask testbed run -- COMMAND…`: runs COMMAND as root on a host whose KVM boots Linux.
 //!
 //! That host is this machine if its KVM can boot Linux, otherwise an outer machine emulated by QEMU. COMMAND has the
 //! same environment in both: our binaries in PATH, kernels and initramfs under `/guest`, the shared directory at

@@ -1,7 +1,7 @@
 //! Saved emulated hosts that have already booted.
 //!
-//! The first host of a kind is saved when its init waits for the plan; later ones start from there and skip the boot. A
-//! kind is defined by everything with which QEMU is started: its version, options, kernel and initramfs.
+//! The first host of a kind is saved when its init waits for the plan. Later hosts start from there and skip the boot.
+//! A kind is defined by QEMU's version, options, kernel and initramfs.
 
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Write as _};

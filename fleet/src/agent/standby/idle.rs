@@ -1,4 +1,4 @@
-//! How long VMs have been idle.
+//! Measures how long VMs have been idle.
 
 use std::collections::BTreeMap;
 

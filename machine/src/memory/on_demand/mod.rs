@@ -18,7 +18,8 @@
 //! owner, which stops the machine. If the machine cannot be stopped, the thread aborts the process.
 //!
 //! # Rules for the thread
-//! It touches no guest RAM, discards none, and takes no lock of a thread that does either: such a thread may wait for it.
+//! The handler thread must not touch or discard guest RAM, nor take a lock of a thread that does either. Such a thread
+//! may wait for the handler thread.
 
 mod chunks;
 mod error;

@@ -1,5 +1,5 @@
-//! A well-behaved balloon driver: every queue works as the standard requires, and the pages given up read zero
-//! afterwards while their neighbours do not.
+//! A well-behaved balloon driver. Every queue must work as the standard requires. Afterwards, pages that the driver
+//! gave up must read zero, and their neighbours must be unchanged.
 
 use crate::interrupts;
 use crate::machine::halt_forever;

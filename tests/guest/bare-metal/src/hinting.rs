@@ -1,8 +1,8 @@
 //! The hinting queue, used correctly and abused.
 //!
-//! The host starts run after run in the meantime. Every violation happens in a separate run, on a device that was just
-//! reset. The doorbell holds its caller until the device has finished, so the guest does not wait: anything that has
-//! not happened when the kick returns must not happen any more.
+//! Throughout the test, the host starts one run after another. Every violation happens in a separate run, on a device
+//! that was just reset. The doorbell holds its caller until the device has finished, so the guest does not wait. After
+//! the kick has returned, the device must do nothing more.
 
 use crate::balloon::{DATA, DEVICE_BALLOON, F_STATS_VQ};
 use crate::memory::{fill, find_other, read, stamp, write};

@@ -9,8 +9,8 @@
 //! DONE 12 passed, 0 failed
 //! ```
 //!
-//! Then it powers off through ACPI. With `stay` on the command line it stays instead, with a balloon that responds, so
-//! that the host can inspect the machine.
+//! Then it powers off through ACPI. With `stay` on the command line, it keeps running instead, with a balloon that
+//! responds, so that the host can inspect the machine.
 
 #![no_std]
 #![no_main]

@@ -1,4 +1,4 @@
-//! A driver of virtio-mem that touches blocks before it plugs them, and after it has unplugged them.
+//! A virtio-mem driver that touches blocks before it plugs them, and after it has unplugged them.
 
 use crate::memory::{find_other, map_high, read, stamp, write};
 use crate::queue::{DESC_NEXT, DESC_WRITE, Desc};

@@ -1,6 +1,6 @@
 //! A driver that supports a reporting policy (`guest-patches/README.md`): it reports one block repeatedly, follows the
-//! host's policy, and never ends. The host controls it and checks the effect. A hostile one writes noise to all fields,
-//! and acknowledges settings that it does not apply.
+//! host's policy, and never ends. The host controls it and checks the effect. A hostile driver writes noise to all
+//! fields, and acknowledges settings that it does not apply.
 
 use crate::balloon::{Balloon, DATA, DEVICE_BALLOON, F_REPORTING, F_STATS_VQ};
 use crate::console;

@@ -1,5 +1,5 @@
-//! The driver's side of a split virtqueue (virtio 1.2 §2.7), with nothing hidden: hostile scenarios write arbitrary
-//! values into it.
+//! The driver's side of a split virtqueue (virtio 1.2 §2.7). All fields are public, so that hostile scenarios can write
+//! arbitrary values.
 
 use crate::memory::{barrier, fill, read, write};
 

@@ -1,5 +1,5 @@
-//! Three guests under one fleet agent, on a host smaller than their memory together: each in turn
-//! grows while the one before it frees its memory, and the agent's page shows it.
+//! Runs three guests under one fleet agent, on a host with less memory than the guests have together. Each guest in
+//! turn grows while the previous one frees its memory, and the agent's page shows it.
 
 use std::fs;
 use std::io::Write;

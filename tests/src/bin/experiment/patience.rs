@@ -1,4 +1,4 @@
-//! Ends a step only when it makes no more progress. On a busy machine a guest is slow, which is not a failure.
+//! Ends a step only when it makes no more progress, because a guest on a busy machine is slow without having failed.
 
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,4 @@
-//! One guest of the burst experiment on a separate thread, idle until it is requested to take a turn.
+//! One guest of the burst experiment on a separate thread. It is idle until its turn.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

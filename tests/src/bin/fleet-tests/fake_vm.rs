@@ -1,4 +1,4 @@
-//! A VMM that reports only its size, which suffices to be discovered.
+//! A VMM that reports only its size, which suffices for discovery.
 
 use std::io::Write as _;
 use std::path::Path;

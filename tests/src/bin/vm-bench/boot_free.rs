@@ -1,7 +1,7 @@
 //! Measures how soon each tracker has reported the memory that is free at boot.
 //!
-//! Time begins with the guest's first report, as the guest's driver begins to report when it has
-//! found the balloon. The guest's memory is never touched: only the reports are measured.
+//! Time is measured from the guest's first report, because the driver starts to report when it has found the balloon.
+//! The guest's memory is never touched: only the reports are measured.
 
 use std::time::{Duration, Instant};
 

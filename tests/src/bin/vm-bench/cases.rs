@@ -1,9 +1,9 @@
 //! The cases of a figure, run one after another with one guest, each with a time limit.
 //!
-//! Another VMM may fail or hang in one of them. Such a case is reported as failed, its guest is ended, and the other
-//! cases continue with a new one. The limit uses this machine's clock; if time is counted in instructions, it is a
-//! number of instructions. If even that clock stops, `cargo xtask bench` ends the machine and repeats the figure without
-//! the case.
+//! Another VMM may fail or hang in a case. Such a case is reported as failed, its guest is ended, and the other cases
+//! continue with a new guest. The limit uses this machine's clock; if time is counted in instructions, the limit is a
+//! number of instructions. If even that clock stops, `cargo xtask bench` ends the machine and repeats the figure
+//! without the case.
 
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;

@@ -1,14 +1,14 @@
 //! Measures the cost of reporting for the guest: the same work with reporting off, with mainline's tracker and, in a
 //! patched kernel, with the bitmap tracker.
 //!
-//! `cargo xtask bench --icount --kernel patched guest-overhead`: there the guest's clock counts instructions, so that
+//! With `cargo xtask bench --icount --kernel patched guest-overhead`, the guest's clock counts instructions, so that
 //! small differences are significant. `off` is measured twice, to show the repeatability. The guest has one processor,
 //! like the emulated host, so these figures do not include contention between processors.
 //!
-//! Options after `--` choose a part, `-- --workload churn --rounds 8 --reporting bitmap`: prefixes of workload names,
-//! and names of variants. If instructions are counted, parts can be measured concurrently and compared, provided that
-//! they are the same work. With `-- --tasks 4`, four concurrent tasks each do the work. If seconds are measured, `--
-//! --turns 5` measures everything five times, alternating between variants, and prints medians with minimum and
+//! Options after `--` choose a part, for example `-- --workload churn --rounds 8 --reporting bitmap`, by prefixes of
+//! workload names and by names of variants. If instructions are counted, parts with the same work can be measured
+//! concurrently and compared. With `-- --tasks 4`, four concurrent tasks each do the work. If seconds are measured,
+//! `-- --turns 5` measures everything five times, alternating between variants, and prints medians with minimum and
 //! maximum.
 
 use std::collections::BTreeMap;

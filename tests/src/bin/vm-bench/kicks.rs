@@ -1,5 +1,5 @@
-//! Counts the reports that each tracker needs for a fast or slow burst of frees: each report is a kick by the guest and
-//! an interrupt to it.
+//! Counts the reports that each tracker needs for a fast or slow burst of frees. Each report costs a kick by the guest
+//! and an interrupt.
 //!
 //! `cargo xtask bench --kernel patched kicks`
 

@@ -1,8 +1,8 @@
 //! Measures figures of the VMM with a real Linux guest. Prints one JSON object per figure.
 //!
 //! Runs where KVM boots Linux: `cargo xtask bench`; with `--icount`, the times are counted instructions and repeatable.
-//! With `--vmm PATH`, the figures of the group `vmm` are measured for our VMM and that program in turns, and shown side
-//! by side.
+//! With `--vmm PATH`, the figures of the group `vmm` are measured for our VMM and that program alternately, and shown
+//! side by side.
 
 mod api;
 mod block;

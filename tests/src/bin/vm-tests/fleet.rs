@@ -1,5 +1,5 @@
-//! Tests guests under the fleet agent, on a host (a control group) that is too small for all of them. Each was busy
-//! once, then all idle, and one of them needs its memory again.
+//! Tests guests under the fleet agent, on a host (a control group) that is too small for all of them. After each guest
+//! was busy once and all are idle, one of them needs its memory again.
 
 use std::fs;
 use std::time::{Duration, Instant};

@@ -1,7 +1,7 @@
 //! Tests with real Linux guests, for a host whose KVM boots Linux.
 //!
 //! `cargo xtask vm-tests [FILTER…]` runs them anywhere; without a filter, it runs all of them. A few run concurrently.
-//! Most boot their own guests. Tests that leave a guest as they found it share one and form a group.
+//! Most tests boot their own guests. Tests that leave a guest unchanged share one, and form a group.
 
 mod adopters;
 mod api;

@@ -11,8 +11,8 @@
 //!                         Pausing until the current batch is done, then Paused
 //! ```
 //!
-//! If a driver acknowledges late, after the device closed the gate without it, the pause still counts as confirmed. A
-//! pause outlives drivers: the next driver finds the flag set, and the gate stays closed, confirmed or not.
+//! If a driver acknowledges only after the device has closed the gate, the pause still counts as confirmed. A pause
+//! outlives drivers: the next driver finds the flag set, and the gate stays closed, confirmed or not.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};

@@ -1,4 +1,4 @@
-//! The policy's fields in the configuration space, as written by the two sides. Pure.
+//! The policy's fields in the configuration space, as written by device and driver. Without side effects.
 
 use std::collections::BTreeMap;
 

@@ -11,9 +11,10 @@
 //!                              └ gate ─► worker: may this report be discarded?
 //! ```
 //!
-//! Pausing works with every guest. A guest that follows the policy is asked to stop, and confirms when no report is in
-//! flight. For any other guest, reports are completed without being discarded. In both cases the device's gate closes
-//! before the pause counts as confirmed, so the state of a paused balloon never depends on the guest.
+//! Pausing works with every guest. The device requests a guest that follows the policy to stop, and the guest confirms
+//! when no report is in flight. For any other guest, reports are completed without being discarded. In both cases the
+//! device's gate closes before the pause counts as confirmed, so the state of a paused balloon never depends on the
+//! guest.
 
 mod control;
 mod fields;

@@ -1,4 +1,4 @@
-//! Tests of the reporting policy with drivers that follow it, do not know it, or misreport.
+//! Tests of the reporting policy with drivers that follow it, do not support it, or misreport.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};

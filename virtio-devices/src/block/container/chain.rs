@@ -1,4 +1,4 @@
-//! The files of a qcow2 image: the image itself, its backing file, that one's backing file, and so on.
+//! The files of a qcow2 image: the image itself, its backing file, the backing file of that file, and so on.
 
 use std::fs::File;
 use std::ops::Range;

@@ -1,7 +1,7 @@
 //! The header of a qcow2 image (QEMU, docs/interop/qcow2.txt), checked before the image is opened.
 //!
-//! The reader of the format trusts sizes in the header: it allocates tables of these sizes. Here they are compared with
-//! fixed limits and with the size of the file, and what the reader does not support is rejected by name.
+//! The reader of the format trusts sizes in the header: it allocates tables of these sizes. This module compares them
+//! with fixed limits and with the size of the file, and rejects features that the reader does not support by name.
 
 use std::fs::File;
 use std::io;

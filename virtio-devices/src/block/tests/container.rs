@@ -1,4 +1,4 @@
-//! Tests of images that are not raw, made and checked by `qemu-img`.
+//! Tests of images in other formats than raw, created and checked by `qemu-img`.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

@@ -1,4 +1,4 @@
-//! A well-behaved back end, built with the library that virtiofsd uses. It responds to a request with a copy of the
+//! A well-behaved back end, built with the library that virtiofsd uses. It responds to each request with a copy of the
 //! request.
 
 use std::io;

@@ -1,4 +1,4 @@
-//! Tests of a device of which the front end knows only the type.
+//! Tests a device whose type is all that the front end knows about it.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};

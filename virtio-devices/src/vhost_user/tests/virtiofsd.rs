@@ -1,4 +1,5 @@
-//! Tests with virtiofsd, the real back end of shared folders, driven as by Linux. `cargo xtask test-tools` installs it.
+//! Tests with virtiofsd, the real back end of shared folders, driven as Linux drives it. `cargo xtask test-tools`
+//! installs it.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};

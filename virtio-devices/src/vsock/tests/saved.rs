@@ -1,4 +1,4 @@
-//! Tests a device that continues elsewhere: its connections are gone, and the guest is notified.
+//! Tests a device that continues elsewhere: its connections are closed, and the guest is notified.
 
 use state::Saved;
 

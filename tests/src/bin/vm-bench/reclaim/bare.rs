@@ -1,5 +1,5 @@
-//! The minimum of system calls that return the same memory, without guest and device: the baseline for all other
-//! figures.
+//! Returns the same memory with the minimum number of system calls, without guest and device: the baseline for all
+//! other figures.
 #![allow(unsafe_code)]
 // UNSAFETY: memory is mapped, touched and returned with system calls that have no safe wrapper.
 

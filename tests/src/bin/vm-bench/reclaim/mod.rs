@@ -1,5 +1,5 @@
-//! Measures the time from a free in the guest until the memory is back on the host, and the time of its next use, by
-//! the path of return, the size of the freed blocks, and the backing of guest memory.
+//! Measures the time from a free in the guest until the memory is back on the host, and the time of its next use. The
+//! variants are the path of return, the size of the freed blocks, and the backing of guest memory.
 //!
 //! `cargo xtask bench --kernel patched reclaim [-- --way … --backing … --block … --rounds N]`. A guest of 1 GiB touches
 //! most of its memory, returns every other block of one size to its kernel, and touches the same bytes again when no
