@@ -119,7 +119,7 @@ impl BucketKeys {
         let (tokens, note) = (self.tokens, self.note);
         if key == size {
             return Some(format!(
-                "{tokens} that can pass in each `{refill_time}`.{note} Without it, or if it is 0, there is no limit."
+                "{tokens} that can pass in each `{refill_time}`.{note} Without it, or if it is 0, the rate is not limited."
             ));
         }
         if key == self.one_time_burst {
@@ -130,7 +130,7 @@ impl BucketKeys {
         (key == refill_time).then(|| {
             format!(
                 "Time after which a used-up `{size}` is available again in full; at most a day. \
-                 Without it, or if it is 0, there is no limit."
+                 Without it, or if it is 0, the rate is not limited."
             )
         })
     }

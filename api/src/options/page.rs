@@ -140,7 +140,10 @@ fn page(old: &str) -> String {
     for setting in ReportingPolicy::TABLE {
         let name = format!("`{}`", setting.name);
         let default = setting.default;
-        let unit = setting.unit.name();
+        let unit = match setting.unit.name() {
+            "bytes" if setting.name.contains("per_second") => "bytes/s",
+            unit => unit,
+        };
         let doc = without_unit(&description(&schema[setting.name]), unit);
         let doc = meanings.cell(&name, &doc);
         let since = versions.get(heading, &[&name]);

@@ -200,11 +200,16 @@ fn value(field: &Value, target: &Value) -> String {
 
 fn unit(key: &str, type_name: Option<&str>) -> &'static str {
     match type_name {
+        Some("Bytes") if is_rate(key) => "bytes/s",
         Some("Bytes" | "Amount") => "bytes",
         _ if key.contains("_us_") => "µs",
         _ if key.ends_with("_percent") => "%",
         _ => "",
     }
+}
+
+fn is_rate(key: &str) -> bool {
+    key.contains("per_second") || key.ends_with("_rate") || key.ends_with("_io")
 }
 
 fn shown_default(entries: &[&Entry], default: &Value) -> String {
@@ -248,8 +253,11 @@ fn reporting(entries: &[Entry]) -> Vec<Row> {
     let mut rows = vec![row("churn_percent".to_owned(), "number", "%", churn)];
     for policy in ["relaxed", "calm", "eager"] {
         rows.extend(ReportingPolicy::TABLE.iter().map(|setting| {
-            let unit = setting.unit.name();
-            let value = if unit == "bytes" { "size" } else { "number" };
+            let (value, unit) = match setting.unit.name() {
+                "bytes" if is_rate(setting.name) => ("size", "bytes/s"),
+                "bytes" => ("size", "bytes"),
+                unit => ("number", unit),
+            };
             let meaning = setting.meaning.replace(", milliseconds", "");
             row(format!("{policy}.{}", setting.name), value, unit, &meaning)
         }));
@@ -342,6 +350,7 @@ mod tests {
         for row in [
             "| `scan` | time |  | 2s | 100ms to 1h | 0.1.0 | Time between two scans for sockets |",
             "| `dead_band` | size | bytes | 16MiB | 1MiB to 64TiB | 0.1.0 |",
+            "| `stuck_rate` | size | bytes/s | 15MiB | 0 to 1TiB | 0.1.0 |",
             "| `reserve` | size or fraction | bytes | 3% | 0 to 64TiB, or 0% to 90% | 0.1.0 |",
             "| `on_stop` | `keep\\|restore` |  | `keep` |  | 0.1.0 |",
             "| `pressure` | list of fractions |  | 1%, 5%, 20% | 0.01% to 100% | 0.1.0 |",

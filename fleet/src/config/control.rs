@@ -54,7 +54,7 @@ pub struct ControlConfig {
     pub block_max: Millis,
     /// A balloon that moved less than `stuck_rate` for this long is stuck.
     pub stuck_after: Millis,
-    /// Bytes per second below which a moving balloon counts as stuck.
+    /// Rate below which a moving balloon counts as stuck.
     pub stuck_rate: Bytes,
     /// Time after which a stuck balloon is retried, doubled each time.
     pub stuck_retry: Millis,

@@ -29,9 +29,9 @@ pub struct PolicyConfig {
     pub enforce: bool,
     /// Idle time after which the VM is put in standby; 0: never.
     pub idle_standby: Millis,
-    /// Part of a processor that the VMM of an idle VM uses at most.
+    /// Maximum part of a processor that the VMM of an idle VM uses.
     pub idle_cpu: Fraction,
-    /// Bytes per second that the disks and networks of an idle VM transfer at most.
+    /// Maximum rate at which the disks and networks of an idle VM transfer data.
     pub idle_io: Bytes,
 }
 
