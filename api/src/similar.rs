@@ -16,7 +16,8 @@ pub(crate) fn similar<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) 
     let scored = known.into_iter().map(|known| {
         // Swapped letters are one edit. Jaro's measure hardly notices them in short words.
         let edits = strsim::damerau_levenshtein(word, known);
-        (edits, strsim::jaro(word, known), known)
+        let (stem, known_stem) = without_common_ending(word, known);
+        (edits, strsim::jaro(stem, known_stem), known)
     });
     let resembles = |edits, similarity| edits == 1 || similarity > SIMILARITY_MIN;
     let best = scored
@@ -25,6 +26,16 @@ pub(crate) fn similar<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) 
             edits.cmp(other_edits).then(other.total_cmp(one))
         });
     best.map(|(_, _, known)| known)
+}
+
+/// Two file names without the ending that they share, which would make any two of them similar.
+fn without_common_ending<'a>(one: &'a str, other: &'a str) -> (&'a str, &'a str) {
+    match (one.rsplit_once('.'), other.rsplit_once('.')) {
+        (Some((stem, ending)), Some((other_stem, other_ending))) if ending == other_ending => {
+            (stem, other_stem)
+        }
+        _ => (one, other),
+    }
 }
 
 /// A suggestion to append to a message, such as ` (did you mean "size"?)`, or an empty string.
@@ -129,6 +140,14 @@ mod tests {
         assert_eq!(similar("hots_mac", known), Some("host_mac"));
         assert_eq!(similar("tmu", known), Some("mtu"));
         assert_eq!(similar("bw_size", known), None);
+    }
+
+    #[test]
+    fn file_names_with_the_same_ending_resemble_each_other_only_if_their_stems_do() {
+        let known = ["Cargo.toml", "density.toml"];
+        assert_eq!(similar("nosuch.toml", known), None);
+        assert_eq!(similar("dencity.toml", known), Some("density.toml"));
+        assert_eq!(similar("densities.toml", known), Some("density.toml"));
     }
 
     #[test]
