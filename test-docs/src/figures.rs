@@ -139,8 +139,9 @@ fn every_figure_is_that_of_its_file() {
 }
 
 /// Documents with tables of measurements.
-const MEASURED: [&str; 4] = [
+const MEASURED: [&str; 5] = [
     "docs/balloon.md",
+    "docs/fleet-simulation.md",
     "docs/fleet.md",
     "docs/promises.md",
     "docs/results/README.md",
@@ -148,12 +149,18 @@ const MEASURED: [&str; 4] = [
 /// A table with fewer rows that have a measured unit shows settings or limits.
 const MEASURED_ROWS_MIN: usize = 3;
 
-/// Whether a row of a table has a number with a unit in which this project measures.
-fn is_measured(row: &str) -> bool {
+/// Units in which this project measures.
+const UNITS: [&str; 6] = ["µs", "ms", "s", "MiB", "MB", "%"];
+
+/// Whether a row of a table has a number with a unit, or any number if the heading has the unit.
+fn is_measured(row: &str, heading: &str) -> bool {
+    let has_unit = heading
+        .split(['|', ','])
+        .any(|it| UNITS.contains(&it.trim()));
     let words: Vec<&str> = row.split_whitespace().collect();
     words.windows(2).any(|pair| {
         let unit = pair[1].trim_end_matches([',', ';']);
-        pair[0].parse::<f64>().is_ok() && ["µs", "ms", "s", "MiB", "MB"].contains(&unit)
+        pair[0].parse::<f64>().is_ok() && (has_unit || UNITS.contains(&unit))
     })
 }
 
@@ -169,7 +176,7 @@ fn unmarked_tables(text: &str) -> Vec<usize> {
             .take_while(|it| it.starts_with('|'))
             .count();
         let rows = lines[at..at + table].iter();
-        let measured = rows.filter(|it| is_measured(it)).count();
+        let measured = rows.filter(|it| is_measured(it, lines[at])).count();
         if measured >= MEASURED_ROWS_MIN && !is_marked {
             found.push(at + 1);
         }
@@ -206,6 +213,9 @@ fn table_of_measurements_without_a_marker_is_found() {
         [9]
     );
     assert!(unmarked_tables("| a | 1 ms |\n| b | 2 |\n").is_empty());
+    let rows = "| a | 1 |\n| b | 2 |\n| c | 3 |\n";
+    assert_eq!(unmarked_tables(&format!("| Size, MiB | |\n{rows}")), [1]);
+    assert!(unmarked_tables(&format!("| Size | |\n{rows}")).is_empty());
 }
 
 #[test]
