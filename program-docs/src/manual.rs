@@ -11,7 +11,15 @@ use clap::Command;
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, roman};
 
-/// What every page of a program needs to know about it.
+/// All programs with manual pages, in the order of the section SEE ALSO.
+const PROGRAMS: [&str; 4] = [
+    "cloud-hypervisor",
+    "ch-remote",
+    "ch-fleet",
+    "ch-fleet-adapter",
+];
+
+/// Data of the program that all its pages share.
 struct Program {
     name: String,
     version: String,
@@ -127,7 +135,15 @@ fn page(program: &Program, command: &Command, out: &mut dyn Write) -> io::Result
     if let Some(examples) = examples {
         example(out, examples)?;
     }
+    text(out, "SEE ALSO", &other_programs(&program.name))?;
     section(out, |out| man.render_version_section(out))
+}
+
+/// The manual pages of the package's other programs.
+fn other_programs(name: &str) -> String {
+    let others = PROGRAMS.iter().filter(|it| **it != name);
+    let pages: Vec<String> = others.map(|it| format!("{it}(1)")).collect();
+    pages.join(", ")
 }
 
 /// The command line with the required options of the program before a subcommand.
