@@ -225,9 +225,9 @@ reporting_policy! {
         }
     }
     requests {
-        Pause { bit: 5, "Stops when asked to, and says when nothing is in flight" }
-        ReportNow { bit: 6, "Reports everything at once when asked to" }
-        ReportAgain { bit: 7, "Then forgets what it reported before, if asked to" }
+        Pause { bit: 5, "Stops on request, and reports when nothing is in flight" }
+        ReportNow { bit: 6, "Reports everything immediately on request" }
+        ReportAgain { bit: 7, "Then forgets earlier reports, if requested" }
     }
 }
 

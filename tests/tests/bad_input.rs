@@ -1,5 +1,5 @@
-//! Tests bad input on the command line and on the API socket: each causes one clear chain of errors, exit status 1 or
-//! 4xx, and leaves nothing behind.
+//! Tests bad input on the command line and on the API socket. Each input causes one clear chain of errors and exit
+//! status 1 or 4xx, and leaves nothing behind.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -247,15 +247,19 @@ fn bad_sizes_end_in_one_chain() -> Result<()> {
         ),
         (
             "--kernel kernel --disk path=disk,image_type=raw,num_queues=0",
-            &["num_queues must be between 1 and 1; got 0"],
+            &["num_queues must be between 1 and 1 (at most one per vCPU); got 0"],
         ),
         (
             "--kernel kernel --net num_queues=1",
-            &["num_queues must be between 2 and 3; got 1"],
+            &[
+                "num_queues must be between 2 and 3 (at most one pair per vCPU, and a control queue); got 1",
+            ],
         ),
         (
             "--kernel kernel --net num_queues=4",
-            &["num_queues must be between 2 and 3; got 4"],
+            &[
+                "num_queues must be between 2 and 3 (at most one pair per vCPU, and a control queue); got 4",
+            ],
         ),
         ("--kernel kernel --net mtu=5", &["MTU of 5"]),
     ])

@@ -1,5 +1,5 @@
-//! Debian packages that a command needs: found, or installed with a list of packages and reasons; and packages that are
-//! downloaded without being installed.
+//! Finds or installs the Debian packages that a command needs, and lists them with the reasons. Also downloads packages
+//! without installing them.
 
 use std::fs;
 use std::io::IsTerminal as _;
@@ -165,7 +165,7 @@ fn run_apt(mut command: Command, task: &str) -> Result<String> {
     Ok(said.into_owned())
 }
 
-const NO_APT: &str = "there is no apt-get: packages can be installed on Debian only";
+const NO_APT: &str = "apt-get is missing: packages can be installed only on Debian";
 /// The status of env(1) and sudo(8) for a program that does not exist.
 const NOT_FOUND: i32 = 127;
 

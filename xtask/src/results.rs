@@ -202,7 +202,7 @@ impl Figures {
 /// The arguments after `cargo xtask`, with the folder for the figures.
 fn arguments(command: &str, out: &str) -> Result<Vec<String>> {
     let words = command.strip_prefix("cargo xtask ");
-    let words = words.with_context(|| format!("{command:?} is no command of this program"))?;
+    let words = words.with_context(|| format!("{command:?} is not a command of this program"))?;
     let mut words: Vec<String> = words.split_whitespace().map(str::to_owned).collect();
     // Later arguments belong to the measuring program.
     let end = words.iter().position(|word| word == "--");

@@ -62,7 +62,7 @@ impl Advice {
 pub(crate) fn hosts(out: &mut dyn Write, hosts: &[HostLine]) -> io::Result<()> {
     writeln!(
         out,
-        "HOST                 STATE  VMS AVAIL USABLE PROMISED  FIRM ASKED  HELD NOTE"
+        "HOST                 STATE  VMS AVAIL USABLE RESERVED  FIRM ASKED  HELD NOTE"
     )?;
     for line in hosts {
         let ledger = &line.headroom.ledger;
@@ -98,7 +98,7 @@ pub(crate) fn choice(out: &mut dyn Write, choice: &Choice) -> io::Result<()> {
     match &choice.id {
         Some(id) => writeln!(
             out,
-            "{}: {} promised to {} on {}",
+            "{}: {} reserved for {} on {}",
             id, choice.promised, choice.vm, choice.host
         ),
         None => writeln!(

@@ -50,7 +50,7 @@ pub(crate) fn host(out: &mut dyn Write, status: &Status) -> io::Result<()> {
     )?;
     writeln!(
         out,
-        "configured {:#}  resident {:#}  ballooned {:#}  callable {:#}  burst {:#}  promised {:#}  firm free {:#}",
+        "configured {:#}  resident {:#}  ballooned {:#}  callable {:#}  burst {:#}  reserved {:#}  firm free {:#}",
         ledger.configured,
         ledger.resident,
         ledger.ballooned,
@@ -76,7 +76,7 @@ pub(crate) fn host(out: &mut dyn Write, status: &Status) -> io::Result<()> {
     }
     writeln!(
         out,
-        "huge pages {:#}  free {:#}  held {:#}  promised {:#}",
+        "huge pages {:#}  free {:#}  held {:#}  reserved {:#}",
         host.pool.total, host.pool.free, host.pool.held, host.pool.promised
     )
 }
@@ -138,7 +138,7 @@ pub(crate) fn vm_line(vm: &VmStatus) -> String {
 pub(crate) fn reservations(out: &mut dyn Write, held: &[ReservationStatus]) -> io::Result<()> {
     writeln!(
         out,
-        "RESERVATION          VM               MEMORY  PROMISED  COUNTS PHASE"
+        "RESERVATION          VM               MEMORY  RESERVED  COUNTS PHASE"
     )?;
     for entry in held {
         let made = &entry.reservation;
@@ -182,12 +182,12 @@ pub(crate) fn reserved(out: &mut dyn Write, answer: &ReserveAnswer) -> io::Resul
     match &answer.reservation {
         Some(made) => writeln!(
             out,
-            "{}: {} promised to {}; {} can still be promised",
+            "{}: {} reserved for {}; {} can still be reserved",
             made.id, made.promised, made.vm, answer.firm_free_after
         ),
         None => writeln!(
             out,
-            "it fits; {} could be promised after it",
+            "it fits; {} could still be reserved after it",
             answer.firm_free_after
         ),
     }

@@ -452,19 +452,19 @@ impl Promises {
         let verdict = if let Some(seconds) = situation.rounds.learns_for() {
             self.counts.count("refused", "learning");
             Err(Refused::now(format!(
-                "the agent has just started and does not know every VM yet: ask again in {seconds} s"
+                "the agent has just started and does not know every VM yet: retry in {seconds} s"
             )))
         } else if let Some(seconds) = situation.blind_for() {
             self.counts.count("refused", "stale-host");
             Err(Refused::now(format!(
-                "the host's memory could not be read for {seconds} s: nothing is promised until it can"
+                "the host's memory could not be read for {seconds} s: nothing is reserved until it can"
             )))
         } else {
             decide(self, wanted, situation)
         };
         let size = wanted.size();
         let text = match &verdict {
-            Ok(admission) => format!("{size} admitted, {} promised", admission.promise),
+            Ok(admission) => format!("{size} admitted, {} reserved", admission.promise),
             Err(refused) => format!("{size} refused: {}", refused.why),
         };
         journal.enter("admission", vm, text);

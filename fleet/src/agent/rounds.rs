@@ -575,7 +575,10 @@ impl VmRounds {
             Settled::Dropped(Block::Done) => return,
             Settled::Ordered => ("ordered", action.to_string()),
             Settled::Dropped(block) => ("dropped", format!("dropped: {action}: {block}")),
-            Settled::Gone => ("gone", format!("dropped: {action}: the VM is gone")),
+            Settled::Gone => (
+                "gone",
+                format!("dropped: {action}: the VM no longer exists"),
+            ),
         };
         self.decisions
             .count(action.kind.name(), action.reason.name(), result);

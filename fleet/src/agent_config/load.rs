@@ -88,7 +88,7 @@ pub enum LoadError {
     #[error("The settings have a rule without effect")]
     Rule(#[source] RuleFault),
     /// The reserve exceeds the machine's memory.
-    #[error("host.reserve of {reserve} leaves nothing of this machine's {total}")]
+    #[error("host.reserve ({reserve}) must be less than this machine's memory ({total})")]
     Reserve {
         /// The reserve.
         reserve: Bytes,

@@ -93,7 +93,7 @@ impl GroupFiles {
         let path = text
             .lines()
             .find_map(|line| line.strip_prefix("0::/"))
-            .ok_or_else(|| failed(io::Error::other("there is no line 0:: in its cgroup file")))?;
+            .ok_or_else(|| failed(io::Error::other("its cgroup file has no line 0::")))?;
         Ok(self.cgroup_root.join(path))
     }
 

@@ -159,7 +159,7 @@ pub(crate) fn ids_of(proc: &Path, pid: i32) -> io::Result<(u32, u32)> {
         rest.split_ascii_whitespace().nth(1)?.parse().ok()
     };
     let ids = id("Uid:").zip(id("Gid:"));
-    ids.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "there is no Uid in its status"))
+    ids.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "its status has no Uid"))
 }
 
 /// Processor time that a process has used, ms.
@@ -196,9 +196,8 @@ impl ProcessMemory {
     /// The process has ended, or the file cannot be read or contains no figures. The memory is then unknown, not 0.
     pub(crate) fn read(proc: &Path, pid: i32) -> io::Result<Self> {
         let status = fs::read_to_string(proc.join(pid.to_string()).join("status"))?;
-        Self::of(&status).ok_or_else(|| {
-            io::Error::new(io::ErrorKind::InvalidData, "there is no Rss in its status")
-        })
+        Self::of(&status)
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "its status has no Rss"))
     }
 
     fn of(status: &str) -> Option<Self> {

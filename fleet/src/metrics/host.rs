@@ -27,11 +27,11 @@ pub(super) fn write(out: &mut Out<'_>, snapshot: &Snapshot) -> fmt::Result {
         "ch_host_memory_usable_bytes" "Memory that may be handed out", ledger.usable;
         "ch_host_memory_available_bytes" "Available memory above the reserve", ledger.available;
         "ch_host_memory_reserved_bytes" "Memory that is never handed out", ledger.reserved;
-        "ch_host_memory_promised_bytes" "Memory promised to VMs that are not there yet", ledger.promised;
+        "ch_host_memory_promised_bytes" "Memory reserved for VMs that do not run yet", ledger.promised;
         "ch_host_memory_granted_bytes" "Memory given to guests and not used yet", ledger.granted;
-        "ch_host_memory_firm_free_bytes" "Memory that can be promised to a further VM", ledger.firm_free;
-        "ch_host_memory_callable_liability_bytes" "Memory the guests may take back without asking", ledger.callable_liability;
-        "ch_host_memory_burst_bytes" "Memory the guests call in at once but for one case in a hundred", ledger.burst;
+        "ch_host_memory_firm_free_bytes" "Memory that can be reserved for another VM", ledger.firm_free;
+        "ch_host_memory_callable_liability_bytes" "Memory that the guests may take back without a request", ledger.callable_liability;
+        "ch_host_memory_burst_bytes" "Memory that the guests take back at the same time in all but 1 % of cases", ledger.burst;
         "ch_host_memory_configured_bytes" "Memory of all VMs", ledger.configured;
         "ch_host_memory_resident_bytes" "Host memory the VMs occupy", ledger.resident;
     };
@@ -41,7 +41,7 @@ pub(super) fn write(out: &mut Out<'_>, snapshot: &Snapshot) -> fmt::Result {
     let pool = &host.pool;
     out.gauge(
         "ch_host_huge_pages_bytes",
-        "The pool of huge pages: all of it, free, held by VMs, and promised to VMs that have not taken it yet",
+        "The pool of huge pages: all of it, free, held by VMs, and reserved for VMs that have not taken it yet",
         [
             (with("kind", "total"), pool.total.0),
             (with("kind", "free"), pool.free.0),
@@ -51,7 +51,7 @@ pub(super) fn write(out: &mut Out<'_>, snapshot: &Snapshot) -> fmt::Result {
     )?;
     out.gauge(
         "ch_host_state",
-        "1 for the state the host is in",
+        "1 for the current state of the host",
         PublishedState::VARIANTS.iter().map(|&state| {
             let value = i64::from(state == host.state);
             (with("state", state.name()), value)
@@ -82,17 +82,17 @@ pub(super) fn write(out: &mut Out<'_>, snapshot: &Snapshot) -> fmt::Result {
     )?;
     out.gauge(
         "ch_host_facts_age_seconds",
-        "Age of what was read from the host",
+        "Age of the host's figures",
         [(own(), host.facts_age_ms as f64 / 1e3)],
     )?;
     out.gauge(
         "ch_host_last_resort",
-        "How far the last resorts have gone",
+        "Last resort in effect, as a number; 0 for none",
         [(own(), i64::from(host.last_resort))],
     )?;
     out.gauge(
         "ch_config_last_reload_successful",
-        "Whether the last reload of the settings was taken",
+        "1 if the last reload of the settings succeeded, else 0",
         [(own(), i64::from(status.reload_ok))],
     )?;
     out.gauge(
@@ -104,7 +104,7 @@ pub(super) fn write(out: &mut Out<'_>, snapshot: &Snapshot) -> fmt::Result {
     write_decisions(out, snapshot, &own)?;
     out.gauge(
         "ch_reservation_bytes",
-        "Memory promised by reservations, by how far they are",
+        "Memory of reservations, by phase",
         ReservationPhase::VARIANTS.iter().map(|&phase| {
             let bytes: Bytes = status
                 .reservations

@@ -29,7 +29,7 @@ pub(super) fn write(out: &mut Out<'_>, status: &Status) -> fmt::Result {
     )?;
     out.gauge(
         "ch_store_held_bytes",
-        "Memory promised through the store to VMs that do not run yet",
+        "Memory reserved through the store for VMs that do not run yet",
         [(own(), store.held_bytes.0)],
     )?;
     let counts = figures! {
@@ -41,7 +41,7 @@ pub(super) fn write(out: &mut Out<'_>, status: &Status) -> fmt::Result {
     }
     out.counter(
         "ch_store_calls",
-        "Calls to the store by what was asked and what came of it",
+        "Calls to the store, by kind and result",
         store.calls.iter().filter_map(|(name, count)| {
             let (call, result) = name.split_once(' ')?;
             let mut labels = own();

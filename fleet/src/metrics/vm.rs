@@ -18,7 +18,7 @@ const FIGURES: [Figure; 11] = figures! {
     "ch_vm_memory_resident_bytes" "Host memory it occupies", |vm| vm.resident.0;
     "ch_vm_memory_swapped_bytes" "Its memory in the host's swap", |vm| vm.swapped.0;
     "ch_vm_memory_callable_bytes" "Memory it may call in without asking", |vm| vm.callable.0;
-    "ch_vm_balloon_target_bytes" "Balloon that was asked for", |vm| vm.target.0;
+    "ch_vm_balloon_target_bytes" "Requested balloon size", |vm| vm.target.0;
     "ch_vm_balloon_actual_bytes" "Balloon as the guest claims it", |vm| vm.actual.0;
     "ch_vm_epoch" "Changes when another machine stands behind the name", |vm| vm.epoch;
 };

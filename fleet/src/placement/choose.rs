@@ -44,7 +44,7 @@ impl HostRefusal {
             Self::Schema => "of another version",
             Self::Draining => "being drained",
             Self::State => "short of memory",
-            Self::Short => "with too little to promise",
+            Self::Short => "with too little unreserved memory",
             Self::Overcommit => "with as much VM memory as is allowed",
         }
     }

@@ -27,7 +27,7 @@ pub enum ReservationError {
         held: Bytes,
     },
     /// There is no such reservation.
-    #[error("there is no reservation {key:?}")]
+    #[error("the reservation {key:?} does not exist")]
     Unknown {
         /// The requested value.
         key: String,

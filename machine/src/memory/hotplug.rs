@@ -7,7 +7,8 @@
 //! | 0x8, 0xc | 32 bits | `MHLL`, `MHLH` | read: its size |
 //! | 0x14 | 8 bits | `MEN_`, `MINS` | bit 0: present; bit 1: added (write 1 to acknowledge) |
 //!
-//! Accesses of any other form read zero and change nothing. Devices stay until a reboot: there is no ejection.
+//! Accesses of any other width or offset read zero and change nothing. Devices cannot be ejected; they stay until a
+//! reboot.
 
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard};
@@ -91,10 +92,7 @@ impl MemoryHotplug {
     /// Records that a device was added. The caller interrupts the guest next.
     pub fn insert(&self, dimm: &Range<u64>) {
         let slots = &mut self.lock().slots;
-        assert!(
-            slots.len() < DIMMS_MAX,
-            "there is no more memory than slots"
-        );
+        assert!(slots.len() < DIMMS_MAX, "no more devices than slots");
         slots.push(Slot {
             start: dimm.start,
             bytes: dimm.end - dimm.start,

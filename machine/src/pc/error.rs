@@ -99,7 +99,7 @@ pub enum PcError {
     #[error("Cannot change the size of RAM")]
     Grow(#[source] DimmError),
     /// The assigned devices cannot access added memory.
-    #[error("Cannot add memory beside an assigned device")]
+    #[error("Cannot add memory to a VM with an assigned device")]
     PinMemory(#[source] AssignError),
     /// The guest cannot be notified that memory was added.
     #[error("Cannot notify the guest about its memory")]

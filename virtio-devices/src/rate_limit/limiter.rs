@@ -161,7 +161,7 @@ impl RateLimiter {
             let held = bucket.as_mut().is_some_and(set);
             require(held, part, field, || match limit {
                 Some(limit) => format!("has {level:?}, which a bucket of {limit:?} cannot hold"),
-                None => "has a bucket, and there is no such limit".to_owned(),
+                None => "has a bucket for a limit that is not set".to_owned(),
             })?;
         }
         Ok(())
@@ -264,7 +264,10 @@ mod tests {
         assert_eq!(restored.state(), state);
         let without = clock.limiter(RateLimits::default());
         let error = without.restore(&state, parts::BLOCK, "limit").unwrap_err();
-        assert!(error.to_string().contains("no such limit"), "{error}");
+        assert!(
+            error.to_string().contains("a limit that is not set"),
+            "{error}"
+        );
         let small = clock.limiter(RateLimits {
             bandwidth: per_second(1),
             ops: None,

@@ -86,7 +86,9 @@ impl VsockHandler {
         let header = Header::from_bytes(&bytes);
         let len = header.len as usize;
         if len > readable.bytes().min(DATA_BYTES_MAX) {
-            return self.shared.bad_packet("shorter than it says, or too long");
+            return self
+                .shared
+                .bad_packet("shorter than its header states, or too long");
         }
         let data = &mut self.data[..len];
         readable.copy_out(data);

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use api::VmConfig;
@@ -99,7 +100,7 @@ pub(super) fn at(
 
 fn check_disk(disk: &DiskConfig, vcpus: usize, shared: bool) -> Result<(), DeviceFault> {
     queue_size(disk.queue_size)?;
-    queue_count(disk.num_queues, 1, vcpus)?;
+    queue_count(disk.num_queues, 1..=vcpus, " (at most one per vCPU)")?;
     if disk.vhost_user {
         return check_vhost_user_disk(disk, shared);
     }
@@ -184,7 +185,12 @@ fn check_net(net: &NetConfig, vcpus: usize, shared: bool) -> Result<(), DeviceFa
         return Err(DeviceFault::SocketWithoutVhostUser);
     }
     // An odd number includes the control queue, which exists in any case.
-    queue_count(net.num_queues, 2, vcpus.saturating_mul(2).saturating_add(1))?;
+    let max = vcpus.saturating_mul(2).saturating_add(1);
+    queue_count(
+        net.num_queues,
+        2..=max,
+        " (at most one pair per vCPU, and a control queue)",
+    )?;
     if let Some(mtu) = net.mtu
         && mtu < MTU_MIN
     {
@@ -227,7 +233,11 @@ fn check_vhost_user_net(net: &NetConfig, memory_shared: bool) -> Result<(), Devi
         return Err(DeviceFault::MemoryPrivate);
     }
     // More pairs need a control queue, which the back end does not serve.
-    queue_count(net.num_queues, VHOST_USER_NET_QUEUES, VHOST_USER_NET_QUEUES)?;
+    queue_count(
+        net.num_queues,
+        VHOST_USER_NET_QUEUES..=VHOST_USER_NET_QUEUES,
+        "",
+    )?;
     let socket = net.vhost_socket.as_deref();
     socket_path(socket.ok_or(DeviceFault::SocketMissing)?)
 }
@@ -272,7 +282,7 @@ fn check_fs(fs: &FsConfig, memory_shared: bool) -> Result<(), DeviceFault> {
         });
     }
     queue_size(fs.queue_size)?;
-    queue_count(fs.num_queues, 1, FS_QUEUES_MAX)?;
+    queue_count(fs.num_queues, 1..=FS_QUEUES_MAX, "")?;
     socket_path(&fs.socket)
 }
 
@@ -287,7 +297,7 @@ fn check_generic(device: &GenericVhostUserConfig, memory_shared: bool) -> Result
             max: DEVICE_TYPE_MAX,
         });
     }
-    queue_count(device.queue_sizes.len(), 1, GENERIC_QUEUES_MAX)?;
+    queue_count(device.queue_sizes.len(), 1..=GENERIC_QUEUES_MAX, "")?;
     for &size in &device.queue_sizes {
         queue_size(size)?;
     }
@@ -316,11 +326,21 @@ fn queue_size(size: u16) -> Result<(), DeviceFault> {
     Ok(())
 }
 
-fn queue_count(count: usize, min: usize, max: usize) -> Result<(), DeviceFault> {
-    if (min..=max).contains(&count) {
+fn queue_count(
+    count: usize,
+    allowed: RangeInclusive<usize>,
+    reason: &'static str,
+) -> Result<(), DeviceFault> {
+    if allowed.contains(&count) {
         return Ok(());
     }
-    Err(DeviceFault::QueueCount { count, min, max })
+    let (min, max) = allowed.into_inner();
+    Err(DeviceFault::QueueCount {
+        count,
+        min,
+        max,
+        reason,
+    })
 }
 
 /// Several disks may share an image only if all of them are read-only.

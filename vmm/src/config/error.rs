@@ -471,14 +471,16 @@ pub enum DeviceFault {
         max: u16,
     },
     /// Too few or too many queues.
-    #[error("num_queues must be between {min} and {max}; got {count}")]
+    #[error("num_queues must be between {min} and {max}{reason}; got {count}")]
     QueueCount {
         /// Queues.
         count: usize,
         /// The minimum.
         min: usize,
-        /// The maximum: one queue, or one pair, per vCPU.
+        /// The maximum.
         max: usize,
+        /// The reason for the maximum in brackets, or an empty string.
+        reason: &'static str,
     },
     /// A queue that the disk does not have.
     #[error("queue_affinity names queue {queue_index}, but num_queues is {num_queues}")]
@@ -523,13 +525,13 @@ pub enum DeviceFault {
         max_ms: u64,
     },
     /// Two limits for one disk.
-    #[error("a disk in rate_limit_group {group:?} cannot have a rate limit of its own")]
+    #[error("a disk in rate_limit_group {group:?} cannot have its own rate limit")]
     LimitBesideGroup {
         /// The group.
         group: String,
     },
     /// A group that does not exist.
-    #[error("there is no rate_limit_group {group:?}: define it with --rate-limit-group id={group}")]
+    #[error("unknown rate_limit_group {group:?}: define it with --rate-limit-group id={group}")]
     UnknownLimitGroup {
         /// The group.
         group: String,

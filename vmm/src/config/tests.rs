@@ -1062,7 +1062,7 @@ fn validate_what_is_not_built_is_refused_by_name() {
             "memory",
             json!({"size": 0, "zones": [{"id": "a", "size": 4096}], "hotplug_size": 4096,
                 "hotplug_method": "VirtioMem"}),
-            "virtio-mem beside memory zones",
+            "virtio-mem together with memory zones",
         ),
         (
             "disks",

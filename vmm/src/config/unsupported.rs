@@ -47,7 +47,7 @@ fn memory(memory: &MemoryConfig) -> Vec<String> {
             zones.any(|zone| wanted([zone.hotplug_size, zone.hotplugged_size])),
         ),
         asked(
-            "virtio-mem beside memory zones",
+            "virtio-mem together with memory zones",
             hotplug && with_virtio_mem && memory.size == 0,
         ),
     ]

@@ -5,8 +5,8 @@
 //!  │magic │ kind │ 0    │ bytes │ crc32 │ payload …
 //! ```
 //! All integers are little-endian. The checksum covers the first twelve bytes and the payload. Each kind has a maximum
-//! length, which is checked before anything is read, so a peer cannot make the reader allocate more than the largest
-//! message that is possible at that point.
+//! length, which is checked before anything is read. A peer therefore cannot make the reader allocate more than the
+//! largest message that is possible at that point.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -200,7 +200,7 @@ pub enum WireError {
     },
     /// Another version.
     #[error(
-        "The peer speaks version {theirs} of the migration protocol, this program version {VERSION}"
+        "The peer uses version {theirs} of the migration protocol, this program version {VERSION}"
     )]
     Version {
         /// The peer's.

@@ -45,7 +45,8 @@ impl SavedBase {
         }
         let name = self.folder.file_name().and_then(|name| name.to_str());
         let name = name.filter(|_| real(folder).parent() == self.folder.parent());
-        let name = name.ok_or_else(|| broken("it is not beside the new folder"))?;
+        let name =
+            name.ok_or_else(|| broken("it is not in the same folder as the new snapshot"))?;
         let base = Base {
             id: self.id.clone(),
             folder: name.to_owned(),
@@ -110,7 +111,7 @@ pub(super) fn visit(
 fn beside(folder: &Path, base: &Base) -> Result<PathBuf, SnapshotError> {
     let invalid = || SnapshotError::Chain {
         path: folder.to_owned(),
-        reason: "the name of its base is not that of a folder beside it",
+        reason: "the name of its base is not that of another snapshot in the same folder",
     };
     let mut parts = Path::new(&base.folder).components();
     let (Some(Component::Normal(name)), None) = (parts.next(), parts.next()) else {

@@ -80,7 +80,7 @@ pub enum SnapshotError {
     },
     /// Memory that is recorded cannot be plugged or unplugged.
     #[error(
-        "Writes of a VM with hotplug_method=virtio-mem cannot be recorded: no memory could be plugged meanwhile"
+        "Writes of a VM with hotplug_method=virtio-mem cannot be recorded: during a recording, no memory could be plugged"
     )]
     VirtioMem,
     /// The VMM must not open the folder of a base.

@@ -47,7 +47,7 @@ pub(super) fn with_balloon(vmlinux: &Path, initramfs: &Path, tracker: Option<&st
     .run(|_| ())?;
     judge(&ended.console, ended.status.is_some()).with_context(|| {
         format!(
-            "booted with {:?}, it says:\n  | {}",
+            "booted with {:?}; its output:\n  | {}",
             word,
             tail(&ended.console)
         )

@@ -147,7 +147,7 @@ fn run_loop() -> Result<Duration> {
     let kvm = Kvm::new().map_err(|error| {
         let advice = match error.errno() {
             libc::EACCES => "opening /dev/kvm (add this user to the group kvm)",
-            libc::ENOENT => "there is no /dev/kvm",
+            libc::ENOENT => "/dev/kvm does not exist",
             _ => "opening /dev/kvm",
         };
         anyhow::Error::new(error).context(advice)

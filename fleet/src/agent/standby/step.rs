@@ -1,4 +1,4 @@
-//! Decides the next step of a VM that is being saved or woken. Pure.
+//! Decides the next step of a VM that is being saved or woken; a pure function.
 //!
 //! ```text
 //!            saved           ended
@@ -117,7 +117,7 @@ impl Sight<'_> {
             Save::Ordered => return Step::Wait,
             Save::Ended(Ok(())) => return Step::Become(Phase::Ending, "saved".to_owned()),
             Save::Ended(Err(why)) => why.as_str(),
-            Save::Unknown => "the agent ended meanwhile",
+            Save::Unknown => "the agent ended during the save",
         };
         if !self.has_ended {
             return Step::Become(Phase::Running, format!("not saved: {why}"));

@@ -983,7 +983,7 @@ fn nothing_is_promised_before_every_vm_is_known_and_the_answer_says_when() {
         panic!("promised");
     };
     let chain: Vec<&str> = error.chain().collect();
-    assert!(chain[1].contains("ask again in"), "{chain:?}");
+    assert!(chain[1].contains("retry in"), "{chain:?}");
     wait_vm(&agent, "a", "missed", |vm| vm.missed > 0);
     wait("a promise", || reserve(&world, "b", GIB, GIB).ok());
 }

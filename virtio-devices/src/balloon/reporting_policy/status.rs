@@ -65,7 +65,7 @@ impl SettingState {
                 "the guest's driver does not accept VIRTIO_BALLOON_F_REPORTING_POLICY"
             }
             Self::NotSet => "no policy has been set; the guest uses its own defaults",
-            Self::NotAcknowledged => "the guest has been told and has not acknowledged it yet",
+            Self::NotAcknowledged => "the guest has been notified and has not acknowledged it yet",
             Self::NotFollowed => "the guest's driver does not follow this setting",
         })
     }

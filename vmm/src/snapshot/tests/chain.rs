@@ -290,7 +290,10 @@ fn difference_needs_the_last_recorded_snapshot_beside_it_and_a_chain_has_eight()
     let elsewhere = tempfile::tempdir().unwrap();
     let full = machine.path("full");
     let error = Recorder::base(Some(&recorder), &full, elsewhere.path()).unwrap_err();
-    assert!(error.to_string().contains("not beside"), "{error}");
+    assert!(
+        error.to_string().contains("not in the same folder"),
+        "{error}"
+    );
     assert!(Recorder::base(None, &full, &machine.path("a")).is_err());
     let mut before = "full".to_owned();
     for number in 1..CHAIN_MAX {
