@@ -6,10 +6,11 @@
 //! cache/build-tree-SOURCE/exchanged   names of files that may differ
 //! cache/build-tree-SOURCE/NAME/       objects of one configuration
 //! cache/check-SOURCE/                 another one, for `guest check`
+//! cache/package-SOURCE/               another one, for `guest package`
 //! ```
 //!
-//! Checks have their own tree and lock, because they take long. They build all prefixes of the series, after which the
-//! next build of a test kernel would start from nothing.
+//! Checks and packages have their own trees and locks, because they take long, and no test kernel should wait for them.
+//! Checks also build all prefixes of the series, after which the next build of a test kernel would start from nothing.
 //!
 //! Kbuild stores the path of the source in every object, so objects can be reused for another state of the source only
 //! at the same path. A file is written, with the current time, only when its contents change. Make therefore rebuilds
@@ -51,11 +52,12 @@ impl BuildTree {
         Self::open_in(dir, pristine, lock)
     }
 
-    /// Opens the tree in which a source is checked; waits while another check uses it.
-    pub(super) fn open_for_checks(source: &Source) -> Result<Self> {
+    /// Opens the source's tree for work of one kind, which does not keep test kernels from being built; waits while
+    /// another process does such work.
+    pub(super) fn open_for(work: &str, source: &Source) -> Result<Self> {
         let cache = paths::cache()?;
         let pristine = source.unpack(&Lock::take(&cache)?)?;
-        let dir = cache.join(format!("check-{}", source.key));
+        let dir = cache.join(format!("{work}-{}", source.key));
         fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
         let lock = Lock::take(&dir)?;
         Self::open_in(dir, pristine, lock)

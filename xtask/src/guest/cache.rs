@@ -55,7 +55,7 @@ pub(crate) struct Lock {
 
 impl Lock {
     pub(super) fn take(cache: &Path) -> Result<Self> {
-        Self::take_named(cache, "lock", "another build of the test kernel")
+        Self::take_named(cache, "lock", "another kernel build")
     }
 
     /// As [`Lock::take`], for other work: the file to lock, and what another holder is doing.

@@ -1,9 +1,9 @@
 //! `cargo xtask guest package`: the patched kernel as Debian packages, made by the kernel's own `bindeb-pkg`.
 //!
 //! ```text
-//! cache/build-tree-SOURCE/package-CONFIG/objects/   objects, kept for the next build
-//! cache/build-tree-SOURCE/package-CONFIG/*.deb      where dpkg-buildpackage leaves its packages
-//! target/guest/package/                           those that an operator installs
+//! cache/package-SOURCE/CONFIG/objects/   objects, kept for the next build
+//! cache/package-SOURCE/CONFIG/*.deb      where dpkg-buildpackage leaves its packages
+//! target/guest/package/                  those that an operator installs
 //! ```
 
 use std::fs;
@@ -189,8 +189,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         &series::config("patched")?,
     )?;
     let base = config.text()?;
-    let tree = BuildTree::open(&source)?;
-    let objects = tree.separate_objects(&format!("package-{}/objects", config.name()));
+    let tree = BuildTree::open_for("package", &source)?;
+    let objects = tree.separate_objects(&format!("{}/objects", config.name()));
     if *config != Config::Small {
         disk::require_in_all(&objects.dir, CLOUD_BYTES, "building a kernel with modules")?;
     }

@@ -123,7 +123,7 @@ impl<'a> Prefixes<'a> {
     fn bench(&self, variant: Variant) -> Result<Bench> {
         let image = paths::guest().join("initramfs.cpio.gz");
         initramfs::build(&image)?;
-        let tree = BuildTree::open_for_checks(self.source)?;
+        let tree = BuildTree::open_for("check", self.source)?;
         Ok(Bench {
             contents: self.series.prefixes(&tree.pristine)?,
             objects: tree.cached_objects(variant.name())?,
