@@ -11,7 +11,7 @@ use serde_json::json;
     "balloon_actual": 0, "last_update": 1_700_000_000_000_u64, "age_ms": 120, "stats": {"free_memory": 400_000_000}
 })))]
 pub struct BalloonStatsResponse {
-    /// Bytes the guest says are in the balloon.
+    /// Bytes in the balloon, as stated by the guest.
     pub balloon_actual: u64,
     /// Time at which the guest last sent statistics: milliseconds since the Unix epoch on the host's clock; 0 before
     /// the first.

@@ -61,7 +61,7 @@ pub struct ReclaimStats {
     /// that was discarded twice counts twice.
     #[serde(default)]
     pub repopulated_method: String,
-    /// Guest RAM in the host's swap, bytes; absent when the method cannot tell.
+    /// Guest RAM in the host's swap, bytes; absent if the method cannot measure it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub swapped_bytes: Option<u64>,
     /// Memory beyond `configured_bytes` that the guest can take without the host's consent, bytes: memory that the

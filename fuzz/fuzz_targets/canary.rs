@@ -11,7 +11,7 @@ use virtio_devices::reclaim::any_claims;
 use virtio_devices::testing::{any_guest, any_registers};
 use virtio_devices::vhost_user::any_back_end;
 
-/// Inputs that are not longer say nothing.
+/// Inputs that are not longer prove nothing.
 const BYTES_MIN: usize = 8;
 
 fn refutes(target: &str, bytes: &[u8]) -> bool {

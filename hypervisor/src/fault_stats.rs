@@ -25,7 +25,7 @@ const RESOLVED: [&str; 5] = [
 const HEADER_BYTES: usize = 24;
 /// Descriptor without its name.
 const DESCRIPTOR_BYTES: usize = 16;
-/// Limits of what the kernel's tables may say; real ones are below 100 and 48.
+/// Limits of the numbers in the kernel's tables; real ones are below 100 and 48.
 const DESCRIPTORS_MAX: u32 = 4096;
 const NAME_BYTES_MAX: u32 = 256;
 

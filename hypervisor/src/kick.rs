@@ -53,7 +53,7 @@ pub fn install_handler() -> Result<()> {
     register_signal_handler(signal(), on_kick).map_err(ioctl("sigaction"))
 }
 
-/// Runs `body`; meanwhile kicks of this thread interrupt `vcpu`.
+/// Runs `body`. Until it returns, kicks of this thread interrupt `vcpu`.
 pub fn with_kicks<R>(vcpu: &mut Vcpu, body: impl FnOnce(&mut Vcpu) -> R) -> R {
     /// Clears the pointer to the run page, even if `body` unwinds.
     struct Disarm;

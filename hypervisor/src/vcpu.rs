@@ -113,7 +113,7 @@ impl Vcpu {
             .map_err(ioctl("KVM_ENABLE_CAP(KVM_CAP_HYPERV_SYNIC)"))
     }
 
-    /// Address of `immediate_exit` in the run page; valid as long as `self`.
+    /// Address of `immediate_exit` in the run page; valid while `self` exists.
     pub(crate) fn immediate_exit_address(&mut self) -> *mut u8 {
         &raw mut self.fd.get_kvm_run().immediate_exit
     }

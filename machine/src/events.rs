@@ -24,7 +24,7 @@ pub enum DeviceEventKind {
     GuestPanic(GuestPanic),
 }
 
-/// What the guest reported.
+/// The guest's report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GuestPanic {
     /// The kernel has panicked and stops.

@@ -337,7 +337,7 @@ fn guest_restored_twice_has_two_new_generations_and_is_notified() {
     assert!(!interrupted && !again.has_generation_id);
 }
 
-/// What a debugger finds by the program headers.
+/// The memory that a debugger finds by the program headers.
 #[test]
 fn core_file_has_the_ram_that_is_there_and_the_registers() {
     let Some(rig) = Rig::new() else {
@@ -517,7 +517,7 @@ fn sample(ordinal: u32) -> PathBuf {
     samples.join(format!("pc-{ordinal}.json"))
 }
 
-/// What a sample has of a part.
+/// A part's state in a sample.
 struct Sampled {
     part: Part,
     version: u32,

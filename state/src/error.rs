@@ -33,7 +33,7 @@ pub enum StateError {
         part: &'static str,
         /// The field.
         field: &'static str,
-        /// What is wrong with its value.
+        /// The fault of its value.
         reason: String,
     },
     /// The state is valid, but the host refused a resource it needs.

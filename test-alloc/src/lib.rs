@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 #[derive(Debug)]
 pub struct Recording;
 
-/// What one thread has allocated.
+/// The allocations of one thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Allocated {
     /// Maximum number of bytes at one time.

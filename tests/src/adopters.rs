@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 
-/// What an adopter sends, in order.
+/// Requests of an adopter, in order.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Conversation {
     /// The VMM's command line.

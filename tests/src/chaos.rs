@@ -57,7 +57,7 @@ pub struct Limits {
     pub balloon_bytes: u64,
 }
 
-/// What a client does at once.
+/// One action of a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, strum::VariantArray)]
 enum Action {
     PauseAndResume,
@@ -114,8 +114,8 @@ pub fn length_and_seed(default: Duration) -> Result<(Duration, u64)> {
     Ok((seconds, seed))
 }
 
-/// What the guest has verified so far, in rounds of its work. Clients make a number of changes for each: otherwise they would
-/// take the processors of a busy machine from the guest, whose work is the purpose.
+/// The guest's progress, in verified rounds of its work. Clients make a number of changes for each: otherwise they
+/// would take the processors of a busy machine from the guest, whose work is the purpose.
 #[derive(Debug, Default)]
 pub struct Progress {
     rounds: AtomicU64,
@@ -464,7 +464,8 @@ pub fn settle(vmm: &Vmm, limits: &Limits) -> Result<()> {
     Ok(())
 }
 
-/// What a VMM has at one moment: descriptors, threads, mapped files and sockets in its folder, each with their number.
+/// Resources of a VMM at one moment: descriptors, threads, mapped files and sockets in its folder, each with their
+/// number.
 #[derive(Debug)]
 pub struct Belongings(BTreeMap<String, usize>);
 
@@ -478,7 +479,7 @@ impl Belongings {
         let mut all = BTreeMap::new();
         let mut add =
             |kind: &str, name: &str| *all.entry(format!("{kind} {name}")).or_default() += 1;
-        // What disappears in the meantime is skipped.
+        // Files that disappear in the meantime are skipped.
         for fd in fs::read_dir(proc.join("fd"))?.flatten() {
             if let Ok(link) = fs::read_link(fd.path()) {
                 let text = link.to_string_lossy();

@@ -53,7 +53,7 @@ pub fn has_ended(text: &str) -> bool {
     text.contains(" failed")
 }
 
-/// What the guest tells at its end.
+/// The guest's report at its end.
 ///
 /// # Errors
 /// It has lost something.

@@ -8,7 +8,7 @@ use anyhow::{Error, Result};
 /// Polling interval: short compared with any wait, long compared with the cost of a check.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// What was waited for did not come in time.
+/// The condition was not met in time.
 #[derive(Debug)]
 pub struct TooLate {
     what: String,

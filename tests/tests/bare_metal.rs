@@ -496,7 +496,7 @@ fn spinning_guest_delays_no_request() -> Result<()> {
         Ok(info.filter(|info| info["state"] == "Running"))
     })?;
     let started = std::time::Instant::now();
-    // This guest never sends statistics: the request must time out, and others must be served meanwhile.
+    // This guest never sends statistics: the request must time out, and others must be served in the meantime.
     std::thread::scope(|scope| -> Result<()> {
         let slow = scope.spawn(|| vmm.request("GET", "vm.balloon-stats", None));
         for _ in 0..20 {

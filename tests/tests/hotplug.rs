@@ -192,7 +192,7 @@ fn device_that_the_guest_does_not_let_go_is_gone_after_a_reboot() -> Result<()> 
     expect(&refused, 429)?;
     let cause = refused.json()?.to_string();
     ensure!(cause.contains("still being removed"), "{cause}");
-    // The guest may still write to the image, so nobody else gets it, under whatever name.
+    // The guest may still write to the image, so no other VM gets it, under any name.
     let other = start("spin", &[])?;
     wait_for("another running guest", SCENARIO_DEADLINE, || {
         let info = other.get("vm.info").ok();

@@ -198,7 +198,7 @@ impl Crate {
         Ok(this)
     }
 
-    /// What a path means in a module; `None` if it leads out of the crate.
+    /// The target of a path in a module; `None` if it leads out of the crate.
     fn resolve(&self, module: usize, path: &[String], imports: usize) -> Option<Target> {
         let (first, rest) = path.split_first()?;
         let mut target = match first.as_str() {

@@ -85,7 +85,7 @@ fn forward_slowly(listener: &UnixListener, target: u16, end: &Receiver<()>) -> R
     Ok(())
 }
 
-/// The guest writes all the time, and no pass leaves less than can be sent in a millisecond.
+/// The guest writes continuously, and no pass leaves less than can be sent in a millisecond.
 #[test]
 fn guest_that_writes_too_fast_is_slowed_down_and_runs_freely_afterwards() -> Result<()> {
     if !kvm_opens() {
@@ -215,7 +215,7 @@ fn huge_pages_are_handed_over_and_none_is_needed_twice() -> Result<()> {
     wait_rounds(&source, "serial", now).map(drop)
 }
 
-/// The region for hot-plug is a file of its own.
+/// The region for hot-plug is a separate file.
 #[test]
 fn region_of_virtio_mem_is_handed_over_with_ram() -> Result<()> {
     if !kvm_opens() {
@@ -667,7 +667,7 @@ fn migration_that_waits_can_be_cancelled_and_blocks_only_changes() -> Result<()>
     ensure!(failed["error"] == "The migration was cancelled", "{failed}");
     expect_still_here(&source, &image)?;
     ensure!(source.get("vm.info")?.get("migration_progress").is_none());
-    // Nobody listens there.
+    // No process listens there.
     send(&source, &format!("tcp:127.0.0.1:{}", free_port()?))?;
     wait_for("the second failure", PROCESS_DEADLINE, || {
         let failures = source.text("events").matches("migration-failed").count();

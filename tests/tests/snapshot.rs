@@ -456,7 +456,7 @@ fn memory_that_cannot_come_ends_the_vm_with_its_name() -> Result<()> {
         let Some(mut vmm) = start_on_demand(&url, "off", &events)? else {
             return Ok(());
         };
-        // Whoever damages it after the start is found out as well.
+        // Damage after the start is detected as well.
         std::fs::write(&memory, content)?;
         if saves {
             // Everything has to come.
@@ -506,7 +506,7 @@ fn image_of(vmm: &Vmm) -> Result<String> {
     path.map(str::to_owned).context("a disk")
 }
 
-/// Saves the running VM into a new folder `name`, while the balloon is resized all the time.
+/// Saves the running VM into a new folder `name`, while the balloon is resized continuously.
 fn save_live(vmm: &Vmm, name: &str, more: &serde_json::Value) -> Result<std::path::PathBuf> {
     let folder = vmm.folder().join(name);
     std::fs::create_dir(&folder)?;

@@ -66,7 +66,7 @@ impl GuestRam {
         &self.writes
     }
 
-    /// What assigned devices can access through the virtual IOMMU.
+    /// Memory that assigned devices can access through the virtual IOMMU.
     #[must_use]
     pub fn dma_mapped(&self) -> &Arc<DmaMapped> {
         &self.dma_mapped
@@ -167,7 +167,7 @@ pub(crate) fn boxed<H: QueueHandler + 'static>(handler: Option<H>) -> Vec<Box<dy
         .collect()
 }
 
-/// What a device can tell a driver about itself. It changes for a device that another process serves.
+/// The properties that a device shows to its driver. They change for a device that another process serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeviceIdentity {
     /// Features and configuration space are valid.

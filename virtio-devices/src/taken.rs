@@ -1,6 +1,6 @@
 //! Temporarily takes an optional part out of an object, to use both mutably.
 
-/// Runs `work` on `whole` and on the part in `place`, which is taken out meanwhile. Does nothing without a part.
+/// Runs `work` on `whole` and on the part in `place`, which is taken out during the call. Does nothing without a part.
 ///
 /// # Errors
 /// The errors of `work`. The part is put back in this case, too.

@@ -33,7 +33,8 @@ pub fn open() {
     *group() = Group::of(Path::new(PROC), Path::new(GROUPS)).ok();
 }
 
-/// Reads the current figures. The charge does not tell RAM in files from other page cache, so it needs `without_files`.
+/// Reads the current figures. The charge does not distinguish RAM in files from other page cache, so it needs
+/// `without_files`.
 ///
 /// # Errors
 /// The kernel's figures of this process cannot be read.

@@ -52,8 +52,8 @@ pub struct MemoryConfig {
     /// Request transparent huge pages.
     #[key(default = true)]
     pub thp: bool,
-    /// What happens if the host cannot provide a page of RAM while the VM runs. The VM ends, or it is paused if it can
-    /// be resumed later.
+    /// Reaction if the host cannot provide a page of RAM while the VM runs. The VM ends, or is paused if it can be
+    /// resumed later.
     #[key]
     pub on_unavailable: MemoryUnavailableAction,
     /// Zones of RAM with different backing; `size` must be 0.
@@ -133,7 +133,7 @@ pub struct MemoryZoneConfig {
     pub mergeable: bool,
 }
 
-/// What happens to a VM whose RAM the host cannot provide.
+/// The reaction if the host cannot provide RAM of a VM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema, Words)]
 pub enum MemoryUnavailableAction {
     /// The VM ends, as on any other failure.

@@ -21,7 +21,7 @@ pub struct VmSendMigrationData {
     /// Time for which the VM may keep running during the migration, seconds.
     #[key("<seconds>", default = 3600)]
     pub timeout_s: u64,
-    /// What happens after that time.
+    /// The action after that time.
     #[key]
     pub timeout_strategy: MigrationTimeoutStrategy,
     /// Slow the vCPUs down in steps while passes do not get shorter.
@@ -60,7 +60,7 @@ pub struct VmReceiveMigrationData {
     pub tls_dir: Option<PathBuf>,
 }
 
-/// What happens if a VM writes its memory faster than it can be sent.
+/// The reaction if a VM writes its memory faster than it can be sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema, Words)]
 pub enum MigrationTimeoutStrategy {
     /// The migration fails and the VM keeps running.

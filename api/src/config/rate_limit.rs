@@ -80,7 +80,7 @@ struct BucketKeys {
     unit: &'static str,
     /// Reads a number of tokens.
     count: fn(&str) -> Result<u64, ValueError>,
-    /// What the bucket limits, as the subject of a sentence.
+    /// The limited quantity, as the subject of a sentence.
     #[cfg(test)]
     tokens: &'static str,
     /// A sentence that explains them.

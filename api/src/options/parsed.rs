@@ -106,7 +106,7 @@ impl Options {
 pub(crate) trait KeyGroup<T> {
     /// Adds them to the keys of an option.
     fn declare(&self, keys: &mut Keys);
-    /// What `key` of the group means; `None` if the field's documentation describes it.
+    /// Meaning of `key` of the group; `None` if the field's documentation describes it.
     #[cfg(test)]
     fn meaning(&self, _key: &str) -> Option<String> {
         None

@@ -38,7 +38,7 @@ impl Pace {
         }
     }
 
-    /// The offer to publish now, if any. `heard` is the agent's offer, `None` if it does not respond.
+    /// The offer to publish now, if any. `heard` is the agent's latest offer, `None` if the agent does not respond.
     pub(crate) fn next(&mut self, heard: Option<Offer>, now: Instant) -> Option<Offer> {
         if let Some(offer) = heard {
             self.heard = Some((offer, now));

@@ -146,7 +146,7 @@ pub(crate) enum Command {
 
 #[derive(Debug, Args)]
 pub(crate) struct AgentOptions {
-    /// Settings file; the files in agent.d/*.toml beside it are read after it
+    /// Settings file; the files in agent.d/*.toml next to it are read after it
     #[arg(long, value_name = "PATH", default_value = DEFAULT_FILE)]
     pub(crate) config: PathBuf,
 

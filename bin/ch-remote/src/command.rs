@@ -30,7 +30,7 @@ const INTERVAL_SECONDS_MAX: f64 = 86_400.0;
 /// Maximum size of a configuration, the VMM's limit for a body.
 const CONFIG_BYTES_MAX: u64 = 4 << 20;
 
-/// What a command does.
+/// The action of a command.
 #[derive(Debug)]
 pub(crate) enum Command {
     /// Sends a request and prints the response.

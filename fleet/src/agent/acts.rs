@@ -127,7 +127,7 @@ impl Acts {
         self.records.get(vm).is_some_and(|record| record.pinned)
     }
 
-    /// Excludes a VM for as long as its process exists, or includes it again.
+    /// Excludes a VM while its process exists, or includes it again.
     ///
     /// # Errors
     /// It cannot be saved, so the next agent would not know.

@@ -120,8 +120,8 @@ impl ControlLoop {
             };
             let more = std::iter::from_fn(|| events.try_recv().ok()).take(EVENTS_AT_ONCE);
             for event in event.into_iter().chain(more) {
-                // Checked before each event, because many requests may have arrived meanwhile. The end of an order
-                // counts even then: the stop waits for it.
+                // Checked before each event, because many requests may have arrived in the meantime. The end of an
+                // order counts even then: the stop waits for it.
                 let ends = self.stop.is_asked();
                 let counts = !ends || matches!(event, Event::Vm(_));
                 if (counts && !self.handle(event)) || ends {

@@ -131,7 +131,7 @@ impl Promises {
         )
     }
 
-    /// The needs of each refused VM, for as long as a reservation for it would have been kept.
+    /// The needs of each refused VM, while a reservation for it would have been kept.
     pub(super) fn wanted(&mut self, config: &AgentConfig, rounds: &VmRounds) -> Vec<Bytes> {
         let oldest_ms = rounds
             .now_ms()

@@ -365,8 +365,8 @@ impl VmRounds {
         left.map(|vm| vm.id.to_string()).collect()
     }
 
-    /// When reservations are possible: at once, or in at most this many seconds, because the agent has just started and
-    /// has no plan of all VMs yet.
+    /// When reservations are possible: immediately, or in at most this many seconds, because the agent has just started
+    /// and has no plan of all VMs yet.
     pub(super) fn learns_for(&self) -> Option<u64> {
         let learning = self.decisions.plans == 0 || self.has_unheard();
         learning.then(|| {

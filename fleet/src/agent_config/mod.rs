@@ -76,7 +76,7 @@ pub struct AgentSection {
     pub trigger_stall: Millis,
     /// Time over which the kernel adds up the stall.
     pub trigger_window: Millis,
-    /// What happens to the balloons when the agent ends.
+    /// Treatment of the balloons when the agent ends.
     pub on_stop: OnStop,
     /// Folder for VMs in standby; without it, standby is off.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -129,7 +129,7 @@ const AGENT: &[Row<AgentSection>] = rows! { AgentSection:
     standby_deadline = Range::Time(1000, 86_400_000);
 };
 
-/// What happens to the balloons when the agent ends.
+/// Treatment of the balloons when the agent ends.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[cfg_attr(test, derive(schemars::JsonSchema))]

@@ -220,7 +220,7 @@ impl OrderTarget<'_> {
         let process = to.ok_or(OrderError::NoProcess)?;
         let pid = process.pid();
         let holds = holds_vm(&self.files.proc, pid);
-        // The observation applies to the process only if it has not ended meanwhile.
+        // The observation applies to the process only if it has not ended in the meantime.
         if !process.lives() {
             return Err(OrderError::NoProcess);
         }

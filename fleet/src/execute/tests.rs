@@ -138,7 +138,7 @@ fn limit_is_set_only_where_the_vmm_is_alone() {
         .limit(42, GroupFile::MemoryMax, None, || true)
         .unwrap();
     assert_eq!(fs::read_to_string(group.join("memory.max")).unwrap(), "max");
-    // A process that has ended meanwhile may have had another group.
+    // A process that has ended in the meantime may have had another group.
     let ended = files.limit(42, GroupFile::MemoryMax, Some(Bytes::mib(1)), || false);
     assert!(matches!(ended, Err(GroupError::NoGroup { .. })));
     assert_eq!(fs::read_to_string(group.join("memory.max")).unwrap(), "max");

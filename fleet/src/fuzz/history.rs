@@ -148,7 +148,7 @@ fn host(choice: u8, now_ms: u64, input: &mut Numbers<'_>) -> HostFacts {
     }
 }
 
-/// What stays the same of a VM, and its balloon.
+/// The constant properties of a VM, and its balloon.
 struct Vm {
     id: VmId,
     level: FeatureLevel,

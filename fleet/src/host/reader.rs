@@ -98,7 +98,7 @@ impl HostReader {
     /// Reads everything once; `at_ms` is the planner's clock.
     ///
     /// # Errors
-    /// A file or a figure that every kernel has is missing. A kernel without pressure information is no error.
+    /// A file or a figure that every kernel has is missing. A kernel without pressure information is not an error.
     pub fn read(&mut self, at_ms: u64) -> Result<HostFacts, HostError> {
         let proc = &self.files.proc;
         let meminfo = KernelFile::read(proc.join("meminfo"))?;

@@ -113,7 +113,7 @@ pub fn serve_unix(
     let listener = UnixListener::bind(&hidden)?;
     fs::set_permissions(&hidden, fs::Permissions::from_mode(mode))?;
     let bound = fs::symlink_metadata(&hidden)?;
-    // Unlike a rename, a link does not replace what another process has put there meanwhile.
+    // Unlike a rename, a link does not replace what another process has put there in the meantime.
     let linked = fs::hard_link(&hidden, path);
     fs::remove_file(&hidden)?;
     linked?;

@@ -46,7 +46,7 @@ pub struct VmReading {
     pub sample: VmSample,
     /// Bytes that the guest named on the reporting and inflate queues since its boot.
     pub requested: Bytes,
-    /// What it has done since its start; absent if nobody asks, or its VMM does not tell.
+    /// Its activity since its start; absent if not requested, or if its VMM does not report it.
     pub activity: Option<Activity>,
 }
 
@@ -265,8 +265,8 @@ impl InfoMemory {
         self.own() + zones.map(InfoZone::configured).sum::<Bytes>()
     }
 
-    /// What a guest can take beyond that where its VMM does not tell. With virtio-mem it is all of the region: plain Cloud
-    /// Hypervisor shows it to the guest from the start.
+    /// Memory that a guest can take beyond that if its VMM does not report it. With virtio-mem it is all of the region:
+    /// plain Cloud Hypervisor shows it to the guest from the start.
     fn obtainable(&self) -> Bytes {
         if self.hotplug_method.as_deref() != Some("VirtioMem") {
             return Bytes::ZERO;
@@ -409,7 +409,7 @@ fn ask_guest(
     Ok(())
 }
 
-/// What the VM has done. A VM whose VMM does not tell is never idle.
+/// The activity of the VM. A VM whose VMM does not report it is never idle.
 fn activity(round: Round<'_>) -> Option<Activity> {
     let ProcessFiles { proc, pid } = round.process;
     let cpu_ms = cpu_ms(proc, pid).ok()?;
@@ -504,8 +504,8 @@ fn fill_from_reclaim(reading: &mut VmReading, stats: &ReclaimStats, at_ms: u64) 
     let sample = &mut reading.sample;
     sample.balloon_target = Bytes(stats.balloon_target_bytes);
     sample.ballooned = Bytes(stats.ballooned_bytes);
-    // Memory that the kernel keeps because it belongs to a huge page in use is not available to others. Without a control
-    // group of its own, the VMM cannot tell.
+    // Memory that the kernel keeps because it belongs to a huge page in use is not available to others. Without a
+    // control separate group, the VMM cannot determine it.
     let charged = match stats.charged_method.as_str() {
         "cgroup" => Bytes(stats.charged_bytes) - OWN_MEMORY_MAX,
         _ => Bytes::ZERO,
@@ -716,7 +716,7 @@ mod tests {
                 r#"{{"configured_bytes":{GIB},"resident_bytes":0,"reclaimed_bytes":0,"ballooned_bytes":0,"balloon_target_bytes":0{tail}}}"#
             )
         };
-        // Level 0, and a VMM of level 2 that does not tell.
+        // Level 0, and a VMM of level 2 that does not report it.
         assert_eq!(obtainable(&region, "none"), Bytes::gib(7));
         assert_eq!(obtainable(&region, &stats("")), Bytes::gib(7));
         let promised = stats(&format!(r#","obtainable_bytes":{GIB}"#));

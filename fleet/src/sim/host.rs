@@ -14,7 +14,7 @@ use super::managers;
 use super::outcome::{Outcome, Point};
 use super::scenario::{Character, GuestGroup, ManagerKind, Scenario};
 
-/// Lack of memory, as a fraction of the host's, that stalls every guest all the time.
+/// Lack of memory, as a fraction of the host's, that stalls every guest continuously.
 const STARVED_FULL: f32 = 0.01;
 /// Lack of memory from which the kernel kills.
 const KILL_BEYOND: f32 = 0.03;

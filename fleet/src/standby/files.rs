@@ -26,7 +26,7 @@ const SNAPSHOT: &str = "snapshot";
 const NEW: &str = ".new-";
 /// A folder that is being removed.
 const REMOVED: &str = ".removed-";
-/// The user of the VMM must get through to the snapshot, and nobody may list the folders.
+/// The user of the VMM must be able to traverse to the snapshot, and no other user may list the folders.
 const FOLDER_MODE: u32 = 0o711;
 const SNAPSHOT_MODE: u32 = 0o700;
 /// The bits that let the group and others write.
@@ -143,7 +143,7 @@ impl StandbyFolder {
     /// Checks that the snapshot is complete and has no links. Returns the disk space that it takes.
     ///
     /// # Errors
-    /// It is not complete, or is no folder of regular files.
+    /// It is not complete, or is not a folder of regular files.
     pub fn check(&self) -> Result<Bytes, StandbyError> {
         let files = snapshot_files(&self.snapshot())?;
         let blocks = |path: &PathBuf| fs::symlink_metadata(path).map_or(0, |file| file.blocks());
@@ -176,7 +176,7 @@ impl StandbyFolder {
         descriptors.any(|entry| fs::read_link(entry.path()).is_ok_and(|path| path == lock))
     }
 
-    /// Removes the VM. Its name is free at once; a large snapshot takes longer to remove.
+    /// Removes the VM. Its name is free immediately; a large snapshot takes longer to remove.
     ///
     /// # Errors
     /// The folder cannot be renamed.

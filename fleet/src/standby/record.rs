@@ -49,7 +49,7 @@ impl Phase {
     }
 }
 
-/// What the agent knows about a VM in standby.
+/// The agent's data about a VM in standby.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Record {

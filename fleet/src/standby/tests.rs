@@ -58,7 +58,7 @@ fn folder_comes_back_as_it_was_written_until_it_is_removed() {
     assert!(folder.check().unwrap() > Bytes::ZERO);
     folder.remove().unwrap();
     assert!(names(&dir).unwrap().is_empty());
-    // The name is free at once.
+    // The name is free immediately.
     made(&dir);
 }
 

@@ -142,7 +142,7 @@ pub enum StoreError {
     /// The change was sent, but there was no response: it may have been made, or may be made later.
     #[error("cannot determine whether the store made the change: {why}")]
     Unknown {
-        /// What happened to the response.
+        /// The reason why the response is missing.
         why: String,
     },
     /// The lease has ended, and its keys were removed; nothing was changed.

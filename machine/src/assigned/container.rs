@@ -18,7 +18,7 @@ use super::error::AssignError;
 use super::iommu_calls::{PAGE_BYTES, map, unmap};
 use crate::memory::{GuestMemory, PinnedBlocks, is_in_memory};
 
-/// A container. It exists as long as one of its devices.
+/// A container. It exists while any of its devices exists.
 pub(crate) struct Container {
     vfio: Arc<VfioContainer>,
     claims: Arc<Claims>,

@@ -327,7 +327,7 @@ impl PciFunction for AssignedFunction {
             msix.reset();
         }
         drop(registers);
-        // May take seconds; meanwhile others may read the BARs.
+        // May take seconds; in the meantime others may read the BARs.
         self.host.reset();
         set_command(&*self.host, COMMAND_MEMORY);
     }

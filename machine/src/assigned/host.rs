@@ -130,7 +130,7 @@ pub(crate) struct VfioFunction {
     device: ManuallyDrop<VfioDevice>,
     /// Given back after `device` was closed.
     _claim: Claim,
-    /// The mappings of guest RAM, for as long as the device can access it.
+    /// The mappings of guest RAM, while the device can access it.
     container: ManuallyDrop<Arc<Container>>,
     /// Accesses that the device did not answer.
     unanswered: Count,

@@ -107,7 +107,7 @@ pub(super) fn read_info(vfio: &VfioContainer) -> io::Result<IommuInfo> {
             return Err(io::Error::last_os_error());
         }
         let read: Vec<u8> = buffer.iter().flat_map(|it| it.to_ne_bytes()).collect();
-        // What the kernel needs for all of it.
+        // The size that the kernel needs for all of it.
         let needed = u32_at(&read, 0).unwrap_or(0) as usize;
         if needed <= bytes || needed > INFO_BYTES_MAX {
             return Ok(IommuInfo::parse(&read));

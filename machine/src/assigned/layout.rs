@@ -100,7 +100,7 @@ impl MsixLayout {
 /// The device as it will be presented.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Layout {
-    /// What the host's kernel shows.
+    /// The value that the host's kernel shows.
     pub(super) header: Vec<u8>,
     pub(super) bars: Vec<BarLayout>,
     pub(super) capabilities: Vec<Capability>,

@@ -29,7 +29,7 @@ const BAR_BYTES: u64 = 0x8000;
 const TABLE: u64 = 0x2000;
 const PENDING: u64 = 0x3000;
 
-/// What the function did with the device.
+/// The function's accesses to the device.
 #[derive(Debug, Default)]
 struct Seen {
     config_writes: Vec<(u16, Vec<u8>)>,

@@ -119,7 +119,7 @@ struct Plugged {
     leaves: bool,
 }
 
-/// What that thread remembers.
+/// The state that that thread keeps.
 #[derive(Default)]
 struct Host {
     added: u64,
@@ -296,7 +296,7 @@ impl Rig {
                 }
             }
             _ => {
-                // What a snapshot takes; the ports' register is any number.
+                // The part that a snapshot includes; the ports' register is any number.
                 let state = self.segments.state(input.number(4) as u32);
                 let read: Result<crate::pci::PciBusState, _> = Saved::of(&state).read();
                 assert_eq!(read.expect("just written"), state);

@@ -41,10 +41,10 @@ pub enum MemoryFault {
     },
 }
 
-/// What a machine's owner has to know of such an access.
+/// The description of such an access for the machine's owner.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemoryFailure {
-    /// What happened.
+    /// The kind of fault.
     pub reason: String,
     /// The guest can continue once the host has memory again.
     pub can_continue: bool,
@@ -192,7 +192,7 @@ impl MemoryFaults {
         }
     }
 
-    /// The memory that a vCPU may wait for: KVM does not say what it is.
+    /// The memory that a vCPU may wait for; KVM does not report its address.
     fn that_may_run_out(&self, zones: &[Zone]) -> String {
         let zones = zones.iter().filter(|zone| zone.may_run_out());
         let zones = zones.map(|zone| format!("RAM of memory zone {} ({})", zone.id, zone.backing));

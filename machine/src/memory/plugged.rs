@@ -47,7 +47,7 @@ pub fn hotplug_block_bytes(bytes: u64, page_bytes: u64) -> u64 {
     for_slots.max(page_bytes).max(BLOCK_BYTES_MIN)
 }
 
-/// What accesses RAM outside of this process's view: the assigned devices that have all of RAM pinned.
+/// Accesses to RAM outside of this process's view: the assigned devices that have all of RAM pinned.
 pub(crate) trait PinnedBlocks: Send + Sync {
     /// Gives the devices access to an open block, which stays mapped until [`PinnedBlocks::unpin`].
     ///
@@ -85,7 +85,7 @@ struct Blocks {
     slots: Option<Slots>,
     /// Regions of devices by first block.
     regions: BTreeMap<u64, Arc<GuestRegionMmap>>,
-    /// Mappings of these and former regions, for as long as a device holds them.
+    /// Mappings of these and former regions, while a device holds them.
     handed: Vec<Weak<MmapRegion<()>>>,
     /// No block is opened or closed: the guest's writes are recorded per slot.
     frozen: bool,

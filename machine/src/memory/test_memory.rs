@@ -9,7 +9,7 @@ use vm_memory::GuestAddress;
 use super::layout::{MIB, PAGE_BYTES};
 use super::{ContentError, ContentFiles, GuestMemory, ZoneContentState};
 
-/// A zone of 7 MiB, which is no multiple of a chunk, for each id; it is shared or not.
+/// A zone of 7 MiB, which is not a multiple of a chunk, for each id; it is shared or not.
 pub(super) fn zones(zones: &[(&str, bool)]) -> GuestMemory {
     let zones = zones.iter().map(|&(id, shared)| MemoryZoneConfig {
         id: id.to_owned(),
@@ -30,7 +30,7 @@ pub(super) fn private_and_shared() -> GuestMemory {
     zones(&[("a", false), ("b", true)])
 }
 
-/// What a page starts with: its number, and never zero.
+/// The start of a page: its number, and never zero.
 pub(super) fn mark(page: u64) -> u64 {
     page | 1 << 63
 }

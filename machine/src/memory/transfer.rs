@@ -53,8 +53,8 @@ impl Chunks {
 
 impl GuestMemory {
     /// Passes the pages that hold data to `send`: all of them, or those in `written`. Those in `written` that hold none
-    /// are passed to `clear`. The machine may run: pages that it changes meanwhile are in the next record. Needs 2 MiB
-    /// of buffer.
+    /// are passed to `clear`. The machine may run: pages that it changes in the meantime are in the next record. Needs
+    /// 2 MiB of buffer.
     ///
     /// # Errors
     /// The page tables or RAM cannot be read, or `send` or `clear` failed.

@@ -11,7 +11,7 @@ use super::file::huge_page_bytes_of;
 use super::layout::PAGE_BYTES;
 use super::source::Source;
 
-/// What the zones of RAM consist of.
+/// The files or the memory that the zones of RAM consist of.
 #[derive(Debug)]
 pub enum ZoneFiles {
     /// New pages, which read as zeros.

@@ -9,8 +9,8 @@ impl Pc {
         self.memory.may_run_out() || self.faults.covers_devices()
     }
 
-    /// What the host has failed to provide since the last call. A vCPU that waits for it runs again after a pause and a
-    /// resume.
+    /// The memory that the host has failed to provide since the last call. A vCPU that waits for it runs again after a
+    /// pause and a resume.
     pub fn memory_failure(&mut self) -> Option<MemoryFailure> {
         let fault = self.faults.take().or_else(|| {
             let vcpu = self

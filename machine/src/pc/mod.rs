@@ -82,7 +82,7 @@ pub struct Pc {
     has_generation_id: bool,
     chassis: Chassis,
     device_slots: Arc<DeviceSlots>,
-    /// What assigned devices can access.
+    /// Memory that assigned devices can access.
     containers: Containers,
     params: PcParams,
     /// Needed for devices that are hot-plugged.

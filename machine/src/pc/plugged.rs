@@ -36,8 +36,8 @@ impl Plug {
     }
 }
 
-/// What an observer sees of a function, for as long as it exists. The caller that drops the function must make sure
-/// that no thread observes it at that moment: the observer would drop it.
+/// A function as an observer sees it, while it exists. The caller that drops the function must make sure that no thread
+/// observes it at that moment: the observer would drop it.
 #[derive(Clone)]
 pub struct FunctionView(Weak<dyn PciFunction>);
 

@@ -233,7 +233,7 @@ impl HotplugController {
             return;
         }
         // Removed before this write returns, so that the guest never finds a function again after releasing it, and
-        // before the lock is released, so that no removal is requested meanwhile.
+        // before the lock is released, so that no removal is requested in the meantime.
         if let Some(bus) = self.buses[segment].upgrade() {
             for slot in slots_in(granted) {
                 bus.remove(slot);

@@ -101,7 +101,7 @@ fn end(guest: &QemuGuest) -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-/// Panics, because a bug in the kernel is no reason for a second try.
+/// Panics, because a kernel bug does not justify a second attempt.
 fn no_complaints(complaints: &[String]) {
     assert!(
         complaints.is_empty(),

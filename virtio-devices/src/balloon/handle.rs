@@ -258,7 +258,7 @@ impl BalloonHandle {
     }
 
     /// Ends the pause, if there is one. A guest that does not know about the pause does not report again what it
-    /// reported meanwhile.
+    /// reported in the meantime.
     ///
     /// # Errors
     /// Reporting is not offered.

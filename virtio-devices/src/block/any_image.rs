@@ -28,7 +28,7 @@ const STEPS_MAX: usize = 24;
 const DAMAGE_MAX: u8 = 8;
 /// Images of one disk.
 const LAYERS_MAX: usize = 3;
-/// Images of any bytes say that their disk is longer.
+/// Images of any bytes state that their disk is longer.
 const DISK_BYTES_MAX: u64 = 128 << 10;
 /// The smallest clusters, and one larger than a page.
 const CLUSTER_BITS: [u32; 4] = [9, 9, 10, 13];
@@ -437,7 +437,7 @@ impl Disk {
             }
             6 => self.zero(offset, bytes, &IoOperation::PunchHole { offset, bytes }),
             _ if kind & 8 == 0 => self.perform(&IoOperation::Sync) >= 0,
-            // Another process may change the image meanwhile.
+            // Another process may change the image in the meantime.
             _ => {
                 let let_go = self.image.sync().and_then(|()| self.image.hold(false));
                 let again = self.image.hold(true);

@@ -31,11 +31,11 @@ pub(super) struct Topology {
     pub(super) physical: u32,
     pub(super) io_min: u32,
     pub(super) io_opt: u32,
-    /// What discards should be aligned to.
+    /// The alignment of discards.
     pub(super) discard: u32,
 }
 
-/// The end of an image whose size is no multiple of what one transfer must have.
+/// The end of an image whose size is not a multiple of the transfer size.
 #[derive(Debug)]
 struct Tail {
     /// Where it begins; the largest number once the image has another size.

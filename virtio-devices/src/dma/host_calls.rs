@@ -49,7 +49,7 @@ impl HostCall {
             }
             result = result.and_then(|()| call.make(read));
             if result.is_err() {
-                // What the host keeps mapped stays pinned; it has been logged.
+                // Ranges that the host keeps mapped stay pinned; the failure has been logged.
                 calls[..done].iter().for_each(|call| {
                     call.undo().ok();
                 });
@@ -97,7 +97,8 @@ impl HostCall {
     }
 }
 
-/// Maps what is in the domain. Only the caller changes its mappings; but the device may be unplugged meanwhile.
+/// Maps the contents of the domain. Only the caller changes its mappings, but the device may be unplugged in the
+/// meantime.
 fn join(read: ReadMappings<'_>, host: &dyn HostMappings, place: (u32, u32)) -> Result<(), Refusal> {
     let mut next = Some(0);
     while let Some(from) = next {

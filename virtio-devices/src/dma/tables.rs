@@ -82,11 +82,11 @@ pub(crate) struct Tables {
     /// Number of mappings in all domains.
     mappings: usize,
     owners: u64,
-    /// What the caller does next.
+    /// The caller's next step.
     effects: Effects,
 }
 
-/// What follows from changes of the tables.
+/// Consequences of changes of the tables.
 #[derive(Debug, Default)]
 pub(crate) struct Effects {
     /// The eras that ended because a device lost access to memory.
@@ -403,7 +403,7 @@ impl Tables {
         &self.domains
     }
 
-    /// What follows from the changes since the last call.
+    /// Consequences of the changes since the last call.
     pub(crate) fn take_effects(&mut self) -> Effects {
         std::mem::take(&mut self.effects)
     }

@@ -62,7 +62,7 @@ struct Held {
 struct Ranges {
     /// By first input address.
     mapped: BTreeMap<u64, Range<u64>>,
-    /// What the host did not unmap.
+    /// Ranges that the host did not unmap.
     stuck: Vec<Range<u64>>,
 }
 

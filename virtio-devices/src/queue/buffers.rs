@@ -49,7 +49,7 @@ pub(crate) struct GuestBuffers {
     ram: RamGuard,
     /// Keeps the pieces accessible if the device is behind an IOMMU.
     access: Option<Access>,
-    /// What the pieces refer to, if it is a copy.
+    /// The copy to which the pieces refer, if there is one.
     _copy: Option<Box<[u8]>>,
 }
 

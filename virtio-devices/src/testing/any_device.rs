@@ -139,7 +139,7 @@ fn disk(name: &str, file: NamedTempFile) -> (Block, NamedTempFile) {
     let mut bytes = DISK_BYTES;
     match name {
         "block-sync" => params.engine = EngineChoice::Sync,
-        // Its end is no whole unit of direct I/O, and the guest may not make it an image of another format.
+        // Its end is not a whole unit of direct I/O, and the guest must not make it an image of another format.
         "block-direct" => {
             params.direct = true;
             params.format = None;

@@ -83,7 +83,7 @@ fn sound_header(input: &mut Input<'_>) -> Vec<u8> {
     let mut header = kind.to_le_bytes().to_vec();
     header.extend(domain.to_le_bytes());
     header.extend(place.to_le_bytes());
-    // What follows the place: the number of blocks, the end of a mapping.
+    // The field after the address: the number of blocks, or the end of a mapping.
     let more = input.byte();
     if more & 1 != 0 {
         header.extend((place + u64::from(more) * PAGE as u64 - 1).to_le_bytes());

@@ -15,7 +15,7 @@ use crate::iommu::HostIommu;
 
 const PAGE_BYTES: u64 = 4096;
 
-/// What an IOMMU with an address width of 39 bits can map: everything but the addresses of interrupts.
+/// Addresses that an IOMMU of 39 bits can map: all but those of interrupts.
 const USABLE: [RangeInclusive<u64>; 2] = [0..=0xfedf_ffff, 0xfef0_0000..=(1 << 39) - 1];
 
 /// One mapping: the address in this process, its bytes, and the access it allows.
@@ -25,7 +25,7 @@ pub struct HostMapped {
     pub address: usize,
     /// Length.
     pub bytes: u64,
-    /// What the device may do.
+    /// Permitted accesses of the device.
     pub allows: Permissions,
 }
 

@@ -324,7 +324,7 @@ fn bus_master_switched_off_stops_the_device_until_its_reset() {
     driver.function.pause();
     driver.function.resume();
     assert_eq!(driver.queue(0).used_idx(), 0);
-    // Also in a state that was saved meanwhile.
+    // Also in a state that was saved in the meantime.
     let (saved, moving) = driver.save();
     let mut driver = moving.restore(device(&[16, 64, 8, 256]).0, &saved).unwrap();
     driver.function.resume();

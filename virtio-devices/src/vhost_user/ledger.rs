@@ -72,8 +72,9 @@ impl Ledger {
         self.used = used;
     }
 
-    /// `None` if entries are overwritten. A back end that works meanwhile may complete a request after its index was read,
-    /// and the driver may reuse the head before its own index is read: that head counts twice until the next call.
+    /// `None` if entries are overwritten. A back end that works in the meantime may complete a request after its index
+    /// was read, and the driver may reuse the head before its own index is read: that head counts twice until the next
+    /// call.
     fn try_follow(&mut self, rings: &impl BothRings, available: u16, used: u16) -> Option<()> {
         let size = self.heads.len();
         let fresh = |from: u16, to: u16| {

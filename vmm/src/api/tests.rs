@@ -1525,7 +1525,7 @@ fn ram_grows_by_memory_devices_and_shrinks_with_a_reboot() {
         let body = json!({"desired_ram": mib << 20}).to_string();
         vmm.call(Endpoint::VmResize, Some(&body))
     };
-    // What the next machine boots with, and what this one has.
+    // The configuration of the next boot, and that of this machine.
     let sizes = || {
         let info = vmm.ok(Endpoint::VmInfo, None);
         [

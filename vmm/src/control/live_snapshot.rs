@@ -122,7 +122,7 @@ impl Lifecycle {
         let (Some(machine), Some(config)) = (&self.machine, &self.config) else {
             return Err(LifecycleError::VmNotRunning);
         };
-        // Devices may have been added meanwhile.
+        // Devices may have been added in the meantime.
         check_live(config, keep_paused)?;
         let SavedMachine { pc, memory } = machine.save().map_err(LifecycleError::Machine)?;
         Ok(self.description(config, pc, &memory))

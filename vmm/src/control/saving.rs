@@ -127,7 +127,7 @@ impl Lifecycle {
         link.map_err(|error| LifecycleError::Snapshot(SnapshotError::Random(error)))
     }
 
-    /// Starts to record what the machine writes, for as long as it runs.
+    /// Starts to record what the machine writes, while it runs.
     ///
     /// # Errors
     /// The VM does not allow it, or KVM cannot do it.

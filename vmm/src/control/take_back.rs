@@ -144,7 +144,7 @@ impl Lifecycle {
         waiting
     }
 
-    /// Another attempt, unless the operator has acted meanwhile.
+    /// Another attempt, unless the operator has acted in the meantime.
     fn take_back_later(&mut self, waiting: Waiting) -> Attempt {
         let is_same = self.machine_number() == Some(waiting.machine);
         if !is_same || self.is_migrating() || !self.disks_released {

@@ -398,7 +398,7 @@ impl Control {
 
     fn reset_if_due(&mut self) -> Option<Ending> {
         let delayed = self.delayed_reset.take()?;
-        // The operator may have replaced or stopped the machine meanwhile.
+        // The operator may have replaced or stopped the machine in the meantime.
         if self.lifecycle.machine_number() != Some(delayed.machine) {
             return None;
         }

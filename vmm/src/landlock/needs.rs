@@ -202,7 +202,7 @@ pub fn of_snapshot(folder: &Path) -> Need {
     Need::new(folder, MEMORY_FILES)
 }
 
-/// What writing a core file does in its folder.
+/// Accesses to the folder when a core file is written.
 pub fn of_core_file(folder: &Path) -> Need {
     Need::new(folder, MEMORY_FILES)
 }

@@ -113,7 +113,7 @@ pub enum MigrationError {
         seconds: u64,
         /// Passes so far.
         passes: u32,
-        /// What is left.
+        /// The remaining bytes.
         left_bytes: u64,
     },
     /// On request.

@@ -37,7 +37,7 @@ pub fn receive(bytes: &[u8]) -> bool {
         0 => (bytes.to_vec(), others.to_vec()),
         1 => (framed(bytes), framed(others)),
         2 => return receive_from_socket(hello, &framed(bytes), &framed(others), &[]),
-        // A client that is no source comes first.
+        // A client that is not a source connects first.
         _ => return receive_from_socket(hello, &framed(bytes), &framed(others), bytes),
     };
     let mut owner = Owner { commits: false };
@@ -66,7 +66,7 @@ pub fn receive(bytes: &[u8]) -> bool {
     owner.commits
 }
 
-/// What comes on the first connection, and on the second if there is one: two bytes divide them.
+/// Bytes of the first connection, and of the second if there is one. Two bytes divide them.
 fn divided(bytes: &[u8], connections: u32) -> (&[u8], &[u8]) {
     match bytes.split_first_chunk() {
         Some((length, rest)) if connections > 1 => {

@@ -339,7 +339,7 @@ fn receive_content<R: Read + Channel + Send>(
     }
 }
 
-/// What comes on one connection in a pass.
+/// The messages of one connection in a pass.
 fn receive_share(
     reader: &mut Reader<impl Read + Channel>,
     content: &mut ContentWriter,

@@ -132,7 +132,7 @@ pub struct Outgoing {
     pub progress: Arc<SendProgress>,
 }
 
-/// What [`Outgoing::send`] keeps while it sends.
+/// State that [`Outgoing::send`] keeps while it sends.
 struct Connection {
     peer: Peer,
     reader: Reader<Peer>,

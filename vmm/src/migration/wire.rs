@@ -77,7 +77,7 @@ pub struct Hello {
 
 macro_rules! kinds {
     ($($(#[doc = $doc:literal])* $kind:ident = $number:literal, $bytes_max:expr;)*) => {
-        /// What a message is.
+        /// The kind of message.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         pub enum Kind {
             $($(#[doc = $doc])* $kind,)*
@@ -175,7 +175,7 @@ pub enum WireError {
     /// A message of a kind that is not valid now.
     #[error("Unexpected message from the peer: expected {expected}; got {got:?}")]
     Unexpected {
-        /// What came.
+        /// The received value.
         got: Kind,
         /// The valid messages.
         expected: &'static str,
@@ -183,7 +183,7 @@ pub enum WireError {
     /// Longer than its kind allows here.
     #[error("The peer sent {kind:?} with {bytes} bytes; at most {bytes_max} are allowed")]
     TooLong {
-        /// What came.
+        /// The received value.
         kind: Kind,
         /// Its length.
         bytes: u32,
@@ -193,7 +193,7 @@ pub enum WireError {
     /// A payload that cannot be one.
     #[error("The peer sent an invalid {kind:?}: {reason}")]
     Invalid {
-        /// What came.
+        /// The received value.
         kind: Kind,
         /// The fault.
         reason: &'static str,
@@ -258,7 +258,7 @@ impl<W: Write + Channel> Writer<W> {
         Self { to }
     }
 
-    /// What it writes to.
+    /// The destination.
     pub fn get_mut(&mut self) -> &mut W {
         &mut self.to
     }
@@ -382,7 +382,7 @@ impl<W: Write + Channel> Writer<W> {
 /// A message whose checksum matched. The payload may still be invalid.
 #[derive(Debug)]
 pub struct Message<'a> {
-    /// What it is.
+    /// Its kind.
     pub kind: Kind,
     payload: &'a [u8],
 }
@@ -405,7 +405,7 @@ impl<R: Read + Channel> Reader<R> {
         }
     }
 
-    /// What it reads from.
+    /// The source.
     pub fn get_mut(&mut self) -> &mut R {
         &mut self.from
     }
@@ -531,7 +531,7 @@ impl<'a> Message<'a> {
         Err(WireError::Invalid { kind, reason })
     }
 
-    /// What follows the version in an introduction.
+    /// The data after the version in an introduction.
     fn introduction(&self) -> Result<&'a [u8], WireError> {
         let Some((version, rest)) = self.payload.split_first_chunk() else {
             return self.invalid("it is too short");

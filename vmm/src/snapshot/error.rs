@@ -53,7 +53,7 @@ pub enum SnapshotError {
     NotLive {
         /// The name of the device.
         id: String,
-        /// What it does.
+        /// Its current use.
         reason: &'static str,
     },
     /// A link of a chain is broken.
@@ -152,7 +152,7 @@ pub enum SnapshotError {
     CopyOnWriteZone {
         /// The zone.
         zone: String,
-        /// What it has.
+        /// The actual value.
         setting: &'static str,
     },
     /// Populating RAM would demand all of it.

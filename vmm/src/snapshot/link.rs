@@ -14,7 +14,7 @@ pub const CHAIN_MAX: usize = 8;
 pub struct Link {
     /// The random id of the snapshot, as hexadecimal digits.
     pub id: String,
-    /// What it is based on. Without a base, it has all of RAM.
+    /// Its base. Without a base, it has all of RAM.
     pub base: Option<Base>,
 }
 

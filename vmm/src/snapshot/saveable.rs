@@ -81,7 +81,7 @@ pub fn require_steady_disks(config: &VmConfig) -> Result<(), SnapshotError> {
     }
 }
 
-/// Rejects a VM whose writes cannot be recorded for as long as it runs.
+/// Rejects a VM whose writes cannot be recorded while it runs.
 ///
 /// # Errors
 /// A device or memory prevents it.

@@ -13,7 +13,7 @@ use crate::events::{Event, EventKind, EventSink};
 use crate::snapshot::RestoreContext;
 use crate::threads::{ThreadKind, ThreadStart};
 
-/// What a machine needs from the program that runs it.
+/// Services that a machine needs from the program that runs it.
 #[derive(Clone)]
 pub struct VmContext {
     /// Signals to the control thread.

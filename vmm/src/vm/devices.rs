@@ -51,7 +51,7 @@ pub(super) use place;
 /// A device that has no slot yet.
 pub(super) struct Made {
     pub(super) plug: Plug,
-    /// What follows the queue of a console.
+    /// The part behind the queue of a console.
     pub(super) output: Option<Output>,
     /// It is behind the virtual IOMMU.
     pub(super) is_behind_iommu: bool,

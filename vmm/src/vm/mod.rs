@@ -197,7 +197,7 @@ pub trait Machine {
     /// at [`machine::cpu::STALL_CHECK_INTERVAL`] then.
     fn may_run_out_of_memory(&self) -> bool;
 
-    /// What RAM the host has failed to provide since the last call.
+    /// RAM that the host has failed to provide since the last call.
     fn memory_failure(&mut self) -> Option<MemoryFailure>;
 
     /// Read access for other threads.

@@ -49,7 +49,7 @@ pub(super) struct Observed {
     pub(super) residency: ResidencyProbe,
     pub(super) balloon: Option<BalloonHandle>,
     pub(super) mem: Option<MemHandle>,
-    /// What follows the queue of a console, or a device without a queue, by the device's identifier.
+    /// The part behind the queue of a console, or a device without a queue, by the device's identifier.
     pub(super) outputs: Vec<(String, Output)>,
 }
 

@@ -42,7 +42,7 @@ impl Vm {
         Ok(())
     }
 
-    /// What keeps this balloon from discarding, if RAM is pinned.
+    /// The guard that keeps this balloon from discarding, if RAM is pinned.
     pub(super) fn pin_of(&self, balloon: Option<&BalloonHandle>) -> Option<InhibitGuard> {
         let balloon = balloon.filter(|_| self.pc.has_pinned_memory());
         balloon.map(|balloon| balloon.inhibit(InhibitReason::PinnedMemory))
@@ -54,7 +54,7 @@ impl Vm {
             if self.pin.take().is_some()
                 && let Some(balloon) = &self.balloon
             {
-                // What was reported meanwhile is resident. A driver that cannot report it again refuses.
+                // Memory reported in the meantime is resident. A driver that cannot report it again refuses.
                 balloon.report_now(true).ok();
             }
         } else if self.pin.is_none() {

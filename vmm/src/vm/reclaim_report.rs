@@ -23,7 +23,7 @@ pub(super) struct ConfiguredRam<'a> {
     pub(super) zones: &'a [Zone],
     /// The plugged part of the zone for memory hot-plug.
     pub(super) plugged_bytes: u64,
-    /// What the guest can take beyond it.
+    /// Memory that the guest can take beyond it.
     pub(super) obtainable_bytes: u64,
 }
 

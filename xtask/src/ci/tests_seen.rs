@@ -25,7 +25,7 @@ pub(super) struct TestsSeen {
     caches: Vec<String>,
 }
 
-/// What failed, and the first lines that say why.
+/// Failures, and the first lines that explain them.
 #[derive(Debug)]
 struct Failure {
     what: String,

@@ -33,7 +33,7 @@ use crate::paths;
 /// Objects of the test kernels, which other configurations start from.
 const MAIN: &str = "main";
 
-/// The tree, held for as long as this exists.
+/// The tree, held while this exists.
 #[derive(Debug)]
 pub(super) struct BuildTree {
     dir: PathBuf,

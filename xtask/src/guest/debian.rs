@@ -359,7 +359,7 @@ impl Image {
     }
 }
 
-/// Runs `work` and reports the size of what is in `dir` meanwhile.
+/// Runs `work`, and reports the size of the files in `dir` until it ends.
 fn watched<T>(
     dir: &Path,
     all: u64,

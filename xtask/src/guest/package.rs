@@ -345,7 +345,7 @@ mod tests {
         ] {
             assert!(options.lines().any(|other| other == line), "{options}");
         }
-        // Whoever gives a configuration wants its drivers.
+        // A user who provides a configuration wants its drivers.
         assert!(!plan("./my.config").options.contains("CONFIG_XEN"));
     }
 

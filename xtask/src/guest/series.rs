@@ -348,7 +348,7 @@ impl Drop for Scratch {
 mod tests {
     use super::{Patch, Series, names, parts_for};
 
-    /// What a reviewer reads in one go.
+    /// The maximum that a reviewer can read without a break.
     const PATCH_LINES_MAX: usize = 400;
 
     #[test]

@@ -429,7 +429,7 @@ fn memfd(contents: &[u8]) -> Result<File> {
     Ok(file)
 }
 
-/// What came of the command, as far as its silence is concerned.
+/// The result of the command, as far as its silence is concerned.
 #[derive(Debug)]
 struct Heard {
     /// When it printed last, or began.

@@ -15,7 +15,7 @@ const TIMED_OUT: u8 = 124;
 pub(super) const DEFAULT_CPUS: u32 = 1;
 pub(super) const DEFAULT_PROFILE: &str = "release";
 
-/// What the caller wants.
+/// The caller's request.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// Memory of the emulated host (such as 4G or 1.5GiB)
@@ -78,7 +78,7 @@ pub(super) enum HostChoice {
     Emulated,
 }
 
-/// What our own tests and programs boot, unless they name a kernel.
+/// The kernel that our own tests and programs boot, unless they name one.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum, strum::IntoStaticStr)]
 #[strum(serialize_all = "lowercase")]
 pub(crate) enum KernelChoice {

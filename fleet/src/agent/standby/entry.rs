@@ -191,7 +191,7 @@ impl Entry {
         self.is_abandoned = false;
     }
 
-    /// What the next step depends on; `None` if the operator must act.
+    /// The data on which the next step depends; `None` if the operator must act.
     pub(super) fn sight(
         &self,
         name: &str,
@@ -370,7 +370,7 @@ impl Entry {
             return;
         };
         let pid = process.pid();
-        // What was seen applies to the process only if it has not ended meanwhile.
+        // The observation applies to the process only if it has not ended in the meantime.
         if holds_vm(proc, pid).unwrap_or(false) && process.lives() {
             let text = match process.kill() {
                 Ok(()) => format!("process {pid} did not end and was killed"),

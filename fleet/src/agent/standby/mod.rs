@@ -107,7 +107,7 @@ impl Standbys {
             .map(|()| Response::done())
     }
 
-    /// Puts a VM in standby if it has been idle for as long as its policy says. To be called after each of its samples.
+    /// Puts a VM in standby if it has been idle for the time in its policy. Called after each of its samples.
     pub(super) fn watch(
         &mut self,
         name: &str,
@@ -190,7 +190,7 @@ impl Standbys {
         Ok(())
     }
 
-    /// What is known of a VM that may be saved now.
+    /// The agent's data about a VM that may be saved now.
     fn record(&self, name: &str, rounds: &VmRounds) -> Result<Record, Response> {
         let vm = rounds.vm(name).ok_or_else(|| no_vm(name))?;
         let Some(reading) = vm.reading.as_ref().filter(|_| vm.missed == 0) else {

@@ -530,7 +530,7 @@ fn vm_whose_client_kills_the_vmm_does_not_become_its_process() {
     ask(&world, "fleet.wake", VM).unwrap();
     ask(&world, "fleet.woken", failed).unwrap();
     drop(agent);
-    // The VM is its process, so nobody may kill it.
+    // The VM is its process, so it must not be killed.
     change_record(&world, |record| {
         record["phase"] = "running".into();
         record["process"]["start_ticks"] = 78.into();

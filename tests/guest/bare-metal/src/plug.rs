@@ -18,9 +18,9 @@ const REQUEST: u64 = 48 << 20;
 const REQUEST_BYTES: u32 = 24;
 const RESPONSE: u64 = REQUEST + 64;
 const RESPONSE_BYTES: u32 = 10;
-/// What the entropy device is asked for.
+/// The number of bytes requested from the entropy device.
 const RANDOM_BYTES: u32 = 64;
-/// What a processor reads where there is no memory.
+/// The value that a processor reads where no memory is.
 const NOTHING: u32 = u32::MAX;
 const WORD: u32 = 0x5a5a_1234;
 

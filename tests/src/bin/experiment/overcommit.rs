@@ -34,7 +34,7 @@ enum End {
 }
 
 impl End {
-    /// Guest `number` failed, or others ended meanwhile.
+    /// Guest `number` failed, or others ended in the meantime.
     fn of(number: usize, lost: usize, error: Option<&Error>, memory: &Memory) -> Self {
         let what = match lost {
             0 => format!("guest {number} did not make it"),
@@ -44,7 +44,7 @@ impl End {
             return Self::Full(what);
         }
         let refused = error.is_some_and(|error| {
-            // What the VMM printed is in the error as text.
+            // The error contains the VMM's output as text.
             format!("{error:#}").contains("Cannot allocate memory (os error 12)")
         });
         if lost == 0 && (refused || memory.is_short()) {

@@ -13,8 +13,8 @@ const LOOK: Duration = Duration::from_secs(3);
 /// Smaller changes of the resident set are noise.
 const NOTICEABLE_BYTES: u64 = 1 << 20;
 
-/// What a step has achieved. Each figure moves in one direction only and has a bound, so that
-/// no step lasts for ever: memory that is loaded and evicted repeatedly, as on a thrashing host, is no progress.
+/// The progress of a step. Each figure moves in one direction only and has a bound, so that no step lasts forever:
+/// memory that is loaded and evicted repeatedly, as on a thrashing host, is not progress.
 #[derive(Debug)]
 struct Patience {
     highest_bytes: u64,
@@ -90,7 +90,7 @@ pub(crate) fn boot(guest: &mut Guest) -> Result<()> {
     while_it_progresses(guest, "boot", |guest| {
         guest.expect("guest: init", LOOK).map(drop)
     })?;
-    // What is sent before the terminal is raw may be echoed or lost: ask until the first answer.
+    // Bytes sent before the terminal is raw may be echoed or lost, so the request is repeated until the first response.
     while_it_progresses(guest, "command server", |guest| {
         guest.serial.send("ping")?;
         guest.expect("ok ping", LOOK).map(drop)
@@ -104,7 +104,7 @@ pub(crate) fn command(guest: &mut Guest, line: &str) -> Result<String> {
     while_it_progresses(guest, line, |guest| guest.serial.expect_answer(verb, LOOK))
 }
 
-/// What is free in the guest by its own figures.
+/// Free memory of the guest by its own figures.
 pub(crate) fn free_bytes(guest: &mut Guest) -> Result<u64> {
     memory_bytes_in(&command(guest, "mem")?, "free")
 }

@@ -23,9 +23,10 @@ pub(crate) fn tests() -> Vec<Test> {
 
 const NVME_CLASS: &str = "0x010802";
 const DISK_NAME: &str = "nvme0n1";
-/// What the guest uses and frees, in MiB. `ASSIGNED_FREED_MIB` replaces it, and makes the guest larger by as much.
+/// Memory that the guest uses and frees, in MiB. `ASSIGNED_FREED_MIB` replaces it, and makes the guest larger by as
+/// much.
 const FREED_MIB: u64 = 700;
-/// What an assigned device may keep of it.
+/// Memory that an assigned device may keep of it.
 const GROWTH_MAX_BYTES: u64 = 64 * MIB;
 /// Reporting, probing and releasing under emulation.
 const GUEST_DEADLINE: Duration = Duration::from_secs(180);

@@ -36,7 +36,7 @@ const CLONES: u64 = 6;
 const GROWTH_MAX: u64 = 8 * MIB;
 const TOUCHED_BYTES: u64 = 300 * MIB;
 
-/// Its serial port is a terminal of its own in each process.
+/// In each process, its serial port is a separate terminal.
 const MACHINE: Machine<'_> = Machine {
     serial: "pty",
     arguments: &["--balloon", "size=0,free_page_reporting=on"],
@@ -108,7 +108,7 @@ fn clones_of_a_snapshot_share_its_pages() -> Result<Outcome> {
         most >> 10
     );
     ensure!(middle <= GROWTH_MAX, "{private:?}");
-    // Each has memory of its own.
+    // Each has its own memory.
     for (seed, clone) in clones.iter_mut().enumerate().take(8) {
         clone.command(&format!("alloc 16M seed={seed}"))?;
     }

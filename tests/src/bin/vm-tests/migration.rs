@@ -86,7 +86,7 @@ fn reported(report: &Value, name: &str) -> Result<u64> {
 /// The interval of [`Ping`], in milliseconds.
 const PING_MS: u64 = 200;
 
-/// Sends packets to the guest, all the time.
+/// Sends packets to the guest continuously.
 struct Ping {
     process: Child,
     output: NamedTempFile,

@@ -244,7 +244,7 @@ impl Control {
 
     /// Waits until reports are no longer discarded. If the guest has not confirmed by `deadline`, the gate closes
     /// without it. The result is then `Pausing` only if a batch is still in progress after [`SETTLE_MAX`], and
-    /// `Running` only if reporting was resumed meanwhile.
+    /// `Running` only if reporting was resumed in the meantime.
     pub(in crate::balloon) fn wait_for_pause(&self, deadline: Instant) -> PausePhase {
         let mut state = self.lock();
         loop {

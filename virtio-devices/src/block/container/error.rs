@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use crate::block::format::ImageFormat;
 
-/// Reasons why an image that is no raw one is rejected.
+/// Reasons why an image in another format than raw is rejected.
 #[derive(Debug, thiserror::Error)]
 pub enum ContainerError {
     /// The signature is another one than that of the configured format.

@@ -5,7 +5,7 @@
 
 #![allow(unsafe_code)]
 // UNSAFETY: guest memory behind raw vectors becomes slices for imago, as long as one operation runs; discards rely on
-// the lock that no other operation uses the image meanwhile.
+// the lock that no other operation uses the image in the meantime.
 
 mod big_endian;
 mod chain;
@@ -162,8 +162,8 @@ impl Container {
     unsafe fn try_perform(&self, operation: &IoOperation<'_>) -> io::Result<usize> {
         match *operation {
             IoOperation::Read { offset, into } => {
-                // SAFETY: the caller's promise. The guest may change its memory meanwhile; imago takes only bytes from
-                // it, for which every value is valid.
+                // SAFETY: the caller's promise. The guest may change its memory in the meantime; imago takes only bytes
+                // from it, for which every value is valid.
                 let into: Vec<_> = into
                     .iter()
                     .map(|piece| unsafe { slice_mut(piece) })
@@ -290,7 +290,7 @@ impl Container {
         self.errors.get()
     }
 
-    /// An error as the jobs know it. One that has more to say is logged.
+    /// An error for the jobs. An error with more details is also logged.
     fn errno(&self, error: &io::Error) -> io::Error {
         if let Some(errno) = error.raw_os_error() {
             return io::Error::from_raw_os_error(errno);

@@ -68,7 +68,7 @@ impl Rig {
         status(&mut self.harness, bytes)
     }
 
-    /// What the device can access: input address, guest address, bytes.
+    /// Memory that the device can access: input address, guest address, bytes.
     fn accessible(&self) -> Vec<(u64, u64, u64)> {
         let ram = self.ram.mem().memory();
         let guest = |it: &HostMapped| {
@@ -174,7 +174,7 @@ fn mapping_that_a_device_of_the_host_cannot_have_is_refused_and_leaves_nothing()
         (0, 0x1fff, 0x10_3000, INVAL),
         (0, 0xfff, u64::MAX - 0xfff, INVAL),
         (0, 511 * gib - 1, 0, INVAL),
-        // What the host cannot map, and what the end of the address space cuts.
+        // Ranges that the host cannot map, and ranges beyond the end of the address space.
         (1 << 39, (1 << 39) + 0xfff, 0, RANGE),
         ((1 << 39) - PAGE, (1 << 39) + 0xfff, 0, RANGE),
         (u64::MAX - 0xfff, u64::MAX, 0, RANGE),
@@ -315,7 +315,7 @@ fn probe_reserves_what_the_host_cannot_map() {
 }
 
 /// The device writes to each page as soon as it is mapped, and finds its own content until the page is unmapped. The
-/// engine discards all of RAM meanwhile. A discard after the pinning would be a page of zeros.
+/// engine discards all of RAM in the meantime. A discard after the pinning would be a page of zeros.
 #[test]
 fn no_mapped_page_is_discarded_in_any_interleaving() {
     const ROUNDS: u64 = 40;

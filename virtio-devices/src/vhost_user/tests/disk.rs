@@ -47,7 +47,7 @@ fn config(sectors: u64) -> Vec<u8> {
     config[..8].copy_from_slice(&sectors.to_le_bytes());
     // seg_max
     config[12..16].copy_from_slice(&126u32.to_le_bytes());
-    // num_queues, which is the front end's to say.
+    // num_queues, which the front end determines.
     config[34] = 9;
     config
 }

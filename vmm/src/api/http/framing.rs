@@ -242,7 +242,7 @@ impl Chunks {
 
     fn finish(&mut self) -> Option<Request> {
         let mut request = self.request.take()?;
-        // An empty chunked body is no body, as with a length of 0.
+        // An empty chunked body counts as no body, as with a length of 0.
         let body = std::mem::take(&mut self.body);
         request.body = (!body.is_empty()).then(|| Body::new(body));
         Some(request)

@@ -108,7 +108,7 @@ impl SourceOwner for FakeSource {
     }
 }
 
-/// What a target did.
+/// The steps of a target.
 #[derive(Debug, Default)]
 struct Received {
     memory: Option<GuestMemory>,

@@ -20,7 +20,7 @@ pub(super) enum Way {
     ToSource,
 }
 
-/// What happens to the connection after a cut.
+/// The state of the connection after a cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum After {
     /// It is closed, and there is no other.

@@ -38,7 +38,7 @@ fn machine_moves_over_encrypted_connections() {
     }
 }
 
-/// What the bytes of the connection do not contain.
+/// Text that the bytes of the connection must not contain.
 #[test]
 fn nothing_readable_is_on_the_wire_and_a_changed_byte_is_found() {
     let Some(kvm) = open_kvm() else {
