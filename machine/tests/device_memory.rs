@@ -1,4 +1,4 @@
-//! A bare-metal guest touches the memory of a device whose file has become shorter.
+//! Tests a bare-metal guest that touches the memory of a device whose file was truncated.
 //!
 //! Without a usable KVM the test prints the reason and passes without testing anything.
 #![allow(clippy::unwrap_used)]

@@ -1,4 +1,5 @@
-//! The scenario `chaos` of the guest without an operating system: it writes and verifies memory and a disk, round by round.
+//! Runs the scenario `chaos` of the guest without an operating system, which writes and verifies memory and a disk in
+//! rounds.
 
 use anyhow::{Result, ensure};
 use serde_json::json;

@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: figures of the VMM with a Linux guest, in the testbed.
+//! `cargo xtask bench`: measures figures of the VMM with a Linux guest, in the testbed.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};

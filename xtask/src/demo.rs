@@ -1,4 +1,4 @@
-//! `cargo xtask demo`: a Linux guest touches and frees memory, which returns to the host.
+//! `cargo xtask demo`: demonstrates that memory that a Linux guest frees returns to the host.
 //!
 //! By default only our own programs are compiled: the guest and, if needed, the emulated host boot Debian's binary
 //! kernels. Downloads and builds run concurrently:

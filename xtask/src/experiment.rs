@@ -1,5 +1,5 @@
-//! `cargo xtask experiment`: measures how many guests a host holds, and how fast bursts can follow each other.
-//! Reporting is off, by an unmodified kernel, or by our patches.
+//! `cargo xtask experiment`: measures how many guests a host holds, and how fast bursts can follow each other. Guests
+//! report with an unmodified kernel, with our patches, or not at all.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,5 @@
-//! `cargo xtask fleet-page`, `fleet-bench` and `fleet-chaos`: the fleet agent with other programs, its costs, and its
-//! behaviour under faults.
+//! `cargo xtask fleet-page`, `fleet-bench` and `fleet-chaos`: test the fleet agent with other programs, its costs, and
+//! its behaviour under faults.
 
 use std::path::Path;
 use std::process::{Command, ExitCode};

@@ -1,4 +1,4 @@
-//! `cargo xtask fleet-store`: the fleet manager against a real etcd.
+//! `cargo xtask fleet-store`: tests the fleet manager with a real etcd.
 
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};

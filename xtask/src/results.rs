@@ -1,9 +1,9 @@
-//! `cargo xtask results`: the figures of `docs/results`, measured again.
+//! `cargo xtask results`: measures the figures of `docs/results` again.
 //!
-//! Each file there names its command, commit, date and kernel. This command runs it again and replaces the file and its
-//! plot. It also updates the table in `docs/results/README.md` that shows which figures are older than the measured
-//! code. The text around the figures must be adapted manually: the tests of the documentation compare it with the
-//! files.
+//! Each file there names its command, commit, date and kernel. `cargo xtask results` runs the named command again, and
+//! replaces the file and its plot. It also updates the table in `docs/results/README.md` that shows which figures are
+//! older than the measured code. The text around the figures must be adapted manually: the tests of the documentation
+//! compare it with the files.
 
 use std::ffi::OsStr;
 use std::fs;

@@ -1,4 +1,4 @@
-//! `cargo xtask vm-tests`: the tests with Linux guests, in the testbed.
+//! `cargo xtask vm-tests`: runs the tests with Linux guests, in the testbed.
 //!
 //! An emulated host has one processor, because it is not reliable with more. Therefore the tests are distributed to
 //! several concurrent hosts. Tests that share a guest stay together.
@@ -87,8 +87,8 @@ fn needs_distributions<'a>(names: impl IntoIterator<Item = &'a String>) -> bool 
     names.any(|name| name.starts_with(DISTRIBUTIONS))
 }
 
-/// Shares of the tests for `lanes` lanes. Tests of a group stay together. Other neighbours do not, because they take about
-/// as long as each other.
+/// Shares of the tests for `lanes` lanes. Tests of a group stay together. Other neighbours do not, because they take
+/// about as long as each other.
 fn deal(tests: &[Listed], lanes: usize) -> Vec<BTreeSet<String>> {
     let mut shares = vec![BTreeSet::new(); lanes];
     for unit in tests.chunk_by(|one, next| one.group.is_some() && one.group == next.group) {

@@ -1,9 +1,9 @@
-//! Kernel notification when tasks begin to wait for memory.
+//! Receives a notification from the kernel when tasks begin to wait for memory.
 //!
 //! A trigger is a line written to a pressure file; `poll` then returns `POLLPRI` at most once per window. A trigger
 //! reacts within milliseconds, whereas an average over ten seconds takes seconds to change. A process without
-//! `CAP_SYS_RESOURCE` may only use windows that are multiples of two seconds (`kernel/sched/psi.c`, since 6.5), which
-//! are tried second.
+//! `CAP_SYS_RESOURCE` may only use windows that are multiples of two seconds (`kernel/sched/psi.c`, since 6.5). Such a
+//! window is the second choice.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, PipeReader, PipeWriter, Write};

@@ -5,7 +5,7 @@
 //! of a failed host. A change is a list of writes that is applied atomically, and only if the named keys have not
 //! changed since they were read: [`Txn::expect`].
 //!
-//! Every call returns by its deadline, with a result or an error. One error needs care: after [`StoreError::Unknown`],
+//! Every call returns by its deadline, with a result or an error. One error is special: after [`StoreError::Unknown`],
 //! the change may have been made, or may be made later. The caller must then read again and check for its own writes,
 //! and must not simply repeat the change.
 

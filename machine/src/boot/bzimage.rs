@@ -1,7 +1,8 @@
 //! Linux bzImages, entered by the 32-bit boot protocol (Documentation/arch/x86/boot.rst).
 //!
-//! A bzImage unpacks itself. Besides the file it needs `init_size` bytes from the address at which it will run. This is
-//! its preferred address or, if it is relocatable and was loaded higher, its load address.
+//! A bzImage unpacks itself. In addition to the file, it needs `init_size` bytes from the address at which it will run.
+//! If the image is relocatable and was loaded higher than its preferred address, it runs at its load address;
+//! otherwise, at its preferred address.
 
 use std::ops::Range;
 

@@ -4,8 +4,8 @@
 //!   file   │ pages │ hole │ pages │            one page cache for all machines
 //!   RAM    │ private mapping │ anonymous …     a write makes a page the machine's own
 //! ```
-//! If guest RAM is discarded, [`Overlay`] replaces the file by anonymous memory, so that the guest reads zeros instead of
-//! the snapshot's content.
+//! If guest RAM is discarded, [`Overlay`] replaces the file with anonymous memory, so that the guest reads zeros
+//! instead of the snapshot's content.
 #![allow(unsafe_code)]
 // UNSAFETY: files are mapped over guest RAM.
 

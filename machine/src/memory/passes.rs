@@ -7,8 +7,8 @@
 //!   paused: the last pages
 //!   finish                  checksums of rewritten chunks, synced
 //! ```
-//! The result does not depend on the number of passes. It is all content, or the difference from earlier files: the
-//! pages that were written since, and those of them that hold no data.
+//! The files do not depend on the number of passes. They have all content, or only the difference from earlier files:
+//! the pages written since, and which of these hold no data.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -50,8 +50,8 @@ struct Written {
 }
 
 impl ContentFiles {
-    /// `files` has an empty file for each zone of `memory`. `differs`: they get the difference from earlier files, so the
-    /// first pass has only the pages that were written since.
+    /// `files` has an empty file for each zone of `memory`. `differs`: they get the difference from earlier files, so
+    /// the first pass has only the pages that were written since.
     ///
     /// # Errors
     /// A file cannot be as large as its zone.

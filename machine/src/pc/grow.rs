@@ -3,7 +3,7 @@
 //! ```text
 //! map ─► pin for assigned devices ─► KVM slot ─► stop vhost-user devices ─► make it part of RAM ─► start them ─► interrupt the guest
 //! ```
-//! No step waits for the guest. The back end of a vhost-user device can delay this by at most one second.
+//! No step waits for the guest. The back end of a vhost-user device can delay the steps by at most one second.
 
 use super::{Pc, PcError};
 use crate::memory::Zone;

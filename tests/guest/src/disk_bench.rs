@@ -1,4 +1,4 @@
-//! `guest-mem disk-bench`: a fixed number of reads or writes of a disk past the page cache.
+//! `guest-mem disk-bench`: measures a fixed number of reads or writes of a disk, without the page cache.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Seek as _, SeekFrom};

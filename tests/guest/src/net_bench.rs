@@ -1,7 +1,7 @@
-//! `guest-mem net-bench`: a stream each way and small messages back and forth.
+//! `guest-mem net-bench`: measures a stream in each direction, and small messages back and forth.
 //!
-//! The other end serves one connection at a time: it reads a line, `send BYTES`, `receive BYTES` or `ask COUNT`, from
-//! the client's point of view, and does its part. After a whole received stream it responds with one byte.
+//! The server serves one connection at a time. It reads a line (`send BYTES`, `receive BYTES` or `ask COUNT`, from the
+//! client's point of view) and executes its side. After it has received a whole stream, it responds with one byte.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;

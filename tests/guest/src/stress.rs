@@ -1,4 +1,4 @@
-//! `guest-mem stress`: everything that may interact with page reporting, concurrently.
+//! `guest-mem stress`: concurrently runs everything that may interact with page reporting.
 //!
 //! Memory churns and is checked byte by byte ([`crate::churn`]), while each [disturbance](crate::disturb) repeats one
 //! action. At the end, everything is restored, and free memory must be reported.

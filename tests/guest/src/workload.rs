@@ -1,4 +1,4 @@
-//! `guest-mem workload`: workloads to time a page allocator.
+//! `guest-mem workload`: runs workloads that time a page allocator.
 //!
 //! The workloads include will-it-scale's page_fault1 and page_fault2, and a churn of one large region. Each is a fixed
 //! amount of work, so that its time can be compared between kernels. If the clock counts instructions, the time is a

@@ -1,4 +1,4 @@
-//! Arbitrary accesses to the registers of a device whose workers run, and restores from arbitrary states: the fuzz
+//! Makes arbitrary accesses to the registers of a device whose workers run, and restores arbitrary states, for the fuzz
 //! targets `registers` and `saved_state`.
 
 use state::Saved;

@@ -1,4 +1,4 @@
-//! All connections of a guest, the socket for host programs, and the order of service.
+//! All connections of a guest, the socket for host programs, and the order in which connections are served.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, ErrorKind, Read};

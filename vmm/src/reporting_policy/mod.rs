@@ -1,5 +1,5 @@
-//! The reporting policy and its status in the current guest. Its settings and their bounds are in a table of
-//! `device-facts`. [`requests`] has the requests to a balloon.
+//! The reporting policy and its status in the current guest. `device-facts` has the table of settings with their
+//! bounds, and [`requests`] the requests to a balloon.
 
 pub(crate) mod requests;
 

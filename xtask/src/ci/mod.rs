@@ -1,5 +1,5 @@
-//! `cargo xtask ci`: all checks for a change, cheapest first. Steps that keep one processor busy run two at a time;
-//! each of their lines begins with the step's name.
+//! `cargo xtask ci`: runs all checks for a change, cheapest first. Steps that keep one processor busy run two at a
+//! time; each of their lines begins with the step's name.
 //!
 //! Every step runs even if an earlier one has failed, so that one run shows everything to repair. A step is skipped,
 //! and shown as skipped, only if it depends on a failed one. The summary line adds up the tests of all steps; a failed

@@ -1,7 +1,7 @@
-//! `cargo xtask fuzz --coverage`: which lines of its subject the inputs of a target execute.
+//! `cargo xtask fuzz --coverage`: shows which lines of the tested code the inputs of a target execute.
 //!
-//! The inputs are the committed ones and those that earlier runs have found on this machine. The programs are built with
-//! rustc's own instrumentation, whose profiles only the tools of the same LLVM can read.
+//! The inputs are the committed ones and those that earlier runs have found on this machine. The programs are built
+//! with rustc's own instrumentation, whose profiles only the tools of the same LLVM can read.
 
 use std::fs;
 use std::path::{Path, PathBuf};

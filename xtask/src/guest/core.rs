@@ -1,4 +1,4 @@
-//! `cargo xtask guest core`: the core of the patches in user space, against a model.
+//! `cargo xtask guest core`: tests the core of the patches in user space against a model.
 //!
 //! The series adds the core's files, so they can be extracted from the patches without a kernel source.
 //! `guest-patches/userspace` has the rest. Builds of the first series alone and of all patches run random traces.

@@ -1,5 +1,5 @@
-//! `cargo xtask guest kunit`: the unit tests of the series in a separate kernel, under emulation. The kernel prints
-//! their results on its console in the KTAP format (Documentation/dev-tools/ktap.rst).
+//! `cargo xtask guest kunit`: runs the unit tests of the series in a separate kernel, under emulation. The kernel
+//! prints their results on its console in the KTAP format (Documentation/dev-tools/ktap.rst).
 
 use std::process::ExitCode;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! `cargo xtask guest …`: kernels and images of test guests, and the kernel patch series.
+//! `cargo xtask guest …`: builds kernels and images of test guests, and works on the kernel patch series.
 //!
 //! ```text
 //! linux-source package + stock.config ─→ cache/kernel-KEY/{vmlinux,bzImage} ─→ target/guest/stock/

@@ -1,4 +1,4 @@
-//! `cargo xtask guest package`: the patched kernel as Debian packages, made by the kernel's own `bindeb-pkg`.
+//! `cargo xtask guest package`: builds the patched kernel as Debian packages, with the kernel's own `bindeb-pkg`.
 //!
 //! ```text
 //! cache/package-SOURCE/CONFIG/objects/   objects, kept for the next build

@@ -1,4 +1,4 @@
-//! `cargo xtask guest qemu-test`: the patched kernel with QEMU as its host, without KVM.
+//! `cargo xtask guest qemu-test`: tests the patched kernel with QEMU as its host, without KVM.
 
 use std::ffi::OsString;
 use std::process::{Command, ExitCode};

@@ -1,4 +1,4 @@
-//! `cargo xtask guest sanitize`: stress for the series in kernels with debugging options.
+//! `cargo xtask guest sanitize`: stress-tests the series in kernels with debugging options.
 //!
 //! Three small kernels run under emulation, each with two processors, two NUMA nodes and a balloon. `guest-mem stress`
 //! churns memory and checks every byte, while trackers, settings, huge pages, memory blocks and the driver itself

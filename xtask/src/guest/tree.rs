@@ -1,4 +1,4 @@
-//! `cargo xtask guest apply` and `refresh`: the series as commits to work on, and back.
+//! `cargo xtask guest apply` and `refresh`: convert the series to commits, and commits back to the series.
 //!
 //! ```text
 //! guest-patches/{series,patches} ── apply ──→ TREE: tag `base`, then a commit for each patch

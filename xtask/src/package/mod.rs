@@ -1,4 +1,4 @@
-//! `cargo xtask package`: the Debian package of the four programs.
+//! `cargo xtask package`: builds the Debian package of the four programs.
 //!
 //! ```text
 //! bin/cloud-hypervisor/Cargo.toml          its contents and their paths
@@ -45,7 +45,8 @@ pub(crate) struct Options {
     /// Cargo profile of the programs, which are built if they are out of date
     #[arg(long, value_name = "NAME", default_value = "release")]
     profile: String,
-    /// Also check completions and manual pages, install the package in a clean Debian root, check it there, and remove it
+    /// Also check completions and manual pages, install the package in a clean Debian root, check it there, and remove
+    /// it
     #[arg(long)]
     check: bool,
     /// Also compile the last commit in another checkout, and compare the programs and the package bit by bit
