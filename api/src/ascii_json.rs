@@ -1,6 +1,6 @@
 //! JSON in pure ASCII.
 //!
-//! Upstream's client reads a response in 256-byte blocks and decodes each block as UTF-8 separately, so it panics at a
+//! Upstream's client reads a response in 256-byte blocks and decodes each block as UTF-8 separately. It panics at a
 //! multi-byte character that spans two blocks. Every body the VMM sends is therefore written with `\uXXXX` escapes
 //! instead of raw non-ASCII characters. Any JSON parser decodes them to the same strings.
 

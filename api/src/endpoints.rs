@@ -1,9 +1,10 @@
 //! The table of all endpoints of the API.
 //!
-//! The server's routes and error messages, the client's calls, the commands of `ch-remote` and the test of the OpenAPI
-//! file are all derived from this table. The server matches on [`Endpoint`] without a catch-all arm, so a new row does
-//! not compile until the server implements it. The comment of a row is the help text of its command, unless the command
-//! also calls another endpoint. The help lists the commands in the order of the rows, those without arguments first.
+//! The server's routes and error messages, the client's calls and the commands of `ch-remote` are derived from this
+//! table, as is the test of the OpenAPI file. The server matches on [`Endpoint`] without a catch-all arm, so a new row
+//! does not compile until the server implements it. The comment of a row is the help text of its command, unless the
+//! command also calls another endpoint. The help lists the commands in the order of the rows, those without arguments
+//! first.
 
 /// Prefix of every path.
 pub const API_PREFIX: &str = "/api/v1/";

@@ -1,9 +1,9 @@
 //! The API contract: types, option syntax, endpoints and a client, which the VMM and its clients share.
 //!
-//! This crate holds the wire types of the REST API (serde and schema), the syntax of the command line options that
-//! produce them, the table of endpoints, and a small synchronous client. The VMM, `ch-remote` and the fleet manager use
-//! the same types, so each field is defined once. The devices need some of these facts too; they are in `device-facts`.
-//! The crate starts no thread.
+//! This crate holds the wire types of the REST API (serde and schema), and the syntax of the command line options that
+//! produce them. It also has the table of endpoints, and a small synchronous client. The VMM, `ch-remote` and the fleet
+//! manager use the same types, so each field is defined once. The devices need some of these facts too; they are in
+//! `device-facts`. The crate starts no thread.
 //!
 //! Conventions of the wire format, which are Cloud Hypervisor's:
 //! - sizes are bytes as `u64`, durations carry their unit in the name;

@@ -1,8 +1,8 @@
 //! `GET /vm.reclaim-stats`: how much memory returned to the host, and how.
 //!
-//! Three figures describe overlapping memory and must not be added up: *ballooned* is memory that the guest put into
-//! the balloon, *reported* (`report.requested_bytes`) is memory that it offered over time, and *reclaimed* is memory
-//! that is not resident on the host now. Only the last one is measured from the page tables.
+//! Three figures describe overlapping memory and must not be added up. *Ballooned* is memory that the guest put into
+//! the balloon. *Reported* (`report.requested_bytes`) is memory that it offered over time. *Reclaimed* is memory that
+//! is not resident on the host now. Only the last one is measured from the page tables.
 
 use std::collections::BTreeMap;
 

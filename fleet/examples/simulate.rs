@@ -1,6 +1,6 @@
-//! Runs the scenarios named on the command line: `cargo run --release -p fleet --example simulate -- FILE…`, with
-//! `--plot=FILE` for a plot, `--seed=N` for another seed and `--without=RULE` to switch off a safety rule. It does the
-//! same as `ch-fleet simulate`, without the agent.
+//! Runs the scenarios named on the command line: `cargo run --release -p fleet --example simulate -- FILE…`.
+//! `--plot=FILE` draws a plot, `--seed=N` sets another seed, and `--without=RULE` switches off a safety rule. It does
+//! the same as `ch-fleet simulate`, without the agent.
 
 use std::error::Error;
 use std::process::ExitCode;

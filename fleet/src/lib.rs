@@ -1,9 +1,9 @@
 //! The fleet manager: how much memory each VM keeps, which VMs fit, and where the next one goes.
 //!
-//! The crate has a pure part and a part with side effects. The pure part decides: [`model`] describes measurements,
-//! [`config`] the operator's settings, [`planner`] turns both into a plan, [`admission`] and [`placement`] accept or
-//! refuse VMs, and [`sim`] runs all of them on virtual time with guests of many kinds. The pure part reads no clock and
-//! no socket, so the simulator and the agent run the same code.
+//! The crate has a pure part and a part with side effects. The pure part decides. [`model`] describes measurements, and
+//! [`config`] the operator's settings. [`planner`] turns both into a plan. [`admission`] and [`placement`] accept or
+//! refuse VMs. [`sim`] runs all of them on virtual time with guests of many kinds. The pure part reads no clock and no
+//! socket, so the simulator and the agent run the same code.
 //!
 //! Of our other crates, only `api` may be used here, because a fleet manager knows a VMM only through its API socket.
 

@@ -6,8 +6,8 @@
 //! ```
 //!
 //! This crate makes no decisions about a machine: the caller chooses memory, CPUID and routes. It adds three things to
-//! `kvm-ioctls`: one error type that names the failed operation, an exit enum with only the exits of an x86-64 VMM, and
-//! a safe way to interrupt a running vCPU ([`kick`]).
+//! `kvm-ioctls`: an error type that names the failed operation, an enum of the exits of an x86-64 VMM, and a safe way
+//! to interrupt a running vCPU ([`kick`]).
 
 mod error;
 mod exit;

@@ -1,6 +1,6 @@
 //! Address spaces of the guest: maps ports and addresses to devices.
 //!
-//! Port I/O and memory-mapped I/O have one [`Bus`] each. vCPU threads look up devices on every exit; PCI moves ranges
+//! Port I/O and memory-mapped I/O have one [`Bus`] each. On every exit, vCPU threads look up devices. PCI moves ranges
 //! when the guest programs a BAR. The lock is held only during the lookup, because a device may change the same bus
 //! while it handles an access.
 

@@ -10,8 +10,8 @@
 //! * [`Saved`] is a state of any part with its version: parts exchange states in this form.
 //! * [`parts`] is the table of all parts and their readable versions.
 //!
-//! The rules for a new field or version are in `docs/state.md`. A saved state comes from a file or from the network:
-//! reading it never panics, and an impossible value is rejected with an error that names its field.
+//! The rules for a new field or version are in `docs/state.md`. A saved state comes from a file or from the network.
+//! Reading it never panics, and an impossible value is rejected with an error that names its field.
 
 mod bytes;
 mod error;

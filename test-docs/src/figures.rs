@@ -1,11 +1,11 @@
 //! Checks figures in the documentation against their files in `docs/results`.
 //!
 //! `<!-- figures of FILE: KEY=VALUE … -->` names them. `KEY` is a path in the file, with slashes. Each value must equal
-//! that of the file, rounded to the written precision, and must occur as a whole number in the text below, up to the
+//! that of the file, rounded to the written precision. It must occur as a whole number in the text below, up to the
 //! next heading. With `figures of FILE in "START":`, it must occur in a line there that starts with `START`.
 //!
 //! `202MiB` refers to a number of bytes, and `6.30s` to one of ms or µs. A unit in brackets, `202(MiB)`, does not
-//! follow the number in the text: it is in the heading of a table or behind the last number of a list.
+//! follow the number in the text. It is in the heading of a table, or after the last number of a list.
 //!
 //! A table of measurements without a file has `<!-- no file: REASON -->` in its section.
 

@@ -1,7 +1,7 @@
 //! The first version of each row on a generated page.
 //!
-//! The page itself records it, in the column Since: a row keeps its version when the page is generated again, and a new
-//! row gets the current version.
+//! The column Since of the page records it. When the page is generated again, a row keeps its version, and a new row
+//! gets the current version.
 
 use std::collections::BTreeMap;
 

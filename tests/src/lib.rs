@@ -1,5 +1,5 @@
-//! Shared code of tests that run whole machines: a VMM as a child process, its serial console, waiting for conditions,
-//! and a client that parses responses like upstream's.
+//! Shared code of tests that run whole machines. It has a VMM as a child process, its serial console, waits for
+//! conditions, and a client that parses responses like upstream's.
 
 pub mod adopters;
 pub mod bare_metal;

@@ -1,8 +1,8 @@
 //! Test programs: `libtest-mimic` selects, lists and runs the tests, a few at a time.
 //!
-//! The output format is our own. libtest starts a line before a test and completes it afterwards, prints the reasons
-//! for failures after all tests, and measures no times. If a host hangs, all of that is lost. Here each test prints one
-//! complete line with time and reason, which `cargo xtask` reads while the others run.
+//! The output format is our own. Each test prints one complete line with time and reason, which `cargo xtask` reads
+//! while the others run. libtest instead completes a line after the test, and prints the reasons for failures after all
+//! tests. If a host hangs, that output is lost.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};

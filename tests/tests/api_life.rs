@@ -1,5 +1,5 @@
-//! Tests every request of the API in every state of a machine, with a client that parses responses like upstream's
-//! `ch-remote`, and with a client generated from upstream's API description.
+//! Tests every request of the API in every state of a machine, with two clients. One parses responses like upstream's
+//! `ch-remote`; the other is generated from upstream's API description.
 
 use std::path::Path;
 use std::time::Duration;

@@ -6,8 +6,8 @@
 //!
 //! * `report`: 32 ranges of 2 or 4 MiB, no two adjacent, on each backing.
 //! * `report-absent`: the same ranges with nothing left to free, which shows the device's own time.
-//! * `inflate`: 256 scattered pages, compared with one `madvise` per page as in other devices; with the process
-//!   otherwise idle, and with a busy thread in place of vCPUs.
+//! * `inflate`: 256 scattered pages, compared with one `madvise` per page as in other devices. The process is otherwise
+//!   idle, or has a busy thread in place of vCPUs.
 //! * `inflate-contiguous`: 256 adjacent pages, compared with one `madvise` over all.
 //! * `residency`: a sample over 1 GiB, touched and untouched.
 //!

@@ -1,5 +1,5 @@
-//! Compares the two I/O engines of the disk on a real file, from the ring and back to it, and a qcow2 image with the same
-//! content if `qemu-img` is installed.
+//! Compares the two I/O engines of the disk on a real file, from the ring and back to it. If `qemu-img` is installed,
+//! it also measures a qcow2 image with the same content.
 //!
 //! Reports requests and bytes per second for each workload and engine, and the processor time of the whole process per
 //! request. This time includes the kernel, and the mock driver, whose part is the same for both engines. The file is

@@ -5,7 +5,7 @@
 //! and receives the queues when the driver is ready. Both halves share data in an `Arc` of atomics that the device
 //! defines.
 //!
-//! This crate does not depend on KVM, HTTP or the command line: the VMM provides interrupts, doorbells and threads
+//! This crate does not depend on KVM, HTTP or the command line. The VMM provides interrupts, doorbells and threads
 //! through the traits in [`pci`] and [`worker`].
 
 pub mod balloon;

@@ -2,7 +2,7 @@
 //!
 //! The standard library's `connect` blocks indefinitely if the listener's backlog is full, which happens when a VMM
 //! hangs while clients keep connecting. Linux applies the socket's send timeout to `connect` as well
-//! (`net/unix/af_unix.c`, `unix_stream_connect`), but the timeout must be set before connecting, and the standard
+//! (`net/unix/af_unix.c`, `unix_stream_connect`). The timeout must be set before connecting, however, and the standard
 //! library has no call for that.
 
 #![allow(unsafe_code)]

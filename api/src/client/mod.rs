@@ -1,9 +1,9 @@
 //! A small synchronous client of the API.
 //!
-//! One connection per request, over the UNIX socket of the VMM. The client works with this VMM and with upstream's: it
-//! sends the same bytes as upstream's client, and accepts a status line without a reason phrase, headers in any case,
-//! and responses in any number of pieces. Regardless of the server's behaviour, the client never waits longer than its
-//! timeout and never stores more than [`RESPONSE_BODY_BYTES_MAX`].
+//! One connection per request, over the UNIX socket of the VMM. The client works with this VMM and with upstream's,
+//! because it sends the same bytes as upstream's client. It accepts a status line without a reason phrase, headers in
+//! any case, and responses in any number of pieces. Regardless of the server's behaviour, the client never waits longer
+//! than its timeout and never stores more than [`RESPONSE_BODY_BYTES_MAX`].
 
 mod connect;
 mod deadline;

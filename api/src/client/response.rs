@@ -1,8 +1,8 @@
 //! Assembles an HTTP response from pieces of any size; `httparse` parses its head.
 //!
-//! Only the subset that this API uses is supported: a status line whose reason phrase may be absent (RFC 9112 section
-//! 4), headers in any case, and a body with a `Content-Length`. Without a length, there is no body; upstream's client
-//! behaves the same.
+//! Only the subset that this API uses is supported. The reason phrase of the status line may be absent (RFC 9112
+//! section 4), headers may be in any case, and a body has a `Content-Length`. Without a length, there is no body;
+//! upstream's client behaves the same.
 
 use httparse::Status;
 use thiserror::Error;

@@ -1,8 +1,7 @@
 //! Compares the OpenAPI file with the endpoint table and the wire types, in both directions.
 //!
 //! Users read the file and generate clients from it; the types define what the VMM serves. A test fails if one of them
-//! has something that the other lacks: a path, a schema, a field, a `required` mark, a default, a word of an
-//! enumeration.
+//! lacks a path, schema, field, `required` mark, default or word of an enumeration that the other has.
 
 #![allow(clippy::unwrap_used)]
 

@@ -1,9 +1,8 @@
 //! `ch-fleet`: memory overcommit for VMs with Cloud Hypervisor's API.
 //!
-//! `ch-fleet agent` manages the memory of one host's VMs; `ch-fleet fleet` uses the store that several hosts share;
-//! every other command queries a running agent over its socket. Responses are printed on standard output as a table or
-//! as JSON, errors as a chain of causes on standard error. `docs/fleet.md` lists the exit
-//! statuses.
+//! `ch-fleet agent` manages the memory of one host's VMs. `ch-fleet fleet` uses the store that several hosts share.
+//! Every other command queries a running agent over its socket. Responses are printed on standard output as a table or
+//! as JSON, errors as a chain of causes on standard error. `docs/fleet.md` lists the exit statuses.
 
 mod agent_command;
 mod allocator;

@@ -2,10 +2,10 @@
 //! Fault injection for half a minute, with the real agent as a process that is killed at random and restarted on the
 //! same folder. `cargo xtask fleet-chaos --minutes 10` is the long version.
 //!
-//! VMMs hang, reject requests, return garbage or truncated responses, execute requests without a response, confirm
-//! requests without executing them, report wrong figures, stop responding, and return as other machines. A file of the
-//! host disappears and reappears. Jumps of the wall clock, which cannot be simulated for a single process, are part of
-//! the version on virtual time (`fleet/src/agent/tests/chaos`).
+//! VMMs hang, reject requests, and return garbage or truncated responses. They execute requests without a response, and
+//! confirm requests without executing them. They report wrong figures, stop responding, and return as other machines. A
+//! file of the host disappears and reappears. Jumps of the wall clock, which cannot be simulated for a single process,
+//! are part of the version on virtual time (`fleet/src/agent/tests/chaos`).
 
 use std::collections::BTreeMap;
 use std::fs;

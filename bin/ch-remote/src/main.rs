@@ -1,7 +1,7 @@
 //! `ch-remote`: controls a VMM over its API socket.
 //!
-//! Each command sends one request. The VMM's response is printed unchanged, with two exceptions: `reclaim-stats` prints
-//! a table on a terminal, and `status` of hinting and of reporting prints only a part of the statistics. An error is
+//! Each command sends one request. The VMM's response is printed unchanged, with two exceptions. `reclaim-stats` prints
+//! a table on a terminal. `status` of hinting and of reporting prints only a part of the statistics. An error is
 //! printed as a chain of causes on standard error. The exit status is then 1, or 2 for a usage error. Commands and
 //! arguments are Cloud Hypervisor's. The commands of endpoints that `api` marks as `Ours` are additions.
 

@@ -1,9 +1,9 @@
 //! Decides whether another VM fits on a host, and if not, what would make it fit.
 //!
-//! The decision is pure and is made twice in a fleet: by the placer that looks for a host, from the data that the host
-//! published, and by the host's agent, from its current data. Only the agent's decision counts. The caller must keep
-//! the ledger unchanged during the decision, and record the reservation before the next one ([`Ledger::promised`]).
-//! Therefore exactly ten of a hundred requests succeed if the memory suffices for ten.
+//! The decision is a pure function, and is made twice in a fleet. The placer that looks for a host decides from the
+//! data that the host published. The host's agent then decides from its current data. Only the agent's decision counts.
+//! The caller must keep the ledger unchanged during the decision, and record the reservation before the next one
+//! ([`Ledger::promised`]). Therefore exactly ten of a hundred requests succeed if the memory suffices for ten.
 //!
 //! A VM is admitted on memory that is available now. Memory that the other guests may take simultaneously is
 //! subtracted, as is memory that is reserved or granted and not used yet. Memory that balloons could still return is

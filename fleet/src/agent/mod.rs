@@ -14,8 +14,8 @@
 //! One thread owns everything that changes, so admission needs no lock, and two requests can never reserve the same
 //! memory. It never waits for a VM, a client, a scrape or the store; it waits for the disk only when it saves
 //! reservations. Each part has its own type and sees only the data that it receives. The rounds know only the sum of
-//! the reservations; the reservations query the rounds for the current state; the publisher reads all of them and
-//! changes none.
+//! the reservations. The reservations query the rounds for the current state. The publisher reads all parts and changes
+//! none.
 
 mod acts;
 mod clock;

@@ -8,15 +8,15 @@
 //! ```
 //!
 //! A placer reads the record, book and drain mark of each host at one moment and chooses a host. It adds a line to that
-//! host's book, on the condition that the record, book and drain mark are unchanged. The host's agent sees the line,
-//! decides again by its current data, records the reservation like a local one, and writes its response into the line.
-//! Only its acceptance is a reservation. No memory is reserved twice, for two reasons, each sufficient alone:
+//! host's book, on the condition that the record, book and drain mark are unchanged. The host's agent reads the line,
+//! and decides again by its current data. It records the reservation like a local one, and writes its response into the
+//! line. Only its acceptance is a reservation. No memory is reserved twice, for two reasons, each sufficient alone:
 //!
 //! - A line is added only if the picture on which the placer decided is unchanged. Requests that the record does not
 //!   reflect yet are in the book, and placers count both. If two placers chose from the same picture, one of them fails
 //!   and reads again.
-//! - Only one thread of the host's agent accepts requests, based on the current ledger, and an acceptance is on the
-//!   host's disk before it is in the store.
+//! - Only one thread of the host's agent accepts requests, based on the current ledger. An acceptance is on the host's
+//!   disk before it is in the store.
 //!
 //! No memory stays reserved without a user. The record and the book end with the host's lease. The host releases a line
 //! whose VM does not start within `admission.reservation`. A placer that gives up removes its line.

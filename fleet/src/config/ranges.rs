@@ -1,7 +1,7 @@
 //! The range of every key: one table for the check, the messages and the reference (`docs/fleet-settings.md`).
 //!
-//! A value out of its range is always a mistake: a time that makes a loop busy, a size that no host has, a fraction
-//! above 1. [`super::check`] has the conditions between values.
+//! A value out of its range is always a mistake, such as a time that makes a loop busy, or a size that no host has.
+//! [`super::check`] has the conditions between values.
 
 use std::fmt;
 

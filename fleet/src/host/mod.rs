@@ -1,8 +1,8 @@
 //! Reads memory, pressure and swap of the agent's host from the kernel's files.
 //!
 //! "The host" is what the VMs may use together: the machine, or a control group if its limit is smaller. If an agent
-//! read the machine's memory while its VMs ran below a smaller limit, it would admit too many VMs, and the kernel would
-//! kill some.
+//! read the machine's memory while its VMs ran below a smaller limit, it would admit too many VMs. The kernel would
+//! then kill some of them.
 
 mod kernel_file;
 mod process;

@@ -1,7 +1,7 @@
 //! Metrics in the OpenMetrics text format, for Prometheus.
 //!
 //! All metrics come from the published data; a scrape queries no VM. Names have the prefix `ch_` and base units. A VM's
-//! only labels are its name and its host's, so that the number of series stays small; properties that change during the
+//! only labels are its name and its host's, so that the number of series stays small. Properties that change during the
 //! VM's life are in `ch_vm_info`. When a VM ends, its series end. A guest's counters restart with each machine, whose
 //! number is `ch_vm_epoch`.
 

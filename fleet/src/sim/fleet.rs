@@ -1,5 +1,5 @@
-//! Many hosts with a shared store: VMs arrive and are placed, hosts fail and their VMs are placed again, and the store
-//! stalls so that no data is updated.
+//! Simulates many hosts with a shared store. VMs arrive and are placed. Hosts fail, and their VMs are placed again. The
+//! store stalls, so that no data is updated.
 //!
 //! Hosts run independently between two exchanges. At an exchange, each host publishes its data, unless the store
 //! stalls. Then waiting VMs are placed by the published data. The chosen host's agent decides again by its current

@@ -1,10 +1,10 @@
 //! The guests of one host, stored as columns of numbers, because a million of them must be simulated quickly.
 //!
-//! A guest's memory is in one of five places, whose sum is its configured size: used by its programs, in its page
+//! A guest's memory is in one of five places, whose sum is its configured size. It is used by programs, in the page
 //! cache, free but still resident on the host, free and absent, or in the balloon. Loads move memory between the first
-//! three; free page reporting makes resident free memory absent; the balloon takes free memory first, then cache, and
-//! never what programs use. A guest stalls if its programs need memory that it does not have, if required cache is
-//! missing, or if the host itself runs out of memory.
+//! three. Free page reporting makes resident free memory absent. The balloon takes free memory first, then cache, and
+//! never memory of programs. A guest stalls if its programs need memory that it lacks, if required cache is missing, or
+//! if the host runs out of memory.
 //!
 //! All amounts are MiB as `f32`, which are exact to a tenth of a page cluster at the sizes of guests.
 

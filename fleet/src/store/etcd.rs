@@ -1,6 +1,6 @@
 //! etcd 3.4 and later, over the JSON interface that every member serves on its client port.
 //!
-//! JSON over HTTP needs no generated code and no async runtime, and is fast enough, because a host queries its store
+//! JSON over HTTP needs no generated code and no async runtime. It is fast enough, because a host queries its store
 //! only a few times in ten seconds. Connections are not reused: if an idle connection had died, it would be unknown
 //! whether a change was made. Reads try one member after another until one responds. A change is sent to the next
 //! member only if it cannot have reached the previous one.

@@ -1,7 +1,7 @@
 //! etcd's JSON interface: requests and responses.
 //!
-//! It is the protocol-buffer interface written as JSON: keys and values in base64, every 64-bit number as a string, and
-//! fields with default values omitted, so that a failed comparison is a response without `succeeded`.
+//! It is the protocol-buffer interface written as JSON: keys and values in base64, and every 64-bit number as a string.
+//! Fields with default values are omitted, so a failed comparison is a response without `succeeded`.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;

@@ -9,7 +9,7 @@
 //!           DMA       ─► Container: all of guest RAM, pinned
 //!                        DeviceIommu, behind the virtual IOMMU: what the guest maps, pinned
 //! ```
-//! The kernel (vfio-pci) protects the host from all writes of the guest; this module protects the guest from itself
+//! The kernel (vfio-pci) protects the host from all writes of the guest. This module protects the guest from itself,
 //! and keeps addresses and interrupts under the machine's control.
 
 mod claims;

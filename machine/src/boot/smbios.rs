@@ -1,8 +1,8 @@
 //! SMBIOS tables: manufacturer, product and serial strings (DSP0134, version 3.2).
 //!
-//! The tables are a 64-bit entry point and a list of structures: BIOS (type 0), system (1), chassis (3) if it has an
-//! asset tag, OEM strings (11) if there are any, end (127). Each structure is a fixed part followed by its strings and
-//! two zero bytes.
+//! The tables are a 64-bit entry point and a list of structures: BIOS (type 0), system (1), chassis (3), OEM strings
+//! (11) and end (127). The chassis exists only with an asset tag, and the OEM strings only if any are set. Each
+//! structure is a fixed part followed by its strings and two zero bytes.
 
 use api::config::PlatformConfig;
 

@@ -7,7 +7,7 @@
 //!   file        │ data │ hole               │ data │
 //! ```
 //! A table stored with the file lists these pages in chunks of 2 MiB. A reader therefore depends neither on the holes
-//! that a file system keeps nor on the rest of the file: pages that are not listed stay untouched.
+//! that a file system keeps nor on the rest of the file. It does not touch pages that are not listed.
 //!
 //! Resident pages of private memory are found through the page tables. Shared memory is found through its file, whose
 //! holes read as zeros without becoming resident.

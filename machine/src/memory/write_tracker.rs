@@ -1,5 +1,5 @@
-//! Tracks which pages of guest RAM are written while the machine runs: by the guest and KVM through KVM's log, by devices
-//! and the discard engine through the log of this process.
+//! Tracks which pages of guest RAM are written while the machine runs. KVM's log has the writes of the guest and KVM;
+//! the log of this process has those of devices and the discard engine.
 #![allow(unsafe_code)]
 // UNSAFETY: memory slots hand address ranges of this process to the kernel.
 

@@ -14,7 +14,7 @@
 //!          add              request_removal           B0EJ           take_ejected
 //!  empty ───────► occupied ─────────────────► leaving ─────► ejected ─────────────► empty
 //! ```
-//! A guest can eject only functions whose removal the host requested: the host's configuration determines the machine's
+//! A guest can eject only functions whose removal the host requested. The host's configuration determines the machine's
 //! devices, and a balloon must not be removed with memory in it. Any other ejection is counted and has no effect.
 
 use std::sync::atomic::{AtomicU64, Ordering};

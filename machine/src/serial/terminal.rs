@@ -1,7 +1,7 @@
 //! The operator's terminal: raw while a guest uses it, always restored afterwards.
 //!
 //! Its attributes outlive the process, so they are restored when the guard is dropped, on `exit`, and before a panic's
-//! message; [`restore_terminal`] is for signal handlers.
+//! message. Signal handlers call [`restore_terminal`].
 #![allow(unsafe_code)]
 // UNSAFETY: terminal attributes and `poll` have no safe interface in std.
 

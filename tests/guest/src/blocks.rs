@@ -1,8 +1,8 @@
-//! Finds the pages of a region that fill aligned blocks of the guest's physical memory, so that blocks of one size can
-//! be freed while their neighbours stay (`Documentation/admin-guide/mm/pagemap.rst`).
+//! Finds the pages of a region that fill aligned blocks of the guest's physical memory
+//! (`Documentation/admin-guide/mm/pagemap.rst`). Blocks of one size can then be freed while their neighbours stay.
 //!
-//! Free blocks merge with their buddies. To free blocks of 2 MiB and not of 4, the caller must know the location of its
-//! pages and keep a page in each buddy.
+//! Free blocks merge with their buddies. To free blocks of 2 MiB but not of 4, the caller must know where its pages
+//! are, and keep a page in each buddy.
 
 use std::fs::File;
 use std::io;

@@ -38,9 +38,9 @@
 //!
 //! * the doorbell of this queue holds the vCPU that signals it ([`crate::VirtioDevice::holds_notifier`]), so KVM does not
 //!   handle it in the kernel;
-//! * a block is discarded only while the vCPU is held, and of the available chains only the *last* one: the kicks of
-//!   the earlier ones have returned. Normally, no earlier chains exist, because the driver's work item is one thread,
-//!   and the device offers no feature that suppresses kicks;
+//! * a block is discarded only while the vCPU is held, and of the available chains only the *last* one. The kicks of
+//!   earlier chains have returned. Normally, no earlier chains exist, because the driver's work item is one thread, and
+//!   the device offers no feature that suppresses kicks;
 //! * a block found in any other way, for example after a pause, is completed and counted as `hint_not_held`;
 //! * the run must be acknowledged and not stopped; otherwise the block is counted as `hint_stale`.
 //!

@@ -1,8 +1,8 @@
 //! Recognises disk image formats by their signatures.
 //!
-//! Serving a qcow2 file as a raw disk would show the guest the container instead of its contents, so the format is
-//! detected unless it is configured. The reverse danger is a guest that writes a signature into a raw image, so that the
-//! next start misreads it. Therefore signatures cannot be written to an image with a detected format.
+//! If a qcow2 file were served as a raw disk, the guest would see the container instead of its contents. The format is
+//! therefore detected unless it is configured. The reverse danger is a guest that writes a signature into a raw image,
+//! so that the next start misreads it. Therefore signatures cannot be written to an image with a detected format.
 //!
 //! Only the start of the image is examined, because the guest of a raw image may write anything to its end. A fixed VHD
 //! has a signature only in its footer, so this format must be configured.

@@ -13,7 +13,7 @@
 //!   config_space   what the guest reads       counters the disk's counters
 //! ```
 //!
-//! A FLUSH covers every request that was completed before the FLUSH was made available, as the standard requires: data
+//! As the standard requires, a FLUSH covers every request that was completed before the FLUSH was made available. Data
 //! of completed writes is in the page cache or on the device, and the flush is an `fdatasync` of the one file behind
 //! all queues.
 

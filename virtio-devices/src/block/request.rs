@@ -1,7 +1,7 @@
 //! Parses a descriptor chain as a block request (virtio 1.2 §5.2.6).
 //!
-//! The layout does not depend on how the driver splits it into descriptors: the first 16 readable bytes are the header,
-//! the last writable byte is the status, and everything in between is data.
+//! The layout does not depend on how the driver splits it into descriptors. The first 16 readable bytes are the header,
+//! the last writable byte is the status, and all other bytes are data.
 
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,

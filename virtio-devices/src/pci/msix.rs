@@ -9,8 +9,8 @@
 //!   vCPU: unmask(v) ── MsiVectors::enable ── live = 1 ── pending[v]? ── trigger
 //! ```
 //!
-//! Either the device thread sees `live`, or the vCPU sees `pending`: both sides write their own flag before they read
-//! the other's, in one total order.
+//! Both sides write their own flag before they read the other's, in one total order. Therefore, either the device
+//! thread sees `live`, or the vCPU sees `pending`.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

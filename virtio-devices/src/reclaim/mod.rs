@@ -13,8 +13,8 @@
 //! Every requested byte is accounted for exactly once: it was discarded, it was skipped for a [`SkipReason`], or the
 //! system call on it failed. Nothing else is reported, either to the guest or to the operator.
 //!
-//! [`ResidencyProbe`] measures what is resident. It reads page tables and files and does not rely on what was
-//! discarded: a discarded page that the guest has touched again is resident, and only a measurement shows that.
+//! [`ResidencyProbe`] measures what is resident. It reads page tables and files, and does not rely on the record of
+//! discards. If the guest touches a discarded page again, the page is resident, and only a measurement shows that.
 
 #[cfg(any(test, feature = "test-utils"))]
 pub mod any_claims;

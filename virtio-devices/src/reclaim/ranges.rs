@@ -1,9 +1,9 @@
 //! The pure half of the discard engine: converts claimed ranges to pieces that may be discarded.
 //!
-//! The rule, in terms of sets: take the union of all claimed bytes, intersect it with each RAM region, and keep the
-//! backing pages that are *completely* inside. A page that was released only in part still holds the guest's data.
-//! Merging comes before trimming, so 512 adjacent 4 KiB claims free one 2 MiB page. A claim that crosses a region
-//! boundary is served in both regions.
+//! The rule, in terms of sets: intersect the union of all claimed bytes with each RAM region, and keep the backing
+//! pages that are *completely* inside. A page that was released only in part still holds the guest's data. Merging
+//! comes before trimming, so 512 adjacent 4 KiB claims free one 2 MiB page. A claim that crosses a region boundary is
+//! served in both regions.
 
 use std::ops::Range;
 

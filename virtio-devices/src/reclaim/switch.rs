@@ -1,9 +1,9 @@
 //! The switch that disables discarding.
 //!
-//! A page that a device has pinned for DMA, or that is being copied out of the machine, must not be replaced: the
-//! device would continue to use the old page while the guest sees a new one. Code that requires stable pages holds an
-//! [`InhibitGuard`]. Several guards may exist, for the same or different reasons. Discarding resumes when the last one
-//! is dropped.
+//! A page that a device has pinned for DMA, or that is being copied out of the machine, must not be replaced.
+//! Otherwise, the device would continue to use the old page, while the guest sees a new one. Code that requires stable
+//! pages holds an [`InhibitGuard`]. Several guards may exist, for the same or different reasons. Discarding resumes
+//! when the last one is dropped.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};

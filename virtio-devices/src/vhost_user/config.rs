@@ -1,7 +1,7 @@
 //! Reads the configuration space of a back end (`VHOST_USER_GET_CONFIG`).
 //!
-//! The crate `vhost` waits for a response of full length, but a back end rejects the request with a shorter one: QEMU
-//! without a body, back ends of rust-vmm with a size of 0 bytes.
+//! The crate `vhost` waits for a response of full length. A back end, however, rejects the request with a shorter one:
+//! QEMU without a body, back ends of rust-vmm with a size of 0 bytes.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;

@@ -1,6 +1,6 @@
 //! Tracks the requests of a ring that the back end has not completed.
 //!
-//! The two rings of a virtqueue do not contain this: a slot is overwritten after as many requests as the ring has
+//! The two rings of a virtqueue do not contain this. A slot is overwritten after as many requests as the ring has
 //! entries, and a back end may complete requests in any order. The ledger therefore follows both rings from the start,
 //! at each interrupt. If the driver takes more completions than the ring has entries without an interrupt, the ledger
 //! loses track until no request is in flight.

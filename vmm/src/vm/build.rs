@@ -1,7 +1,7 @@
 //! Builds a machine from a validated configuration.
 //!
-//! Everything that the configuration names is opened first and KVM last, so that errors about a path or a value do not
-//! depend on the host:
+//! Files of the configuration are opened first and KVM last, so that errors about a path or a value do not depend on
+//! the host:
 //!
 //! ```text
 //! disks, entropy source, taps, payload ─► guest RAM ─► payload loaded ─► consoles ─► KVM ─► devices on the bus

@@ -1,7 +1,6 @@
 //! Stops discarding while assigned devices have guest RAM pinned.
 //!
-//! A page that is discarded under a device would exist twice: the device would keep the old one, and the guest would get
-//! a new one.
+//! If a page of a device were discarded, the device would keep the old page, and the guest would get a new one.
 
 use std::time::{Duration, Instant};
 

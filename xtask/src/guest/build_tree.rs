@@ -12,9 +12,9 @@
 //! Checks and packages have their own trees and locks, because they take long, and no test kernel should wait for them.
 //! Checks also build all prefixes of the series, after which the next build of a test kernel would start from nothing.
 //!
-//! Kbuild stores the path of the source in every object, so objects can be reused for another state of the source only
-//! at the same path. A file is written, with the current time, only when its contents change. Make therefore rebuilds
-//! only the objects that depend on it.
+//! Kbuild stores the path of the source in every object. Objects can therefore be reused for another state of the
+//! source only at the same path. A file is written, with the current time, only when its contents change. Make
+//! therefore rebuilds only the objects that depend on it.
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -1,5 +1,5 @@
-//! The test kernels: Debian's kernel source with our configuration, the same with our patch series and its unit tests,
-//! and the same with the rival of the series. Tests need only the second one; benchmarks compare them.
+//! The test kernels: Debian's kernel source with our configuration alone, with our patch series and its unit tests, or
+//! with the rival of the series. Tests need only the second one; benchmarks compare them.
 //!
 //! ```text
 //! cache/build-tree-SOURCE/main/   objects of both, kept: the second kernel builds from the first

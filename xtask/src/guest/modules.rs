@@ -1,6 +1,6 @@
 //! Kernel modules of an unpacked package: files and dependencies.
 //!
-//! `depmod` has not run for a package that is not installed, so the dependencies are read from the modules: each has a
+//! `depmod` has not run for a package that is not installed, so the dependencies are read from the modules. Each has a
 //! section of strings `name=value`, including `depends=a,b,c`.
 
 use std::collections::{BTreeMap, BTreeSet};

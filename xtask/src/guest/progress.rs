@@ -1,5 +1,5 @@
-//! Runs a long build: live progress on a terminal, an occasional line in a log, and all output in a file that is quoted
-//! if the build fails.
+//! Runs a long build. It shows live progress on a terminal, or an occasional line in a log. All output goes to a file,
+//! which is quoted if the build fails.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead as _, BufReader, IsTerminal as _, Write as _};

@@ -1,8 +1,8 @@
 //! A direct run on this machine's KVM, with the same environment as in the emulated host.
 //!
 //! `unshare` gives the command a mount and a process namespace. Inside, as process 1, [`inside`] builds a root of tmpfs
-//! with this machine's folders bound into it, plus `/guest` and `/share`, and runs the command there. Nothing is
-//! created on the machine. When process 1 ends, the kernel ends everything in the namespace.
+//! with this machine's folders bound into it, plus `/guest` and `/share`. It runs the command there. Nothing is created
+//! on the machine. When process 1 ends, the kernel ends everything in the namespace.
 #![allow(unsafe_code)]
 // UNSAFETY: mount, chroot, prctl and waitpid have no safe wrapper in std.
 

@@ -1,8 +1,8 @@
 //! `cargo xtask testbed run -- COMMAND…`: runs COMMAND as root on a host whose KVM boots Linux.
 //!
 //! That host is this machine if its KVM can boot Linux, otherwise an outer machine emulated by QEMU. COMMAND has the
-//! same environment in both: our binaries in PATH, kernels and initramfs under `/guest`, the shared directory at
-//! `/share`, and the variables `TESTBED` and `GUEST_CMDLINE_EXTRA`.
+//! same environment in both: our binaries in PATH, kernels and initramfs under `/guest`, and the shared directory at
+//! `/share`. The variables `TESTBED` and `GUEST_CMDLINE_EXTRA` are set.
 
 pub(crate) mod bins;
 mod direct;

@@ -1,5 +1,5 @@
-//! The plan for the emulated host, in the format that its init reads (`tests/guest/src/outer.rs`): parts of the form
-//! `NAME LENGTH\n` and that many bytes, up to the part `end`. Lists have a NUL after each item.
+//! The plan for the emulated host, in the format that its init reads (`tests/guest/src/outer.rs`). A part is
+//! `NAME LENGTH\n` followed by that many bytes; the last part is `end`. Lists have a NUL after each item.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;

@@ -1,8 +1,9 @@
 //! Tests whether this machine's KVM boots Linux.
 //!
 //! Even if `/dev/kvm` and every capability exist, KVM may emulate each instruction of an ordinary guest, a thousand
-//! times slower. The probe therefore runs two guests with time limits: a loop of four million instructions and, if that
-//! is fast, the test kernel under our own VMM. The result is valid until the next boot of the machine.
+//! times slower. The probe therefore runs two guests with time limits. The first is a loop of four million
+//! instructions. If that is fast, the test kernel follows, under our own VMM. The result is valid until the next boot
+//! of the machine.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};

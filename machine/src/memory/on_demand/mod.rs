@@ -10,7 +10,7 @@
 //! ```
 //! The kernel reports a missing page through [`uffd`], and the thread that touched it waits. If a page is discarded
 //! before it was filled in, it reads as zeros, as discarded memory does. Ranges without data in the file are ordinary
-//! memory from the start, and so is each chunk of 2 MiB that the background fill has finished.
+//! memory from the start. A chunk of 2 MiB becomes ordinary memory once the background fill has finished it.
 //!
 //! # Failure
 //! If the handler thread ended, threads that touch a missing page would wait indefinitely. If the descriptor were

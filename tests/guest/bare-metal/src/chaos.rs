@@ -1,4 +1,4 @@
-//! Verifies memory and a disk while the host changes everything else: it pauses, resumes and reboots the machine,
+//! Verifies memory and a disk while the host changes everything else. The host pauses, resumes and reboots the machine,
 //! resizes the balloon, and plugs and unplugs disks and processors. The guest follows each request immediately.
 //!
 //! The guest writes the blocks of the disk in turn, each time with the next number, also after reboots. Each block must

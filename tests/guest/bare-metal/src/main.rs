@@ -1,7 +1,7 @@
 //! A guest without an operating system, for tests of the machine itself.
 //!
-//! It is started through the PVH entry point, reads the name of a scenario from the kernel command line
-//! (`scenario=NAME`), drives the virtual hardware directly and prints one line per check on COM1:
+//! It is started through the PVH entry point, and reads the name of a scenario from the kernel command line
+//! (`scenario=NAME`). It drives the virtual hardware directly, and prints one line per check on COM1:
 //!
 //! ```text
 //! PASS balloon_report_discards

@@ -1,5 +1,5 @@
 //! Measures how fast bursts can follow each other. Guests take turns: each allocates most of its memory, holds it and
-//! frees it, on a host with room for the idle guests and two bursts.
+//! frees it. The host has room for the idle guests and two bursts.
 //!
 //! The sooner the memory of a freed burst returns to the host, the shorter the interval can be.
 

@@ -1,9 +1,8 @@
 //! Experiments that measure the value of reclaimed memory: how many guests a host holds, and how fast bursts of memory
 //! can follow each other.
 //!
-//! Runs where KVM boots Linux, on a host whose memory is the experiment's: `cargo xtask
-//! experiment` starts it in the testbed with the experiment's name, its plan as JSON and the
-//! folder for the results.
+//! Runs where KVM boots Linux, on a host with the memory of the experiment. `cargo xtask experiment` starts it in the
+//! testbed with the experiment's name, its plan as JSON, and the folder for the results.
 
 mod burst;
 mod chart;

@@ -1,5 +1,5 @@
-//! Latency of the API: idle, with many clients, with a guest that uses its disk, and while a client waits for a guest
-//! that does not respond.
+//! Measures the latency of the API: idle, with many clients, with a guest that uses its disk, and while a client waits
+//! for a silent guest.
 
 use std::io::{self, ErrorKind};
 use std::path::Path;

@@ -1,5 +1,5 @@
-//! Measures the cost of reporting for the guest: the same work with reporting off, with mainline's tracker and, in a
-//! patched kernel, with the bitmap tracker.
+//! Measures the cost of reporting for the guest. The same work runs with reporting off, with mainline's tracker and, in
+//! a patched kernel, with the bitmap tracker.
 //!
 //! With `cargo xtask bench --icount --kernel patched guest-overhead`, the guest's clock counts instructions, so that
 //! small differences are significant. `off` is measured twice, to show the repeatability. The guest has one processor,

@@ -1,9 +1,9 @@
 //! Stress tests: guests use their memory heavily while the host takes it in every possible way.
 //!
-//! In the guest two threads allocate, check, free and refill memory (`churn-start`), with every byte known. On the
-//! host, random steps from a seed change the balloon's target, start and stop runs of hinting, and pause and resume the
-//! machine, while the guest's kernel reports freed memory. At the end, the guest must have found no wrong byte, and its
-//! kernel must have logged no error.
+//! In the guest two threads allocate, check, free and refill memory (`churn-start`), with every byte known. At the same
+//! time, the guest's kernel reports freed memory. On the host, random steps from a seed change the balloon's target,
+//! start and stop runs of hinting, and pause and resume the machine. At the end, the guest must have found no wrong
+//! byte, and its kernel must have logged no error.
 //!
 //! `STRESS_SECONDS=1800` makes every test here run longer, and `STRESS_SEED=N` repeats one:
 //!

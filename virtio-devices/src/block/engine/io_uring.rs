@@ -7,8 +7,8 @@
 //! The image is not registered with the ring. The kernel tears a ring down some time after it is closed or its process
 //! has died. Until then, a registered image would stay open and locked, and a quick restart would find the disk in use.
 //!
-//! A seccomp filter does not see the operations of a ring, so the ring itself is restricted to the operations in use
-//! before it is enabled. It cannot open files or create sockets, and no further buffers, files or settings can be
+//! A seccomp filter does not see the operations of a ring. Before the ring is enabled, it is therefore restricted to
+//! the operations in use. It cannot open files or create sockets, and no further buffers, files or settings can be
 //! registered.
 
 #![allow(unsafe_code)]

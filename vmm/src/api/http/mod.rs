@@ -1,8 +1,8 @@
 //! HTTP on a UNIX socket: `micro_http` parses and formats messages; this module runs the server loop.
 //!
-//! Limits: ten clients, a head of 16 KiB, a body of 4 MiB, 64 descriptors, one request at a time on each connection,
-//! and deadlines for everything that a client can delay. The wire format is upstream's, because upstream's `ch-remote`
-//! depends on its details.
+//! Limits: ten clients, a head of 16 KiB, a body of 4 MiB, 64 descriptors, and one request at a time on each
+//! connection. Everything that a client can delay has a deadline. The wire format is upstream's, because upstream's
+//! `ch-remote` depends on its details.
 
 mod connection;
 mod framing;

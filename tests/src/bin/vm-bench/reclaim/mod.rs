@@ -2,7 +2,7 @@
 //! variants are the path of return, the size of the freed blocks, and the backing of guest memory.
 //!
 //! `cargo xtask bench --kernel patched reclaim [-- --way … --backing … --block … --rounds N]`. A guest of 1 GiB touches
-//! most of its memory, returns every other block of one size to its kernel, and touches the same bytes again when no
+//! most of its memory, and returns every other block of one size to its kernel. It touches the same bytes again when no
 //! more memory returns to the host.
 
 mod bare;
