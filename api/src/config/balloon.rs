@@ -21,7 +21,7 @@ pub struct BalloonConfig {
     #[key(omit_false)]
     pub free_page_hinting: bool,
     /// Offer the guest a reporting policy (`vm.reclaim-thresholds`, `vm.balloon-reporting`). Experimental. Needs
-    /// `free_page_reporting` and a guest with our kernel patches and `virtio_balloon.reporting_policy=1`. Cloud
+    /// `free_page_reporting`, and a guest with our kernel patches and `virtio_balloon.reporting_policy=1`. Cloud
     /// Hypervisor lacks this key.
     #[key(omit_false)]
     pub reporting_policy: bool,

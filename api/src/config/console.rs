@@ -30,7 +30,7 @@ pub enum ConsoleOutputMode {
 }
 
 /// The 16550 serial port (COM1).
-#[section(option = "serial", about = "Control serial port:")]
+#[section(option = "serial", about = "Configure the serial port:")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SerialConfig {
     /// Path with mode `File`; the pseudo-terminal's path with mode `Pty`.
@@ -49,7 +49,7 @@ pub struct SerialConfig {
 }
 
 /// The virtio console.
-#[section(option = "console", about = "Control (virtio) console:")]
+#[section(option = "console", about = "Configure the virtio console:")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConsoleConfig {
     /// Path with mode `File`; the pseudo-terminal's path with mode `Pty`.

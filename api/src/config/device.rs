@@ -6,7 +6,7 @@ use api_macros::section;
 
 /// One PCI device of the host that the guest drives itself (VFIO). Without `iommu`, all of guest RAM is pinned while
 /// the device is attached.
-#[section(option = "device", about = "Direct device assignment parameters")]
+#[section(option = "device", about = "Assigned device parameters")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceConfig {
     /// Folder of the device in sysfs. The device and all others of its IOMMU group must be bound to vfio-pci.

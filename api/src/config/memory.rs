@@ -91,7 +91,7 @@ impl MemoryConfig {
 }
 
 /// One part of guest RAM.
-#[section(option = "memory-zone", about = "User defined memory zone parameters")]
+#[section(option = "memory-zone", about = "Memory zone parameters")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryZoneConfig {
     /// Name of the zone, unique among the names of zones and devices.

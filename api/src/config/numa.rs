@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::options::{OptionValue, ValueError, parse_integer_pairs};
 
 /// One NUMA node of the guest.
-#[section(option = "numa", about = "Settings related to a given NUMA node")]
+#[section(option = "numa", about = "Guest NUMA node parameters")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NumaConfig {
     /// Number of the node (its proximity domain), 0 to 255.

@@ -8,7 +8,7 @@ pub const DEFAULT_NUM_PCI_SEGMENTS: u16 = 1;
 pub const DEFAULT_IOMMU_ADDRESS_WIDTH_BITS: u8 = 64;
 
 /// Platform settings: PCI segments and SMBIOS strings.
-#[section(option = "platform", about = "Platform configuration parameters")]
+#[section(option = "platform", about = "Platform parameters")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlatformConfig {
     /// Number of PCI segments, 1 to 96.

@@ -16,7 +16,7 @@ pub struct RateLimiterConfig {
 }
 
 /// A rate limit that several disks share.
-#[section(option = "rate-limit-group", about = "Rate Limit Group parameters")]
+#[section(option = "rate-limit-group", about = "Rate limit group parameters")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RateLimitGroupConfig {
     /// Name of the group, by which disks refer to it.

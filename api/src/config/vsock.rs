@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use api_macros::section;
 
 /// The virtio-vsock device: stream connections between the guest and programs of the host.
-#[section(option = "vsock", about = "Virtio VSOCK parameters")]
+#[section(option = "vsock", about = "vsock parameters")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VsockConfig {
     /// Address of the guest, 3 to 4294967294.

@@ -315,7 +315,7 @@ fn help_shows_the_keys_of_a_section_with_their_values() {
     );
     assert_eq!(
         ConsoleConfig::syntax(),
-        "Control (virtio) console: \"off|null|pty|tty|file=<path>|socket=<path>,file_bytes_max=<size>,iommu=on|off,\
+        "Configure the virtio console: \"off|null|pty|tty|file=<path>|socket=<path>,file_bytes_max=<size>,iommu=on|off,\
          id=<device_id>,pci_segment=<segment_id>,pci_device_id=<pci_slot>\""
     );
     // Known only so that they can be rejected by name.
