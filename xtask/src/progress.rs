@@ -1,4 +1,5 @@
-//! Progress of long-running commands with the remaining time: a bar on a terminal, a line every ten seconds in a log.
+//! Shows the progress of long-running commands with the remaining time: a bar on a terminal, a line every ten seconds
+//! in a log.
 //!
 //! Work is a [`Plan`] of concurrent lanes; the tasks of a lane run one after another. Each task has an expected time on
 //! an idle machine with two processors. If a task reports its progress, the estimate uses that. A lane's delay so far

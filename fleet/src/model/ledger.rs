@@ -1,9 +1,9 @@
 //! The memory accounts of a host: total, used, reserved, and callable memory.
 //!
-//! The host's free memory does not show three kinds of memory that the ledger distinguishes. Memory in a balloon is
-//! firm while the guest is honest. The callable liability is memory that a guest never touched, or that it reported and
-//! the VMM discarded. The guest can take it back at memory speed and without notice. Guests take only a measured
-//! quantile of the callable liability simultaneously, and only memory above that quantile is reserved for other VMs.
+//! The ledger distinguishes kinds of memory that the host's free memory does not show. Memory in a balloon is firm
+//! while the guest is honest. The callable liability is memory that a guest never touched, or that it reported and the
+//! VMM discarded. The guest can take it back at memory speed and without notice. Guests take only a measured quantile
+//! of the callable liability simultaneously, and only memory above that quantile is reserved for other VMs.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,8 +1,8 @@
 //! The I/O APIC (Intel 82093AA with the EOI register of later chips), 24 pins.
 //!
 //! Redirection entries are converted to MSIs and delivered one by one. A level-triggered, unmasked entry is also added
-//! to KVM's routing table under its pin number. KVM derives from these routes for which vectors an end of interrupt
-//! must cause an exit (`kvm_scan_ioapic_routes`, arch/x86/kvm/irq.c). Edge-triggered entries need no route.
+//! to KVM's routing table under its pin number. From these routes, KVM derives which vectors must cause an exit at the
+//! end of an interrupt (`kvm_scan_ioapic_routes`, arch/x86/kvm/irq.c). Edge-triggered entries need no route.
 //!
 //! ```text
 //!  line up ─► [masked?] ─ level ─► remote IRR set ─► MSI ─► guest ─► EOI exit

@@ -1,5 +1,5 @@
-//! Unsolicited events of the balloon: its target ([`target`]) and free page reporting ([`reporting`]). Pure, except for
-//! reading the machine.
+//! Unsolicited events of the balloon: its target ([`target`]) and free page reporting ([`reporting`]). The only side
+//! effect is reading the machine.
 
 mod reporting;
 mod target;

@@ -5,7 +5,7 @@
 //! untouched, which finds most errors without sanitizers.
 //!
 //! A canary runs before each target: a false assertion about the same code, with the same committed inputs. If the
-//! fuzzer does not refute it, the target reaches too little code, and its passing is meaningless.
+//! fuzzer does not refute it, the target reaches too little code, and a run without failures proves nothing.
 
 mod build;
 mod coverage;

@@ -1,4 +1,4 @@
-//! Kernel builds: a tree of objects next to the source, its configuration, and `make`.
+//! Runs kernel builds: a tree of objects next to the source, its configuration, and `make`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
