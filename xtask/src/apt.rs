@@ -689,7 +689,7 @@ mod tests {
         absent.args(["LC_ALL=C", "/nonexistent/apt-get"]);
         for command in [absent, Command::new("/nonexistent/apt-get")] {
             let error = format!("{:#}", run_apt(command, "apt-get update").unwrap_err());
-            assert!(error.contains("on Debian only"), "{error}");
+            assert!(error.contains("only on Debian"), "{error}");
         }
         let error = through_sudo("/nonexistent/sudo", "env", "apt-get update").unwrap_err();
         assert!(
