@@ -232,6 +232,15 @@ impl VcpuState {
         }
     }
 
+    /// The nanoseconds from the saved time stamp counter to `tsc`. `None` if the counter or its frequency is unknown.
+    #[must_use]
+    pub fn ns_until(&self, tsc: u64) -> Option<i64> {
+        let khz = i128::from(self.tsc_khz.filter(|khz| *khz > 0)?);
+        let saved = self.msrs.iter().find(|msr| msr.index == MSR_TSC)?;
+        let ticks = i128::from(tsc.wrapping_sub(saved.data).cast_signed());
+        i64::try_from(ticks * 1_000_000 / khz).ok()
+    }
+
     /// Modulo 2^64, as the counter itself; 0 if its frequency is unknown.
     fn ticks(&self, ns: i64) -> u64 {
         let khz = i128::from(self.tsc_khz.unwrap_or(0));

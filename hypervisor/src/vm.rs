@@ -282,8 +282,7 @@ impl Vm {
         self.fd.get_clock().map_err(ioctl("KVM_GET_CLOCK"))
     }
 
-    /// Sets the guest's kvmclock to a value from [`Vm::clock`], so that time during which the machine was paused does
-    /// not pass in the guest.
+    /// Sets the guest's kvmclock, which advances from this value.
     ///
     /// # Errors
     /// `KVM_SET_CLOCK` failed.

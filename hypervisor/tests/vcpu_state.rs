@@ -97,9 +97,11 @@ fn time_stamp_counter_moves_by_its_frequency() {
     state.tsc_khz = Some(2_000_000);
     state.move_tsc(1_000_000_000);
     assert_eq!(tsc(&state), before.wrapping_add(2_000_000_000));
+    assert_eq!(state.ns_until(before), Some(-1_000_000_000));
     state.move_tsc(-1_000_000_500);
     assert_eq!(tsc(&state), before.wrapping_sub(1000));
     state.tsc_khz = None;
+    assert_eq!(state.ns_until(before), None);
     state.move_tsc(i64::MAX);
     assert_eq!(tsc(&state), before.wrapping_sub(1000));
 }

@@ -235,7 +235,7 @@ fn guest_saved_twice_at_work_finishes_in_a_third_machine() {
             at_pause,
             "paused until resumed"
         );
-        machine.vcpus.resume().unwrap();
+        machine.vcpus.resume();
     }
     wait(&told, "the end", |told| told.done.is_some());
     let told = told.0.lock().unwrap();

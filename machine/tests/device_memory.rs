@@ -154,7 +154,7 @@ fn guest_that_touches_what_a_file_no_longer_has_is_stopped_and_the_device_is_nam
     pc.pause().unwrap();
     if failure.can_continue {
         file.as_file().set_len(ALIGN_BYTES).unwrap();
-        pc.resume().unwrap();
+        pc.resume();
     }
     pc.shutdown().unwrap();
     assert_eq!(pc.memory_failure(), None);

@@ -92,6 +92,11 @@ impl Gate {
         self.changed.notify_all();
     }
 
+    /// Control thread: whether no thread may access the guest until [`Wanted`] changes.
+    pub(super) fn is_paused(&self) -> bool {
+        self.lock().wanted == Wanted::Paused
+    }
+
     /// Any thread: lets no thread pass, or again those that may run. The caller kicks the threads if they are held.
     pub(super) fn hold(&self, held: bool) {
         let mut state = self.lock();

@@ -9,6 +9,7 @@
 //! ```
 
 mod brake;
+mod clock;
 mod core_scheduling;
 mod counters;
 mod cpuid;
@@ -17,7 +18,6 @@ mod gate;
 mod host;
 mod hotplug;
 mod hyperv;
-mod paused_clock;
 mod registers;
 mod run;
 mod stall;

@@ -5,8 +5,8 @@ use hypervisor::{ClockState, VcpuState};
 use serde::{Deserialize, Serialize};
 
 use super::CpuError;
+use super::clock;
 use super::gate::Wanted;
-use super::paused_clock::PausedClock;
 use super::vcpus::{Vcpus, vcpu_error};
 
 const PART: Part = parts::VCPUS;
@@ -15,7 +15,7 @@ const PART: Part = parts::VCPUS;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VcpusState {
-    /// A `ClockState`: the guest's clock when it was paused. The time stamp counters are of the same moment.
+    /// A `ClockState`: the guest's clock when it was saved. The time stamp counters are of the same moment.
     pub clock: Saved,
     /// In the order of their index.
     pub vcpus: Vec<IndexedVcpuState>,
@@ -41,7 +41,10 @@ impl Vcpus {
     /// # Errors
     /// [`CpuError::NotPaused`], or KVM refused to read a part.
     pub fn state(&self, vcpus: &[u32]) -> Result<VcpusState, CpuError> {
-        let clock = self.paused_clock.ok_or(CpuError::NotPaused)?;
+        if !self.gate.is_paused() {
+            return Err(CpuError::NotPaused);
+        }
+        let clock = clock::read(&self.vm).map_err(CpuError::Prepare)?;
         let cells = vcpus.iter().map(|vcpu| &self.cells[*vcpu as usize]);
         let vcpus = cells.map(|cell| {
             let vcpu = cell.lock();
@@ -49,38 +52,35 @@ impl Vcpus {
             cell.deliver_nmi(&vcpu);
             let state = vcpu.state(&self.msr_indices);
             let mut state = state.map_err(vcpu_error(cell.index, "save"))?;
-            // The counter runs on during the pause. It is read last: reading the rest takes long.
-            if let Ok(tsc) = vcpu.tsc() {
-                state.set_tsc(tsc);
-            }
-            state.move_tsc(clock.time_since().saturating_neg());
+            // The counter advances during the pause.
+            clock::read_tsc(&self.vm, &vcpu, &clock, &mut state)
+                .map_err(vcpu_error(cell.index, "save"))?;
             Ok(IndexedVcpuState {
                 apic_id: cell.apic_id,
                 state: Saved::of(&state),
             })
         });
         Ok(VcpusState {
-            clock: Saved::of(&clock.state),
+            clock: Saved::of(&clock),
             vcpus: vcpus.collect::<Result<_, CpuError>>()?,
         })
     }
 
     /// Replaces [`Vcpus::configure`] and [`Vcpus::start`]: sets the saved state and starts the threads. They are
-    /// parked; [`Vcpus::resume`] sets the clock and lets them continue. For the guest, the time since the state was saved
-    /// has passed: its time stamp counters have counted on, and its watchdog knows that it did not run.
+    /// parked; [`Vcpus::resume`] lets them continue. For the guest, the time since the state was saved has passed: its
+    /// clock and time stamp counters have advanced by it, and its watchdog knows that it did not run. Returns this time in
+    /// nanoseconds.
     ///
     /// # Errors
     /// The state has another set of vCPUs, KVM rejects a register, or a thread cannot be started.
-    pub fn restore(&mut self, state: &VcpusState) -> Result<(), StateError> {
+    pub fn restore(&mut self, state: &VcpusState) -> Result<u64, StateError> {
         let clock: ClockState = state.clock.read()?;
         let (saved, own) = (state.vcpus.len(), self.cells.len());
         require(saved == own, PART, "vcpus", || {
             format!("are {saved}, the machine has {own}")
         })?;
-        let clock = PausedClock {
-            state: clock,
-            follows_real_time: true,
-        };
+        let host = |error| StateError::host(PART, error);
+        let mut first = None;
         for (cell, saved) in self.cells.iter().zip(&state.vcpus) {
             let (index, own) = (cell.index, cell.apic_id);
             require(saved.apic_id == own, PART, "vcpus", || {
@@ -91,15 +91,20 @@ impl Vcpus {
             })?;
             let saved: VcpuState = saved.state.read()?;
             let vcpu = cell.lock();
-            vcpu.restore_after(&saved, &|| clock.time_since())?;
+            vcpu.restore_after(&saved, &|| clock::since(&clock))?;
             if self.kvmclock_ctrl {
-                let told = vcpu.kvmclock_ctrl();
-                told.map_err(|error| StateError::host(PART, error))?;
+                vcpu.kvmclock_ctrl().map_err(host)?;
             }
+            first.get_or_insert(saved);
         }
-        self.paused_clock = Some(clock);
         self.gate.set(Wanted::Paused);
         self.start_threads()
-            .map_err(|error| StateError::host(PART, error))
+            .map_err(|error| StateError::host(PART, error))?;
+        // Last, so that the time is that of the return.
+        let passed_ns = match (&first, self.cells.first()) {
+            (Some(first), Some(cell)) => clock::restore(&self.vm, &clock, &cell.lock(), first),
+            _ => Ok(0),
+        };
+        passed_ns.map_err(host)
     }
 }

@@ -9,14 +9,12 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use api::config::CpusConfig;
-use hypervisor::bindings::kvm_clock_data;
 use hypervisor::{Kvm, Vm, kick};
 use virtio_devices::worker::{HOST_CPUS_MAX, pin};
 
 use super::core_scheduling::CoreCookies;
 use super::cpuid::{CpuidOptions, GuestCpuid, msr_indices, supported_cpuid};
 use super::gate::{Gate, Wanted};
-use super::paused_clock::PausedClock;
 use super::run::{VcpuCell, VcpusContext, vcpu_thread};
 use super::stall::{StallClock, StallWatch};
 use super::{CpuError, ExitCounters, Topology, registers};
@@ -33,7 +31,7 @@ const APIC_ID_MAX_EXTENDED: u32 = (1 << 15) - 1;
 /// The vCPUs of one machine. Used only by the control thread; dropping stops them.
 #[derive(Debug)]
 pub struct Vcpus {
-    vm: Arc<Vm>,
+    pub(super) vm: Arc<Vm>,
     config: CpusConfig,
     topology: Topology,
     cpuid: GuestCpuid,
@@ -44,7 +42,6 @@ pub struct Vcpus {
     context: VcpusContext,
     cores: Arc<CoreCookies>,
     pub(super) kvmclock_ctrl: bool,
-    pub(super) paused_clock: Option<PausedClock>,
     /// Host-dependent parts of a vCPU's state.
     pub(super) msr_indices: Vec<u32>,
     /// By the index of the vCPU, if memory may run out.
@@ -116,7 +113,6 @@ impl Vcpus {
             context,
             cores: Arc::new(CoreCookies::new(config.core_scheduling)?),
             kvmclock_ctrl: kvm.supports_kvmclock_ctrl(),
-            paused_clock: None,
             msr_indices: msr_indices(kvm, config)?,
             stall_watches: Vec::new(),
             stall_clock: StallClock::default(),
@@ -283,20 +279,19 @@ impl Vcpus {
         ended.map_err(|stuck| stuck_error(stuck, STAND_STILL_DEADLINE))
     }
 
-    /// Takes all vCPUs out of the guest and stops its clock. On an error they continue to run.
+    /// Takes all vCPUs out of the guest. Its clock and time stamp counters advance. On an error the vCPUs continue to run.
     ///
     /// # Errors
     /// [`CpuError::Stuck`], or an error from KVM.
     pub fn pause(&mut self) -> Result<(), CpuError> {
-        let paused = self.pause_and_read_clock();
-        match paused {
-            Ok(clock) => self.paused_clock = Some(PausedClock::of_pause(clock)),
-            Err(_) => self.gate.set(Wanted::Running),
+        let paused = self.try_pause();
+        if paused.is_err() {
+            self.gate.set(Wanted::Running);
         }
-        paused.map(|_clock| ())
+        paused
     }
 
-    fn pause_and_read_clock(&self) -> Result<kvm_clock_data, CpuError> {
+    fn try_pause(&self) -> Result<(), CpuError> {
         self.gate.set(Wanted::Paused);
         self.kick_all();
         self.gate
@@ -309,30 +304,12 @@ impl Vcpus {
                     .map_err(vcpu_error(cell.index, "pause"))?;
             }
         }
-        self.vm.clock().map_err(CpuError::Prepare)
+        Ok(())
     }
 
-    /// Resumes the vCPUs; the guest's clock continues at the time of the pause, or of the present after a restore.
-    ///
-    /// # Errors
-    /// KVM rejected the clock; the vCPUs stay paused.
-    pub fn resume(&mut self) -> Result<(), CpuError> {
-        self.resume_clock()?;
+    /// Lets the vCPUs continue. For the guest, the time of the pause has passed.
+    pub fn resume(&mut self) {
         self.gate.set(Wanted::Running);
-        Ok(())
-    }
-
-    /// The part of [`Vcpus::resume`] that can fail. The guest's clock runs afterwards. Idempotent.
-    ///
-    /// # Errors
-    /// As [`Vcpus::resume`].
-    pub fn resume_clock(&mut self) -> Result<(), CpuError> {
-        if let Some(clock) = self.paused_clock {
-            let clock = clock.to_resume();
-            self.vm.set_clock(&clock).map_err(CpuError::Prepare)?;
-            self.paused_clock = None;
-        }
-        Ok(())
     }
 
     /// Requests a non-maskable interrupt on every vCPU that the guest has started, and returns immediately.

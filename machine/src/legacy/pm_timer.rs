@@ -23,6 +23,16 @@ impl State for PmTimerState {
     const PART: Part = parts::PM_TIMER;
 }
 
+impl PmTimerState {
+    /// The state after more time has passed.
+    #[must_use]
+    pub fn after(self, passed_ns: u64) -> Self {
+        Self {
+            elapsed_ns: self.elapsed_ns.wrapping_add(passed_ns),
+        }
+    }
+}
+
 /// A 32-bit counter at 3.579545 MHz.
 #[derive(Debug)]
 pub struct PmTimer {
@@ -104,9 +114,11 @@ mod tests {
         });
         let elapsed_ns = timer.state().elapsed_ns;
         assert!((HOUR_NS..2 * HOUR_NS).contains(&elapsed_ns), "{elapsed_ns}");
-        timer.restore(PmTimerState {
+        let last = PmTimerState {
             elapsed_ns: u64::MAX,
-        });
+        };
+        assert_eq!(last.after(HOUR_NS).elapsed_ns, HOUR_NS - 1, "it wraps");
+        timer.restore(last);
         timer.read(0, &mut [0; 4]);
     }
 

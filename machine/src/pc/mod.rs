@@ -335,17 +335,12 @@ impl Pc {
     }
 
     /// Undoes [`Pc::pause`].
-    ///
-    /// # Errors
-    /// KVM rejected the guest's clock; the machine stays paused.
-    pub fn resume(&mut self) -> Result<(), PcError> {
-        // First, because only this step can fail.
-        self.vcpus.resume_clock().map_err(PcError::Cpu)?;
+    pub fn resume(&mut self) {
         self.paused = false;
         for plugged in &self.plugged {
             plugged.function.resume();
         }
-        self.vcpus.resume().map_err(PcError::Cpu)
+        self.vcpus.resume();
     }
 
     /// Stops the vCPUs, and begins to stop the devices, for which the drop waits.

@@ -124,6 +124,8 @@ impl Pc {
         if leaving > 0 {
             return Err(PcError::LeavingVcpus { count: leaving });
         }
+        // Directly before the guest's other clocks.
+        let pm_timer = chassis.pm_timer.state();
         let vcpus = self.vcpus.state(&chassis.cpu_hotplug.present_vcpus());
         Ok(PcState {
             memory: Saved::of(&self.memory.state()),
@@ -140,7 +142,7 @@ impl Pc {
             pvpanic: self.pvpanic.as_ref().map(|it| Saved::of(&it.state())),
             serial: self.serial.as_ref().map(|uart| Saved::of(&uart.state())),
             cmos: Saved::of(&chassis.cmos.state()),
-            pm_timer: Saved::of(&chassis.pm_timer.state()),
+            pm_timer: Saved::of(&pm_timer),
             ged: Saved::of(&chassis.ged.state()),
             has_generation_id: self.has_generation_id,
         })
@@ -199,7 +201,7 @@ impl Pc {
     pub fn restore(&mut self, state: &PcState, moved: bool) -> Result<(), PcError> {
         self.paused = true;
         self.restore_chips(state)
-            .and_then(|()| self.vcpus.restore(&state.vcpus.read::<VcpusState>()?))
+            .and_then(|()| self.restore_time(state))
             .map_err(PcError::State)?;
         self.has_generation_id = state.has_generation_id;
         if moved || !state.has_generation_id {
@@ -209,6 +211,15 @@ impl Pc {
         // After the vCPUs: restoring their interrupt controllers would lose it.
         let ged = &self.chassis.ged;
         ged.announce_generation().map_err(PcError::Generation)
+    }
+
+    /// Restores vCPUs and clocks, which advance together.
+    fn restore_time(&mut self, state: &PcState) -> Result<(), StateError> {
+        let timer: PmTimerState = state.pm_timer.read()?;
+        let vcpus: VcpusState = state.vcpus.read()?;
+        let passed_ns = self.vcpus.restore(&vcpus)?;
+        self.chassis.pm_timer.restore(timer.after(passed_ns));
+        Ok(())
     }
 
     fn restore_chips(&self, state: &PcState) -> Result<(), StateError> {
@@ -238,8 +249,6 @@ impl Pc {
         }
         chassis.ioapic.restore(&state.ioapic.read()?)?;
         chassis.cmos.restore(&state.cmos.read::<CmosState>()?)?;
-        let timer = state.pm_timer.read::<PmTimerState>()?;
-        chassis.pm_timer.restore(timer);
         chassis.ged.restore(&state.ged.read::<GedState>()?)?;
         match (&self.serial, &state.serial) {
             (Some(uart), Some(saved)) => uart.restore(&saved.read()?),

@@ -226,7 +226,7 @@ fn pause_guest_that_computes_or_waits_stands_still() {
     machine.vcpus.start().unwrap();
     for _ in 0..3 {
         machine.vcpus.pause().unwrap();
-        machine.vcpus.resume().unwrap();
+        machine.vcpus.resume();
     }
     machine.vcpus.pause().unwrap();
     machine.vcpus.stop().unwrap();
@@ -272,7 +272,7 @@ fn brake_holds_a_guest_that_computes_and_releases_it_when_dropped() {
     brake.hold();
     machine.vcpus.pause().unwrap();
     let held = count();
-    machine.vcpus.resume().unwrap();
+    machine.vcpus.resume();
     assert_eq!(count(), held);
     drop(brake);
     wait_until("the guest counts after the brake", || count() != held);
@@ -311,7 +311,7 @@ fn pause_guest_that_reads_ports_without_end_makes_no_more_accesses() {
                 std::thread::yield_now();
             }
             assert_eq!(reads(), paused, "a paused guest reads on");
-            machine.vcpus.resume().unwrap();
+            machine.vcpus.resume();
         }
         machine.vcpus.stop().unwrap();
     }
@@ -336,7 +336,7 @@ fn nmi_reaches_the_vcpu_that_runs_and_leaves_others_asleep() {
     machine.vcpus.pause().unwrap();
     machine.vcpus.nmi();
     assert!(machine.events.try_recv().is_err(), "a paused vCPU ran");
-    machine.vcpus.resume().unwrap();
+    machine.vcpus.resume();
     assert_eq!(
         machine.events.recv_timeout(DEADLINE).unwrap(),
         GuestEvent::Reset

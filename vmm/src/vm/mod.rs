@@ -301,7 +301,8 @@ impl Machine for Vm {
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
-        self.pc.resume().map_err(VmError::Pc)
+        self.pc.resume();
+        Ok(())
     }
 
     fn shutdown(mut self: Box<Self>) -> Result<(), VmError> {

@@ -106,9 +106,7 @@ pub(crate) fn restored(url: &str, options: &str) -> Result<Vmm> {
 /// Errors of a guest's kernel that a pause or a new process can cause: lost memory, a clock that is wrong or jumped, a
 /// device that does not answer.
 const COMPLAINTS: &str =
-    "corruption|bit error|BUG|Oops|Bad page|WARNING|stall|lockup|I/O error|timeout";
-/// The guest has given up a clock that disagrees with another one.
-const UNSTABLE: &str = "unstable";
+    "corruption|bit error|BUG|Oops|Bad page|WARNING|stall|unstable|lockup|I/O error|timeout";
 
 /// Empties the log of the guest's kernel, which complains of an emulated processor when it boots.
 pub(crate) fn forget_complaints(guest: &mut Guest) -> Result<()> {
@@ -117,21 +115,8 @@ pub(crate) fn forget_complaints(guest: &mut Guest) -> Result<()> {
 
 /// The guest's kernel must have logged no such error since.
 pub(crate) fn expect_no_complaint(guest: &mut Guest) -> Result<()> {
-    expect_none(guest, &format!("{COMPLAINTS}|{UNSTABLE}"))
-}
-
-/// The same after a move to another host. On an emulated one, Linux then often finds its time stamp counter unstable, a
-/// defect that is known; it is printed.
-pub(crate) fn expect_no_complaint_but_tsc(guest: &mut Guest) -> Result<()> {
-    if expect_none(guest, UNSTABLE).is_err() {
-        println!("     the guest has given up its time stamp counter as a clock");
-    }
-    expect_none(guest, COMPLAINTS)
-}
-
-fn expect_none(guest: &mut Guest, complaints: &str) -> Result<()> {
     // The guest searches: the port is slow, and the log long.
-    let found = guest.shell(&format!("! dmesg | grep -E '{complaints}'"));
+    let found = guest.shell(&format!("! dmesg | grep -E '{COMPLAINTS}'"));
     found.context("the guest's kernel complains").map(drop)
 }
 
