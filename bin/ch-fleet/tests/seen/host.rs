@@ -1,4 +1,4 @@
-//! An agent as a process, with fake VMMs in this one.
+//! An agent as a separate process, with fake VMMs in the process of the test.
 
 use std::fs;
 use std::io::{Read, Write};
