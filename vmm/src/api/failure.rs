@@ -23,10 +23,20 @@ pub(super) fn answer<E: Error + 'static>(status: Status, error: E) -> Answer {
     Answer::error(status, &ErrorBody::new(&ApiError(error)))
 }
 
+/// The cause that decides the status: a snapshot of a running VM fails with what the control thread could not do.
+fn deciding(cause: &LifecycleError) -> &LifecycleError {
+    match cause {
+        LifecycleError::Snapshot(SnapshotError::Owner(source)) => {
+            source.downcast_ref().unwrap_or(cause)
+        }
+        _ => cause,
+    }
+}
+
 /// The response to a request that failed.
 pub(super) fn request_failed(error: RequestError) -> Answer {
     let names_device = error.endpoint.adds_device() || error.endpoint == Endpoint::VmRestore;
-    let status = match &error.cause {
+    let status = match deciding(&error.cause) {
         LifecycleError::VmNotCreated | LifecycleError::VmMissingConfig => Status::NotFound,
         LifecycleError::ConfigValidation(
             ValidationError::IdentifierNotUnique { .. }
@@ -141,6 +151,7 @@ mod tests {
             })
         };
         let on_restore = |error| LifecycleError::Machine(VmError::Snapshot(error));
+        let of_owner = |error| LifecycleError::Snapshot(SnapshotError::Owner(Box::new(error)));
         let in_pc = |error| LifecycleError::Machine(VmError::Pc(error));
         let id = || "_disk0".to_owned();
         let device = || PcError::Device {
@@ -170,6 +181,8 @@ mod tests {
         let cases = [
             (save, LifecycleError::ResetPending, 429),
             (save, in_pc(PcError::Leaving { id: id() }), 429),
+            (save, of_owner(in_pc(PcError::Leaving { id: id() })), 429),
+            (save, of_owner(LifecycleError::VmNotRunning), 500),
             (save, file(io::ErrorKind::StorageFull), 500),
             (
                 save,
