@@ -1,7 +1,13 @@
 //! Control groups of version 2: a host of limited memory.
 
-use std::fs;
+// UNSAFETY: a program that is about to start moves itself, before it has memory of its own.
+#![allow(unsafe_code)]
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result};
@@ -47,6 +53,18 @@ impl Group {
     /// There is no such process.
     pub fn add(&self, pid: u32) -> Result<()> {
         fs::write(self.0.join("cgroup.procs"), pid.to_string()).context("cgroup.procs")
+    }
+
+    /// Makes a program start in the group, so that all its memory is charged to it.
+    ///
+    /// # Errors
+    /// The group was removed.
+    pub fn enter(&self, command: &mut Command) -> Result<()> {
+        let mut options = File::options();
+        let members = options.write(true).open(self.0.join("cgroup.procs"))?;
+        // SAFETY: the closure makes one system call and allocates nothing.
+        unsafe { command.pre_exec(move || (&members).write_all(b"0")) };
+        Ok(())
     }
 
     /// Number of processes that the kernel killed because it was out of memory.

@@ -15,6 +15,9 @@ const PROC: &str = "/proc/self";
 const GROUPS: &str = "/sys/fs/cgroup";
 /// Maximum length of a file that is read; `memory.stat` has some 2 KiB.
 const FILE_BYTES_MAX: u64 = 64 << 10;
+/// Memory that a process may map although it is charged elsewhere: its program on a file system in memory, and pages that
+/// are unmapped between the two figures.
+const ELSEWHERE_MAX: u64 = 32 << 20;
 
 /// The files of the process's group, which it cannot open any more once it is confined.
 static GROUP: Mutex<Option<Group>> = Mutex::new(None);
@@ -56,7 +59,8 @@ impl OwnMemory {
     /// than it maps, the rest is charged to an earlier one.
     fn of(charge: Option<u64>, status: &str) -> Self {
         let mapped = kib(status, "RssAnon:") + kib(status, "RssShmem:");
-        match charge.filter(|bytes| *bytes >= mapped) {
+        let least = mapped.saturating_sub(ELSEWHERE_MAX);
+        match charge.filter(|bytes| *bytes >= least) {
             Some(bytes) => Self {
                 bytes,
                 method: "cgroup",
@@ -206,8 +210,8 @@ mod tests {
         let status = "VmRSS:\t  307200 kB\nRssAnon:\t  204800 kB\nRssShmem:\t  51200 kB\n";
         for (charge, bytes, method) in [
             (Some(600 * MIB), 600 * MIB, "cgroup"),
-            (Some(250 * MIB), 250 * MIB, "cgroup"),
-            (Some(249 * MIB), 300 * MIB, "process"),
+            (Some(218 * MIB), 218 * MIB, "cgroup"),
+            (Some(217 * MIB), 300 * MIB, "process"),
             (Some(0), 300 * MIB, "process"),
             (None, 300 * MIB, "process"),
         ] {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::MIB;
+use integration_tests::control_group::Group;
 use integration_tests::linux::{Guest, Machine};
 use integration_tests::outcome::{Outcome, Test};
 use integration_tests::tests;
@@ -13,6 +14,7 @@ use serde_json::{Value, json};
 pub(crate) fn tests() -> Vec<Test> {
     tests![
         balloon_gives_way_before_the_guest_runs_out_of_memory,
+        charge_falls_when_a_guest_returns_parts_of_huge_pages,
         reporting_private_memory_comes_back,
         reporting_shared_memory_comes_back,
         hinting_gives_free_memory_back_and_leaves_used_memory_alone,
@@ -135,6 +137,90 @@ fn balloon_gives_way_before_the_guest_runs_out_of_memory() -> Result<Outcome> {
         ballooned / MIB
     );
     Ok(Outcome::Passed)
+}
+
+/// Memory of a guest, as the host shows it.
+struct Held {
+    /// From the page tables.
+    resident: u64,
+    /// Charged to the VMM's control group.
+    charged: u64,
+}
+
+impl Held {
+    fn by(guest: &Guest) -> Result<Self> {
+        let stats = guest.vmm.get("vm.reclaim-stats")?;
+        ensure!(stats["charged_method"] == "cgroup", "{stats:#}");
+        let bytes = |name: &str| stats[name].as_u64().with_context(|| stats.to_string());
+        Ok(Self {
+            resident: bytes("resident_bytes")?,
+            charged: bytes("charged_bytes")?,
+        })
+    }
+}
+
+/// The kernel keeps a huge page as long as a part of it is in use, unless the VMM has it split. Residency does not show
+/// that.
+fn charge_falls_when_a_guest_returns_parts_of_huge_pages() -> Result<Outcome> {
+    const USED: u64 = 320 * MIB;
+    /// Less than the guest frees.
+    const RETURNED: u64 = 128 * MIB;
+    const RETURNED_AT_LEAST: u64 = 96 * MIB;
+    /// The VMM's own memory.
+    const OWN_MAX: u64 = 48 * MIB;
+    if !Group::is_possible() {
+        let why = "control groups of this host do not account for memory";
+        return Ok(Outcome::Skipped(why.to_owned()));
+    }
+    let group = Group::new(1024 * MIB)?;
+    let mut entered = Ok(());
+    let vmm = WITH_BALLOON.start_with(|command| entered = group.enter(command))?;
+    entered?;
+    let mut guest = Guest::on_socket(vmm, "serial.sock")?;
+    guest.wait_init()?;
+    guest.wait_serving()?;
+    guest.command(&format!("alloc {USED} seed=11"))?;
+    let huge = huge_page_bytes(&guest)?;
+    if huge < USED / 2 {
+        let why = format!("the host gave the guest {} MiB of huge pages", huge / MIB);
+        return Ok(Outcome::Skipped(why));
+    }
+    guest.command("pick 0 4K")?;
+    let before = Held::by(&guest)?;
+    guest.command("drop 0")?;
+    // Linux gives a balloon single pages before it divides larger free blocks.
+    resize(&guest, RETURNED)?;
+    wait_actual(&guest, 512 * MIB - RETURNED)?;
+    let after = Held::by(&guest)?;
+    let partial = figure(&guest, "/inflate/discarded_partial_bytes")?;
+    let resident = before.resident.saturating_sub(after.resident);
+    let charged = before.charged.saturating_sub(after.charged);
+    println!(
+        "     {} MiB of parts of huge pages: {} MiB less resident, {} MiB less charged",
+        partial / MIB,
+        resident / MIB,
+        charged / MIB
+    );
+    ensure!(partial >= RETURNED_AT_LEAST, "{partial} bytes in parts");
+    ensure!(resident >= RETURNED_AT_LEAST, "{resident} bytes less");
+    ensure!(charged >= RETURNED_AT_LEAST, "{charged} bytes less charged");
+    ensure!(after.charged <= after.resident + OWN_MAX);
+    resize(&guest, 0)?;
+    wait_actual(&guest, 512 * MIB)?;
+    guest.command("refill 0")?;
+    guest.command("verify")?;
+    guest.end_cleanly()?;
+    Ok(Outcome::Passed)
+}
+
+/// Memory that the VMM's process has in transparent huge pages.
+fn huge_page_bytes(guest: &Guest) -> Result<u64> {
+    let path = format!("/proc/{}/smaps_rollup", guest.vmm.pid());
+    let text = std::fs::read_to_string(path)?;
+    let mut lines = text.lines();
+    let line = lines.find_map(|line| line.strip_prefix("AnonHugePages:"));
+    let kib = line.and_then(|line| line.split_whitespace().next());
+    Ok(kib.context("no AnonHugePages")?.parse::<u64>()? << 10)
 }
 
 fn alert_and_target_are_told_as_memory_goes_and_comes_back() -> Result<Outcome> {
