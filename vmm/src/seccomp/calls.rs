@@ -56,6 +56,7 @@ mod values {
     pub(super) const STREAM: c_int = SOCK_STREAM | SOCK_CLOEXEC;
     pub(super) const NO_FLAGS: c_int = 0;
     pub(super) const THIS_PROCESS: pid_t = 0;
+    pub(super) const NO_ADDRESS: c_int = 0;
     /// As in linux/fcntl.h.
     pub(super) const F_SETOWN_EX: c_int = 15;
     /// As in asm/prctl.h.
@@ -167,14 +168,16 @@ const FILTERS: &[Call] = calls![
     SYS_seccomp [0 is SECCOMP_SET_MODE_FILTER],
 ];
 
-/// Transfers bytes over a connected socket or a terminal.
+/// Accepts the clients of a listener.
+const ACCEPTS: &[Call] = calls![SYS_accept4];
+
+/// Transfers bytes over a connected socket.
 const SOCKET_IO: &[Call] = calls![
-    SYS_accept4,
     SYS_getsockopt,
     SYS_recvfrom,
     SYS_recvmsg,
     SYS_sendmsg,
-    SYS_sendto,
+    SYS_sendto [5 is NO_ADDRESS],
     SYS_shutdown,
 ];
 
@@ -314,6 +317,7 @@ pub(super) fn own(kind: ThreadKind) -> Vec<&'static [Call]> {
             CONFINES,
             STARTS_THREADS,
             FILTERS,
+            ACCEPTS,
             SOCKET_IO,
             DISCARD,
             DISK_IO,
@@ -321,13 +325,14 @@ pub(super) fn own(kind: ThreadKind) -> Vec<&'static [Call]> {
             RESIDENCY,
             TCP,
         ],
-        ThreadKind::HttpServer => &[SOCKET_IO, STARTS_THREADS, FILTERS],
+        ThreadKind::HttpServer => &[ACCEPTS, SOCKET_IO, STARTS_THREADS, FILTERS],
         ThreadKind::ApiQuery => &[RESIDENCY, READ_FILES, calls![SYS_eventfd2]],
         ThreadKind::EventMonitor => &[],
         ThreadKind::Thresholds => &[RESIDENCY, READ_FILES],
         // Connects to the peer, reads RAM and discards parts of it. Its threads for further connections have its filter.
         ThreadKind::Migration => &[
             STARTS_THREADS,
+            ACCEPTS,
             SOCKET_IO,
             CLEANUP,
             RESIDENCY,
@@ -361,9 +366,9 @@ pub(super) fn own(kind: ThreadKind) -> Vec<&'static [Call]> {
 
 fn of_machine(thread: MachineThread) -> &'static [&'static [Call]] {
     match thread {
-        // Serial output leaves on the vCPU thread; MSI-X vectors get their descriptors when the guest unmasks them.
+        // Serial output leaves on the vCPU thread, by `write`; MSI-X vectors get their descriptors when the guest unmasks
+        // them.
         MachineThread::Vcpu => &[
-            SOCKET_IO,
             calls![SYS_eventfd2, SYS_prctl [0 is PR_SCHED_CORE]],
             // Registers of assigned devices that are not mapped.
             calls![SYS_pread64, SYS_pwrite64],
@@ -377,22 +382,24 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [Call]] {
             SYS_unlink,
         ]],
         // The console's socket is removed here if a client connects just as the control thread closes it.
+        // Input of a console goes through a pair of sockets.
         MachineThread::Serial => &[
-            SOCKET_IO,
+            ACCEPTS,
             TIMERS,
-            calls![SYS_eventfd2, SYS_statx, SYS_unlink],
+            calls![SYS_eventfd2, SYS_sendto [5 is NO_ADDRESS], SYS_statx, SYS_unlink],
         ],
         MachineThread::Worker(DeviceKind::Balloon) => &[DISCARD, TIMERS, RESIDENCY],
         MachineThread::Worker(DeviceKind::Mem) => &[DISCARD],
         MachineThread::Worker(DeviceKind::Block) => &[DISK_IO, TIMERS],
-        MachineThread::Worker(DeviceKind::Net) => &[SOCKET_IO, TIMERS],
+        MachineThread::Worker(DeviceKind::Net) => &[TIMERS],
         MachineThread::Worker(DeviceKind::Rng) => &[TIMERS, calls![SYS_pread64]],
-        MachineThread::Worker(DeviceKind::Console) => &[SOCKET_IO, TIMERS],
+        MachineThread::Worker(DeviceKind::Console) => &[TIMERS],
         MachineThread::Worker(DeviceKind::Watchdog) => &[TIMERS],
         // Requests and faults need no further call but `ioctl`; an assigned device has no worker.
         MachineThread::Worker(DeviceKind::Iommu | DeviceKind::Assigned) => &[],
         // Connects to the back end, or waits for it on a socket, which it removes when it ends.
         MachineThread::Worker(DeviceKind::VhostUser) => &[
+            ACCEPTS,
             SOCKET_IO,
             CLEANUP,
             TIMERS,
@@ -401,6 +408,7 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [Call]] {
         MachineThread::Worker(DeviceKind::Pmem) => &[calls![SYS_fdatasync]],
         // Connects to programs of the host, and removes its socket when it ends.
         MachineThread::Worker(DeviceKind::Vsock) => &[
+            ACCEPTS,
             SOCKET_IO,
             CLEANUP,
             TIMERS,

@@ -357,6 +357,39 @@ fn forbidden() -> Vec<Forbidden> {
             [-1, 0x4020_ae46, 0, 0, 0, 0],
         ),
         call(
+            "accept4",
+            |kind| {
+                let may = [DeviceKind::VhostUser, DeviceKind::Vsock]
+                    .map(MachineThread::Worker)
+                    .into_iter()
+                    .chain([MachineThread::Serial])
+                    .map(ThreadKind::Machine)
+                    .chain([
+                        ThreadKind::Control,
+                        ThreadKind::HttpServer,
+                        ThreadKind::Migration,
+                    ]);
+                !may.into_iter().any(|may| may == kind)
+            },
+            libc::SYS_accept4,
+            [-1, 0, 0, 0, 0, 0],
+        ),
+        call("sendto", every, libc::SYS_sendto, [-1, 0, 0, 0, path, 16]),
+        call(
+            "sendmsg",
+            |kind| {
+                let may_not = [
+                    MachineThread::Vcpu,
+                    MachineThread::Serial,
+                    MachineThread::Worker(DeviceKind::Console),
+                    MachineThread::Worker(DeviceKind::Net),
+                ];
+                may_not.map(ThreadKind::Machine).contains(&kind)
+            },
+            libc::SYS_sendmsg,
+            [-1, 0, 0, 0, 0, 0],
+        ),
+        call(
             "memfd_create",
             but_control,
             libc::SYS_memfd_create,
