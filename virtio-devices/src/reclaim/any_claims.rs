@@ -2,16 +2,22 @@
 //!
 //! The bytes describe the regions of guest RAM, and then batches of claims. After each batch:
 //!
-//! * exactly the pages that the rule selects are discarded ([`discard_and_check_on`]);
-//! * the resident memory of each region has fallen by what the engine has discarded there.
+//! * exactly the pages that the rule selects are discarded ([`discard_and_check_on`]), and none that a device can access;
+//! * the resident memory of each region has fallen by what the engine has discarded there;
+//! * the pages that would be saved are those that are resident.
+//!
+//! While discarding is disabled, no page is discarded.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
-use vm_memory::GuestAddressSpace as _;
+use vm_memory::{GuestAddress, GuestAddressSpace as _, GuestMemoryBackend as _};
 
 use super::guarded_ram::{GuardedRam, HUGE_PAGE_PAGES, Kind, PAGE, RamArea, discard_and_check_on};
 use super::pagemap::Pagemap;
-use super::{DiscardEngine, Expected, GuestRange, ResidencyProbe, smallest_reclaimable_page_bytes};
+use super::{
+    DiscardEngine, DiscardSwitch, Expected, GuestRange, InhibitReason, ResidencyProbe,
+    SkippedBytes, smallest_reclaimable_page_bytes,
+};
 use crate::testing::fuzz_input::Input;
 
 const AREAS_MAX: u8 = 4;
@@ -46,22 +52,30 @@ pub fn run(bytes: &[u8]) -> Seen {
     let options = input.byte();
     let areas = areas(&mut input);
     let guarded = GuardedRam::try_new(&areas).expect("memory can be mapped");
+    let switch = Arc::<DiscardSwitch>::default();
     let mut engine = if options & 1 == 0 {
-        DiscardEngine::new(Default::default())
+        DiscardEngine::new(Arc::clone(&switch))
     } else {
-        DiscardEngine::without_vectors(Default::default())
+        DiscardEngine::without_vectors(Arc::clone(&switch))
     };
-    let pagemap = if options & 2 == 0 {
-        Pagemap::open()
+    let open = if options & 2 == 0 {
+        Pagemap::open
     } else {
-        Pagemap::open_without_scan()
+        Pagemap::open_without_scan
     };
-    let pagemap = pagemap.expect("every process has a page map");
-    let probe = ResidencyProbe::with_pagemap(guarded.ram.clone(), pagemap);
+    let pagemap = || open().expect("every process has a page map");
+    let probe = ResidencyProbe::with_pagemap(guarded.ram.clone(), pagemap());
     let pages_end = areas
         .last()
         .map_or(0, |area| area.guest_page + area.pages as u64);
+    let mapped: Vec<_> = (0..options >> 3 & 3)
+        .map(|_| claim(&mut input, pages_end))
+        .map(|it| it.start..it.start.saturating_add(it.bytes))
+        .collect();
+    let book = guarded.ram.dma_mapped();
+    mapped.iter().for_each(|range| book.hold(range));
     let mut seen = Seen::default();
+    let mut skipped = SkippedBytes::default();
     for _ in 0..BATCHES_MAX {
         if input.is_empty() {
             break;
@@ -76,14 +90,33 @@ pub fn run(bytes: &[u8]) -> Seen {
         let smallest = smallest_reclaimable_page_bytes(&guarded.ram.memory(), expected);
         assert!(smallest.is_none_or(|bytes| bytes >= PAGE as u64));
         let before = held(&probe);
-        let outcome = discard_and_check_on(&guarded, &mut engine, &claims, expected, |engine| {
+        if options & 4 != 0 {
+            let _guard = switch.inhibit(InhibitReason::PinnedMemory);
+            let outcome = engine.discard(&guarded.ram, &mut claims.clone(), expected);
+            assert_eq!(outcome.skipped.total(), outcome.requested.bytes);
+            assert_eq!(before, held(&probe));
+        }
+        let check = |engine: &DiscardEngine| {
             check_residency(&areas, &before, &held(&probe), engine);
-        });
+            check_held(&guarded, &areas, &held(&probe), &pagemap());
+        };
+        let outcome =
+            discard_and_check_on(&guarded, &mut engine, &claims, expected, &mapped, check);
+        skipped.add_all(&outcome.skipped);
         seen.discarded += outcome.discarded.bytes;
         seen.partial += outcome.partial_bytes;
         seen.skipped += outcome.skipped.total();
         seen.failed += outcome.failed.bytes;
         guarded.refill();
+    }
+    mapped.iter().for_each(|range| book.release(range));
+    let by_reason: u64 = skipped.iter().map(|(_, bytes)| bytes).sum();
+    assert_eq!(by_reason, seen.skipped);
+    // The second one may be the first one again.
+    let samples = [probe.sample(), probe.sample()].map(|it| it.expect("the page map can be read"));
+    for sample in samples {
+        let in_ram = sample.configured_bytes - sample.reclaimed_bytes();
+        assert_eq!(in_ram, sample.resident_bytes);
     }
     seen
 }
@@ -112,6 +145,23 @@ fn check_residency(areas: &[RamArea], before: &[u64], after: &[u64], engine: &Di
             Kind::Transparent => assert!(fallen.is_some(), "{area:?}"),
             _ => assert_eq!(fallen, Some(discarded), "{area:?}"),
         }
+    }
+}
+
+/// Only pages in RAM or in swap would be saved.
+fn check_held(guarded: &GuardedRam, areas: &[RamArea], held: &[u64], pagemap: &Pagemap) {
+    let memory = guarded.ram.memory();
+    for (area, held) in areas.iter().zip(held) {
+        if !matches!(area.kind, Kind::Anonymous) {
+            continue;
+        }
+        let start = GuestAddress(area.guest_page * PAGE as u64);
+        let at = memory.get_host_address(start).expect("an area");
+        let mut pages = vec![false; area.pages];
+        let marked = pagemap.mark_held(at as u64, &mut pages);
+        marked.expect("the page map can be read");
+        let count = pages.iter().filter(|held| **held).count();
+        assert_eq!((count * PAGE) as u64, *held, "{area:?}");
     }
 }
 

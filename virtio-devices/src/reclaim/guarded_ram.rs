@@ -9,6 +9,7 @@
 use std::ffi::c_void;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::FromRawFd;
 use std::os::unix::fs::FileExt;
 
@@ -231,12 +232,13 @@ pub fn discard_and_check(
         engine,
         claims,
         expected,
+        &[],
         |_| (),
     ))
 }
 
-/// As [`discard_and_check`], on memory that is there. `before_check` gets the outcome before the memory is read, which
-/// maps pages.
+/// As [`discard_and_check`], on memory that is there, of which devices can access `mapped`. `before_check` gets the
+/// outcome before the memory is read, which maps pages.
 ///
 /// # Panics
 /// As [`discard_and_check`].
@@ -245,6 +247,7 @@ pub fn discard_and_check_on(
     engine: &mut DiscardEngine,
     claims: &[GuestRange],
     expected: Expected,
+    mapped: &[Range<u64>],
     before_check: impl FnOnce(&DiscardEngine),
 ) -> Outcome {
     let mut sorted = claims.to_vec();
@@ -259,7 +262,10 @@ pub fn discard_and_check_on(
         for page in 0..area.pages {
             let unit = area.kind.unit_pages();
             let first = page - page % unit;
-            if !given_up[first..first + unit].iter().all(|page| *page) {
+            let start = (area.guest_page + first as u64) * PAGE as u64;
+            let end = start + (unit * PAGE) as u64;
+            let is_mapped = mapped.iter().any(|it| it.start < end && start < it.end);
+            if is_mapped || !given_up[first..first + unit].iter().all(|page| *page) {
                 continue;
             }
             match area.kind {
