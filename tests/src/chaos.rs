@@ -14,10 +14,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 use strum::VariantArray as _;
 
 use crate::MIB;
+use crate::descriptors::open_tap;
 use crate::literal_client::{Answer, request};
 use crate::migration::move_in_vain;
 use crate::random::Random;
@@ -28,15 +30,21 @@ const CLIENTS: u64 = 3;
 /// Disks that each client plugs and unplugs.
 const DISKS_PER_CLIENT: u64 = 2;
 /// Changes that each client makes while the guest makes one round, after the first of each kind.
-const ACTIONS_PER_ROUND: u64 = 16;
+const ACTIONS_PER_ROUND: u64 = 4;
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
+/// Attempts of a client to save the paused machine.
+const SNAPSHOT_ATTEMPTS: u32 = 8;
 /// Time for the guest to release devices and processors.
 const SETTLE_DEADLINE: Duration = Duration::from_secs(300);
 /// Another client may have resumed the machine, and the test may be rebooting or moving it. Upstream's status for that is
 /// 500.
-const REFUSALS: [&str; 3] = [
+const REFUSALS: [&str; 7] = [
     "Invalid VM state transition",
     "VM is not running",
+    "pause it before it is saved",
+    "The VM is being saved",
+    "The snapshot was cancelled because the VM ended or was reset",
+    "The VM already has a vsock device",
     REFUSAL_OF_MOVE,
 ];
 const REFUSAL_OF_MOVE: &str = "The VM is being migrated";
@@ -45,6 +53,11 @@ const RELEASE_DEADLINE: Duration = SETTLE_DEADLINE;
 
 /// Data that a migration has sent when it breaks: less than any guest has.
 const MOVED_BYTES_MAX: u64 = 1_000_000;
+
+/// The identifier of the disk that the guest verifies. Clients change only its rate limit.
+pub const KEPT_DISK: &str = "kept";
+/// Size of the clients' disks, at least and at most. The guest may write to the beginning.
+const DISK_MIB: (u64, u64) = (1, 32);
 
 /// The limits of the changes.
 #[derive(Debug, Clone)]
@@ -55,6 +68,30 @@ pub struct Limits {
     pub ram_mib: (u64, u64),
     /// The largest balloon, bytes.
     pub balloon_bytes: u64,
+    /// Whether the host lets the VMM create taps.
+    pub has_taps: bool,
+}
+
+impl Limits {
+    fn actions(&self) -> Vec<Action> {
+        let all = Action::VARIANTS.iter().copied();
+        let needs_tap = |action| matches!(action, Action::AddNet | Action::RemoveNet);
+        all.filter(|action| self.has_taps || !needs_tap(*action))
+            .collect()
+    }
+}
+
+/// Whether the host lets this process create taps; if not, prints the reason.
+#[must_use]
+pub fn host_has_taps() -> bool {
+    let name = format!("chaos{}", std::process::id());
+    match open_tap(&name) {
+        Ok(_) => true,
+        Err(error) => {
+            println!("     no interfaces are plugged: {error:#}");
+            false
+        }
+    }
 }
 
 /// One action of a client.
@@ -65,9 +102,18 @@ enum Action {
     Vcpus,
     Ram,
     AddDisk,
+    ResizeDisk,
     RemoveDisk,
+    AddNet,
+    RemoveNet,
+    AddVsock,
+    RemoveVsock,
     AddPmem,
     RemovePmem,
+    LimitRate,
+    CoreDump,
+    Snapshot,
+    LiveSnapshot,
     Read,
 }
 
@@ -87,9 +133,9 @@ impl std::fmt::Display for Done {
 impl Done {
     /// # Errors
     /// An action was never accepted, so the run does not test it.
-    pub fn expect_all(&self) -> Result<()> {
-        for action in Action::VARIANTS {
-            let accepted = self.0.get(action).map_or(0, |counts| counts.0);
+    pub fn expect_all(&self, limits: &Limits) -> Result<()> {
+        for action in limits.actions() {
+            let accepted = self.0.get(&action).map_or(0, |counts| counts.0);
             ensure!(accepted > 0, "{action:?} was never accepted: {self}");
         }
         Ok(())
@@ -136,9 +182,9 @@ impl Progress {
 
     /// Whether each action was accepted once.
     #[must_use]
-    pub fn has_all(&self) -> bool {
+    pub fn has_all(&self, limits: &Limits) -> bool {
         let accepted = self.accepted.load(Ordering::Relaxed);
-        accepted.count_ones() as usize == Action::VARIANTS.len()
+        accepted.count_ones() as usize == limits.actions().len()
     }
 
     fn actions(&self) -> u64 {
@@ -159,6 +205,8 @@ pub fn run_clients(
     mut meanwhile: impl FnMut() -> Result<bool>,
 ) -> Result<Done> {
     let stop = AtomicBool::new(false);
+    let large_file = Mutex::new(());
+    let actions = limits.actions();
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..CLIENTS)
             .map(|number| {
@@ -166,6 +214,8 @@ pub fn run_clients(
                     socket: &socket,
                     folder: &folder,
                     limits,
+                    actions: &actions,
+                    large_file: &large_file,
                     number,
                     progress,
                     random: Random(seed.wrapping_add(number)),
@@ -262,6 +312,9 @@ struct Client<'a> {
     socket: &'a Path,
     folder: &'a Path,
     limits: &'a Limits,
+    actions: &'a [Action],
+    /// Files as large as the guest's memory exist one at a time.
+    large_file: &'a Mutex<()>,
     number: u64,
     progress: &'a Progress,
     random: Random,
@@ -270,7 +323,7 @@ struct Client<'a> {
 
 impl Client<'_> {
     fn work(&mut self, stop: &AtomicBool) -> Result<()> {
-        let first = Action::VARIANTS.len() as u64;
+        let first = self.actions.len() as u64;
         let mut steps = 0;
         let at_start = self.progress.actions();
         while !stop.load(Ordering::Acquire) {
@@ -279,12 +332,12 @@ impl Client<'_> {
                 continue;
             }
             let choice = if steps < first {
-                (steps + self.number * 3) % first
+                (steps + self.number * first / CLIENTS) % first
             } else {
                 self.random.below(first)
             };
             steps += 1;
-            let action = Action::VARIANTS[choice as usize];
+            let action = self.actions[choice as usize];
             let accepted = self.act(action).with_context(|| format!("{action:?}"))?;
             if accepted {
                 self.progress.accept(action);
@@ -298,14 +351,10 @@ impl Client<'_> {
     fn act(&mut self, action: Action) -> Result<bool> {
         match action {
             Action::PauseAndResume => {
-                let answer = request(self.socket, "PUT", "vm.pause", None)?;
+                let paused = self.pause()?;
                 self.get("vm.reclaim-stats")?;
-                // A machine that stays paused makes no rounds, for which all clients would wait.
-                while is_of_move(&self.answer("PUT", "vm.resume", None)?) {
-                    std::thread::park_timeout(POLL_INTERVAL);
-                }
-                // A host that does not run the vCPUs for seconds cannot stop them either, which is an error.
-                Ok(is_accepted(&answer))
+                self.resume()?;
+                Ok(paused)
             }
             Action::Balloon => {
                 let pages = self.random.below(self.limits.balloon_bytes / 4096 + 1);
@@ -327,18 +376,39 @@ impl Client<'_> {
                 let body = json!({"id": id, "path": path, "image_type": "Raw"});
                 self.put("vm.add-disk", Some(&body))
             }
+            Action::ResizeDisk => {
+                let id = self.disk();
+                let (min, max) = DISK_MIB;
+                let bytes = (min + self.random.below(max - min + 1)) * MIB;
+                let body = json!({"id": id, "desired_size": bytes});
+                self.put("vm.resize-disk", Some(&body))
+            }
             Action::RemoveDisk => {
                 let id = self.disk();
                 self.remove(&id)
             }
+            Action::AddNet => self.put("vm.add-net", Some(&json!({"id": self.own("net")}))),
+            Action::RemoveNet => self.remove(&self.own("net")),
+            Action::AddVsock => {
+                let id = self.own("vsock");
+                let socket = self.folder.join(&id);
+                let body = json!({"id": id, "cid": 3 + self.number, "socket": socket});
+                self.put("vm.add-vsock", Some(&body))
+            }
+            Action::RemoveVsock => self.remove(&self.own("vsock")),
             Action::AddPmem => {
-                let id = self.pmem();
+                let id = self.own("pmem");
                 let path = self.file(&id, 2 * MIB)?;
                 self.put("vm.add-pmem", Some(&json!({"id": id, "file": path})))
             }
-            Action::RemovePmem => {
-                let id = self.pmem();
-                self.remove(&id)
+            Action::RemovePmem => self.remove(&self.own("pmem")),
+            Action::LimitRate => self.limit_rate(),
+            Action::CoreDump => self.dump_core(),
+            Action::Snapshot => self.save_paused(),
+            Action::LiveSnapshot => {
+                let saved = self.save(json!({"live": true, "keep_paused": true}));
+                self.resume()?;
+                saved
             }
             Action::Read => {
                 for endpoint in ["vm.info", "vm.counters", "vm.reclaim-stats"] {
@@ -349,6 +419,83 @@ impl Client<'_> {
         }
     }
 
+    /// A host that does not run the vCPUs for seconds cannot stop them either, which is an error but not a fault.
+    fn pause(&self) -> Result<bool> {
+        let answer = request(self.socket, "PUT", "vm.pause", None)?;
+        Ok(is_accepted(&answer))
+    }
+
+    /// A machine that stays paused makes no rounds, for which all clients would wait.
+    fn resume(&self) -> Result<()> {
+        while is_of_move(&self.answer("PUT", "vm.resume", None)?) {
+            std::thread::park_timeout(POLL_INTERVAL);
+        }
+        Ok(())
+    }
+
+    /// Sets or removes a limit of the guest's disk or of a client's.
+    fn limit_rate(&mut self) -> Result<bool> {
+        let id = match self.random.below(2) {
+            0 => KEPT_DISK.to_owned(),
+            _ => self.disk(),
+        };
+        let mut body = json!({ "id": id });
+        let bucket = |size: u64| json!({"size": size, "refill_time": 10});
+        match self.random.below(3) {
+            0 => {}
+            1 => body["rate_limiter_config"] = json!({"ops": bucket(1 + self.random.below(16))}),
+            _ => body["rate_limiter_config"] = json!({"bandwidth": bucket(64 << 10)}),
+        }
+        self.put("vm.update-rate-limiter", Some(&body))
+    }
+
+    fn dump_core(&self) -> Result<bool> {
+        let _one = self.large_file.lock();
+        let path = self.folder.join(self.own("core"));
+        let url = format!("file://{}", path.display());
+        let written = self.put("vm.coredump", Some(&json!({"destination_url": url})))?;
+        ensure!(
+            written == path.exists(),
+            "{url} must exist: {written}; it exists: {}",
+            path.exists()
+        );
+        if written {
+            fs::remove_file(path)?;
+        }
+        Ok(written)
+    }
+
+    /// Pauses the machine and saves it. The guest must release what it is about to lose first, so there are several
+    /// attempts.
+    fn save_paused(&self) -> Result<bool> {
+        for _ in 0..SNAPSHOT_ATTEMPTS {
+            self.pause()?;
+            let saved = self.save(json!({}));
+            self.resume()?;
+            if saved? {
+                return Ok(true);
+            }
+            std::thread::park_timeout(POLL_INTERVAL);
+        }
+        Ok(false)
+    }
+
+    /// Saves the machine in a folder, which is removed.
+    fn save(&self, mut body: Value) -> Result<bool> {
+        let _one = self.large_file.lock();
+        let folder = self.folder.join(self.own("snapshot"));
+        fs::create_dir(&folder)?;
+        body["destination_url"] = format!("file://{}", folder.display()).into();
+        let saved = self.put("vm.snapshot", Some(&body))?;
+        if saved {
+            ensure!(folder.join("state.json").exists(), "the snapshot is absent");
+            fs::remove_dir_all(&folder)?;
+        } else {
+            fs::remove_dir(&folder).context("a snapshot that failed left files")?;
+        }
+        Ok(saved)
+    }
+
     fn disk(&mut self) -> String {
         format!(
             "disk-{}-{}",
@@ -357,20 +504,17 @@ impl Client<'_> {
         )
     }
 
-    fn pmem(&self) -> String {
-        format!("pmem-{}", self.number)
+    /// The name of the client's only thing of this kind.
+    fn own(&self, kind: &str) -> String {
+        format!("{kind}-{}", self.number)
     }
 
-    /// The file behind a device, which is kept while the device is plugged and unplugged.
+    /// The file behind a device, which is kept while the device is plugged, resized and unplugged.
     fn file(&self, id: &str, bytes: u64) -> Result<PathBuf> {
         let path = self.folder.join(id);
-        let mut options = fs::File::options();
-        let file = options
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)?;
-        file.set_len(bytes)?;
+        if !path.exists() {
+            fs::File::create(&path)?.set_len(bytes)?;
+        }
         Ok(path)
     }
 
@@ -445,10 +589,10 @@ pub fn settle(vmm: &Vmm, limits: &Limits) -> Result<()> {
             Ok(put("vm.resize", json!({ what: to }))?.then_some(()))
         })?;
     }
-    let mut ids: Vec<String> = (0..CLIENTS)
-        .map(|client| format!("pmem-{client}"))
-        .collect();
+    put("vm.update-rate-limiter", json!({ "id": KEPT_DISK }))?;
+    let mut ids = Vec::new();
     for client in 0..CLIENTS {
+        ids.extend(["net", "vsock", "pmem"].map(|kind| format!("{kind}-{client}")));
         ids.extend((0..DISKS_PER_CLIENT).map(|disk| format!("disk-{client}-{disk}")));
     }
     for id in ids {

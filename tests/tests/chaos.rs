@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use integration_tests::bare_metal::{SCENARIO_DEADLINE, expect_all_passed, kvm_opens, start};
 use integration_tests::chaos::{
-    Belongings, Limits, Progress, Upheavals, length_and_seed, run_clients, settle,
+    Belongings, KEPT_DISK, Limits, Progress, Upheavals, host_has_taps, length_and_seed,
+    run_clients, settle,
 };
 use integration_tests::guest_at_work::END_BYTES;
 use integration_tests::vmm::Vmm;
@@ -44,11 +45,15 @@ fn guest_loses_nothing_and_the_vmm_keeps_nothing_while_clients_change_the_machin
         vcpus: (1, 4),
         ram_mib: (256, 384),
         balloon_bytes: 256 * 4096,
+        has_taps: host_has_taps(),
     };
     let (length, seed) = length_and_seed(LENGTH)?;
     let image = tempfile::NamedTempFile::new()?;
     image.as_file().set_len(1 << 20)?;
-    let disk = format!("path={},image_type=raw", image.path().display());
+    let disk = format!(
+        "path={},image_type=raw,id={KEPT_DISK}",
+        image.path().display()
+    );
     let mut vmm = start(
         "chaos",
         &[
@@ -74,11 +79,11 @@ fn guest_loses_nothing_and_the_vmm_keeps_nothing_while_clients_change_the_machin
         wait_rounds(&mut vmm, so_far + ROUNDS_MIN, &progress)?;
         upheavals.next(&vmm)?;
         let is_long = upheavals.are_of_each_kind() && started.elapsed() >= length;
-        Ok(is_long && (progress.has_all() || started.elapsed() >= LENGTH_MAX + length))
+        Ok(is_long && (progress.has_all(&limits) || started.elapsed() >= LENGTH_MAX + length))
     });
     let done = done.with_context(|| format!("CHAOS_SEED={seed}"))?;
     println!("     {} rounds, {upheavals}, {done}", rounds(&mut vmm)?);
-    done.expect_all()?;
+    done.expect_all(&limits)?;
     settle(&vmm, &limits)?;
     // Nothing may come later.
     let so_far = rounds(&mut vmm)?;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use integration_tests::MIB;
 use integration_tests::chaos::{
-    Belongings, Limits, Progress, length_and_seed, run_clients, settle,
+    Belongings, KEPT_DISK, Limits, Progress, host_has_taps, length_and_seed, run_clients, settle,
 };
 use integration_tests::linux::{Guest, Machine};
 use integration_tests::outcome::{Outcome, Test};
@@ -39,11 +39,12 @@ fn linux_loses_nothing_while_clients_change_its_machine() -> Result<Outcome> {
         vcpus: (1, 2),
         ram_mib: (256, 384),
         balloon_bytes: 64 * MIB,
+        has_taps: host_has_taps(),
     };
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("disk.raw");
     File::create(&path)?.set_len(16 * MIB)?;
-    let disk = format!("path={},image_type=raw,id=kept", path.display());
+    let disk = format!("path={},image_type=raw,id={KEPT_DISK}", path.display());
     let mut guest = Machine {
         cpus: "boot=1,max=2",
         memory: "size=256M,hotplug_method=virtio-mem,hotplug_size=128M",
@@ -72,11 +73,11 @@ fn linux_loses_nothing_while_clients_change_its_machine() -> Result<Outcome> {
         rounds += 1;
         progress.set(rounds);
         let is_long = rounds >= ROUNDS_MIN && started.elapsed() >= length;
-        Ok(is_long && (progress.has_all() || rounds >= ROUNDS_MAX))
+        Ok(is_long && (progress.has_all(&limits) || rounds >= ROUNDS_MAX))
     });
     let done = done.with_context(|| format!("CHAOS_SEED={seed}"))?;
     println!("     {rounds} rounds, {done}");
-    done.expect_all()?;
+    done.expect_all(&limits)?;
     settle(&guest.vmm, &limits)?;
     guest.command(&format!("disk-verify {DISK}"))?;
     guest.command("churn-stop")?;
