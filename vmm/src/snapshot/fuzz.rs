@@ -1,5 +1,5 @@
-//! Entry point of the fuzz target `snapshot`, and of an ordinary test with random bytes. Modifies the files of a chain
-//! of two snapshots, in the last one or in both.
+//! Entry point of the fuzz target `snapshot`, and of an ordinary test with random bytes: a chain of two snapshots whose
+//! files have been changed, and a single snapshot, which is also restored by copy-on-write.
 
 use std::fs;
 use std::path::Path;
@@ -12,8 +12,9 @@ use serde_json::{Value, json};
 use state::{Bytes, Saved};
 use vm_memory::{Bytes as _, GuestAddress, GuestAddressSpace};
 
+use super::chain::folders;
 use super::state_file::checksum_line;
-use super::{RestoreContext, Snapshot, merge};
+use super::{Filling, RestoreContext, Snapshot, merge};
 
 const RAM_BYTES: u64 = 4 << 20;
 const CHUNK_BYTES: u64 = 2 << 20;
@@ -39,8 +40,16 @@ pub fn restore(folder: &Path, bytes: &[u8]) -> bool {
     let mut input = Input(bytes);
     let choice = input.byte();
     let last = folder.join("last");
-    write(&folder.join("first"), "a", None, table(&mut input, false));
-    match choice % 4 {
+    let (id, base) = match choice >> 4 {
+        // Another snapshot than the one that the last is based on.
+        1 => ("c", None),
+        // A chain without an end.
+        2 => ("a", Some("first")),
+        3 => ("a", Some("last")),
+        _ => ("a", None),
+    };
+    write(&folder.join("first"), id, base, table(&mut input, false));
+    match choice % 5 {
         0 => write(&last, "b", Some("first"), table(&mut input, true)),
         // A checksum that matches, and any line.
         1 => write(&last, "b", Some("first"), input.0.to_vec()),
@@ -49,6 +58,7 @@ pub fn restore(folder: &Path, bytes: &[u8]) -> bool {
             write(&last, "b", Some("first"), table(&mut input, true));
             fs::write(last.join("state.json"), input.0).expect("a file");
         }
+        3 => write(&last, "b", None, table(&mut input, false)),
         // Any name of a base.
         _ => {
             let name = String::from_utf8_lossy(input.0).into_owned();
@@ -57,10 +67,20 @@ pub fn restore(folder: &Path, bytes: &[u8]) -> bool {
     }
     let merged = folder.join("merged");
     fs::create_dir(&merged).expect("a folder");
-    let restored = load(&last);
+    let restored = load(&last, Filling::default());
+    // Copy-on-write also rejects data that is not in the table.
+    if let Some(ram) = load(&last, Filling::CopyOnWrite) {
+        assert!(restored.as_ref() == Some(&ram), "shows other RAM");
+    }
+    let length = folders(&last, &|_| Ok(())).map(|it| it.len());
+    let expected = if choice % 5 == 3 { 1 } else { 2 };
+    assert!(restored.is_none() || length.is_ok_and(|it| it == expected));
     let merges = merge(&last, &merged, &|_| Ok(())).is_ok();
     match (&restored, merges) {
-        (Some(ram), true) => assert!(load(&merged).as_ref() == Some(ram), "merged to other RAM"),
+        (Some(ram), true) => assert!(
+            load(&merged, Filling::default()).as_ref() == Some(ram),
+            "merged to other RAM"
+        ),
         // The tables may be those of another machine, which only a restore finds out.
         (None, true) => {}
         (Some(_), false) => panic!("a good chain cannot be merged"),
@@ -72,13 +92,14 @@ pub fn restore(folder: &Path, bytes: &[u8]) -> bool {
     restored.is_some()
 }
 
-fn load(folder: &Path) -> Option<Vec<u8>> {
+fn load(folder: &Path, filling: Filling) -> Option<Vec<u8>> {
     let context = RestoreContext {
         events: Arc::new(|_| ()),
         signals: Arc::new(VmSignals::new().expect("descriptors")),
         thread_start: Arc::new(|_| ()),
     };
-    let snapshot = Snapshot::open(folder, &|_| Ok(())).ok()?;
+    let mut snapshot = Snapshot::open(folder, &|_| Ok(())).ok()?;
+    snapshot.filling = filling;
     let (memory, _) = snapshot.memory(&snapshot.config, &context).ok()?;
     let mut ram = vec![0; RAM_BYTES as usize];
     memory
@@ -184,7 +205,18 @@ mod tests {
 
     #[test]
     fn chain_of_the_smallest_input_is_accepted() {
-        let folder = tempfile::tempdir().expect("a folder");
-        assert!(restore(folder.path(), &[]));
+        // Two snapshots, and a single one.
+        for choice in [0, 3] {
+            let folder = tempfile::tempdir().expect("a folder");
+            assert!(restore(folder.path(), &[choice]));
+        }
+    }
+
+    #[test]
+    fn chain_with_another_base_or_without_an_end_is_rejected() {
+        for choice in [0x14, 0x23, 0x32] {
+            let folder = tempfile::tempdir().expect("a folder");
+            assert!(!restore(folder.path(), &[choice]), "{choice:#x}");
+        }
     }
 }
