@@ -4,10 +4,11 @@ use std::fmt::Debug;
 
 use api::ReclaimThresholdsChange;
 use api::config::{
-    BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, FsConfig,
-    GenericVhostUserConfig, LandlockConfig, MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig,
-    PlatformConfig, PmemConfig, RateLimitGroupConfig, RestoreConfig, RngConfig, SerialConfig,
-    VsockConfig,
+    BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, DiskConfig,
+    FsConfig, GenericVhostUserConfig, HotplugMethod, JailConfig, LandlockConfig, MemoryConfig,
+    MemoryZoneConfig, NetConfig, NumaConfig, PathOrFd, PlatformConfig, PmemConfig,
+    RateLimitGroupConfig, ResourceLimitsConfig, RestoreConfig, RngConfig, SerialConfig,
+    VmReceiveMigrationData, VmSendMigrationData, VsockConfig,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -28,7 +29,11 @@ pub fn run(bytes: &[u8]) -> bool {
         return false;
     };
     let text = String::from_utf8_lossy(text);
-    match choice % 20 {
+    let option = match choice {
+        0..240 => choice % 20,
+        more => more - 220,
+    };
+    match option {
         0 => check(BalloonConfig::parse(&text)),
         1 => check(ConsoleConfig::parse(&text)),
         2 => check(CpusConfig::parse(&text)),
@@ -36,7 +41,14 @@ pub fn run(bytes: &[u8]) -> bool {
         4 => check(FsConfig::parse(&text)),
         5 => {
             let zones: Vec<&str> = text.split('\n').collect();
-            check(MemoryConfig::parse(zones[0], &zones[1..]))
+            check(
+                MemoryConfig::parse(zones[0], &zones[1..]).inspect(|memory| {
+                    let room = memory.room_bytes(HotplugMethod::VirtioMem);
+                    assert!(room <= memory.hotplug_size.unwrap_or(0));
+                    let total = memory.total_bytes();
+                    assert!(total.is_none_or(|total| total >= memory.size));
+                }),
+            )
         }
         6 => check(MemoryZoneConfig::parse(&text)),
         7 => check(NetConfig::parse(&text).map(|net| NetConfig {
@@ -61,6 +73,14 @@ pub fn run(bytes: &[u8]) -> bool {
         16 => check(RateLimitGroupConfig::parse(&text)),
         17 => check(SerialConfig::parse(&text)),
         18 => check(DebugConsoleConfig::parse(&text)),
-        _ => check(ReclaimThresholdsChange::parse(&text)),
+        19 => check(ReclaimThresholdsChange::parse(&text)),
+        20 => check(DeviceConfig::parse(&text)),
+        21 => check(VmSendMigrationData::parse(&text)),
+        22 => check(VmReceiveMigrationData::parse(&text)),
+        // The rest belongs to the process and has no JSON.
+        23 => JailConfig::parse(&text).is_ok(),
+        24 => ResourceLimitsConfig::parse(&text).is_ok(),
+        25 => PathOrFd::parse_event_monitor(&text).is_ok(),
+        _ => PathOrFd::parse_api_socket(&text).is_ok(),
     }
 }
