@@ -1,5 +1,7 @@
 //! Code blocks of a Markdown file.
 
+use std::mem::take;
+
 use crate::command::Command;
 use crate::words;
 
@@ -10,8 +12,10 @@ pub struct Block {
     pub place: String,
     /// The language after the fence: `toml`, `text`; empty for an indented block.
     pub language: String,
-    /// The reason why its commands are not checked, if the previous line has one.
+    /// The reason why its commands are neither run nor parsed, if the previous line has one: `<!-- not run: REASON -->`.
     pub not_run: Option<String>,
+    /// The reason why tests parse its commands, but do not run them: `<!-- only parsed: REASON -->`.
+    pub only_parsed: Option<String>,
     /// Its lines.
     pub text: String,
 }
@@ -65,7 +69,7 @@ impl Block {
 pub fn blocks(name: &str, text: &str) -> Vec<Block> {
     let mut found = Vec::new();
     let mut open: Option<(Block, Kind)> = None;
-    let mut reason = None;
+    let mut reasons = Reasons::default();
     let mut after_blank = true;
     for (index, line) in text.lines().enumerate() {
         let place = format!("{name}:{}", index + 1);
@@ -82,15 +86,20 @@ pub fn blocks(name: &str, text: &str) -> Vec<Block> {
                     .then(|| line.strip_prefix("    "))
                     .flatten();
                 if let Some(language) = fence {
-                    open = Some((Block::new(place, language, reason.take()), Kind::Fenced));
+                    open = Some((
+                        Block::new(place, language, take(&mut reasons)),
+                        Kind::Fenced,
+                    ));
                 } else if let Some(code) = indented {
-                    let mut block = Block::new(place, "", reason.take());
+                    let mut block = Block::new(place, "", take(&mut reasons));
                     push_line(&mut block, code);
                     open = Some((block, Kind::Indented));
-                } else if let Some(text) = not_run(line) {
-                    reason = Some(text.to_owned());
+                } else if let Some(text) = reason(line, "not run:") {
+                    reasons.not_run = Some(text);
+                } else if let Some(text) = reason(line, "only parsed:") {
+                    reasons.only_parsed = Some(text);
                 } else if !line.trim().is_empty() {
-                    reason = None;
+                    reasons = Reasons::default();
                 }
             }
         }
@@ -117,12 +126,20 @@ enum Kind {
     Indented,
 }
 
+/// Those of the next block.
+#[derive(Default)]
+struct Reasons {
+    not_run: Option<String>,
+    only_parsed: Option<String>,
+}
+
 impl Block {
-    fn new(place: String, language: &str, not_run: Option<String>) -> Self {
+    fn new(place: String, language: &str, reasons: Reasons) -> Self {
         Self {
             place,
             language: language.trim().to_owned(),
-            not_run,
+            not_run: reasons.not_run,
+            only_parsed: reasons.only_parsed,
             text: String::new(),
         }
     }
@@ -133,9 +150,10 @@ fn push_line(block: &mut Block, line: &str) {
     block.text.push('\n');
 }
 
-fn not_run(line: &str) -> Option<&str> {
-    let comment = line.trim().strip_prefix("<!-- not run:")?;
-    comment.strip_suffix("-->").map(str::trim)
+fn reason(line: &str, mark: &str) -> Option<String> {
+    let comment = line.trim().strip_prefix("<!--")?.trim_start();
+    let text = comment.strip_prefix(mark)?.strip_suffix("-->")?;
+    Some(text.trim().to_owned())
 }
 
 #[cfg(test)]
@@ -145,7 +163,7 @@ mod tests {
     #[test]
     fn blocks_are_found_with_their_reasons() {
         let text = "Text\n    no code\n\n    a b \\\n        c\n\n    d\nText\n\n```toml\nx = 1\n```\n\
-                    <!-- not run: needs a cluster -->\n\n    e\n";
+                    <!-- not run: needs a cluster -->\n\n    e\n\n<!-- only parsed: slow -->\n```sh\nf\n```\n";
         let found = blocks("f.md", text);
         let seen: Vec<_> = found
             .iter()
@@ -154,15 +172,17 @@ mod tests {
                     it.place.as_str(),
                     it.language.as_str(),
                     it.not_run.as_deref(),
+                    it.only_parsed.as_deref(),
                 )
             })
             .collect();
         assert_eq!(
             seen,
             [
-                ("f.md:4", "", None),
-                ("f.md:10", "toml", None),
-                ("f.md:15", "", Some("needs a cluster")),
+                ("f.md:4", "", None, None),
+                ("f.md:10", "toml", None, None),
+                ("f.md:15", "", Some("needs a cluster"), None),
+                ("f.md:18", "sh", None, Some("slow")),
             ]
         );
         let words: Vec<_> = found[0].commands().into_iter().map(|it| it.words).collect();

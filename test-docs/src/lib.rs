@@ -1,7 +1,8 @@
 //! The commands and links in the documentation, for tests that check them.
 //!
 //! Each program's tests parse its commands with the program's own parser. [`unchecked`] finds commands that no such test
-//! covers. A code block whose commands cannot be checked has `<!-- not run: REASON -->` on the line before it.
+//! covers. A code block whose commands cannot be parsed has `<!-- not run: REASON -->` on the line before it, and one
+//! whose commands no test runs has `<!-- only parsed: REASON -->`.
 
 mod blocks;
 mod command;
@@ -49,11 +50,13 @@ pub fn documents() -> Vec<PathBuf> {
     let mut found = Vec::new();
     for folder in [
         "",
+        "api",
         "docs",
         "docs/commands",
         "docs/decisions",
         "docs/results",
         "guest-patches",
+        "tests/adopters",
     ] {
         let entries = fs::read_dir(root().join(folder)).expect("the folder can be read");
         for entry in entries {
@@ -218,10 +221,41 @@ mod tests {
         );
     }
 
+    /// Whether a test or a step of CI runs the command.
+    fn is_run(block: &Block, command: &Command) -> bool {
+        const STEPS: &str = include_str!("../../xtask/src/ci/step.rs");
+        let words = command.words.join(" ");
+        let is_step = STEPS.contains(&format!("\"{words}\""));
+        // Other commands set the guest up; `readme.rs` reads this document.
+        let is_of_the_first_guest = block.place.starts_with("README.md:")
+            && words.contains("target/release/")
+            && !words.contains("testbed");
+        is_step || is_of_the_first_guest || words == "cargo xtask ci"
+    }
+
+    #[test]
+    fn every_command_is_run_or_says_why_not() {
+        let all = all_blocks();
+        let silent = all
+            .iter()
+            .filter(|it| it.not_run.is_none() && it.only_parsed.is_none());
+        let found: Vec<_> = silent
+            .flat_map(|block| {
+                let commands = block.commands().into_iter();
+                commands.filter(|it| !is_run(block, it)).collect::<Vec<_>>()
+            })
+            .map(|command| format!("{}: {}", command.place, command.words.join(" ")))
+            .collect();
+        assert!(
+            found.is_empty(),
+            "put <!-- only parsed: REASON --> on the line before the block: {found:#?}"
+        );
+    }
+
     #[test]
     fn every_reason_not_to_run_a_block_is_given() {
         for block in all_blocks() {
-            if let Some(reason) = &block.not_run {
+            for reason in block.not_run.iter().chain(&block.only_parsed) {
                 assert!(reason.len() > 10, "{}: {reason:?}", block.place);
             }
         }
