@@ -1,7 +1,7 @@
 //! The error body, and the conversion of errors to it.
 //!
 //! The response to a failed request is a JSON array of strings: the chain of causes, outermost first. Programs print
-//! the same chain on standard error, so only this file walks it.
+//! the same chain on standard error. [`error_chain`] builds it for both.
 
 use std::error::Error;
 

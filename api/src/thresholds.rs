@@ -173,12 +173,10 @@ pub struct AlertChange {
     /// The alert becomes active when the figure is beyond this value.
     #[key("<value>", read = parse_bytes)]
     pub enter: Option<u64>,
-    /// The alert ends when the figure is at this value or on its safe side. When absent in a new alert, the value
-    /// of `enter`.
+    /// The alert ends when the figure is at this value or on its safe side.
     #[key("<value>", read = parse_bytes)]
     pub leave: Option<u64>,
-    /// Time for which the figure must be beyond `enter` before the alert becomes active, ms. When absent in a new alert,
-    /// 0.
+    /// Time for which the figure must be beyond `enter` before the alert becomes active, ms.
     #[key("<ms>")]
     pub duration_ms: Option<u64>,
 }

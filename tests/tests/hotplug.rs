@@ -1,5 +1,4 @@
-//! Tests devices that are hot-plugged into and unplugged from a running machine, with a guest without an operating
-//! system.
+//! Tests hot-plug and unplug of devices, with the bare-metal guest.
 
 use std::os::fd::AsRawFd;
 use std::path::Path;

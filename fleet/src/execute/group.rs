@@ -1,7 +1,8 @@
-//! The last measures, which need no cooperation by the guest: limits of the VMM's control group, and killing the VMM.
+//! Last-resort measures, which do not need the guest's cooperation: limits on the VMM's control group, and killing the
+//! VMM.
 //!
-//! A limit is written only to a group that contains no process except this VMM. Otherwise, other processes in the group
-//! would suffer because of one guest.
+//! A limit is written only to a group that contains no process except this VMM. Otherwise, the limit would also
+//! restrict other processes.
 
 use std::fs;
 use std::io;

@@ -1,9 +1,9 @@
-//! The memory accounts of a host: total, used, reserved, and callable memory.
+//! The memory accounts of a host: total, available, reserved and callable memory.
 //!
-//! The ledger distinguishes kinds of memory that the host's free memory does not show. Memory in a balloon is firm
-//! while the guest is honest. The callable liability is memory that a guest never touched, or that it reported and the
-//! VMM discarded. The guest can take it back at memory speed and without notice. Guests take only a measured quantile
-//! of the callable liability simultaneously, and only memory above that quantile is reserved for other VMs.
+//! The host's free memory does not show which of it guests can claim. The callable liability is memory that guests can
+//! claim without notice: neither ballooned, resident nor swapped, plus memory that they can obtain by hot-plug. In 99 of
+//! 100 cases, guests claim at most `burst` of it within the reaction time. The host keeps that much available. It
+//! reserves for other VMs only the rest, less earlier reservations and grants that are not used yet.
 
 use serde::{Deserialize, Serialize};
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! standby_dir/.lock              locked by the agent
-//!             NAME/record.json   who the VM is: its process or this folder; replaced atomically
+//!             NAME/record.json   whether the VM is its process or this folder; replaced atomically
 //!                  lock          locked by `ch-fleet wake`, and then by the VMM that it starts
 //!                  snapshot/     written by the VMM, and owned by its user
 //! ```

@@ -2,7 +2,7 @@
 //!
 //! One command per line, one response per line, `ok …` or `err …`:
 //!
-//! | Command | Answer |
+//! | Command | Response |
 //! | --- | --- |
 //! | `ping` | `ok ping` |
 //! | `alloc BYTES [seed=N] [huge=default\|always\|never]` | `ok alloc ID BYTES bytes` |

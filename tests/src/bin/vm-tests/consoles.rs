@@ -1,4 +1,4 @@
-//! Tests all outputs and inputs of a guest's text.
+//! Tests the serial port and the virtio console with each back end: file, pseudo-terminal, terminal, socket, none.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,5 @@
-//! The policy's fields in the configuration space, as written by device and driver. Without side effects.
+//! The policy's fields in the configuration space, as written by device and driver. Access to them has no side
+//! effects.
 
 use std::collections::BTreeMap;
 

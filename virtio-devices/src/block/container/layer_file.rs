@@ -1,12 +1,13 @@
 //! The file of one image as imago sees it, with delayed changes of the L1 table.
 //!
 //! imago writes an entry of the L1 table to the file immediately. It writes the reference count of the table that the
-//! entry points to only later. If the VMM were killed in between, the next one would take that table for free space and
-//! overwrite it. Therefore entries are kept in memory until everything that they point to is in the file. If the VMM is
+//! entry points to only later. If the VMM were killed in between, the next VMM would take that table for free space
+//! and overwrite it. Therefore entries are kept in memory until everything that they point to is in the file. If the VMM is
 //! killed, the image is as of the last flush, with some clusters allocated but unused.
 //!
 //! imago also writes a new L2 table immediately, possibly over a cluster that it has just freed. The tables in the file
-//! still refer to that cluster. [`LayerFile::lacks_l2`] returns whether to flush first.
+//! still refer to that cluster. Therefore the caller checks [`LayerFile::lacks_l2`] and, if it is true, flushes
+//! first.
 //!
 //! The L1 table never moves: it covers the whole disk (checked), which keeps its size.
 
@@ -102,7 +103,7 @@ impl LayerFile {
         flushed
     }
 
-    /// Whether a change of what this entry of the L1 table covers needs a new L2 table.
+    /// Whether a write to the range of this L1 entry needs a new L2 table.
     pub(super) fn lacks_l2(&self, index: usize) -> io::Result<bool> {
         let mut copy = self.l1.copy();
         let (entries, _) = self.load(&mut copy)?.as_chunks::<ENTRY_BYTES>();
