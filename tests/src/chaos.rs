@@ -180,6 +180,10 @@ impl Progress {
             .fetch_or(1 << action as u64, Ordering::Relaxed);
     }
 
+    fn has(&self, action: Action) -> bool {
+        self.accepted.load(Ordering::Relaxed) & 1 << action as u64 != 0
+    }
+
     /// Whether each action was accepted once.
     #[must_use]
     pub fn has_all(&self, limits: &Limits) -> bool {
@@ -331,13 +335,13 @@ impl Client<'_> {
                 std::thread::park_timeout(POLL_INTERVAL);
                 continue;
             }
-            let choice = if steps < first {
-                (steps + self.number * first / CLIENTS) % first
+            let action = if steps < first {
+                let choice = (steps + self.number * first / CLIENTS) % first;
+                self.actions[choice as usize]
             } else {
-                self.random.below(first)
+                self.choose()
             };
             steps += 1;
-            let action = self.actions[choice as usize];
             let accepted = self.act(action).with_context(|| format!("{action:?}"))?;
             if accepted {
                 self.progress.accept(action);
@@ -346,6 +350,17 @@ impl Client<'_> {
             *counts = (counts.0 + u64::from(accepted), counts.1 + 1);
         }
         Ok(())
+    }
+
+    /// Any action, but often one that has not been accepted yet, without which the run does not end.
+    fn choose(&mut self) -> Action {
+        let missing = self.actions.iter().copied();
+        let missing: Vec<_> = missing.filter(|it| !self.progress.has(*it)).collect();
+        let from = match self.random.below(2) {
+            0 if !missing.is_empty() => &missing,
+            _ => self.actions,
+        };
+        from[self.random.below(from.len() as u64) as usize]
     }
 
     fn act(&mut self, action: Action) -> Result<bool> {
