@@ -19,6 +19,7 @@ pub mod host;
 pub mod http;
 mod metrics;
 pub mod model;
+mod moves;
 pub mod placement;
 pub mod planner;
 pub mod reservations;

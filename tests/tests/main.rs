@@ -6,6 +6,7 @@ mod bare_metal;
 mod ch_remote;
 mod chaos;
 mod crate_borders;
+mod drain;
 mod generated_clients;
 mod host_view;
 mod hotplug;

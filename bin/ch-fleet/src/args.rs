@@ -273,16 +273,29 @@ pub(crate) enum FleetCommand {
         /// Id of the reservation
         id: String,
     },
-    /// Stop placing VMs on a host, and list targets for its VMs
-    Drain {
-        /// The host
-        host: String,
-        /// Allow VMs there again
-        #[arg(long)]
-        undo: bool,
-    },
+    /// Stop placing VMs on a host, and list targets for its VMs or move them there
+    Drain(DrainOptions),
     /// List VMs that should leave hosts short of memory
     Advice,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DrainOptions {
+    /// The host
+    pub(crate) host: String,
+
+    /// Allow VMs there again, and begin no further moves
+    #[arg(long)]
+    pub(crate) undo: bool,
+
+    /// Move the VMs to other hosts by live migration, and wait for the end
+    #[arg(long, conflicts_with = "undo")]
+    pub(crate) execute: bool,
+
+    /// Maximum number of moves at a time
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "execute",
+          value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub(crate) parallel: u32,
 }
 
 #[derive(Debug, Args)]

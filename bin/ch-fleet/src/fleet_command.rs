@@ -11,12 +11,14 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context, Result, bail};
 use fleet::admission::Request;
 use fleet::agent_config::{AgentConfig, DEFAULT_FILE, load};
-use fleet::cluster::{DrainMark, FleetPicture, Placer, Wanted};
+use fleet::cluster::{DrainMark, FleetPicture, MoveOrder, Placer, Wanted};
 use fleet::model::Bytes;
 use fleet::placement::{HostCapacity, MovableVm, drain, rebalance};
+use fleet::store::Store;
 
-use crate::args::{FleetArguments, FleetCommand, Output, PlaceOptions};
+use crate::args::{DrainOptions, FleetArguments, FleetCommand, Output, PlaceOptions};
 use crate::ask::Unknown;
+use crate::drain_command;
 use crate::fleet_tables;
 use crate::fleet_tables::{Advice, Choice, HostLine};
 use crate::output::print;
@@ -59,23 +61,8 @@ pub(crate) fn run(
                 writeln!(out, "{} of {} released", entry.promise, entry.vm)
             })?;
         }
-        FleetCommand::Drain { host, undo } => {
-            let picture = placer.picture(fleet.until)?;
-            let known = picture.find(host);
-            if known.is_none() {
-                return Err(Unknown::host(host).into());
-            }
-            let mark = (!undo).then(drain_mark);
-            placer.mark(host, mark.as_ref(), fleet.until)?;
-            let advice = if *undo {
-                Advice::of(BTreeMap::new())
-            } else {
-                let vms = FleetPicture::vms(&*store, &fleet.config.store.keys()?, fleet.until)?;
-                fleet.advise_drain(&picture, host, &vms)
-            };
-            print(out, output, &advice, |out| {
-                fleet_tables::drained(out, host, *undo, &advice)
-            })?;
+        FleetCommand::Drain(options) => {
+            return fleet.drain(&*store, &placer, options, (output, out));
         }
         FleetCommand::Advice => {
             let picture = placer.picture(fleet.until)?;
@@ -149,6 +136,63 @@ impl Fleet {
             vm,
             promised: request.needs(config),
             id: None,
+        })
+    }
+
+    fn drain(
+        &self,
+        store: &dyn Store,
+        placer: &Placer<'_>,
+        options: &DrainOptions,
+        (output, out): (Output, &mut dyn Write),
+    ) -> Result<ExitCode> {
+        let host = options.host.as_str();
+        let keys = self.config.store.keys()?;
+        let picture = placer.picture(self.until)?;
+        let known = picture
+            .find(host)
+            .ok_or_else(|| anyhow::Error::from(Unknown::host(host)))?;
+        if options.execute {
+            drain_command::require_mover(known)?;
+        }
+        let mark = (!options.undo).then(drain_mark);
+        placer.mark(host, mark.as_ref(), self.until)?;
+        let moves = drain_command::Moves {
+            store,
+            keys: keys.clone(),
+            host,
+        };
+        if options.undo {
+            moves.withdraw(self.until)?;
+        }
+        let advice = if options.undo {
+            Advice::of(BTreeMap::new())
+        } else {
+            let vms = FleetPicture::vms(store, &keys, self.until)?;
+            self.advise_drain(&picture, host, &vms)
+        };
+        // As JSON, the result of the moves is the only output.
+        if !options.execute || output == Output::Table {
+            print(out, output, &advice, |out| {
+                fleet_tables::drained(out, host, options, &advice)
+            })?;
+        }
+        out.flush().context("Cannot write the output")?;
+        if !options.execute {
+            return Ok(ExitCode::SUCCESS);
+        }
+        let order = MoveOrder {
+            parallel: options.parallel,
+            by: who(),
+        };
+        moves.order(&order, self.until)?;
+        let left = moves.wait(self.config.store.deadline.duration())?;
+        print(out, output, &left, |out| {
+            drain_command::table(out, host, &left)
+        })?;
+        Ok(match left.stay.is_empty() {
+            true => ExitCode::SUCCESS,
+            false => ExitCode::FAILURE,
         })
     }
 

@@ -8,10 +8,13 @@ use fleet::model::Bytes;
 use fleet::placement::{Moves, StayReason};
 use serde::Serialize;
 
+use crate::args::DrainOptions;
 use crate::tables::clip;
 
 /// The note under every list of advice.
-const ADVICE_ONLY: &str = "advice only: ch-fleet starts no migration, so nothing is moved";
+const ADVICE_ONLY: &str = "advice only: nothing is moved";
+/// The note under the list if VMs are moved.
+const PLAN: &str = "the hosts decide, so a VM may go to another one";
 
 /// One host in the output of `fleet status`.
 #[derive(Debug, Serialize)]
@@ -112,14 +115,18 @@ pub(crate) fn choice(out: &mut dyn Write, choice: &Choice) -> io::Result<()> {
 pub(crate) fn drained(
     out: &mut dyn Write,
     host: &str,
-    undo: bool,
+    options: &DrainOptions,
     advice: &Advice,
 ) -> io::Result<()> {
-    if undo {
+    if options.undo {
         return writeln!(out, "{host} takes VMs again");
     }
     writeln!(out, "nothing new goes to {host}")?;
-    moves(out, advice)
+    moves(
+        out,
+        advice,
+        if options.execute { PLAN } else { ADVICE_ONLY },
+    )
 }
 
 pub(crate) fn advice(out: &mut dyn Write, advice: &Advice) -> io::Result<()> {
@@ -129,10 +136,10 @@ pub(crate) fn advice(out: &mut dyn Write, advice: &Advice) -> io::Result<()> {
             "no host is so short of memory that VMs should leave it"
         );
     }
-    moves(out, advice)
+    moves(out, advice, ADVICE_ONLY)
 }
 
-fn moves(out: &mut dyn Write, advice: &Advice) -> io::Result<()> {
+fn moves(out: &mut dyn Write, advice: &Advice, note: &str) -> io::Result<()> {
     writeln!(
         out,
         "FROM                 VM                   TO                    BYTES"
@@ -140,7 +147,7 @@ fn moves(out: &mut dyn Write, advice: &Advice) -> io::Result<()> {
     for (host, found) in &advice.hosts {
         lines(out, host, found)?;
     }
-    writeln!(out, "{ADVICE_ONLY}")
+    writeln!(out, "{note}")
 }
 
 fn lines(out: &mut dyn Write, host: &str, found: &Moves) -> io::Result<()> {
@@ -156,9 +163,10 @@ fn lines(out: &mut dyn Write, host: &str, found: &Moves) -> io::Result<()> {
     }
     for (vm, why) in &found.stay {
         let why = match why {
-            StayReason::Fixed => "stays: it cannot be moved",
-            StayReason::Rests(_) => "stays: it was moved not long ago",
-            StayReason::NoHost => "stays: no other host has room",
+            StayReason::Fixed(why) if why.is_empty() => "stays: it cannot be moved".to_owned(),
+            StayReason::Fixed(why) => format!("stays: {why}"),
+            StayReason::Rests(_) => "stays: it was moved not long ago".to_owned(),
+            StayReason::NoHost => "stays: no other host has room".to_owned(),
         };
         writeln!(out, "{host:<20} {:<20} {why}", clip(vm.as_str(), 20))?;
     }

@@ -10,6 +10,7 @@ mod args;
 mod ask;
 mod config_command;
 mod doctor;
+mod drain_command;
 mod fleet_command;
 mod fleet_tables;
 mod logger;

@@ -3,8 +3,8 @@
 use std::io::{self, Write};
 
 use fleet::agent::{
-    JournalPage, PoolStatus, ReservationStatus, ReserveAnswer, StandbyStatus, Status, StoreStatus,
-    VmStatus,
+    JournalPage, MoveStatus, PoolStatus, ReservationStatus, ReserveAnswer, StandbyStatus, Status,
+    StoreStatus, VmStatus,
 };
 use fleet::model::Bytes;
 use fleet::standby::Phase;
@@ -22,6 +22,10 @@ pub(crate) fn status(out: &mut dyn Write, status: &Status) -> io::Result<()> {
     if !status.standby.is_empty() {
         writeln!(out)?;
         standby(out, &status.standby)?;
+    }
+    if !status.moves.is_empty() {
+        writeln!(out)?;
+        moves(out, &status.moves)?;
     }
     writeln!(out)?;
     vms(out, &status.vms)
@@ -161,6 +165,28 @@ fn standby(out: &mut dyn Write, vms: &[StandbyStatus]) -> io::Result<()> {
     writeln!(out, "STANDBY              MEMORY   DISK PHASE")?;
     for vm in vms {
         writeln!(out, "{}", standby_line(vm))?;
+    }
+    Ok(())
+}
+
+/// Moves to and from this host.
+fn moves(out: &mut dyn Write, moves: &[MoveStatus]) -> io::Result<()> {
+    writeln!(
+        out,
+        "MOVE                 FROM             TO                 SENT PHASE"
+    )?;
+    for one in moves {
+        let why = Some(&one.why).filter(|why| !why.is_empty());
+        writeln!(
+            out,
+            "{:<20} {:<16} {:<16} {:>#6} {}{}",
+            clip(&one.vm, 20),
+            clip(&one.from, 16),
+            clip(&one.to, 16),
+            one.sent,
+            one.phase,
+            why.map_or_else(String::new, |why| format!(": {why}"))
+        )?;
     }
     Ok(())
 }

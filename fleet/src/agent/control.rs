@@ -20,8 +20,9 @@ use super::rounds::{Claims, VmRounds};
 use super::signals::StopFlag;
 use super::standby::Standbys;
 use crate::agent_config::{AgentConfig, OnStop, load_for};
-use crate::cluster::{HostReport, StoreView};
+use crate::cluster::{HostReport, MoveRecord, StoreView};
 use crate::http::{Method, Request, Response};
+use crate::moves::{Home, MoveNews};
 
 /// Maximum number of events handled before due times are checked again.
 const EVENTS_AT_ONCE: usize = 256;
@@ -45,6 +46,8 @@ pub(super) struct ControlLoop {
     pub(super) promises: Promises,
     pub(super) standby: Standbys,
     pub(super) membership: Option<Membership>,
+    /// The moves from and to this host.
+    pub(super) moves: Vec<MoveRecord>,
     pub(super) publisher: Publisher,
     pub(super) journal: Journal,
     /// Whether the last reload succeeded.
@@ -199,6 +202,10 @@ impl ControlLoop {
                 // A thread that gave up sends the request again.
                 let _ = answer.send(report);
             }
+            Event::Moves(news, answer) => {
+                // As above.
+                let _ = answer.send(self.follow_moves(*news));
+            }
             Event::Reload => self.reload(),
             Event::Stop => return false,
         }
@@ -350,11 +357,34 @@ impl ControlLoop {
             vms: self.rounds.movable(&self.config),
             held: self.promises.held_for_others(),
             refused,
+            receives: self.config.receives_moves(),
         };
         if !view.asked.is_empty() {
             self.publish();
         }
         report
+    }
+
+    /// Takes note of the moves from and to this host.
+    fn follow_moves(&mut self, news: MoveNews) -> Home {
+        self.rounds.hold_moves(&news.held);
+        self.promises.keep(&news.kept, &self.config);
+        for id in &news.released {
+            self.promises.forget(id);
+        }
+        for (vm, text) in news.events {
+            self.journal.enter("move", &vm, text);
+        }
+        if self.moves != news.moves {
+            self.moves = news.moves;
+            self.publish();
+        }
+        Home {
+            now_ms: self.clock.now_ms(),
+            vms: self.rounds.home_vms(&self.config),
+            standby: self.standby.names(),
+            reserved: self.promises.remote_ids(),
+        }
     }
 
     fn reload(&mut self) {
@@ -447,6 +477,7 @@ impl ControlLoop {
             promises: &self.promises,
             standby: &self.standby,
             membership: self.membership.as_ref(),
+            moves: &self.moves,
         });
     }
 

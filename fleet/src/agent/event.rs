@@ -4,6 +4,7 @@ use std::sync::mpsc::SyncSender;
 
 use crate::cluster::{HostReport, StoreView};
 use crate::http::{Request, Response};
+use crate::moves::{Home, MoveNews};
 use crate::worker::VmEvent;
 
 /// An event for the control loop.
@@ -15,6 +16,8 @@ pub(super) enum Event {
     Client(Box<Request>, SyncSender<Response>),
     /// Requests from the store, sent by its thread; the response is sent through the sender.
     Store(Box<StoreView>, SyncSender<HostReport>),
+    /// The moves from and to this host; the response is sent through the sender.
+    Moves(Box<MoveNews>, SyncSender<Home>),
     Reload,
     Stop,
 }

@@ -18,7 +18,7 @@ pub struct JournalEntry {
     pub number: u64,
     /// When, ms since the Unix epoch.
     pub unix_ms: u64,
-    /// Its kind: `state`, `action`, `vm`, `admission`, `standby`, `agent`.
+    /// Its kind: `state`, `action`, `vm`, `admission`, `standby`, `move`, `agent`.
     pub kind: String,
     /// The VM that it concerns; empty if none.
     pub vm: String,

@@ -17,6 +17,7 @@ use super::host_watch::HostWatch;
 use super::lessons::SavedLessons;
 use super::locks::FolderLock;
 use super::membership::Membership;
+use super::move_thread::MoveThread;
 use super::page_guard::PageGuard;
 use super::promises::Promises;
 use super::published::Published;
@@ -196,6 +197,15 @@ fn launch(
     let page = serve_page(&control.config, control.host.name(), &published)?;
     let joined = Membership::join(&control.config, control.host.name(), store, events.clone())?;
     let (membership, link) = joined.unzip();
+    let moves = match &membership {
+        Some(membership) => MoveThread::start(
+            &control.config,
+            host.proc.clone(),
+            membership,
+            events.clone(),
+        )?,
+        None => None,
+    };
     control.membership = membership;
     let mut agent = Agent {
         events,
@@ -212,7 +222,7 @@ fn launch(
             drop((local, page));
             // The store's thread is notified of the end before it is joined.
             drop(received);
-            drop(link);
+            drop((moves, link));
             ended
         })
         .map_err(AgentError::Thread)?;
@@ -263,6 +273,7 @@ pub(super) fn assemble(
         promises: Promises::new(book, clock),
         standby,
         membership: None,
+        moves: Vec::new(),
         publisher: Publisher::new(Arc::clone(published), clock),
         journal: published.journal.clone(),
         reload_ok: true,

@@ -27,6 +27,7 @@ const ANSWER: Duration = Duration::from_secs(5);
 pub(super) struct Membership {
     host: String,
     health: Arc<Mutex<StoreHealth>>,
+    store: Arc<dyn Store>,
 }
 
 impl Membership {
@@ -59,14 +60,29 @@ impl Membership {
                 config.planning.admission.facts_age_max.duration(),
             ),
         );
-        let link = StoreLink::start(member, store, move |view| {
+        let link = StoreLink::start(member, Arc::clone(&store), move |view| {
             let (answer, answered) = mpsc::sync_channel(1);
             events.try_send(Event::Store(Box::new(view), answer)).ok()?;
             answered.recv_timeout(ANSWER).ok()
         })
         .map_err(AgentError::Thread)?;
         let health = link.health();
-        Ok(Some((Self { host, health }, link)))
+        let membership = Self {
+            host,
+            health,
+            store,
+        };
+        Ok(Some((membership, link)))
+    }
+
+    /// The name of this host in the fleet.
+    pub(super) fn host(&self) -> &str {
+        &self.host
+    }
+
+    /// The store.
+    pub(super) fn store(&self) -> Arc<dyn Store> {
+        Arc::clone(&self.store)
     }
 
     /// The store as this host knows it; `waiting` are reservations of VMs that were placed here and do not run yet.

@@ -5,7 +5,7 @@
 //!   pressure trigger ──────────► │  ControlLoop (one thread) │
 //!   signals ───────────────────► │   HostWatch   the host    │
 //!   local socket: reserve, … ──► │   VmRounds    VMs, plans  │
-//!   store: remote requests ────► │   Promises    the book    │
+//!   store: requests, moves ────► │   Promises    the book    │
 //!                                │   Standbys    on disk     │
 //!                                │   Publisher ──────────────┼──► status, metrics, page
 //!                                └───────────────────────────┘
@@ -29,6 +29,7 @@ mod launch;
 mod lessons;
 mod locks;
 mod membership;
+mod move_thread;
 mod page_guard;
 mod promises;
 mod published;
@@ -60,6 +61,6 @@ pub use request::{
 };
 pub use routes::{LOCAL_NAMES, handle_page};
 pub use status::{
-    HostStatus, PoolStatus, PublishedState, ReservationStatus, StandbyStatus, Status, StoreStatus,
-    VmStatus,
+    HostStatus, MoveStatus, PoolStatus, PublishedState, ReservationStatus, StandbyStatus, Status,
+    StoreStatus, VmStatus,
 };

@@ -3,7 +3,7 @@
 //! Requests come from the local socket and, through the store, from remote clients. This module decides on both with
 //! the same ledger.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::AdmissionCounts;
 use super::clock::Clock;
@@ -209,6 +209,23 @@ impl Promises {
             reservation,
             firm_free_after: admission.left,
         })
+    }
+
+    /// Ids of the remote reservations whose VM does not run yet.
+    pub(super) fn remote_ids(&self) -> BTreeSet<String> {
+        let waiting = self.held_for_others();
+        waiting.into_iter().map(|held| held.id).collect()
+    }
+
+    /// Keeps the reservations of VMs that are being moved here, until they run.
+    pub(super) fn keep(&mut self, ids: &BTreeSet<String>, config: &AgentConfig) {
+        let hold = config.planning.admission.reservation;
+        for id in ids {
+            match self.book.prolong(id, self.clock.moment(), hold) {
+                Ok(()) | Err(ReservationError::Unknown { .. }) => {}
+                Err(error) => log::error!("{}", api::chain_report("reservations", &error)),
+            }
+        }
     }
 
     /// Drops the reservation of a VM whose memory is free.

@@ -8,10 +8,11 @@ use super::membership::Membership;
 use super::promises::Promises;
 use super::rounds::VmRounds;
 use super::standby::Standbys;
-use super::status::{HostStatus, PoolStatus, PublishedState, VmStatus};
+use super::status::{HostStatus, MoveStatus, PoolStatus, PublishedState, VmStatus};
 use super::vms::Vm;
 use super::{Published, Snapshot, Status};
 use crate::agent_config::AgentConfig;
+use crate::cluster::MoveRecord;
 
 /// The parts that a snapshot is made of.
 pub(super) struct Parts<'a> {
@@ -22,6 +23,7 @@ pub(super) struct Parts<'a> {
     pub(super) promises: &'a Promises,
     pub(super) standby: &'a Standbys,
     pub(super) membership: Option<&'a Membership>,
+    pub(super) moves: &'a [MoveRecord],
 }
 
 /// Publishes snapshots.
@@ -71,7 +73,20 @@ impl Publisher {
                 .collect(),
             reservations: parts.promises.status(parts.config, parts.rounds),
             standby: parts.standby.status(),
+            moves: parts.moves.iter().map(move_status).collect(),
         }
+    }
+}
+
+fn move_status(record: &MoveRecord) -> MoveStatus {
+    let why = record.refused.as_ref().unwrap_or(&record.why);
+    MoveStatus {
+        vm: record.vm.clone(),
+        from: record.from.clone(),
+        to: record.to.clone(),
+        phase: record.phase,
+        sent: record.sent,
+        why: why.clone(),
     }
 }
 

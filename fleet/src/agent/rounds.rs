@@ -1,6 +1,7 @@
 //! One round of the agent: updates its data about host and VMs, plans, and acts.
 
 use std::cell::{OnceCell, RefCell};
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,9 +14,11 @@ use super::journal::Journal;
 use super::lessons::SavedLessons;
 use super::locks::VmLock;
 use super::vms::{Direction, StartRefusal, Vm, Vms};
+use crate::admission::Request;
 use crate::agent_config::AgentConfig;
 use crate::execute::{Executor, GroupFiles, Order, Settled};
 use crate::model::{Bytes, HostFacts, HugePool, InForce, Interlock, Inventory, Ledger, VmId};
+use crate::moves::HomeVm;
 use crate::placement::MovableVm;
 use crate::planner::{
     Action, ActionKind, Block, Plan, PlannerMemory, Present, current_ledger, plan,
@@ -429,6 +432,13 @@ impl VmRounds {
         }
     }
 
+    /// Leaves these VMs alone while they are being moved to or from another host.
+    pub(super) fn hold_moves(&mut self, names: &BTreeSet<String>) {
+        for vm in self.vms.iter_mut() {
+            vm.move_it(names.contains(vm.id.as_str()));
+        }
+    }
+
     /// Sends an order to a VM; false if there is none to receive it.
     pub(super) fn order(&mut self, name: &str, order: Order) -> bool {
         self.vms.get_mut(name).is_some_and(|vm| vm.order(order))
@@ -452,18 +462,38 @@ impl VmRounds {
     pub(super) fn movable(&self, config: &AgentConfig) -> Vec<MovableVm> {
         let vms = self.vms.iter().filter_map(|vm| {
             let reading = vm.reading.as_ref()?;
-            let name = config.policy_name(vm.id.as_str());
-            let policy = config.planning.vm_policy(name, reading.configured);
+            let policy = config.vm_policy(vm.id.as_str(), reading.configured);
+            let obstacle = obstacle(vm);
             Some(MovableVm {
                 id: vm.id.clone(),
                 min: policy.min,
                 max: reading.configured,
                 resident: reading.sample.resident,
                 class: policy.class,
-                // A VM on huge pages is not movable: another host could not reserve huge pages for it, and moving it
-                // would free no other memory here.
-                movable: vm.missed == 0 && vm.interlock().is_none() && !vm.is_huge(),
+                movable: obstacle.is_none(),
+                obstacle,
                 moved: None,
+            })
+        });
+        vms.collect()
+    }
+
+    /// The same, for the part of this agent that moves them.
+    pub(super) fn home_vms(&self, config: &AgentConfig) -> Vec<HomeVm> {
+        let vms = self.vms.iter().filter(|vm| !vm.has_ended());
+        let vms = vms.filter_map(|vm| {
+            let reading = vm.reading.as_ref()?;
+            let policy = config.vm_policy(vm.id.as_str(), reading.configured);
+            let max = reading.configured;
+            Some(HomeVm {
+                name: vm.id.to_string(),
+                socket: vm.socket.clone(),
+                process: vm.process(),
+                request: Request {
+                    min: reading.sample.resident.max(policy.min).min(max),
+                    max,
+                },
+                obstacle: obstacle(vm),
             })
         });
         vms.collect()
@@ -609,6 +639,22 @@ impl VmRounds {
         }
         vm.moved = Some((direction, now_ms));
     }
+}
+
+/// Why a VM cannot be moved now.
+fn obstacle(vm: &Vm) -> Option<String> {
+    let reading = vm.reading.as_ref()?;
+    if vm.missed > 0 {
+        return Some("it does not respond".to_owned());
+    }
+    if let Some(interlock) = vm.interlock() {
+        return Some(format!("it must not be changed now: {interlock}"));
+    }
+    // Another host could not reserve huge pages for it, and moving it would free no other memory here.
+    if vm.is_huge() {
+        return Some("its memory is in huge pages".to_owned());
+    }
+    reading.fixed_by.map(str::to_owned)
 }
 
 /// An act that ended in memory but not on disk is undone once more by the next agent, which is harmless.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::cluster::MovePhase;
 use crate::config::Millis;
 use crate::model::{Bytes, HostFacts, HostState, Ledger, PriorityClass};
 use crate::reservations::Reservation;
@@ -31,6 +32,9 @@ pub struct Status {
     /// The VMs in standby, by name.
     #[serde(default)]
     pub standby: Vec<StandbyStatus>,
+    /// The moves of VMs from and to this host.
+    #[serde(default)]
+    pub moves: Vec<MoveStatus>,
     /// The store that hosts share; absent for a standalone host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub store: Option<StoreStatus>,
@@ -265,6 +269,23 @@ pub struct ReservationStatus {
     pub reservation: Reservation,
     /// The memory that it still reserves.
     pub outstanding: Bytes,
+}
+
+/// The move of a VM to another host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MoveStatus {
+    /// The VM.
+    pub vm: String,
+    /// The host that it leaves.
+    pub from: String,
+    /// The host that it goes to; empty if there is none.
+    pub to: String,
+    /// How far it is.
+    pub phase: MovePhase,
+    /// Bytes sent so far.
+    pub sent: Bytes,
+    /// The reason of the phase; empty if there is none.
+    pub why: String,
 }
 
 /// One VM in standby, or on its way there or back.

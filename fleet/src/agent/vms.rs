@@ -64,6 +64,8 @@ pub(super) struct Vm {
     pub(super) pinned: bool,
     /// Whether it is being saved or woken.
     held: bool,
+    /// Whether it is being moved to or from another host.
+    moves: bool,
 }
 
 /// The direction of a balloon.
@@ -270,12 +272,18 @@ impl Vm {
             moved: None,
             pinned: false,
             held: false,
+            moves: false,
         }
     }
 
     /// Leaves it alone while it is being saved or woken.
     pub(super) fn hold(&mut self, held: bool) {
         self.held = held;
+    }
+
+    /// Leaves it alone while it is being moved.
+    pub(super) fn move_it(&mut self, moves: bool) {
+        self.moves = moves;
     }
 
     /// Hands over an order; false if there is no thread to execute it.
@@ -372,7 +380,7 @@ impl Vm {
     pub(super) fn to_resend(&self, now_ms: u64) -> Option<Bytes> {
         let order = self.unconfirmed?;
         let due = order.gives && now_ms >= order.again_ms && self.ordered.is_none();
-        (due && !self.pinned && !self.held).then_some(order.to)
+        (due && !self.pinned && !self.held && !self.moves).then_some(order.to)
     }
 
     /// Whether a recorded pause has no effect: the VM runs although every order ended. A pause that may still be
@@ -466,6 +474,9 @@ impl Vm {
     pub(super) fn interlock(&self) -> Option<Interlock> {
         if self.held {
             return Some(Interlock::Snapshot);
+        }
+        if self.moves {
+            return Some(Interlock::Migration);
         }
         if self.pinned {
             return Some(Interlock::Pinned);

@@ -2,12 +2,13 @@
 
 use std::fs;
 use std::io;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use thiserror::Error;
 
-use super::{AGENT, AgentConfig, RuleFault, StoreFault, rules};
+use super::{AGENT, AgentConfig, AgentSection, RuleFault, StoreFault, rules};
 use crate::config::{Config, ConfigError, ConfigFault, SyntaxFault, ranges};
 use crate::host::HostFiles;
 use crate::model::Bytes;
@@ -84,6 +85,23 @@ pub enum LoadError {
     /// There is no program that would wake a VM.
     #[error("agent.wake_command must name a program")]
     WakeCommand,
+    /// Other hosts cannot reach the address.
+    #[error("agent.move_address must be the address of this host for others; got {address}")]
+    MoveAddress {
+        /// The address.
+        address: IpAddr,
+    },
+    /// There is no program for received VMs.
+    #[error(
+        "agent.move_address needs agent.move_command, the program that starts a VMM for a received VM"
+    )]
+    MoveCommand,
+    /// The folder depends on the working directory.
+    #[error("agent.move_tls_dir must begin with /; got {}", path.display())]
+    MoveKeys {
+        /// The folder.
+        path: PathBuf,
+    },
     /// A rule for VMs has no effect.
     #[error("The settings have a rule without effect")]
     Rule(#[source] RuleFault),
@@ -254,6 +272,22 @@ fn merge(into: &mut toml::Table, from: toml::Table, prefix: &str) {
     }
 }
 
+fn check_moves(agent: &AgentSection) -> Result<(), LoadError> {
+    if let Some(address) = agent.move_address {
+        if address.is_unspecified() || address.is_multicast() {
+            return Err(LoadError::MoveAddress { address });
+        }
+        if agent.move_command.first().is_none_or(String::is_empty) {
+            return Err(LoadError::MoveCommand);
+        }
+    }
+    let keys = agent.move_tls_dir.as_ref();
+    match keys.filter(|path| !path.is_absolute()) {
+        Some(path) => Err(LoadError::MoveKeys { path: path.clone() }),
+        None => Ok(()),
+    }
+}
+
 fn check(config: &AgentConfig) -> Result<(), LoadError> {
     config.planning.check().map_err(LoadError::Config)?;
     let agent = &config.agent;
@@ -284,6 +318,7 @@ fn check(config: &AgentConfig) -> Result<(), LoadError> {
     if agent.wake_command.first().is_none_or(String::is_empty) {
         return Err(LoadError::WakeCommand);
     }
+    check_moves(agent)?;
     if !faults.is_empty() {
         return Err(LoadError::Config(ConfigError::Faults(faults)));
     }

@@ -17,7 +17,7 @@ pub use load::{LoadError, Loaded, SettingsFault, load, load_for};
 pub use rules::RuleFault;
 pub use store::{StoreFault, StoreSection};
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -85,6 +85,18 @@ pub struct AgentSection {
     pub standby_deadline: Millis,
     /// The VMM that `ch-fleet wake` starts, with arguments. `--api-socket` and `--restore` are added.
     pub wake_command: Vec<String>,
+    /// Address of this host for VMs that other hosts send. Without it, this host neither sends nor receives VMs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub move_address: Option<IpAddr>,
+    /// The first TCP port for them.
+    pub move_port: u32,
+    /// Number of these ports.
+    pub move_ports: u32,
+    /// The program that starts a VMM for a received VM, with arguments. `--api-socket` and the path are added.
+    pub move_command: Vec<String>,
+    /// Folder with the keys for moves with TLS; without it, they are not encrypted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub move_tls_dir: Option<PathBuf>,
     /// Decide and report, but change nothing.
     pub dry_run: bool,
 }
@@ -107,6 +119,11 @@ impl Default for AgentSection {
             standby_dir: None,
             standby_deadline: Millis::seconds(600),
             wake_command: vec!["cloud-hypervisor".to_owned()],
+            move_address: None,
+            move_port: 49152,
+            move_ports: 64,
+            move_command: Vec::new(),
+            move_tls_dir: None,
             dry_run: false,
         }
     }
@@ -127,6 +144,8 @@ const AGENT: &[Row<AgentSection>] = rows! { AgentSection:
     // The range that the kernel accepts (`kernel/sched/psi.c`: WINDOW_MIN_US, WINDOW_MAX_US).
     trigger_window = Range::Time(500, 10_000);
     standby_deadline = Range::Time(1000, 86_400_000);
+    move_port = Range::Count(1024, 65_535);
+    move_ports = Range::Count(1, 4096);
 };
 
 /// Treatment of the balloons when the agent ends.
@@ -194,6 +213,11 @@ impl AgentConfig {
     /// Limits of a VM of `configured` bytes under its policy.
     pub fn vm_policy(&self, vm: &str, configured: Bytes) -> VmPolicy {
         self.planning.vm_policy(self.policy_name(vm), configured)
+    }
+
+    /// Whether VMs move to and from this host.
+    pub(crate) fn receives_moves(&self) -> bool {
+        self.agent.move_address.is_some() && !self.agent.dry_run
     }
 
     /// The policy by which a VM that is idle is put in standby; `None` if it never is.

@@ -311,6 +311,8 @@ mod tests {
         agent.listen = Some(([127, 0, 0, 1], 1).into());
         agent.token_file = Some("/t".into());
         agent.standby_dir = Some("/s".into());
+        agent.move_address = Some([127, 0, 0, 1].into());
+        agent.move_tls_dir = Some("/m".into());
         agent.tls_certificate = Some("/c".into());
         agent.tls_key = Some("/k".into());
         let store = &mut config.store;

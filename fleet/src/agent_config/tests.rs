@@ -102,6 +102,13 @@ fn fault_is_told_with_the_file_it_is_in() {
             "must not contain agent.state_dir",
         ),
         ("[agent]\nwake_command = []\n", "agent.wake_command"),
+        ("[agent]\nmove_address = '0.0.0.0'\n", "agent.move_address"),
+        (
+            "[agent]\nmove_address = '192.0.2.7'\n",
+            "agent.move_command",
+        ),
+        ("[agent]\nmove_tls_dir = 'x'\n", "agent.move_tls_dir"),
+        ("[agent]\nmove_port = 80\n", "agent.move_port"),
         (
             "[policy.a]\nidle_standby = '1min'\n",
             "policy.a.idle_standby",

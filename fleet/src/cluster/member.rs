@@ -50,6 +50,8 @@ pub struct HostReport {
     pub held: Vec<HeldReservation>,
     /// Lines that are refused, with the reason.
     pub refused: BTreeMap<String, String>,
+    /// Whether it receives VMs from other hosts.
+    pub receives: bool,
 }
 
 /// A reservation held for a remote client.
@@ -361,6 +363,7 @@ impl Member {
             facts_age_ms: account.facts_age_ms,
             headroom: account.headroom,
             vms: account.vms.len(),
+            receives: account.receives,
         };
         let vms = VmsRecord {
             vms: account.vms.clone(),

@@ -5,6 +5,8 @@
 //! <prefix>/hosts/<host>/book     the host's lease   requests of remote clients, and the host's responses
 //! <prefix>/hosts/<host>/drain    no lease           the host accepts no new VMs; set and removed by operators
 //! <prefix>/vms/<host>            the host's lease   the VMs there, for advice
+//! <prefix>/moves/order/<host>    no lease           all VMs leave the host; given and withdrawn by operators
+//! <prefix>/moves/vm/<host>/<vm>  no lease           how far the move of a VM from that host is
 //! ```
 //!
 //! A placer reads the record, book and drain mark of each host at one moment and chooses a host. It adds a line to that
@@ -22,6 +24,7 @@
 //! whose VM does not start within `admission.reservation`. A placer that gives up removes its line.
 
 mod member;
+mod moves;
 mod picture;
 mod placer;
 mod records;
@@ -36,10 +39,16 @@ pub(crate) fn reads_record(value: &[u8]) -> bool {
         || records::read::<RemoteReservations>("", value).is_ok()
         || records::read::<VmsRecord>("", value).is_ok()
         || records::read::<DrainMark>("", value).is_ok()
+        || records::read::<MoveRecord>("", value).is_ok()
+        || records::read::<MoveOrder>("", value).is_ok()
 }
 
 pub use member::{
     HeldReservation, HostReport, Member, MemberCounts, MemberError, Round, StoreView,
+};
+pub use moves::{
+    MoveOrder, MovePhase, MovePicture, MoveRecord, Needs, StoredMove, order_moves, remove_move,
+    write_move,
 };
 pub use picture::{FleetHost, FleetPicture};
 pub use placer::{PlaceError, PlaceRefusal, Placed, Placer, Wanted};

@@ -192,6 +192,28 @@ impl<'a> Placer<'a> {
     /// # Errors
     /// There is no reservation, or it is unknown whether there is one: [`PlaceError::Unanswered`].
     pub fn reserve(&self, wanted: &Wanted, until: Instant) -> Result<Placed, PlaceError> {
+        self.reserve_where(wanted, |_| None, until)
+    }
+
+    /// The same for a VM that runs on another host and is going to be moved.
+    ///
+    /// # Errors
+    /// As [`Placer::reserve`].
+    pub fn reserve_move(&self, wanted: &Wanted, until: Instant) -> Result<Placed, PlaceError> {
+        let objection = |host: &FleetHost| {
+            let receives = host.record.as_ref().is_some_and(|record| record.receives);
+            (host.is_there() && !receives).then_some("it receives no VMs (agent.move_address)")
+        };
+        self.reserve_where(wanted, objection, until)
+    }
+
+    /// The same on hosts to which there is no `objection`.
+    fn reserve_where(
+        &self,
+        wanted: &Wanted,
+        objection: impl Fn(&FleetHost) -> Option<&'static str>,
+        until: Instant,
+    ) -> Result<Placed, PlaceError> {
         let mut said = BTreeMap::new();
         let mut id = self.new_id();
         // The host on which a line may still appear, because the result of adding it is unknown, and the revisions that
@@ -205,6 +227,11 @@ impl<'a> Placer<'a> {
                     continue;
                 }
             };
+            for host in &picture.hosts {
+                if let Some(why) = objection(host) {
+                    said.insert(host.host.clone(), why.to_owned());
+                }
+            }
             if let Some(holder) = picture.holder(&id) {
                 let host = holder.host.clone();
                 doubt = None;

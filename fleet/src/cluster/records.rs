@@ -96,6 +96,21 @@ impl Keys {
         format!("{}/vms/", self.prefix)
     }
 
+    /// Prefix of all moves and of the orders for them.
+    pub fn moves(&self) -> String {
+        format!("{}/moves/", self.prefix)
+    }
+
+    /// [`super::MoveOrder`]
+    pub fn move_order(&self, host: &str) -> String {
+        format!("{}/moves/order/{host}", self.prefix)
+    }
+
+    /// [`super::MoveRecord`]
+    pub fn vm_move(&self, from: &str, vm: &str) -> String {
+        format!("{}/moves/vm/{from}/{vm}", self.prefix)
+    }
+
     /// [`VmsRecord`]
     pub fn vms(&self, host: &str) -> String {
         format!("{}/vms/{host}", self.prefix)
@@ -120,6 +135,9 @@ pub struct HostRecord {
     pub headroom: HostHeadroom,
     /// Number of VMs.
     pub vms: usize,
+    /// Whether it receives VMs from other hosts.
+    #[serde(default)]
+    pub receives: bool,
 }
 
 /// The remote requests for reservations on a host.

@@ -8,6 +8,7 @@ use strum::VariantArray as _;
 
 use super::families::{Labels, Out, figures};
 use crate::agent::{PublishedState, Snapshot, Status};
+use crate::cluster::MovePhase;
 use crate::model::Bytes;
 use crate::reservations::ReservationPhase;
 use crate::sample::{DURATION_BUCKETS_SECONDS, RequestCounters};
@@ -101,6 +102,14 @@ pub(super) fn write(out: &mut Out<'_>, snapshot: &Snapshot) -> fmt::Result {
         [(own(), status.started_unix_ms as f64 / 1e3)],
     )?;
     write_standby(out, status, &with)?;
+    out.gauge(
+        "ch_moves",
+        "Moves of VMs from and to this host, by their phase",
+        MovePhase::VARIANTS.iter().map(|&phase| {
+            let moves = status.moves.iter().filter(|one| one.phase == phase);
+            (with("phase", phase.name()), moves.count() as u64)
+        }),
+    )?;
     write_decisions(out, snapshot, &own)?;
     out.gauge(
         "ch_reservation_bytes",

@@ -4,7 +4,8 @@
 use std::time::Duration;
 
 use super::*;
-use crate::agent::{PublishedState, StandbyStatus, Status, StoreStatus, VmStatus};
+use crate::agent::{MoveStatus, PublishedState, StandbyStatus, Status, StoreStatus, VmStatus};
+use crate::cluster::MovePhase;
 use crate::model::Bytes;
 use crate::standby::Phase;
 
@@ -31,6 +32,14 @@ fn snapshot() -> Arc<Snapshot> {
                 phase: Some(Phase::Standby),
                 disk: Bytes::mib(40),
                 ..StandbyStatus::default()
+            }],
+            moves: vec![MoveStatus {
+                vm: "db".to_owned(),
+                from: "h1".to_owned(),
+                to: "h2".to_owned(),
+                phase: MovePhase::Sending,
+                sent: Bytes::mib(1),
+                why: String::new(),
             }],
             store: Some(StoreStatus {
                 registered: true,
@@ -70,6 +79,8 @@ fn scrape_has_values_under_their_names() {
         r#"ch_host_state{host="h1",state="green"} 0"#,
         r#"ch_standby_vms{host="h1",phase="standby"} 1"#,
         r#"ch_standby_vms{host="h1",phase="unusable"} 0"#,
+        r#"ch_moves{host="h1",phase="sending"} 1"#,
+        r#"ch_moves{host="h1",phase="failed"} 0"#,
         r#"ch_standby_disk_bytes{host="h1",vm="idle"} 41943040"#,
         r#"ch_store_registered{host="h1"} 1"#,
         r#"ch_store_held_bytes{host="h1"} 2147483648"#,

@@ -1,6 +1,6 @@
 //! Proposes which VMs to move, to empty a host or to relieve one that is short of memory.
 //!
-//! The result is advice only; an external tool performs the migrations. After a move, a VM rests before it is moved
+//! The result is advice only. After a move, a VM rests before it is moved
 //! again, longer each time (OpenShift's descheduler does the same), because frequent migrations can cost more than they
 //! gain.
 
@@ -31,8 +31,11 @@ pub struct MovableVm {
     pub resident: Bytes,
     /// Its priority class.
     pub class: PriorityClass,
-    /// Whether it can be moved (no passed-through device, no operation in progress).
+    /// Whether it can be moved (no assigned device, no operation in progress).
     pub movable: bool,
+    /// Why not; also absent if its agent is older.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub obstacle: Option<String>,
     /// Its moves so far.
     pub moved: Option<MoveHistory>,
 }
@@ -60,11 +63,11 @@ pub struct Move {
 }
 
 /// Reasons why a VM stays.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum StayReason {
-    /// It cannot be moved.
-    Fixed,
+    /// It cannot be moved, for this reason.
+    Fixed(String),
     /// It was moved recently, and rests until this time, ms.
     Rests(u64),
     /// It fits on no host.
@@ -158,7 +161,7 @@ fn consider(
         false
     };
     if !vm.movable {
-        return stay(StayReason::Fixed);
+        return stay(StayReason::Fixed(vm.obstacle.clone().unwrap_or_default()));
     }
     let rested_ms = vm
         .moved

@@ -32,6 +32,7 @@ fn vm(id: &str, resident_gib: u64) -> MovableVm {
         resident: Bytes::gib(resident_gib),
         class: PriorityClass::Normal,
         movable: true,
+        obstacle: None,
         moved: None,
     }
 }
@@ -84,6 +85,7 @@ fn drain_moves_everything_that_fits_the_largest_first() {
     let vms = [vm("small", 2), vm("large", 25), vm("fixed", 2)];
     let mut vms = vms;
     vms[2].movable = false;
+    vms[2].obstacle = Some("why".to_owned());
     let moves = drain(
         &vms,
         &[host("a", 40), host("b", 38)],
@@ -91,7 +93,10 @@ fn drain_moves_everything_that_fits_the_largest_first() {
         &Config::default(),
     );
     assert_eq!(ids(&moves), [("large", "a"), ("small", "b")]);
-    assert_eq!(moves.stay, [(VmId::from("fixed"), StayReason::Fixed)]);
+    assert_eq!(
+        moves.stay,
+        [(VmId::from("fixed"), StayReason::Fixed("why".to_owned()))]
+    );
 }
 
 #[test]

@@ -227,6 +227,42 @@ impl Reservations {
         Ok(entry)
     }
 
+    /// Records that the VM is being started, and that this may take another `hold` from now.
+    ///
+    /// # Errors
+    /// As [`Reservations::confirm`].
+    pub fn prolong(
+        &mut self,
+        key: &str,
+        now: Moment,
+        hold: Millis,
+    ) -> Result<(), ReservationError> {
+        let index = self
+            .position(key)
+            .ok_or_else(|| ReservationError::Unknown {
+                key: key.to_owned(),
+            })?;
+        let entry = &mut self.entries[index];
+        let clock = &mut self.clocks[index];
+        let left = |deadline: u64| deadline.saturating_sub(now.ms);
+        let lasts = clock
+            .times
+            .deadline_ms
+            .is_none_or(|at| left(at) > hold.0 / 2);
+        if entry.phase == ReservationPhase::Running
+            || entry.phase == ReservationPhase::Starting && lasts
+        {
+            return Ok(());
+        }
+        if entry.phase == ReservationPhase::Promised {
+            entry.phase = ReservationPhase::Starting;
+            entry.since_unix_ms = now.unix_ms;
+        }
+        entry.deadline_unix_ms = Some(now.unix_ms.saturating_add(hold.0));
+        clock.times = Times::until(now, hold);
+        self.save()
+    }
+
     /// Releases a reservation.
     ///
     /// # Errors

@@ -11,4 +11,4 @@ pub(crate) use owner::SocketOwners;
 #[cfg(any(test, fuzzing))]
 pub(crate) use reading::figures;
 pub use reading::{Activity, PoolUse, SampleFailure, VmReading};
-pub(crate) use reading::{ProcessFiles, Round, failure_kind, read_info, read_vm};
+pub(crate) use reading::{ProcessFiles, Round, failure_kind, means_no_vm, read_info, read_vm};

@@ -17,6 +17,7 @@ use crate::host::{Process, ProcessMemory, cpu_ms};
 use crate::model::{
     Bytes, FeatureLevel, GuestClaims, HugePool, Interlock, ReclaimFigures, VmSample,
 };
+use crate::moves::Devices;
 
 /// Counters of `vm.counters` that count transferred bytes: of disks, and of networks.
 const TRANSFERS: [&str; 4] = ["read_bytes", "write_bytes", "rx_bytes", "tx_bytes"];
@@ -48,6 +49,8 @@ pub struct VmReading {
     pub requested: Bytes,
     /// Its activity since its start; absent if not requested, or if its VMM does not report it.
     pub activity: Option<Activity>,
+    /// The device that keeps it on this host, if any.
+    pub fixed_by: Option<&'static str>,
 }
 
 /// Work of a VM since its start.
@@ -129,6 +132,7 @@ impl VmReading {
             sample,
             requested: Bytes::ZERO,
             activity: None,
+            fixed_by: None,
         }
     }
 }
@@ -209,6 +213,25 @@ pub(crate) struct Info {
     state: String,
     #[serde(default)]
     memory_actual_size: u64,
+    #[serde(skip)]
+    fixed_by: Option<&'static str>,
+}
+
+/// The part of it that shows whether the VM could move to another host.
+#[derive(Debug, Deserialize)]
+struct InfoDevices {
+    config: Devices,
+}
+
+impl Info {
+    /// Reads a response.
+    fn read(body: &str) -> Result<Self, serde_json::Error> {
+        let info = serde_json::from_str(body)?;
+        // A device in an unknown form is no reason to have no sample.
+        let devices = serde_json::from_str::<InfoDevices>(body);
+        let fixed_by = devices.map_or(None, |devices| devices.config.fixed_by());
+        Ok(Self { fixed_by, ..info })
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -439,7 +462,13 @@ pub(crate) fn read_info(
     let op = Endpoint::VmInfo;
     let answer = counted(counters, op, || client.get_with_peer(op));
     match answer {
-        Ok((Some(body), peer)) => Ok((parse(op, &body)?, peer)),
+        Ok((Some(body), peer)) => {
+            let info = Info::read(&body);
+            Ok((
+                info.map_err(|source| SampleFailure::Form { op, source })?,
+                peer,
+            ))
+        }
         Ok((None, _)) => Err(SampleFailure::NoVm),
         Err(source) if means_no_vm(&source) => Err(SampleFailure::NoVm),
         Err(source) => Err(SampleFailure::Request { op, source }),
@@ -447,7 +476,7 @@ pub(crate) fn read_info(
 }
 
 /// A VMM without a VM returns 404; older versions of upstream return 500 with this reason in the chain.
-fn means_no_vm(error: &ClientError) -> bool {
+pub(crate) fn means_no_vm(error: &ClientError) -> bool {
     match error {
         ClientError::Server(error) if error.status == NOT_FOUND => true,
         ClientError::Server(error) => error
@@ -490,6 +519,7 @@ fn from_info(info: &Info, pid: i32, at_ms: u64) -> VmReading {
         },
         requested: Bytes::ZERO,
         activity: None,
+        fixed_by: info.fixed_by,
     }
 }
 

@@ -9,7 +9,7 @@ mod step;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use super::clock::{Clock, unix_ms};
@@ -86,6 +86,11 @@ impl Standbys {
     /// Whether a VM has this name here: it must neither be started nor reserved for otherwise.
     pub(super) fn holds(&self, name: &str) -> bool {
         self.entries.contains_key(name)
+    }
+
+    /// Their names.
+    pub(super) fn names(&self) -> BTreeSet<String> {
+        self.entries.keys().cloned().collect()
     }
 
     /// For the status.

@@ -504,6 +504,7 @@ impl Machine {
             },
             requested: Bytes(self.requested),
             activity: None,
+            fixed_by: None,
         }
     }
 
