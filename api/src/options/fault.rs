@@ -8,9 +8,9 @@ use crate::similar::{did_you_mean, similar, suggestion_among};
 /// Maximum length of an option. A kernel command line, the longest legitimate value, is below 64 KiB.
 pub const OPTION_LENGTH_MAX: usize = 128 << 10;
 
-/// Maximum number of integers in an expanded list. No host has more CPUs, and `[0-18446744073709551615]` must not
-/// exhaust memory.
-pub const INTEGER_LIST_MAX: usize = 1 << 16;
+/// Maximum number of integers in an expanded list, as in JSON: a configuration that an option accepts can be sent and
+/// saved. No host has more CPUs, and `[0-18446744073709551615]` must not exhaust memory.
+pub const INTEGER_LIST_MAX: usize = crate::bounded::ITEMS_MAX;
 
 /// Reason why an option of the command line was rejected.
 #[derive(Debug, Error)]

@@ -5,6 +5,7 @@
 use serde_json::json;
 
 use super::super::*;
+use crate::options::INTEGER_LIST_MAX;
 
 #[test]
 fn vm_config_minimal_input_takes_upstream_defaults() {
@@ -111,4 +112,14 @@ fn memory_total_bytes_overflow_is_none() {
         ..Default::default()
     };
     assert_eq!(memory.total_bytes(), None);
+}
+
+#[test]
+fn longest_list_that_an_option_accepts_is_read_from_json() {
+    let of = |last: usize| format!("device_type=fs,socket=/s,queue_sizes=[1-{last}]");
+    let config = GenericVhostUserConfig::parse(&of(INTEGER_LIST_MAX)).unwrap();
+    let json = serde_json::to_string(&config).unwrap();
+    let again: GenericVhostUserConfig = serde_json::from_str(&json).unwrap();
+    assert_eq!(again, config);
+    assert!(GenericVhostUserConfig::parse(&of(INTEGER_LIST_MAX + 1)).is_err());
 }
