@@ -181,7 +181,10 @@ impl Drop for DiscardBatch<'_> {
     fn drop(&mut self) {
         let mut state = self.book.state.lock().unpoisoned();
         state.batches.remove(&self.number);
-        self.book.ended.notify_all();
+        // Whoever waits has a mapping. Without one, a system call to wake it would be in vain.
+        if !state.mapped.segments.is_empty() {
+            self.book.ended.notify_all();
+        }
     }
 }
 
