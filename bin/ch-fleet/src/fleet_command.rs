@@ -2,7 +2,6 @@
 //! agent.
 
 use std::collections::BTreeMap;
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
@@ -91,12 +90,9 @@ impl Fleet {
                 arguments.config.display()
             );
         }
-        let mut hasher = RandomState::new().build_hasher();
-        hasher.write_u32(std::process::id());
-        hasher.write_u64(unix_ms());
         Ok(Self {
             config,
-            seed: hasher.finish(),
+            seed: Placer::seed(),
             until: Instant::now() + timeout,
         })
     }

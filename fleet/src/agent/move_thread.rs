@@ -106,7 +106,7 @@ impl Task {
             self.keys.clone(),
             self.planning.clone(),
             self.call,
-            seed(),
+            Placer::seed(),
         );
         let parts = (&*self.store, self.keys.clone());
         let reserve = |wanted: &Wanted| placer.reserve_move(wanted, Instant::now() + PLACE);
@@ -180,12 +180,4 @@ impl Task {
 enum RoundError {
     Ended,
     Store(StoreError),
-}
-
-/// A number that differs between agents and starts.
-fn seed() -> u64 {
-    use std::hash::{BuildHasher, Hasher, RandomState};
-    let mut hasher = RandomState::new().build_hasher();
-    hasher.write_u32(std::process::id());
-    hasher.finish()
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use super::Keys;
-use super::records::{read, write};
+use super::records::{logged, read, write};
 use crate::host::ProcessIdentity;
 use crate::model::Bytes;
 use crate::store::{Committed, Revision, Store, StoreError, Txn, Write};
@@ -268,9 +268,4 @@ fn commit(
     let writes = vec![change];
     let committed = store.commit(&Txn { expect, writes }, until)?;
     Ok(matches!(committed, Committed::Yes(_)))
-}
-
-fn logged<T>(read: Result<T, super::RecordError>) -> Option<T> {
-    read.map_err(|error| log::warn!("{}", api::error_line(&error)))
-        .ok()
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use serde::Deserialize;
 
-use super::records::read;
+use super::records::{logged, read};
 use super::{Answer, DrainMark, HostRecord, Keys, RemoteReservations, VmsRecord};
 use crate::placement::{HostCapacity, MovableVm};
 use crate::store::{LeaseId, Listing, Revision, Store, StoreError};
@@ -182,9 +182,4 @@ fn hosts_of(listing: &Listing, prefix: &str) -> Vec<FleetHost> {
         }
     }
     hosts.into_values().collect()
-}
-
-fn logged<T>(read: Result<T, super::RecordError>) -> Option<T> {
-    read.map_err(|error| log::warn!("{}", api::error_line(&error)))
-        .ok()
 }

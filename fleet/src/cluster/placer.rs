@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -126,6 +127,14 @@ pub struct Placer<'a> {
 }
 
 impl<'a> Placer<'a> {
+    /// A seed that differs between processes, and between the placers of one.
+    #[must_use]
+    pub fn seed() -> u64 {
+        let mut hasher = RandomState::new().build_hasher();
+        hasher.write_u32(std::process::id());
+        hasher.finish()
+    }
+
     /// A placer. `seed` must differ between placers, because ids and choices are derived from it.
     pub fn new(
         store: &'a dyn Store,

@@ -232,6 +232,12 @@ pub(super) fn read<T: DeserializeOwned>(key: &str, value: &[u8]) -> Result<T, Re
     })
 }
 
+/// A record that was read. One that cannot be read is only logged.
+pub(super) fn logged<T>(read: Result<T, RecordError>) -> Option<T> {
+    read.map_err(|error| log::warn!("{}", api::error_line(&error)))
+        .ok()
+}
+
 pub(super) fn write(value: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(value).expect("the records are plain structures with text keys")
 }

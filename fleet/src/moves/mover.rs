@@ -14,6 +14,7 @@ use crate::cluster::{
 };
 use crate::host::ProcessIdentity;
 use crate::model::Bytes;
+use crate::state_file::boot_id;
 use crate::store::{Revision, Store, StoreError};
 
 use super::step::{Here, SendOrder, SourceSight, Step, TargetSight, There};
@@ -445,11 +446,6 @@ impl<'a> Mover<'a> {
 
 fn key(record: &MoveRecord) -> (String, String) {
     (record.from.clone(), record.vm.clone())
-}
-
-/// The boot of this host.
-fn boot_id() -> String {
-    crate::state_file::boot_id()
 }
 
 /// The VM on this host, and the bytes that were sent.

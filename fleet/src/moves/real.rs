@@ -232,7 +232,6 @@ impl Vmms for RealVmms {
         let client = Self::client(socket);
         let peer = client.get_with_peer(Endpoint::VmmPing);
         let pid = peer.ok().map(|(_, peer)| peer.pid);
-        let result = Arc::default();
         let (address, url) = match url {
             Some(url) => (None, url.to_owned()),
             None => {
@@ -240,13 +239,11 @@ impl Vmms for RealVmms {
                 let _ = client.call(Endpoint::VmCancelMigration, None);
                 let Some(port) = self.free_port(pid) else {
                     let why = "all ports of agent.move_ports there are in use".to_owned();
-                    *Mutex::lock(&result) = Some(ReceiveOrder::Failed(why));
-                    let (address, url) = (None, String::new());
                     let receiving = Receiving {
-                        address,
-                        url,
+                        address: None,
+                        url: String::new(),
                         pid,
-                        result,
+                        result: Arc::new(Mutex::new(Some(ReceiveOrder::Failed(why)))),
                     };
                     self.receiving.insert(socket.to_owned(), receiving);
                     return;
@@ -259,6 +256,7 @@ impl Vmms for RealVmms {
         if let Some(folder) = &self.settings.tls_dir {
             body["tls_dir"] = folder.display().to_string().into();
         }
+        let result = Arc::new(Mutex::new(None));
         let shared = Arc::clone(&result);
         let client = client.with_timeout(None);
         let thread = thread::Builder::new().name("receive-vm".to_owned());
