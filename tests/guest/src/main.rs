@@ -9,6 +9,7 @@ mod cmdline;
 mod disk;
 mod disk_bench;
 mod disturb;
+mod dma;
 mod init;
 mod mem;
 mod modules;
@@ -22,6 +23,7 @@ mod size;
 mod stress;
 mod sys;
 mod tool;
+mod vfio;
 mod vsock;
 mod workload;
 

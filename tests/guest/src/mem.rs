@@ -89,6 +89,22 @@ impl Region {
         self.allocation.bytes
     }
 
+    /// Where its first page is: in this process, and in the guest's physical memory.
+    pub(crate) fn first_page(&self) -> Result<(usize, u64), String> {
+        let address = self.mapping.words().as_ptr() as usize;
+        let frames = blocks::frames(address, 1);
+        let frames = frames.map_err(|error| format!("/proc/self/pagemap: {error}"))?;
+        match frames.first() {
+            Some(frame) if *frame != 0 => Ok((address, frame * PAGE_BYTES)),
+            _ => Err("the page is not in memory".into()),
+        }
+    }
+
+    /// The first word, which a device may have changed.
+    pub(crate) fn first_word(&self) -> u64 {
+        self.mapping.volatile_word()
+    }
+
     /// Checks the contents; the error contains the first wrong offset.
     pub(crate) fn verify(&self) -> Result<(), String> {
         let words = self.mapping.words();

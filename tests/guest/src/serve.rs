@@ -16,6 +16,10 @@
 //! | `churn-start BYTES [seed=N] [threads=N]` | `ok churn-start SEED`: see [`crate::churn`] |
 //! | `churn-status` | `ok churn-status steps=… verified=… zero=…`, or the error |
 //! | `churn-stop` | the same figures, after all remaining memory has been checked |
+//! | `page ID` | `ok page ADDRESS WORD`: the physical address and the first word of a region's first page |
+//! | `dma-open DEVICE`, `dma-close` | `ok dma-open`: takes a device, and gives it back; see [`crate::dma`] |
+//! | `dma-map ID`, `dma-unmap ID` | `ok dma-map ADDRESS`: lets the device access that page at its physical address |
+//! | `dma-read ADDRESS`, `dma-write ADDRESS` | `ok dma-read`: has the device copy a page to or from its own |
 //! | `sh COMMAND…` | the command's output, then `ok sh STATUS` |
 //! | `exit` | `ok exit`, and the server ends |
 //!
@@ -29,6 +33,7 @@ use std::time::Instant;
 
 use crate::churn::{Churn, Plan, Tally};
 use crate::disk;
+use crate::dma::Dma;
 use crate::mem::{Allocation, Region};
 use crate::size;
 use crate::sys::HugePages;
@@ -42,6 +47,7 @@ pub(crate) struct Server {
     regions: BTreeMap<u64, Region>,
     next_id: u64,
     churn: Option<Churn>,
+    dma: Option<Dma>,
 }
 
 impl Server {
@@ -136,6 +142,42 @@ impl Server {
                 let churn = self.churn.take().ok_or("nothing churns")?;
                 Ok(figures(verb, &*churn.stop()?))
             }
+            ("page", [id]) => {
+                let region = self.region(id)?;
+                let (_, address) = region.first_page()?;
+                Ok(format!("page {address:#x} {:#x}", region.first_word()))
+            }
+            ("dma-open", [address]) => {
+                self.dma = None;
+                self.dma = Some(Dma::open(address)?);
+                Ok(verb.into())
+            }
+            ("dma-close", []) => {
+                self.dma = None;
+                Ok(verb.into())
+            }
+            ("dma-map" | "dma-unmap", [id]) => {
+                let (page, address) = self.region(id)?.first_page()?;
+                let dma = self.dma()?;
+                match verb {
+                    "dma-map" => dma.map(page, address)?,
+                    _ => dma.unmap(address)?,
+                }
+                // The kernel may move a page before it pins it.
+                match self.region(id)?.first_page()?.1 {
+                    now if now == address => Ok(format!("{verb} {address:#x}")),
+                    _ => Err("the page has moved".into()),
+                }
+            }
+            ("dma-read" | "dma-write", [address]) => {
+                let address = u32::from_str_radix(address.trim_start_matches("0x"), 16);
+                let address = address.map_err(|_| "the device has addresses of 32 bits here")?;
+                match verb {
+                    "dma-read" => self.dma()?.read(address)?,
+                    _ => self.dma()?.write(address)?,
+                }
+                Ok(verb.into())
+            }
             ("sh", [_, ..]) => shell(rest, output),
             _ => Err(format!("unknown command {line:?}")),
         }
@@ -163,6 +205,10 @@ impl Server {
             .map_err(|_| format!("{id:?} is no region"))?;
         let region = self.regions.get_mut(&key);
         region.ok_or_else(|| format!("no region {id}"))
+    }
+
+    fn dma(&self) -> Result<&Dma, String> {
+        self.dma.as_ref().ok_or_else(|| "no device is open".into())
     }
 
     fn chosen(&self, id: &[&str]) -> Result<Vec<u64>, String> {
@@ -297,6 +343,10 @@ mod tests {
             "pick 0 2M",
             "drop 0",
             "refill x",
+            "page 0",
+            "dma-open ffff:ff:1f.7",
+            "dma-map 0",
+            "dma-write 0x1000",
         ] {
             let answers = talk(line);
             assert_eq!(answers.len(), 1);

@@ -424,6 +424,12 @@ impl Mapping {
         unsafe { std::slice::from_raw_parts(self.address, self.bytes / 8) }
     }
 
+    /// The first word as it is now: a device may write to the mapping.
+    pub(crate) fn volatile_word(&self) -> u64 {
+        // SAFETY: as in `words`.
+        unsafe { self.address.read_volatile() }
+    }
+
     /// The mapping as words to be written.
     pub(crate) fn words_mut(&mut self) -> &mut [u64] {
         // SAFETY: as in `words`, and `&mut self` makes it the only reference.

@@ -61,7 +61,17 @@ pub(crate) const GUEST_MODULES: [&str; 11] = [
 
 /// Modules of guests that not every kernel has: Debian's 6.1 lacks the driver of the virtual IOMMU. NVMe is for assigned
 /// disks.
-const GUEST_MODULES_OPTIONAL: [&str; 2] = ["virtio_iommu", "nvme"];
+pub(super) const GUEST_MODULES_OPTIONAL: [&str; 2] = ["virtio_iommu", "nvme"];
+
+/// Modules of guests with a kernel for any machine, which are for devices of the host: a disk, a network interface, and
+/// VFIO for programs of the guest.
+pub(super) const ASSIGNED_MODULES: [&str; 5] = [
+    "virtio_iommu",
+    "nvme",
+    "igb",
+    "vfio_pci",
+    "vfio_iommu_type1",
+];
 
 /// Modules of the emulated host: its root, its ports, its swap, KVM, networks of guests, devices for guests.
 pub(crate) const HOST_MODULES: [&str; 13] = [
@@ -444,7 +454,7 @@ fn payload(image: &[u8]) -> Option<&[u8]> {
 
 /// Makes `dir/{vmlinux,vmlinuz,initramfs.cpio.gz}` from a kernel and the common initramfs.
 pub(super) fn publish(kernel: &DebianKernel, common: &Path, dir: &Path) -> Result<()> {
-    publish_packed(kernel, common, dir)?;
+    publish_packed(kernel, common, &GUEST_MODULES_OPTIONAL, dir)?;
     publish_file(&kernel.quickest()?, &dir.join("vmlinux"))
 }
 
@@ -455,11 +465,16 @@ fn publish_file(file: &Path, published: &Path) -> Result<()> {
     paths::link_or_copy(file, published)
 }
 
-/// As [`publish`], without `vmlinux`.
-pub(super) fn publish_packed(kernel: &DebianKernel, common: &Path, dir: &Path) -> Result<()> {
+/// As [`publish`], without `vmlinux`, and with these modules if the kernel has them.
+pub(super) fn publish_packed(
+    kernel: &DebianKernel,
+    common: &Path,
+    optional: &[&str],
+    dir: &Path,
+) -> Result<()> {
     fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
     publish_file(&kernel.vmlinuz(), &dir.join("vmlinuz"))?;
-    let modules = kernel.modules(&GUEST_MODULES, &GUEST_MODULES_OPTIONAL)?;
+    let modules = kernel.modules(&GUEST_MODULES, optional)?;
     super::initramfs::extend(common, modules, &dir.join("initramfs.cpio.gz"))
 }
 

@@ -1,4 +1,5 @@
-//! Guests of distributions for tests: Debian's kernels for cloud guests of every tested series, and a disk with Debian.
+//! Guests of distributions for tests: Debian's kernels for cloud guests of every tested series, its kernel for any
+//! machine, and a disk with Debian.
 
 use std::path::{Path, PathBuf};
 
@@ -10,6 +11,8 @@ use crate::paths;
 
 /// Series with separate names under `/guest`; the newest is `debian-newest`.
 const SERIES: [&str; 2] = ["6.1", "6.12"];
+/// The kernel for any machine, which has more drivers for devices of the host.
+const GENERIC: &str = "generic";
 
 /// Names under `/guest` and the files. A series that this machine's release lacks is omitted, and so is the newest if
 /// its archive is unreachable.
@@ -30,11 +33,18 @@ pub(super) fn publish(common: &Path) -> Result<Vec<(String, PathBuf)>> {
         Ok(kernel) => eprintln!("note: {} is the newest kernel", kernel.series()),
         Err(error) => eprintln!("note: the newest kernel is skipped: {error:#}"),
     }
+    // The emulated host boots it, too.
+    let generic = DebianKernel::fetch(debian::GENERIC, |_, _| ())?;
+    kernels.push((GENERIC.into(), generic));
     let mut files = vec![("debian-disk.ext4".into(), debian_disk::image()?)];
     for (name, kernel) in kernels {
         let folder = format!("debian-{name}");
         let dir = paths::guest().join(&folder);
-        debian::publish_packed(&kernel, common, &dir)?;
+        let optional: &[&str] = match name.as_str() {
+            GENERIC => &debian::ASSIGNED_MODULES,
+            _ => &debian::GUEST_MODULES_OPTIONAL,
+        };
+        debian::publish_packed(&kernel, common, optional, &dir)?;
         for file in ["vmlinuz", "initramfs.cpio.gz"] {
             files.push((format!("{folder}/{file}"), dir.join(file)));
         }

@@ -21,7 +21,8 @@ pub(crate) fn tests() -> Vec<Test> {
     tests![debian_6_12_assigned_disk_keeps_data_and_pins_what_is_mapped_behind_the_iommu]
 }
 
-const NVME_CLASS: &str = "0x010802";
+/// Debian's kernel with drivers of all devices of [`Kind`], and VFIO for programs of the guest.
+pub(crate) const GENERIC_KERNEL: &str = "debian-generic/vmlinuz";
 const DISK_NAME: &str = "nvme0n1";
 /// Memory that the guest uses and frees, in MiB. `ASSIGNED_FREED_MIB` replaces it, and makes the guest larger by as
 /// much.
@@ -29,19 +30,47 @@ const FREED_MIB: u64 = 700;
 /// Memory that an assigned device may keep of it.
 const GROWTH_MAX_BYTES: u64 = 64 * MIB;
 /// Reporting, probing and releasing under emulation.
-const GUEST_DEADLINE: Duration = Duration::from_secs(180);
+pub(crate) const GUEST_DEADLINE: Duration = Duration::from_secs(180);
 
-/// The folder in sysfs of an NVMe disk in a group of the IOMMU, bound to vfio-pci. `None`: the host has none, or is not
-/// emulated, so that its disks may have other users.
-fn disk_of_host() -> Result<Option<PathBuf>> {
+/// A device of the host, by its files in sysfs.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Kind {
+    /// A disk.
+    Nvme,
+    /// QEMU's educational device, which accesses any address that it is told.
+    Edu,
+}
+
+impl Kind {
+    /// A file, and its content.
+    fn mark(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Nvme => ("class", "0x010802"),
+            Self::Edu => ("device", "0x11e8"),
+        }
+    }
+
+    /// The id that tests give it.
+    pub(crate) fn id(self) -> &'static str {
+        match self {
+            Self::Nvme => "nvme",
+            Self::Edu => "edu",
+        }
+    }
+}
+
+/// The folder in sysfs of a device in a group of the IOMMU, bound to vfio-pci. `None`: the host has none, or is not
+/// emulated, so that its devices may have other users.
+pub(crate) fn device_of_host(kind: Kind) -> Result<Option<PathBuf>> {
     if env::var_os("TESTBED").is_none_or(|testbed| testbed != "emulated") {
         return Ok(None);
     }
+    let (file, content) = kind.mark();
     let mut found = None;
     for entry in fs::read_dir("/sys/bus/pci/devices")? {
         let path = entry?.path();
-        let class = fs::read_to_string(path.join("class"))?;
-        if class.trim() == NVME_CLASS && path.join("iommu_group").exists() {
+        let text = fs::read_to_string(path.join(file))?;
+        if text.trim() == content && path.join("iommu_group").exists() {
             found = Some(path);
         }
     }
@@ -56,8 +85,12 @@ fn disk_of_host() -> Result<Option<PathBuf>> {
     Ok(Some(path))
 }
 
+pub(crate) fn no_device() -> Outcome {
+    Outcome::Skipped("the host is not emulated, or has no such device behind an IOMMU".to_owned())
+}
+
 /// The number in an environment variable.
-fn number(variable: &str, default: u64) -> Result<u64> {
+pub(crate) fn number(variable: &str, default: u64) -> Result<u64> {
     match env::var(variable) {
         Ok(text) => text.parse().with_context(|| format!("{variable}={text}")),
         Err(_) => Ok(default),
@@ -74,17 +107,23 @@ fn guest_mib() -> Result<u64> {
     Ok(freed + 324 + freed.saturating_sub(FREED_MIB) / 16)
 }
 
-fn stats(guest: &Guest, pointer: &str) -> Result<u64> {
+pub(crate) fn stats(guest: &Guest, pointer: &str) -> Result<u64> {
     let stats = guest.vmm.get("vm.reclaim-stats")?;
     let found = stats.pointer(pointer).and_then(Value::as_u64);
     found.with_context(|| format!("no {pointer} in {stats:#}"))
 }
 
 fn boot() -> Result<Guest> {
-    let memory = format!("size={}M", guest_mib()?);
+    boot_with(KERNEL, &format!("size={}M", guest_mib()?))
+}
+
+/// Boots a guest to which devices with and without the virtual IOMMU can be added.
+pub(crate) fn boot_with(kernel: &str, memory: &str) -> Result<Guest> {
     let machine = Machine {
-        kernel: KERNEL,
-        memory: &memory,
+        kernel,
+        memory,
+        // Plugged memory can then be unplugged again.
+        command_line: "memhp_default_state=online_movable",
         arguments: &[
             "--platform",
             "num_pci_segments=2,iommu_segments=[1],iommu_address_width=48",
@@ -112,19 +151,32 @@ fn give_back(guest: &mut Guest) -> Result<u64> {
     guest.vmm.resident_bytes()
 }
 
-fn wait_disk(guest: &mut Guest) -> Result<()> {
+pub(crate) fn wait_disk(guest: &mut Guest) -> Result<()> {
     let script = format!(
         "for i in $(seq 1200); do [ -b /dev/{DISK_NAME} ] && exit; sleep 0.1; done; dmesg | tail -20; exit 1"
     );
     guest.shell(&script).map(drop)
 }
 
-fn write_and_verify(guest: &mut Guest, seed: u32) -> Result<()> {
+pub(crate) fn write_and_verify(guest: &mut Guest, seed: u32) -> Result<()> {
     iommu::write_and_verify(guest, DISK_NAME, seed)
 }
 
-fn device(path: &Path, iommu: bool) -> Value {
-    json!({"path": path, "id": "nvme", "iommu": iommu, "pci_segment": u16::from(iommu)})
+/// Adds a device to a guest with two segments, and returns its address in the guest.
+pub(crate) fn add(guest: &Guest, (kind, path): (Kind, &Path), iommu: bool) -> Result<String> {
+    let device =
+        json!({"path": path, "id": kind.id(), "iommu": iommu, "pci_segment": u16::from(iommu)});
+    let added = expect(guest, "vm.add-device", &device, 200)?;
+    let added: Value = serde_json::from_str(&added)?;
+    let address = added["bdf"].as_str();
+    address.context("no address").map(str::to_owned)
+}
+
+/// Removes it again.
+pub(crate) fn remove(guest: &Guest, kind: Kind) -> Result<()> {
+    let body = json!({"id": kind.id()});
+    expect(guest, "vm.remove-device", &body, 204)?;
+    wait_gone(guest, kind.id())
 }
 
 fn debian_6_12_assigned_disk_keeps_data_and_pins_what_is_mapped_behind_the_iommu() -> Result<Outcome>
@@ -132,9 +184,8 @@ fn debian_6_12_assigned_disk_keeps_data_and_pins_what_is_mapped_behind_the_iommu
     if paths::guest(KERNEL).is_err() {
         return Ok(Outcome::Skipped(format!("there is no guest {KERNEL}")));
     }
-    let Some(path) = disk_of_host()? else {
-        let reason = "the host is not emulated, or has no NVMe disk behind an IOMMU";
-        return Ok(Outcome::Skipped(reason.to_owned()));
+    let Some(path) = device_of_host(Kind::Nvme)? else {
+        return Ok(no_device());
     };
     behind_the_iommu(&path)?;
     without_an_iommu(&path)?;
@@ -150,7 +201,7 @@ fn behind_the_iommu(path: &Path) -> Result<()> {
     let mut round = 0;
     while round < 2 || begun.elapsed() < load {
         let before = guest.vmm.resident_bytes()?;
-        expect(&guest, "vm.add-device", &device(path, true), 200)?;
+        add(&guest, (Kind::Nvme, path), true)?;
         wait_disk(&mut guest)?;
         let added = guest.vmm.resident_bytes()?;
         let mapped = counter(&guest, "host_mapped_bytes")?;
@@ -169,8 +220,7 @@ fn behind_the_iommu(path: &Path) -> Result<()> {
         for (resident, of) in [(added, before), (used, without)] {
             ensure!(resident < of + GROWTH_MAX_BYTES, "{resident} bytes");
         }
-        expect(&guest, "vm.remove-device", &json!({"id": "nvme"}), 204)?;
-        wait_gone(&guest, "nvme")?;
+        remove(&guest, Kind::Nvme)?;
         let left = counter(&guest, "host_mapped_bytes")?;
         ensure!(left == 0, "{left} bytes are still mapped");
         round += 1;
@@ -195,7 +245,7 @@ fn behind_the_iommu(path: &Path) -> Result<()> {
 fn without_an_iommu(path: &Path) -> Result<()> {
     let mut guest = boot()?;
     let without = give_back(&mut guest)?;
-    expect(&guest, "vm.add-device", &device(path, false), 200)?;
+    add(&guest, (Kind::Nvme, path), false)?;
     wait_disk(&mut guest)?;
     write_and_verify(&mut guest, 7)?;
     let added = guest.vmm.resident_bytes()?;
@@ -205,8 +255,7 @@ fn without_an_iommu(path: &Path) -> Result<()> {
         added / MIB
     );
     ensure!(added > guest_mib()? * MIB * 97 / 100, "{added} bytes");
-    expect(&guest, "vm.remove-device", &json!({"id": "nvme"}), 204)?;
-    wait_gone(&guest, "nvme")?;
+    remove(&guest, Kind::Nvme)?;
     // Reporting resumes.
     give_back(&mut guest)?;
     guest.end_cleanly()

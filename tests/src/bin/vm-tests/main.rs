@@ -6,6 +6,7 @@
 mod adopters;
 mod api;
 mod assigned;
+mod assigned_dma;
 mod balloon;
 mod boot;
 mod chaos;
@@ -82,6 +83,7 @@ fn main() -> ExitCode {
         clones::tests(),
         iommu::tests(),
         assigned::tests(),
+        assigned_dma::tests(),
         balloon::tests(),
         stress::tests(),
         chaos::tests(),
