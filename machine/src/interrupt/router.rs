@@ -1,7 +1,7 @@
 //! The owner of KVM's interrupt routing table and of the GSI numbers in it.
 //!
 //! KVM accepts only whole tables and, on each change, waits until no vCPU uses the old one. A table is therefore set
-//! only if it differs from the current one.
+//! only if it differs from the current one. While a machine is restored, all routes are collected and set once.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -22,6 +22,17 @@ struct State {
     routes: BTreeMap<u32, MsiMessage>,
     /// Allocated GSIs, routed or not.
     allocated: BTreeSet<u32>,
+    /// The back end does not have the current routes.
+    is_collecting: bool,
+}
+
+impl State {
+    fn table(&self) -> Vec<Route> {
+        let routes = self.routes.iter();
+        routes
+            .map(|(&gsi, &message)| Route { gsi, message })
+            .collect()
+    }
 }
 
 /// Allocates GSIs and keeps their routes.
@@ -79,6 +90,23 @@ impl GsiRouter {
         self.update(&mut state, gsi, message)
     }
 
+    /// Sets no table until [`GsiRouter::set_collected`]: the vCPUs of a machine that is being restored do not run.
+    pub fn collect(&self) {
+        self.state().is_collecting = true;
+    }
+
+    /// Sets the table with all routes since [`GsiRouter::collect`], if that was called.
+    ///
+    /// # Errors
+    /// The host rejected the table. No interrupt reaches the guest.
+    pub fn set_collected(&self) -> io::Result<()> {
+        let mut state = self.state();
+        match std::mem::take(&mut state.is_collecting) {
+            true => self.backend.set_routes(&state.table()),
+            false => Ok(()),
+        }
+    }
+
     /// The back end that holds the routes.
     pub fn backend(&self) -> &dyn InterruptBackend {
         self.backend.as_ref()
@@ -89,20 +117,17 @@ impl GsiRouter {
             Some(message) => state.routes.insert(gsi, message),
             None => state.routes.remove(&gsi),
         };
-        if before == message {
+        if before == message || state.is_collecting {
             return Ok(());
         }
-        let table: Vec<Route> = state
-            .routes
-            .iter()
-            .map(|(&gsi, &message)| Route { gsi, message })
-            .collect();
-        self.backend.set_routes(&table).inspect_err(|_refused| {
-            match before {
-                Some(before) => state.routes.insert(gsi, before),
-                None => state.routes.remove(&gsi),
-            };
-        })
+        self.backend
+            .set_routes(&state.table())
+            .inspect_err(|_refused| {
+                match before {
+                    Some(before) => state.routes.insert(gsi, before),
+                    None => state.routes.remove(&gsi),
+                };
+            })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -153,6 +178,21 @@ mod tests {
         let lengths: Vec<usize> = backend.notes().tables.iter().map(Vec::len).collect();
         assert_eq!(lengths, [1, 2, 1]);
         assert_eq!(backend.notes().tables[2][0].gsi, 31);
+    }
+
+    #[test]
+    fn collected_routes_are_set_as_one_table() {
+        let backend = Arc::new(FakeBackend::default());
+        let router = GsiRouter::new(backend.clone());
+        router.collect();
+        router.set_route(30, message(1)).unwrap();
+        router.set_route(31, message(2)).unwrap();
+        assert!(backend.notes().tables.is_empty());
+        router.set_collected().unwrap();
+        router.set_collected().unwrap();
+        router.set_route(32, message(3)).unwrap();
+        let lengths: Vec<usize> = backend.notes().tables.iter().map(Vec::len).collect();
+        assert_eq!(lengths, [2, 3]);
     }
 
     #[test]

@@ -92,6 +92,9 @@ pub enum PcError {
     /// The guest cannot be notified that vCPUs were added or should be removed.
     #[error("Cannot notify the guest about its vCPUs")]
     AnnounceVcpus(#[source] io::Error),
+    /// KVM rejects the routes of the restored interrupts.
+    #[error("Cannot restore the routes of interrupts")]
+    Routes(#[source] io::Error),
     /// The guest cannot be notified of its new generation.
     #[error("Cannot notify the guest that it was restored")]
     Generation(#[source] io::Error),

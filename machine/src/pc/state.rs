@@ -160,6 +160,7 @@ impl Pc {
         });
         let saved = saved.and_then(|saved| Ok((saved, state.slot(&id)?)));
         let (saved, (segment, slot)) = saved.map_err(PcError::State)?;
+        self.chassis.router.collect();
         // Before the rings of the device are looked at.
         plug.place_endpoint(Bdf {
             segment,
@@ -200,9 +201,11 @@ impl Pc {
     /// The state belongs to another machine, KVM rejects it, or the host has no random numbers.
     pub fn restore(&mut self, state: &PcState, moved: bool) -> Result<(), PcError> {
         self.paused = true;
-        self.restore_chips(state)
-            .and_then(|()| self.restore_time(state))
-            .map_err(PcError::State)?;
+        self.chassis.router.collect();
+        self.restore_chips(state).map_err(PcError::State)?;
+        let routes = self.chassis.router.set_collected();
+        routes.map_err(PcError::Routes)?;
+        self.restore_time(state).map_err(PcError::State)?;
         self.has_generation_id = state.has_generation_id;
         if moved || !state.has_generation_id {
             return Ok(());
