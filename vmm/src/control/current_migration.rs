@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use api::VmConfig;
+use machine::pc::Pc;
 
 use super::error::Done;
 use crate::migration::{Cancel, SendProgress};
@@ -24,9 +25,16 @@ pub(super) enum Role {
     },
     Target {
         /// Known once the source has sent it.
-        config: Option<Box<VmConfig>>,
+        prepared: Option<Box<Prepared>>,
         done: Option<Done>,
     },
+}
+
+/// What the target knows and has created before the source pauses the machine.
+pub(super) struct Prepared {
+    pub(super) config: VmConfig,
+    /// Without devices; none without KVM.
+    pub(super) pc: Option<Pc>,
 }
 
 impl Migration {

@@ -1,7 +1,7 @@
 //! Migrations as the control thread sees them: start, the steps that only it can make, and the end.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use api::config::{MigrationMemoryMode, MigrationTimeoutStrategy};
@@ -9,7 +9,7 @@ use api::{Endpoint, VmConfig, VmReceiveMigrationData, VmSendMigrationData, VmSta
 use machine::memory::{GuestMemory, ZoneFiles};
 use state::Saved;
 
-use super::current_migration::{Migration, Role};
+use super::current_migration::{Migration, Prepared, Role};
 use super::error::{Done, LifecycleError, RequestError};
 use super::lifecycle::Lifecycle;
 use super::thread::ControlHandle;
@@ -21,7 +21,7 @@ use crate::migration::{
     MigrationError, Outgoing, Ram, SendProgress, SendReport, SourceEnd, SourceOwner, SourceTls,
     TargetOwner, TargetTls, TlsError, movable,
 };
-use crate::snapshot::{self, Snapshot, SnapshotError, SnapshotState};
+use crate::snapshot::{self, Received, Snapshot, SnapshotError, SnapshotState};
 use crate::threads::{MIGRATION_THREAD, ThreadKind};
 use crate::vm;
 
@@ -316,7 +316,7 @@ impl Lifecycle {
             cancel,
             is_committed: false,
             role: Role::Target {
-                config: None,
+                prepared: None,
                 done: done.take(),
             },
         });
@@ -324,14 +324,14 @@ impl Lifecycle {
         Ok(())
     }
 
-    /// The migration that is being received, with the place for its configuration.
-    fn received(&mut self) -> Result<&mut Option<Box<VmConfig>>, LifecycleError> {
+    /// The migration that is being received, with the place for what is prepared.
+    fn received(&mut self) -> Result<&mut Option<Box<Prepared>>, LifecycleError> {
         match &mut self.migration {
             Some(Migration {
-                role: Role::Target { config, .. },
+                role: Role::Target { prepared, .. },
                 cancel,
                 ..
-            }) if !cancel.is_set() => Ok(config),
+            }) if !cancel.is_set() => Ok(prepared),
             _ => Err(LifecycleError::Migration(MigrationError::Cancelled)),
         }
     }
@@ -352,8 +352,11 @@ impl Lifecycle {
         self.confinement
             .admit(&config)
             .map_err(LifecycleError::Landlock)?;
-        let memory = snapshot::memory_of(&config, &pc, files).map_err(LifecycleError::Snapshot)?;
-        *self.received()? = Some(Box::new(config));
+        let memory = snapshot::memory_of(&config, &pc, files);
+        let mut memory = memory.map_err(LifecycleError::Snapshot)?;
+        let pc = vm::prepare(&config, &self.context, &mut memory);
+        let pc = pc.map_err(LifecycleError::Machine)?;
+        *self.received()? = Some(Box::new(Prepared { config, pc }));
         Ok(memory)
     }
 
@@ -362,9 +365,10 @@ impl Lifecycle {
         state: SnapshotState,
         memory: GuestMemory,
     ) -> Result<(), LifecycleError> {
-        let config = self.received()?.take();
-        let config = config.ok_or(LifecycleError::VmMissingConfig)?;
-        let snapshot = Snapshot::received(*config, state, memory);
+        let prepared = self.received()?.take();
+        let Prepared { config, pc } = *prepared.ok_or(LifecycleError::VmMissingConfig)?;
+        let pc = Mutex::new(pc);
+        let snapshot = Snapshot::received(config, state, Received { memory, pc });
         let snapshot = snapshot.map_err(LifecycleError::Snapshot)?;
         let config = snapshot.config.clone();
         self.create_restored(&snapshot, config)

@@ -2,11 +2,12 @@
 //!
 //! ```text
 //!  source                                              target
-//!  Hello, Config, State ───────────────────────────►   checks processor, devices, RAM; creates RAM
+//!  Hello, Config, State ───────────────────────────►   checks processor, devices, RAM; creates RAM,
+//!                                                     and the machine without devices
 //!                       ◄─────────────── Accepted
 //!  PassBegin, Pages, Clear, PassEnd (the VM runs) ─►   writes RAM
 //!  pauses, releases the locks of disks
-//!  PassBegin, Pages, Clear, PassEnd, State ────────►   creates the machine, takes the locks of disks
+//!  PassBegin, Pages, Clear, PassEnd, State ────────►   adds the devices, takes the locks of disks
 //!                       ◄─────────────── Prepared
 //!  Commit ─────────────────────────────────────────►   resumes
 //!                       ◄────────────── Committed

@@ -22,7 +22,7 @@ pub trait TargetOwner: Send {
     fn begin(&mut self);
 
     /// Checks whether this host can continue the machine, and creates its RAM from `files`, without content if they are
-    /// new. The RAM must not be written before [`TargetOwner::commit`] if they are not.
+    /// new. Creates all other parts that do not depend on the final state, and that the source does not use. The RAM must not be written before [`TargetOwner::commit`] if they are not.
     ///
     /// # Errors
     /// It cannot.
@@ -33,7 +33,7 @@ pub trait TargetOwner: Send {
         files: ZoneFiles,
     ) -> Result<GuestMemory, MigrationError>;
 
-    /// Creates the machine from its final state, paused. `memory` is what [`TargetOwner::prepare`] has returned, with its
+    /// Completes the machine from its final state, paused. `memory` is what [`TargetOwner::prepare`] has returned, with its
     /// content.
     ///
     /// # Errors

@@ -12,12 +12,13 @@ use machine::memory::{
     ContentFiles, DEFAULT_ZONE_ID, GuestMemory, RestoreError, SavedZone, WrittenPages,
     ZoneContentState, ZoneFile, ZoneFiles,
 };
-use machine::pc::PcState;
+use machine::pc::{Pc, PcState};
 use state::Saved;
+use virtio_devices::Unpoisoned;
 
 use super::adapt::set_prefault;
 use super::chain::{self, Admit};
-use super::on_demand::{Filling, Owner, RestoreContext};
+use super::on_demand::{Filling, Owner, Received, RestoreContext};
 use super::pass::write_pass;
 use super::saveable::require_content_is_ours;
 use super::saved_files::{CONFIG, STATE, SavedFiles, memory_name};
@@ -286,16 +287,24 @@ impl Snapshot {
     pub fn received(
         config: VmConfig,
         state: SnapshotState,
-        memory: GuestMemory,
+        received: Received,
     ) -> Result<Self, SnapshotError> {
         Ok(Self {
             config,
             pc: state.pc.read().map_err(SnapshotError::State)?,
             state,
-            filling: Filling::Done(Box::new(memory)),
+            filling: Filling::Done(Box::new(received)),
             folder: None,
             memory: Vec::new(),
         })
+    }
+
+    /// The machine without devices that was created for this state, once.
+    pub fn take_pc(&self) -> Option<Pc> {
+        match &self.filling {
+            Filling::Done(received) => received.pc.lock().unpoisoned().take(),
+            _ => None,
+        }
     }
 
     /// True if the machine has moved here; false if it is a copy.
@@ -313,11 +322,12 @@ impl Snapshot {
         config: &VmConfig,
         context: &RestoreContext,
     ) -> Result<(GuestMemory, Option<OnDemand>), SnapshotError> {
-        if let Filling::Done(memory) = &self.filling {
+        if let Filling::Done(received) = &self.filling {
+            let memory = &received.memory;
             let map = self.pc.memory.read();
             map.and_then(|map| memory.check_state(&map))
                 .map_err(SnapshotError::State)?;
-            return Ok((GuestMemory::clone(memory), None));
+            return Ok((memory.clone(), None));
         }
         let mut memory = memory_of(config, &self.pc, ZoneFiles::New)?;
         let progress = Progress::of_restore(&memory, Arc::clone(&context.events));

@@ -49,7 +49,7 @@ pub use files::{Snapshot, folder_of, memory_of, write};
 pub use link::{Base, CHAIN_MAX, Link};
 pub use live::{LiveOwner, LiveReport, LiveSave};
 pub use merge::merge;
-pub use on_demand::{Filling, RestoreContext};
+pub use on_demand::{Filling, Received, RestoreContext};
 pub use progress::Progress;
 pub use recorder::Recorder;
 pub use saveable::{

@@ -1,12 +1,13 @@
 //! Restores RAM on demand: fills it while the VM runs.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use api::RestoreConfig;
 use api::config::MemoryRestoreMode;
 use machine::memory::GuestMemory;
 use machine::memory::on_demand::{Faults, FillError, FillOwner, FillReport};
+use machine::pc::Pc;
 use machine::signals::VmSignals;
 use machine::threads::MachineThreadStart;
 
@@ -30,7 +31,16 @@ pub enum Filling {
     /// Never: RAM maps the files until it is written.
     CopyOnWrite,
     /// It is: a migration has brought the content.
-    Done(Box<GuestMemory>),
+    Done(Box<Received>),
+}
+
+/// What the target of a migration has created before the final state came.
+#[derive(Debug)]
+pub struct Received {
+    /// RAM with its content.
+    pub memory: GuestMemory,
+    /// The machine without devices, until it gets them; none without KVM.
+    pub pc: Mutex<Option<Pc>>,
 }
 
 impl Filling {

@@ -154,7 +154,6 @@ impl Parts {
     /// Creates the machine from the parts.
     fn assemble(
         mut self,
-        kvm: &Kvm,
         config: &VmConfig,
         context: &VmContext,
         snapshot: Option<&Snapshot>,
@@ -162,21 +161,14 @@ impl Parts {
         let saved = snapshot.map(|it| &it.pc);
         // Here, so that it is dropped after the machine if that cannot be assembled.
         let on_demand = self.on_demand.take();
-        let phys_bits = guest_phys_bits(kvm, config.cpus.max_phys_bits).map_err(in_cpus)?;
-        self.memory.narrow(phys_bits).map_err(in_memory)?;
         let residency =
             ResidencyProbe::new(self.memory.ram().clone()).map_err(VmError::Residency)?;
         let zones = self.memory.zones().to_vec();
         let ram_bytes = self.memory.own_bytes();
-        let params = PcParams {
-            cpus: config.cpus.clone(),
-            numa: config.numa.clone().unwrap_or_default(),
-            pci_segments: pci_segments(config),
-            wished_slots: wished_slots(config).collect(),
-            iommu_segments: iommu_segments(config).to_vec(),
+        let mut pc = match snapshot.and_then(Snapshot::take_pc) {
+            Some(pc) => pc,
+            None => new_pc(&open_kvm()?, config, context, self.memory)?,
         };
-        let mut pc =
-            Pc::new(kvm, self.memory, params, context.of_machine()).map_err(VmError::Pc)?;
         let mut outputs = Vec::new();
         if let Some(endpoint) = self.serial {
             outputs.push((SERIAL_ID.to_owned(), endpoint.output()));
@@ -258,8 +250,43 @@ impl Vm {
         snapshot: Option<&Snapshot>,
     ) -> Result<Self, VmError> {
         let parts = Parts::open(config, context, snapshot)?;
-        parts.assemble(&open_kvm()?, config, context, snapshot)
+        parts.assemble(config, context, snapshot)
     }
+}
+
+/// The machine of a validated configuration without devices. `memory` gets its content later, before the devices are
+/// added. No file of the configuration is opened.
+///
+/// # Errors
+/// KVM cannot create it. Without KVM there is none, so that the errors about paths come first.
+pub fn prepare(
+    config: &VmConfig,
+    context: &VmContext,
+    memory: &mut GuestMemory,
+) -> Result<Option<Pc>, VmError> {
+    let Ok(kvm) = open_kvm() else {
+        return Ok(None);
+    };
+    memory.watch(&context.signals);
+    new_pc(&kvm, config, context, memory.clone()).map(Some)
+}
+
+fn new_pc(
+    kvm: &Kvm,
+    config: &VmConfig,
+    context: &VmContext,
+    mut memory: GuestMemory,
+) -> Result<Pc, VmError> {
+    let phys_bits = guest_phys_bits(kvm, config.cpus.max_phys_bits).map_err(in_cpus)?;
+    memory.narrow(phys_bits).map_err(in_memory)?;
+    let params = PcParams {
+        cpus: config.cpus.clone(),
+        numa: config.numa.clone().unwrap_or_default(),
+        pci_segments: pci_segments(config),
+        wished_slots: wished_slots(config).collect(),
+        iommu_segments: iommu_segments(config).to_vec(),
+    };
+    Pc::new(kvm, memory, params, context.of_machine()).map_err(VmError::Pc)
 }
 
 /// Checks whether the processor of this host can continue the machine. Without KVM, no machine is created either, and the
