@@ -87,7 +87,7 @@ impl DiskHandle {
         Self { disk }
     }
 
-    /// Writes all completed data to stable storage. The caller must have paused the disk.
+    /// Writes the data of completed requests to stable storage.
     ///
     /// # Errors
     /// The error of fdatasync.

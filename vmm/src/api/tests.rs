@@ -194,6 +194,10 @@ impl Machine for FakeMachine {
         None
     }
 
+    fn sync_disks(&self) -> Result<(), VmError> {
+        Ok(())
+    }
+
     fn hold_disks(&self, _hold: bool) -> Result<(), VmError> {
         Ok(())
     }

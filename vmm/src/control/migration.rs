@@ -218,6 +218,13 @@ impl Lifecycle {
         }
     }
 
+    fn sync_to_send(&mut self) -> Result<(), LifecycleError> {
+        self.check_sent()?;
+        let machine = self.machine.as_ref();
+        let machine = machine.ok_or(LifecycleError::VmNotRunning)?;
+        machine.sync_disks().map_err(LifecycleError::Machine)
+    }
+
     fn pause_to_send(&mut self) -> Result<(), LifecycleError> {
         self.check_sent()?;
         match self.machine_state() {
@@ -515,6 +522,10 @@ impl SourceOwner for Steps {
 
     fn begin_pass(&mut self, pass: u32) {
         (self.events)(&EventKind::MigrationMemoryIteration { id: pass }.into());
+    }
+
+    fn sync(&mut self) -> Result<(), MigrationError> {
+        self.step(|vm| vm.sync_to_send())
     }
 
     fn pause(&mut self) -> Result<(), MigrationError> {

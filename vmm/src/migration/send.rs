@@ -30,6 +30,13 @@ pub trait SourceOwner: Send {
     /// The guest is held for this part of the time from now on.
     fn throttled(&mut self, percent: u8);
 
+    /// Writes the data of disks to stable storage while the machine runs. Then [`SourceOwner::save`] has less to write
+    /// during the pause.
+    ///
+    /// # Errors
+    /// A disk cannot be written.
+    fn sync(&mut self) -> Result<(), MigrationError>;
+
     /// Pauses the machine, unless it is paused.
     ///
     /// # Errors
@@ -198,6 +205,7 @@ impl Outgoing {
             .reader
             .next(&[Kind::Accepted], "the answer to the configuration")?;
         let Ram::Copied(tracker) = &self.ram else {
+            owner.sync()?;
             return self.send_paused(connection, None, owner);
         };
         self.open_others(connection, id)?;
@@ -273,6 +281,10 @@ impl Outgoing {
             let (before, begun) = (connection.peer.written(), Instant::now());
             self.send_pass(connection, tracker.memory(), pass, pages.as_ref())?;
             let speed = Speed::new(connection.peer.written() - before, begun);
+            if pass == 0 {
+                // Before the record is taken: the guest writes to RAM meanwhile.
+                owner.sync()?;
+            }
             pass += 1;
             let written = take(tracker)?;
             left_bytes = written.bytes();

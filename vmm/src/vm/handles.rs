@@ -102,7 +102,7 @@ impl Handles {
         Ok(())
     }
 
-    /// Writes the guest's data to stable storage. The devices are paused.
+    /// Writes the guest's completed data to stable storage.
     ///
     /// # Errors
     /// A file cannot be synced.

@@ -85,6 +85,12 @@ pub trait Machine {
     /// As for [`Machine::save`].
     fn state(&self) -> Result<SavedMachine, VmError>;
 
+    /// Writes completed data of all disks to stable storage. The machine may run.
+    ///
+    /// # Errors
+    /// A file cannot be synced.
+    fn sync_disks(&self) -> Result<(), VmError>;
+
     /// Whether all of RAM has been restored; if not, the rest is filled in the background from now on.
     fn is_memory_complete(&self) -> bool;
 
@@ -269,6 +275,10 @@ impl Machine for Vm {
         // The saved guest relies on completed writes, flushed or not.
         self.handles.sync()?;
         self.state()
+    }
+
+    fn sync_disks(&self) -> Result<(), VmError> {
+        self.handles.sync()
     }
 
     fn is_memory_complete(&self) -> bool {

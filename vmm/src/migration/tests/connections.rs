@@ -36,7 +36,10 @@ fn machine_moves_over_several_connections_with_what_was_written_last() {
         assert!(report.data_bytes > pages / 3 * 4096, "{report:?}");
         assert!(report.wire_bytes > report.data_bytes, "{report:?}");
         let steps = steps.lock().unwrap();
-        assert_eq!(*steps, ["pass 0", "pause", "save", "pass 1", "commit"]);
+        assert_eq!(
+            *steps,
+            ["pass 0", "sync", "pause", "save", "pass 1", "commit"]
+        );
     }
 }
 

@@ -42,7 +42,7 @@ fn target_maps_the_pages_of_its_source_and_no_content_is_sent() {
     assert_eq!(ram.read_obj::<u64>(write).unwrap(), 9);
     assert_eq!((report.data_bytes, report.passes), (0, 0));
     assert!(report.wire_bytes < 4096, "{report:?}");
-    assert_eq!(*steps.lock().unwrap(), ["pause", "save", "commit"]);
+    assert_eq!(*steps.lock().unwrap(), ["sync", "pause", "save", "commit"]);
 }
 
 #[test]

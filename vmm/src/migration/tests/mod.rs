@@ -80,6 +80,11 @@ impl SourceOwner for FakeSource {
         self.steps.lock().unwrap().push(format!("{percent} %"));
     }
 
+    fn sync(&mut self) -> Result<(), MigrationError> {
+        self.steps.lock().unwrap().push("sync".to_owned());
+        Ok(())
+    }
+
     fn pause(&mut self) -> Result<(), MigrationError> {
         self.steps.lock().unwrap().push("pause".to_owned());
         let ram = self.memory.ram();
@@ -366,7 +371,10 @@ fn machine_moves_over_unix_and_tcp_with_what_was_written_last() {
         assert_eq!(report.data_bytes, 6 * 4096);
         assert!(report.wire_bytes < report.data_bytes + 8192, "{report:?}");
         let steps = steps.lock().unwrap();
-        assert_eq!(*steps, ["pass 0", "pause", "save", "pass 1", "commit"]);
+        assert_eq!(
+            *steps,
+            ["pass 0", "sync", "pause", "save", "pass 1", "commit"]
+        );
     }
     assert!(!path.exists(), "the socket is left behind");
 }
@@ -607,7 +615,7 @@ fn target_that_falls_silent_after_the_pause_gives_the_machine_back() {
     assert!(error.contains("in time"), "{error}");
     assert_eq!(
         *steps.lock().unwrap(),
-        ["pass 0", "pause", "save", "pass 1"]
+        ["pass 0", "sync", "pause", "save", "pass 1"]
     );
 }
 
