@@ -13,10 +13,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::linux::{BOOT_DEADLINE, Guest};
+use crate::migration::{EVENTS, send_with, wait_event, while_receiving};
 use crate::paths;
-use crate::vmm::PROCESS_DEADLINE;
+use crate::serial::Serial;
+use crate::vmm::{PROCESS_DEADLINE, Vmm};
 use crate::wait::wait_for;
 
 /// The tap of each host.
@@ -71,6 +75,48 @@ impl TwoHosts {
         let root = PathBuf::from(format!("/proc/{}/root", self.hosts[host].holder.id()));
         let path = self.path(file);
         root.join(path.strip_prefix("/").unwrap_or(&path))
+    }
+
+    /// `--serial` and `--net` of a VM that can move: its network interface, and its serial port on the socket of its host.
+    #[must_use]
+    pub fn arguments(&self) -> (String, String) {
+        let serial = format!("socket={}", self.path("serial.sock").display());
+        (serial, format!("tap={TAP},mac=12:34:56:78:90:ae"))
+    }
+
+    /// The guest of `vmm`, which runs on the host of this number.
+    ///
+    /// # Errors
+    /// Its serial port does not exist.
+    pub fn guest_on(&self, host: usize, vmm: Vmm) -> Result<Guest> {
+        let serial = Serial::connect(&self.path_on(host, "serial.sock"), BOOT_DEADLINE)?;
+        Ok(Guest { vmm, serial })
+    }
+
+    /// Moves the guest to the host of this number. Returns it there, and what the source reported.
+    ///
+    /// # Errors
+    /// The migration failed.
+    pub fn move_to(
+        &self,
+        host: usize,
+        mut guest: Guest,
+        settings: &Value,
+    ) -> Result<(Guest, Value)> {
+        let mut target = Vmm::spawn_program(self.program(host), EVENTS, |_| ())?;
+        target.wait_api()?;
+        let url = format!("unix:{}", guest.vmm.folder().join("move").display());
+        let (status, body) =
+            while_receiving(&target, &url, || send_with(&guest.vmm, &url, settings))?;
+        ensure!(
+            status == 204,
+            "{status} {body}\n{}{}",
+            guest.vmm.stderr(),
+            target.stderr()
+        );
+        let report = wait_event(&guest.vmm, "migration-finished")?;
+        guest.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+        Ok((self.guest_on(host, target)?, report))
     }
 }
 

@@ -10,9 +10,6 @@ use anyhow::{Context as _, Result, bail};
 use crate::testbed::{self, KernelChoice, Outcome, Surroundings};
 use crate::{experiment, other_vmm, test_programs};
 
-/// Memory of the testbed's host: a guest of 1 GiB and room to spare.
-const HOST_BYTES: u64 = 3 << 30;
-
 /// A host that produces no output for this time hangs. Cases end after two minutes of an idle processor by their own
 /// clock, which QEMU sometimes stops when it counts instructions.
 const SILENCE_MAX: Duration = Duration::from_secs(600);
@@ -25,6 +22,9 @@ pub(crate) struct Options {
     /// Count instructions instead of time: repeatable figures, without a measure of parallel work
     #[arg(long)]
     icount: bool,
+    /// Memory of the emulated host
+    #[arg(long, value_name = "SIZE", default_value = "3G", value_parser = testbed::parse_size)]
+    memory: u64,
     /// Also measure another VMM with the same command line and API, in turns
     #[arg(long, value_name = "PATH")]
     vmm: Option<PathBuf>,
@@ -63,7 +63,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         let outcome = testbed::outcome_of(
             command,
             Surroundings {
-                memory: HOST_BYTES,
+                memory: options.memory,
                 icount: options.icount,
                 kernel: options.kernel,
                 share: options.out.clone(),

@@ -6,6 +6,7 @@
 mod blocks;
 mod churn;
 mod cmdline;
+mod dirty;
 mod disk;
 mod disk_bench;
 mod disturb;

@@ -5,7 +5,7 @@ use std::io::BufReader;
 
 use crate::mem::Region;
 use crate::serve::{Server, allocation};
-use crate::{disk, disk_bench, net_bench, size, stress, sys, vsock, workload};
+use crate::{dirty, disk, disk_bench, net_bench, size, stress, sys, vsock, workload};
 
 const USAGE: &str = "usage:
   guest-mem touch --bytes SIZE [--pattern SEED] [--huge default|always|never] [--hold]
@@ -13,6 +13,7 @@ const USAGE: &str = "usage:
   guest-mem serve [TERMINAL | vsock PORT]
   guest-mem workload page_fault1|page_fault2|churn|remove|build --tasks N --rounds N [--bytes SIZE]
   guest-mem stress --seconds N --seed N --bytes SIZE [--threads N] [--without NAME]…
+  guest-mem dirty --bytes SIZE --per-second SIZE
   guest-mem disk-bench read|write PATH --block SIZE --requests N [--threads N] [--random SEED]
   guest-mem net-bench send|receive|ask ADDRESS:PORT --amount N
   guest-mem vsock listen PORT | connect PORT --bytes SIZE --seed SEED";
@@ -28,6 +29,9 @@ pub(crate) fn run(args: &[String]) -> Result<(), String> {
             disk::verify(path, bytes, seed)?;
             println!("ok fill-verify {bytes} bytes");
             Ok(())
+        }
+        ["dirty", "--bytes", bytes, "--per-second", rate] => {
+            dirty::run(size::parse(bytes)?, size::parse(rate)?)
         }
         ["workload", arguments @ ..] => workload::run(arguments),
         ["stress", arguments @ ..] => stress::run(arguments),

@@ -12,9 +12,11 @@ mod compare;
 mod cost;
 mod guest_overhead;
 mod kicks;
+mod moves;
 mod net;
 mod options;
 mod reclaim;
+mod restore;
 mod start;
 mod subject;
 mod timed_work;
@@ -41,15 +43,17 @@ enum Measure {
 }
 
 /// Figures that take minutes.
-const BY_NAME_ONLY: [&str; 5] = [
+const BY_NAME_ONLY: [&str; 7] = [
     guest_overhead::NAME,
     boot_free::NAME,
     kicks::NAME,
+    moves::NAME,
+    restore::NAME,
     "block",
     "net",
 ];
 
-const FIGURES: [Figure; 9] = [
+const FIGURES: [Figure; 11] = [
     of_vmm("overhead", 1, cost::overhead),
     of_vmm("start", start::TURNS, start::measure),
     of_ours(reclaim::NAME, reclaim::run),
@@ -59,6 +63,8 @@ const FIGURES: [Figure; 9] = [
     of_vmm("net", net::TURNS, net::measure),
     of_ours(guest_overhead::NAME, guest_overhead::run),
     of_ours(kicks::NAME, kicks::run),
+    of_ours(moves::NAME, moves::run),
+    of_ours(restore::NAME, restore::run),
 ];
 
 const fn of_vmm(

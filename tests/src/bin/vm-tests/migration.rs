@@ -13,14 +13,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::MIB;
-use integration_tests::linux::{BOOT_DEADLINE, Guest, Machine};
-use integration_tests::migration::{EVENTS, send_with, wait_event, while_receiving};
+use integration_tests::linux::Machine;
+use integration_tests::migration::EVENTS;
 use integration_tests::outcome::{Outcome, Test};
 use integration_tests::random::Random;
-use integration_tests::serial::Serial;
 use integration_tests::tests;
-use integration_tests::two_hosts::{TAP, TwoHosts};
-use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
+use integration_tests::two_hosts::TwoHosts;
+use integration_tests::vmm::PROCESS_DEADLINE;
 use integration_tests::wait::wait_for;
 use serde_json::{Value, json};
 use tempfile::NamedTempFile;
@@ -41,40 +40,6 @@ const MIGRATIONS: u64 = 4;
 const RAM_BYTES: u64 = 256 * MIB;
 const PREFIX: &str = "192.168.246";
 const GUEST: &str = "192.168.246.2";
-
-/// A VM's network interface, and its serial port on the socket of its host.
-fn arguments(hosts: &TwoHosts) -> (String, String) {
-    let serial = format!("socket={}", hosts.path("serial.sock").display());
-    (serial, format!("tap={TAP},mac=12:34:56:78:90:ae"))
-}
-
-/// The guest of `vmm`, which runs on `host`.
-fn guest_on(hosts: &TwoHosts, host: usize, vmm: Vmm) -> Result<Guest> {
-    let serial = Serial::connect(&hosts.path_on(host, "serial.sock"), BOOT_DEADLINE)?;
-    Ok(Guest { vmm, serial })
-}
-
-/// Moves the guest to the host of this number. Returns it there, and what the source reported.
-fn move_to(
-    hosts: &TwoHosts,
-    host: usize,
-    mut guest: Guest,
-    settings: &Value,
-) -> Result<(Guest, Value)> {
-    let mut target = Vmm::spawn_program(hosts.program(host), EVENTS, |_| ())?;
-    target.wait_api()?;
-    let url = format!("unix:{}", guest.vmm.folder().join("move").display());
-    let (status, body) = while_receiving(&target, &url, || send_with(&guest.vmm, &url, settings))?;
-    ensure!(
-        status == 204,
-        "{status} {body}\n{}{}",
-        guest.vmm.stderr(),
-        target.stderr()
-    );
-    let report = wait_event(&guest.vmm, "migration-finished")?;
-    guest.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
-    Ok((guest_on(hosts, host, target)?, report))
-}
 
 /// A figure of the event `migration-finished`.
 fn reported(report: &Value, name: &str) -> Result<u64> {
@@ -157,7 +122,7 @@ fn guest_moved_at_random_moments_loses_no_byte_and_no_packet() -> Result<Outcome
     let mut random = Random(seed);
     let folder = tempfile::tempdir()?;
     let hosts = TwoHosts::new("vmmove", PREFIX)?;
-    let (serial, net) = arguments(&hosts);
+    let (serial, net) = hosts.arguments();
     let disk = churn::disk(folder.path())?;
     let vmm = Machine {
         vmm: Some(hosts.program(0)),
@@ -174,7 +139,7 @@ fn guest_moved_at_random_moments_loses_no_byte_and_no_packet() -> Result<Outcome
         ..Machine::default()
     }
     .start()?;
-    let mut guest = guest_on(&hosts, 0, vmm)?;
+    let mut guest = hosts.guest_on(0, vmm)?;
     guest.wait_init()?;
     guest.wait_serving()?;
     guest.shell(&format!(
@@ -193,7 +158,7 @@ fn guest_moved_at_random_moments_loses_no_byte_and_no_packet() -> Result<Outcome
             "timeout_s": 10, "timeout_strategy": "Ignore",
         });
         let host = (number % 2) as usize;
-        let moved = move_to(&hosts, host, guest, &settings);
+        let moved = hosts.move_to(host, guest, &settings);
         let (moved, report) = moved.with_context(|| format!("migration {number}, {action}"))?;
         guest = moved;
         guest.wait_serving().context(action)?;
@@ -236,7 +201,7 @@ fn guest_that_has_returned_memory_moves_without_it() -> Result<Outcome> {
     let image = NamedTempFile::new()?;
     File::set_len(image.as_file(), 16 * MIB)?;
     let disk = format!("path={},image_type=raw", image.path().display());
-    let (serial, net) = arguments(&hosts);
+    let (serial, net) = hosts.arguments();
     let vmm = Machine {
         vmm: Some(hosts.program(0)),
         cpus: "boot=2",
@@ -251,7 +216,7 @@ fn guest_that_has_returned_memory_moves_without_it() -> Result<Outcome> {
         ..Machine::default()
     }
     .start()?;
-    let mut guest = guest_on(&hosts, 0, vmm)?;
+    let mut guest = hosts.guest_on(0, vmm)?;
     guest.wait_init()?;
     guest.wait_serving()?;
     // In huge pages: blocks that are free only in part are not reported.
@@ -265,7 +230,7 @@ fn guest_that_has_returned_memory_moves_without_it() -> Result<Outcome> {
     })?;
     forget_complaints(&mut guest)?;
     let resident = figure(&guest, "/resident_bytes")?;
-    let (mut guest, report) = move_to(&hosts, 1, guest, &json!({"downtime_ms": 50}))?;
+    let (mut guest, report) = hosts.move_to(1, guest, &json!({"downtime_ms": 50}))?;
     let wire = reported(&report, "wire_bytes")?;
     guest.wait_serving()?;
     let after = figure(&guest, "/resident_bytes")?;
