@@ -12,6 +12,9 @@ use crate::config::VmConfig;
 /// `GET /vm.counters`: device id, then counter name, then value. Values only grow during the life of a device.
 pub type VmCounters = BTreeMap<String, BTreeMap<String, u64>>;
 
+/// Name (`comm`) of the process that waits for a VMM in a jail. It is the parent of the VMM, and in its control group.
+pub const WAITER_NAME: &str = "vmm-waiter";
+
 /// The VMM that responds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[schemars(extend("example" = json!({
@@ -23,7 +26,7 @@ pub struct VmmPingResponse {
     pub build_version: String,
     /// Version of the program.
     pub version: String,
-    /// Process id of the VMM, in its own pid namespace.
+    /// Process id of the VMM, in the pid namespace where it was started.
     #[serde(default)]
     pub pid: i64,
     /// Optional features of this build.

@@ -48,7 +48,7 @@ pub use hinting::*;
 pub use hotplug::*;
 pub use info::{
     DeviceNode, MigrationProgress, PciDeviceInfo, SnapshotProgress, VmCounters, VmInfo, VmState,
-    VmmPingResponse,
+    VmmPingResponse, WAITER_NAME,
 };
 pub use rate_limit::VmUpdateRateLimiter;
 pub use reclaim::{

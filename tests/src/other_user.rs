@@ -4,9 +4,10 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::paths;
+use crate::vmm::Vmm;
 
 /// The user and the group of the VMM.
 pub const NOBODY: u32 = 65534;
@@ -40,6 +41,27 @@ pub fn vmm(folder: &Path) -> Result<PathBuf> {
     fs::write(&start, START.replace("PROGRAM", program))?;
     fs::set_permissions(&start, fs::Permissions::from_mode(0o755))?;
     Ok(start)
+}
+
+/// The process id of a VMM in a jail, which is process 1 of its own pid namespace. The process that was started waits
+/// for it.
+///
+/// # Errors
+/// The VMM does not respond, or it is not in such a namespace.
+pub fn pid_of_jailed(vmm: &Vmm) -> Result<u64> {
+    let ping = vmm.get("vmm.ping")?;
+    let pid = ping["pid"].as_u64().with_context(|| ping.to_string())?;
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.with_context(|| status.clone())
+    };
+    ensure!(
+        line("PPid:")?.trim() == vmm.pid().to_string(),
+        "the started process is not its parent"
+    );
+    ensure!(line("NSpid:")?.ends_with("\t1"), "{status}");
+    Ok(pid)
 }
 
 /// A folder of [`NOBODY`].

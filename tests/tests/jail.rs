@@ -80,6 +80,7 @@ fn machine_of_another_user_in_a_jail_boots_reboots_measures_and_grows() -> Resul
     };
     // The VMM cannot open its page map as this user any more.
     ensure!(resident(&vmm)? > 0);
+    other_user::pid_of_jailed(&vmm)?;
     vmm.put("vm.reboot", None)?;
     ensure!(resident(&vmm)? > 0);
     vmm.put("vmm.shutdown", None)?;

@@ -1,6 +1,7 @@
 //! A UNIX socket on which the VMM listens, and its path in the file system.
 
 use std::fs::{self, Metadata};
+use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -161,7 +162,8 @@ fn find_stale(path: &Path) -> Option<Identity> {
 /// aside before it is compared.
 fn remove(path: &Path, stale: &Identity) -> io::Result<()> {
     let mut aside = path.as_os_str().to_owned();
-    aside.push(format!(".stale-{}", std::process::id()));
+    // Not the process id, which is 1 for every VMM in a jail.
+    aside.push(format!(".stale-{:016x}", RandomState::new().hash_one(0)));
     let aside = PathBuf::from(aside);
     fs::rename(path, &aside)?;
     if Identity::of(&aside.symlink_metadata()?) == *stale {

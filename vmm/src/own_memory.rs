@@ -11,6 +11,8 @@ use std::sync::{Mutex, MutexGuard};
 
 use virtio_devices::Unpoisoned;
 
+use crate::jail;
+
 const PROC: &str = "/proc/self";
 const GROUPS: &str = "/sys/fs/cgroup";
 /// Maximum length of a file that is read; `memory.stat` has some 2 KiB.
@@ -49,7 +51,7 @@ pub(crate) fn read(without_files: bool) -> io::Result<OwnMemory> {
         if group.as_ref().is_none_or(|known| known.path != current) {
             *group = Group::of(Path::new(PROC), Path::new(GROUPS)).ok();
         }
-        group.as_mut()?.charge(std::process::id(), &status)
+        group.as_mut()?.charge(&Members::of_this_process(), &status)
     });
     Ok(OwnMemory::of(charge.flatten(), &status))
 }
@@ -84,6 +86,31 @@ fn group_path(proc: &Path) -> Option<PathBuf> {
     Some(PathBuf::from(path))
 }
 
+/// The processes of a VMM.
+struct Members {
+    pid: u32,
+    /// The VMM has a waiter, whose memory is negligible.
+    is_waited_for: bool,
+}
+
+impl Members {
+    fn of_this_process() -> Self {
+        Self {
+            pid: std::process::id(),
+            is_waited_for: jail::is_entered(),
+        }
+    }
+
+    /// Whether a group with this list has no other process.
+    fn are_all(&self, list: &str) -> bool {
+        let (own, others): (Vec<&str>, Vec<&str>) = list
+            .split_ascii_whitespace()
+            .partition(|it| *it == self.pid.to_string());
+        // The kernel shows a process outside the pid namespace as 0.
+        own.len() == 1 && (others.is_empty() || (self.is_waited_for && others == ["0"]))
+    }
+}
+
 /// Open files of a control group.
 struct Group {
     /// Below the mount point.
@@ -106,10 +133,10 @@ impl Group {
         })
     }
 
-    /// The memory that is charged to the group, without page cache and the kernel's own; `None` unless `pid` is alone in
-    /// the group.
-    fn charge(&mut self, pid: u32, status: &str) -> Option<u64> {
-        if reread(&mut self.members)?.trim() != pid.to_string() {
+    /// The memory that is charged to the group, without page cache and the kernel's own; `None` if the group has other
+    /// members.
+    fn charge(&mut self, own: &Members, status: &str) -> Option<u64> {
+        if !own.are_all(&reread(&mut self.members)?) {
             return None;
         }
         let current: u64 = reread(&mut self.current)?.trim().parse().ok()?;
@@ -175,7 +202,11 @@ mod tests {
     fn charge(files: &tempfile::TempDir, status: &str) -> Option<u64> {
         let mut group = Group::of(files.path(), &files.path().join("groups")).unwrap();
         assert_eq!(group.path, Path::new("vms/web"));
-        group.charge(7, status)
+        let own = Members {
+            pid: 7,
+            is_waited_for: false,
+        };
+        group.charge(&own, status)
     }
 
     #[test]
@@ -202,6 +233,22 @@ mod tests {
     fn group_with_other_processes_tells_nothing() {
         for members in ["7\n8\n", "8\n", "0\n", ""] {
             assert_eq!(charge(&files(members, MIB, ""), ""), None, "{members:?}");
+        }
+    }
+
+    #[test]
+    fn group_of_a_vmm_in_a_jail_contains_its_waiter_as_well() {
+        let own = |is_waited_for| Members {
+            pid: 1,
+            is_waited_for,
+        };
+        for list in ["0\n1\n", "1\n0\n"] {
+            assert!(own(true).are_all(list));
+            assert!(!own(false).are_all(list));
+        }
+        assert!(own(true).are_all("1\n"));
+        for list in ["0\n0\n1\n", "0\n", "0\n1\n2\n", ""] {
+            assert!(!own(true).are_all(list), "{list:?}");
         }
     }
 

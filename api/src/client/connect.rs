@@ -24,8 +24,8 @@ use super::error::ClientError;
 /// listen. For an inherited listener, this is the process that created it.
 #[derive(Debug)]
 pub struct Peer {
-    /// Process id, in the pid namespace of this process. In contrast, `vmm.ping` returns the id in the VMM's own
-    /// namespace.
+    /// Process id, in the pid namespace of this process. In contrast, `vmm.ping` returns the id in the namespace where
+    /// the VMM was started.
     pub pid: i32,
     /// User id.
     pub uid: u32,

@@ -10,7 +10,7 @@ use vmm::api::http::{Deadlines, HttpServer};
 use vmm::api::{ApiSocket, Dispatcher};
 use vmm::control::{ControlSetup, ControlThread, Ending, Lifecycle};
 use vmm::event_monitor::EventMonitor;
-use vmm::jail::{Jail, JailError, Place};
+use vmm::jail::{self, Jail, JailError, Place};
 use vmm::landlock::{self, Need};
 use vmm::own_memory;
 use vmm::seccomp::Seccomp;
@@ -101,13 +101,13 @@ pub(crate) fn run(arguments: &Arguments, start: Instant) -> Result<()> {
     let plan = Plan::new(arguments)?;
     survive_file_size_limit().context("Cannot ignore SIGXFSZ")?;
     own_memory::open();
+    let mut exit_signals = ExitSignals::hold()?;
     plan.jail.enter().context("Cannot confine the process")?;
     let seccomp = Arc::new(Seccomp::new(arguments.seccomp.into())?);
     let mut thread_start = seccomp.hook();
     if plan.confined {
         thread_start = landlock::confine_observers(thread_start)?;
     }
-    let mut exit_signals = ExitSignals::hold()?;
     let events = open_events(plan.event_monitor.as_ref(), start, &thread_start)?;
     let socket = plan.api_socket.as_ref().map(ApiSocket::open).transpose()?;
 
@@ -234,7 +234,7 @@ fn identity() -> VmmPingResponse {
     VmmPingResponse {
         build_version: concat!("v", env!("CARGO_PKG_VERSION")).to_owned(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        pid: std::process::id().into(),
+        pid: jail::process_id().into(),
         features: FEATURES.iter().map(|&name| name.to_owned()).collect(),
     }
 }

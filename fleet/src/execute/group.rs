@@ -1,13 +1,14 @@
 //! Last-resort measures, which do not need the guest's cooperation: limits on the VMM's control group, and killing the
 //! VMM.
 //!
-//! A limit is written only to a group that contains no process except this VMM. Otherwise, the limit would also
-//! restrict other processes.
+//! A limit is written only to a group that contains no process except this VMM and its waiter. Otherwise, the limit would
+//! also restrict other processes.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use api::WAITER_NAME;
 use thiserror::Error;
 
 use crate::model::Bytes;
@@ -111,7 +112,7 @@ impl GroupFiles {
         lives: impl FnOnce() -> bool,
     ) -> Result<(), GroupError> {
         let path = self.group_of(pid)?;
-        if path == self.cgroup_root || !is_alone(&path, pid) {
+        if path == self.cgroup_root || !self.is_alone(&path, pid) {
             return Err(GroupError::Shared { path, pid });
         }
         if !lives() {
@@ -122,8 +123,25 @@ impl GroupFiles {
         let text = limit.map_or_else(|| "max".to_owned(), |limit| limit.0.to_string());
         fs::write(&path, text).map_err(|source| GroupError::Write { path, source })
     }
-}
 
-fn is_alone(group: &Path, pid: i32) -> bool {
-    fs::read_to_string(group.join("cgroup.procs")).is_ok_and(|text| text.trim() == pid.to_string())
+    /// Whether the group contains only this process, and the waiter if the VMM is in a jail.
+    fn is_alone(&self, group: &Path, pid: i32) -> bool {
+        let Ok(members) = fs::read_to_string(group.join("cgroup.procs")) else {
+            return false;
+        };
+        let (own, others): (Vec<&str>, Vec<&str>) = members
+            .split_ascii_whitespace()
+            .partition(|it| *it == pid.to_string());
+        let is_waiter = |it: &&str| self.waiter_of(pid).is_some_and(|waiter| waiter == *it);
+        own.len() == 1 && others.len() <= 1 && others.iter().all(is_waiter)
+    }
+
+    /// The id of the process that waits for a VMM in a jail: its parent, if that has the name.
+    fn waiter_of(&self, pid: i32) -> Option<String> {
+        let status = fs::read_to_string(self.proc.join(pid.to_string()).join("status")).ok()?;
+        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
+        let parent = parent.trim();
+        let name = fs::read_to_string(self.proc.join(parent).join("comm")).ok()?;
+        (name.trim_end() == WAITER_NAME).then(|| parent.to_owned())
+    }
 }

@@ -126,6 +126,22 @@ fn limit_is_set_only_where_the_vmm_is_alone() {
     fs::write(group.join("cgroup.procs"), "42\n43\n").unwrap();
     let shared = files.limit(42, GroupFile::MemoryHigh, Some(Bytes::mib(1)), || true);
     assert!(matches!(shared, Err(GroupError::Shared { .. })));
+    // The other one waits for the VMM.
+    fs::write(files.proc.join("42/status"), "Name:\tvmm\nPPid:\t43\n").unwrap();
+    fs::create_dir_all(files.proc.join("43")).unwrap();
+    for (name, members, is_alone) in [
+        ("sh\n", "42\n43\n", false),
+        ("vmm-waiter\n", "43\n42\n44\n", false),
+        ("vmm-waiter\n", "43\n", false),
+        ("vmm-waiter\n", "44\n42\n", false),
+        ("vmm-waiter\n", "43\n42\n", true),
+        ("vmm-waiter\n", "42\n", true),
+    ] {
+        fs::write(files.proc.join("43/comm"), name).unwrap();
+        fs::write(group.join("cgroup.procs"), members).unwrap();
+        let limited = files.limit(42, GroupFile::MemoryHigh, None, || true);
+        assert_eq!(limited.is_ok(), is_alone, "{name} {members}");
+    }
     fs::write(group.join("cgroup.procs"), "42\n").unwrap();
     files
         .limit(42, GroupFile::MemoryHigh, Some(Bytes::mib(1)), || true)

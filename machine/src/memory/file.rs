@@ -12,12 +12,12 @@
 // UNSAFETY: `fstatfs` has no safe wrapper among our dependencies.
 
 use std::fs::{self, File, OpenOptions};
+use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::error::ZoneError;
 use super::layout::PAGE_BYTES;
@@ -127,10 +127,10 @@ impl ZoneFile {
 fn nameless_file(directory: &Path) -> io::Result<File> {
     /// Maximum number of names to try. If all of them are taken, it is deliberate.
     const ATTEMPTS_MAX: u32 = 100;
-    static COUNTER: AtomicU32 = AtomicU32::new(0);
-    for _ in 0..ATTEMPTS_MAX {
-        let number = COUNTER.fetch_add(1, Ordering::Relaxed);
-        let path = directory.join(format!(".ch_ram-{}-{number}", std::process::id()));
+    // Not the process id, which is 1 for every VMM in a jail.
+    let random = RandomState::new();
+    for attempt in 0..ATTEMPTS_MAX {
+        let path = directory.join(format!(".ch_ram-{:016x}", random.hash_one(attempt)));
         let made = OpenOptions::new()
             .read(true)
             .write(true)

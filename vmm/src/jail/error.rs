@@ -65,6 +65,15 @@ pub enum JailError {
     /// There is no mount namespace to have.
     #[error("Cannot create a mount namespace; --jail needs CAP_SYS_ADMIN")]
     Namespace(#[source] io::Error),
+    /// There is no pid namespace to have.
+    #[error("Cannot start the VMM in a pid namespace; --jail needs CAP_SYS_ADMIN")]
+    PidNamespace(#[source] io::Error),
+    /// The filter of the process that waits for the VMM cannot be created.
+    #[error("Cannot compile the seccomp filter of the waiter")]
+    WaiterFilter(#[source] seccompiler::BackendError),
+    /// The kernel rejects that filter.
+    #[error("Cannot install the seccomp filter of the waiter")]
+    WaiterConfined(#[source] seccompiler::Error),
     /// A path cannot be opened.
     #[error("Cannot show {} in the jail", path.display())]
     Path {

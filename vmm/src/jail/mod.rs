@@ -3,6 +3,7 @@
 //! ```text
 //! --resource-limits ─► limits.rs
 //! --jail, paths of all options ─► root.rs: mount namespace, whose root shows only these paths
+//!                              ─► pid_namespace.rs: pid namespace, of which the VMM is the first process
 //! --user, --group ─► identity.rs: user and groups, no capabilities, not dumpable
 //! ```
 //! The VMM opens the files of its options afterwards, as that user and inside that root. Therefore what a boot can open,
@@ -11,8 +12,10 @@
 mod error;
 mod identity;
 mod limits;
+mod pid_namespace;
 mod place;
 mod root;
+mod waiter;
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -54,7 +57,8 @@ impl Jail {
         })
     }
 
-    /// Confines the process. Must be called while it has a single thread.
+    /// Confines the process. Must be called while it has a single thread, and with SIGTERM and SIGINT blocked. With a
+    /// jail, it returns in a new process, which is the VMM.
     ///
     /// # Errors
     /// A part is not permitted or not supported. The process must end then, because it is confined in part.
@@ -63,20 +67,37 @@ impl Jail {
         rustix::thread::set_no_new_privs(true)
             .map_err(|source| JailError::failed("forbid new privileges", source))?;
         limits::apply(&self.limits)?;
+        let Some(places) = &self.places else {
+            return self.change_user();
+        };
+        pid_namespace::detach_in_background()?;
+        let shown = root::enter(places, self.identity.as_ref().map(Identity::owner))?;
+        let link = pid_namespace::enter(|| self.assume())?;
+        root::mount_proc()?;
+        // The process enters one jail.
+        let _ = ENTERED.set(shown);
+        self.change_user()?;
+        link.bind()
+    }
+
+    /// Becomes the user, and keeps open what only root can open.
+    fn change_user(&self) -> Result<(), JailError> {
         if self.identity.is_some() {
             // A process that is not dumpable cannot open this file.
             Pagemap::keep_open().map_err(JailError::Pagemap)?;
         }
-        if let Some(places) = &self.places {
-            let shown = root::enter(places, self.identity.as_ref().map(Identity::owner))?;
-            // The process enters one jail.
-            let _ = ENTERED.set(shown);
-        }
-        match &self.identity {
-            Some(identity) => identity.assume(),
-            None => Ok(()),
-        }
+        self.assume()
     }
+
+    fn assume(&self) -> Result<(), JailError> {
+        self.identity.as_ref().map_or(Ok(()), Identity::assume)
+    }
+}
+
+/// The id of this process in the pid namespace where the VMM was started. In a jail, it differs from the process's own
+/// view.
+pub fn process_id() -> u32 {
+    pid_namespace::outside_id()
 }
 
 /// Whether this process is in a jail.

@@ -1,7 +1,7 @@
 //! A mount namespace whose root shows only chosen paths, each at its own place.
 //!
 //! The root is a read-only tmpfs with empty folders, on which files and folders of the host are bound. `/proc` is new
-//! and shows only the process itself. After the change of root, nothing refers to the host's root any more.
+//! and shows only the VMM. After the change of root, nothing refers to the host's root any more.
 
 // UNSAFETY: leaving the mount namespace of the other threads is unsafe where there are any.
 #![allow(unsafe_code)]
@@ -58,6 +58,14 @@ pub(super) fn enter(
     mount_remount("/", flags, "").map_err(failed("make the jail's root read-only"))?;
     chdir(&here).map_err(failed("enter the working folder in the jail"))?;
     Ok(shown)
+}
+
+/// Mounts `/proc` in the new root. It shows the pid namespace of the calling process.
+pub(super) fn mount_proc() -> Result<(), JailError> {
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    let options = c"hidepid=ptraceable,subset=pid";
+    mount("proc", PROC, "proc", flags, options)
+        .map_err(failed("mount /proc in the jail (Linux 5.8 or later)"))
 }
 
 /// A place that exists, by its absolute path and opened.
@@ -162,15 +170,6 @@ fn fill(sources: &[Source], here: &Path) -> Result<Vec<PathBuf>, JailError> {
         shown.push(path.clone());
     }
     make(Path::new("proc"), true).map_err(|error| at(Path::new(PROC), error))?;
-    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    mount(
-        "proc",
-        "proc",
-        "proc",
-        flags,
-        c"hidepid=ptraceable,subset=pid",
-    )
-    .map_err(failed("mount /proc in the jail (Linux 5.8 or later)"))?;
     let folder = here.strip_prefix("/").unwrap_or(here);
     fs::create_dir_all(Path::new(".").join(folder)).map_err(|source| at(here, source))?;
     Ok(shown)

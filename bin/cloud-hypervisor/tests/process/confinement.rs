@@ -12,9 +12,9 @@ use super::{Vmm, output, program, stderr};
 
 /// A user and group without an entry or with one that owns nothing.
 const NOBODY: u32 = 65534;
-const AS_NOBODY: [&str; 4] = ["--user", "65534", "--group", "65534"];
+pub(super) const AS_NOBODY: [&str; 4] = ["--user", "65534", "--group", "65534"];
 
-fn is_root() -> bool {
+pub(super) fn is_root() -> bool {
     let root = fs::metadata("/proc/self").unwrap().uid() == 0;
     if !root {
         test_skip::skip("changing the user and the root folder needs root");
@@ -23,7 +23,7 @@ fn is_root() -> bool {
 }
 
 /// An empty folder that `NOBODY` owns.
-fn folder_of_nobody() -> TempDir {
+pub(super) fn folder_of_nobody() -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     chown(folder.path(), Some(NOBODY), Some(NOBODY)).unwrap();
     folder
@@ -45,10 +45,16 @@ fn files() -> TempDir {
 }
 
 impl Vmm {
+    /// The process id, which in a jail is not that of the process that was started.
+    pub(super) fn pid(&self) -> u32 {
+        let answer = self.response("GET", "vmm.ping", "").unwrap();
+        let (_, rest) = answer.split_once("\"pid\":").unwrap();
+        let end = rest.find(|it: char| !it.is_ascii_digit()).unwrap();
+        rest[..end].parse().unwrap()
+    }
+
     fn proc(&self, name: &str) -> PathBuf {
-        Path::new("/proc")
-            .join(self.child.id().to_string())
-            .join(name)
+        Path::new("/proc").join(self.pid().to_string()).join(name)
     }
 
     fn proc_text(&self, name: &str) -> String {
@@ -82,7 +88,7 @@ fn kernel(path: &Path) -> String {
 }
 
 /// The value of `key` in a status file, with single blanks.
-fn field(status: &str, key: &str) -> String {
+pub(super) fn field(status: &str, key: &str) -> String {
     let line = status
         .lines()
         .find_map(|line| line.strip_prefix(key))

@@ -3,11 +3,12 @@
 #![allow(clippy::unwrap_used)]
 
 mod confinement;
+mod waiter;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -47,6 +48,11 @@ fn files(dir: &Path) -> Vec<String> {
         .collect();
     names.sort();
     names
+}
+
+fn signal(pid: u32, name: &str) {
+    let sent = Command::new("kill").args([name, &pid.to_string()]).status();
+    assert!(sent.unwrap().success());
 }
 
 /// A VMM without a machine, ended when dropped.
@@ -101,13 +107,15 @@ impl Vmm {
     }
 
     fn signal(&self, name: &str) {
-        let sent = Command::new("kill")
-            .args([name, &self.child.id().to_string()])
-            .status();
-        assert!(sent.unwrap().success());
+        signal(self.child.id(), name);
     }
 
-    fn wait(mut self) -> (Option<i32>, String, Vec<String>) {
+    fn wait(self) -> (Option<i32>, String, Vec<String>) {
+        let (status, text, left) = self.wait_for_status();
+        (status.code(), text, left)
+    }
+
+    fn wait_for_status(mut self) -> (ExitStatus, String, Vec<String>) {
         let deadline = Instant::now() + PATIENCE;
         let status = loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -123,7 +131,7 @@ impl Vmm {
             .unwrap()
             .read_to_string(&mut text)
             .unwrap();
-        (status.code(), text, files(self.dir.path()))
+        (status, text, files(self.dir.path()))
     }
 }
 
@@ -277,45 +285,49 @@ fn program_ends_on_signals_and_requests_and_takes_its_socket_away() {
 /// The earliest moment is when the process no longer dies of the signal.
 #[test]
 fn program_that_is_still_starting_ends_cleanly_on_a_signal() {
+    expect_clean_end_during_the_start("");
+    expect_clean_end_during_the_start("--kernel /bin/true --console off --serial off");
+}
+
+fn expect_clean_end_during_the_start(arguments: &str) {
     const TERM_BIT: u64 = 1 << (15 - 1);
-    for arguments in ["", "--kernel /bin/true --console off --serial off"] {
-        let dir = tempfile::tempdir().unwrap();
-        let child = program()
-            .args(arguments.split_whitespace())
-            .arg("--api-socket")
-            .arg(dir.path().join("s"))
-            .stdin(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let vmm = Vmm { child, dir };
-        let status = format!("/proc/{}/status", vmm.child.id());
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let text = std::fs::read_to_string(&status).unwrap();
-            let masks = text.lines().filter_map(|line| {
-                let (name, mask) = line.split_once(':')?;
-                let is_mask = matches!(name, "SigBlk" | "SigCgt");
-                u64::from_str_radix(mask.trim(), 16)
-                    .ok()
-                    .filter(|_| is_mask)
-            });
-            if masks.fold(0, |all, mask| all | mask) & TERM_BIT != 0 {
-                break;
-            }
-            assert!(Instant::now() < deadline, "{text}");
-            std::hint::spin_loop();
+    let dir = tempfile::tempdir().unwrap();
+    let child = program()
+        .args(arguments.split_whitespace())
+        .arg("--api-socket")
+        .arg(dir.path().join("s"))
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let vmm = Vmm { child, dir };
+    let status = format!("/proc/{}/status", vmm.child.id());
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let text = std::fs::read_to_string(&status).unwrap();
+        let masks = text.lines().filter_map(|line| {
+            let (name, mask) = line.split_once(':')?;
+            let is_mask = matches!(name, "SigBlk" | "SigCgt");
+            u64::from_str_radix(mask.trim(), 16)
+                .ok()
+                .filter(|_| is_mask)
+        });
+        let waits = text.starts_with("Name:\tvmm-waiter\n");
+        if waits || masks.fold(0, |all, mask| all | mask) & TERM_BIT != 0 {
+            break;
         }
-        vmm.signal("-TERM");
-        let (status, text, left) = vmm.wait();
-        // A kernel that cannot boot may be noticed first.
-        let failed = status == Some(1) && text.contains("could not boot");
-        assert!(
-            status == Some(0) || (failed && !arguments.is_empty()),
-            "{status:?}: {text}"
-        );
-        assert!(left.is_empty(), "{left:?}");
+        assert!(Instant::now() < deadline, "{text}");
+        std::hint::spin_loop();
     }
+    vmm.signal("-TERM");
+    let (status, text, left) = vmm.wait();
+    // A kernel that cannot boot may be noticed first.
+    let failed = status == Some(1) && text.contains("could not boot");
+    assert!(
+        status == Some(0) || (failed && !arguments.is_empty()),
+        "{status:?}: {text}"
+    );
+    assert!(left.is_empty(), "{left:?}");
 }
 
 #[test]

@@ -47,7 +47,8 @@ fn jailed_guest_of_another_user_reports_inflates_and_powers_off() -> Result<Outc
         ..Machine::default()
     }
     .serve()?;
-    let proc = Path::new("/proc").join(guest.vmm.pid().to_string());
+    let pid = other_user::pid_of_jailed(&guest.vmm)?;
+    let proc = Path::new("/proc").join(pid.to_string());
     ensure!(
         !proc.join("root/etc").exists(),
         "the VMM sees the host's root"
