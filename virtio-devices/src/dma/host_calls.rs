@@ -13,6 +13,9 @@ pub(super) const PIECE_MAX: usize = 1024;
 /// on; none if the endpoint is not in the domain any more.
 pub(super) type ReadMappings<'a> = &'a dyn Fn((u32, u32), u64) -> Vec<(u64, Mapping)>;
 
+/// Returns whether to stop for a command. Called after each call to the host of a request that makes many.
+pub(crate) type StopsNow<'a> = &'a mut dyn FnMut() -> bool;
+
 /// A call for the device of one endpoint.
 #[derive(Debug)]
 pub(crate) enum HostCall {
@@ -40,14 +43,18 @@ pub(crate) enum HostCall {
 impl HostCall {
     /// Makes the calls in order, and returns the first error. Calls that take memory away are all made. After an error,
     /// none that gives memory is made, and those that were made are undone.
-    pub(super) fn make_all(calls: &[Self], read: ReadMappings<'_>) -> Result<(), Refusal> {
+    pub(super) fn make_all(
+        calls: &[Self],
+        read: ReadMappings<'_>,
+        stops_now: StopsNow<'_>,
+    ) -> Result<(), Refusal> {
         let mut result = Ok(());
         for (done, call) in calls.iter().enumerate() {
             if !call.gives_memory() {
-                result = result.and(call.make(read));
+                result = result.and(call.make(read, stops_now));
                 continue;
             }
-            result = result.and_then(|()| call.make(read));
+            result = result.and_then(|()| call.make(read, stops_now));
             if result.is_err() {
                 // Ranges that the host keeps mapped stay pinned; the failure has been logged.
                 calls[..done].iter().for_each(|call| {
@@ -63,7 +70,7 @@ impl HostCall {
         matches!(self, Self::Join { .. } | Self::Map { .. })
     }
 
-    fn make(&self, read: ReadMappings<'_>) -> Result<(), Refusal> {
+    fn make(&self, read: ReadMappings<'_>, stops_now: StopsNow<'_>) -> Result<(), Refusal> {
         match self {
             Self::Leave(host) => host.unmap_all(),
             Self::Map {
@@ -80,7 +87,7 @@ impl HostCall {
                 endpoint,
                 domain,
             } => {
-                let joined = join(read, &**host, (*endpoint, *domain));
+                let joined = join(read, &**host, (*endpoint, *domain), stops_now);
                 // All or none.
                 joined.or_else(|refusal| self.undo().and(Err(refusal)))
             }
@@ -99,12 +106,20 @@ impl HostCall {
 
 /// Maps the contents of the domain. Only the caller changes its mappings, but the device may be unplugged in the
 /// meantime.
-fn join(read: ReadMappings<'_>, host: &dyn HostMappings, place: (u32, u32)) -> Result<(), Refusal> {
+fn join(
+    read: ReadMappings<'_>,
+    host: &dyn HostMappings,
+    place: (u32, u32),
+    stops_now: StopsNow<'_>,
+) -> Result<(), Refusal> {
     let mut next = Some(0);
     while let Some(from) = next {
         let piece = read(place, from);
         for (first, mapping) in &piece {
             host.map(*first, mapping)?;
+            if stops_now() {
+                return Err(Refusal::Interrupted);
+            }
         }
         let last = piece.last();
         next = last.and_then(|(_, mapping)| mapping.last.checked_add(1));

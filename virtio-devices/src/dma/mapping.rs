@@ -20,6 +20,8 @@ pub(crate) enum Refusal {
     Unsupported,
     /// The IOMMU of the host does not do it.
     Device,
+    /// A command arrived. The request must be executed again.
+    Interrupted,
 }
 
 /// One mapping, without the input address at which it starts.

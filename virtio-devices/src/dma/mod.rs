@@ -28,6 +28,7 @@ mod tables;
 
 pub(crate) use endpoint::Access;
 pub use endpoint::DmaEndpoint;
+pub(crate) use host_calls::StopsNow;
 pub(crate) use mapping::{HostMappings, Mapping, Refusal};
 #[cfg(test)]
 pub(crate) use shared::FAULTS_MAX;

@@ -9,7 +9,7 @@ use vm_memory::Permissions;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::eras::EndedEra;
-use super::host_calls::{HostCall, PIECE_MAX};
+use super::host_calls::{HostCall, PIECE_MAX, StopsNow};
 use super::mapping::Refusal;
 use super::tables::{Effects, FaultReason, Piece, Tables};
 use crate::Unpoisoned;
@@ -90,7 +90,7 @@ impl Shared {
     /// change took away from them; what the host keeps mapped stays pinned, and has been logged.
     pub(crate) fn change<T>(&self, change: impl FnOnce(&mut Tables) -> T) -> T {
         let (result, effects) = self.lock_and_change(change);
-        self.call_hosts(&effects).ok();
+        self.call_hosts(&effects, &mut || false).ok();
         result
     }
 
@@ -98,7 +98,7 @@ impl Shared {
     /// worker of the IOMMU, because it waits for other workers.
     pub(crate) fn change_and_wait<T>(&self, change: impl FnOnce(&mut Tables) -> T) -> T {
         let (result, effects) = self.lock_and_change(change);
-        self.call_hosts(&effects).ok();
+        self.call_hosts(&effects, &mut || false).ok();
         effects.ended.into_iter().for_each(EndedEra::wait);
         result
     }
@@ -112,9 +112,10 @@ impl Shared {
         &self,
         change: impl FnOnce(&mut Tables) -> Result<(), Refusal>,
         undo: impl FnOnce(&mut Tables),
+        stops_now: StopsNow<'_>,
     ) -> Result<(), Refusal> {
         let (result, effects) = self.lock_and_change(change);
-        let called = self.call_hosts(&effects);
+        let called = self.call_hosts(&effects, stops_now);
         effects.ended.into_iter().for_each(EndedEra::wait);
         if called.is_err() {
             self.change_and_wait(undo);
@@ -129,13 +130,12 @@ impl Shared {
         (result, tables.take_effects())
     }
 
-    fn call_hosts(&self, effects: &Effects) -> Result<(), Refusal> {
+    fn call_hosts(&self, effects: &Effects, stops_now: StopsNow<'_>) -> Result<(), Refusal> {
         if effects.calls.is_empty() {
             return Ok(());
         }
-        let called = HostCall::make_all(&effects.calls, &|place, from| {
-            self.read(|tables| tables.mappings_of(place, from, PIECE_MAX))
-        });
+        let read = |place, from| self.read(|tables| tables.mappings_of(place, from, PIECE_MAX));
+        let called = HostCall::make_all(&effects.calls, &read, stops_now);
         self.read(|tables| self.store_figures(tables));
         called
     }

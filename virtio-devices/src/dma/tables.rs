@@ -15,6 +15,8 @@ pub(crate) const GRANULE: u64 = 4 << 10;
 /// Maximum number of mappings in all domains together, about 16 MiB of tables. Linux maps each DMA buffer once while
 /// it is in flight, so a busy guest has some thousand.
 pub const MAPPINGS_MAX: usize = 1 << 18;
+/// Mappings that an unmapping removes before the worker checks for commands: less than a millisecond.
+const UNMAPPED_MAX: usize = 1024;
 /// Writes to these addresses are interrupts on x86. They are not translated, so the guest may not map them.
 pub const MSI_RANGE: RangeInclusive<u64> = 0xfee0_0000..=0xfeef_ffff;
 
@@ -257,7 +259,19 @@ impl Tables {
     }
 
     /// Removes the mappings in `input`; none, if one of them is only partly inside.
+    #[cfg(any(test, feature = "test-utils"))]
     pub(crate) fn unmap(&mut self, id: u32, input: RangeInclusive<u64>) -> Result<(), Refusal> {
+        while self.unmap_some(id, input.clone())? {}
+        Ok(())
+    }
+
+    /// Removes the first mappings in `input`, and returns whether some are left: at most [`UNMAPPED_MAX`], or one if
+    /// the host has them, because it needs a system call for each.
+    pub(crate) fn unmap_some(
+        &mut self,
+        id: u32,
+        input: RangeInclusive<u64>,
+    ) -> Result<bool, Refusal> {
         let (first, last) = (*input.start(), *input.end());
         let domain = self.domains.get_mut(&id).ok_or(Refusal::NoEntry)?;
         if domain.bypass || input.is_empty() {
@@ -270,13 +284,17 @@ impl Tables {
         if !is_aligned(first, last) || cuts_first || cuts_last {
             return Err(Refusal::Range);
         }
+        let is_hosted = hosts_of(&self.endpoints, id).next().is_some();
+        let most = if is_hosted { 1 } else { UNMAPPED_MAX };
         // One by one: splitting the map would take time for all that stay. Each mapping that goes was one request, so
         // this is not more work than the guest has done.
-        let removed = domain.mappings.range(input).map(|(at, _)| *at);
+        let removed = domain.mappings.range(input.clone()).map(|(at, _)| *at);
+        let removed = removed.take(most);
         let removed: Arc<[u64]> = removed.collect::<Vec<_>>().into();
         for at in removed.iter() {
             domain.mappings.remove(at);
         }
+        let is_left = domain.mappings.range(input).next().is_some();
         self.mappings -= removed.len();
         if !removed.is_empty() {
             let calls = hosts_of(&self.endpoints, id).map(|host| HostCall::Unmap {
@@ -286,7 +304,7 @@ impl Tables {
             self.effects.calls.extend(calls);
             self.end_eras(id);
         }
-        Ok(())
+        Ok(is_left)
     }
 
     /// Ends the eras of all endpoints in a domain.

@@ -17,7 +17,7 @@ use crate::device::{
     Activation, Counters, GuestRam, HandlerState, QueueHandler, VirtioDevice, WorkerError, boxed,
     read_config_space,
 };
-use crate::dma::{DmaEndpoint, GRANULE, Shared, Tables};
+use crate::dma::{DmaEndpoint, GRANULE, Shared, StopsNow, Tables};
 use crate::queue::{ChainBuffers, ChainError, Next, Popped, ServedQueue};
 use crate::worker::{EventSources, Turn};
 
@@ -210,7 +210,16 @@ impl Handler {
             match queue.next(&ram, turn)? {
                 Next::Chain(Popped { head, buffers }) => {
                     let before = self.shared.host_mapped_bytes();
-                    let written = answer(&self.shared, buffers, self.features);
+                    let mut stops_now = || {
+                        turn.charge_call(1, 0);
+                        turn.is_called()
+                    };
+                    let Some(written) =
+                        answer(&self.shared, buffers, self.features, &mut stops_now)
+                    else {
+                        queue.put_back(1)?;
+                        break;
+                    };
                     let changed = self.shared.host_mapped_bytes().abs_diff(before);
                     if changed > 0 {
                         turn.charge_call(1, changed);
@@ -247,25 +256,33 @@ impl Handler {
 }
 
 /// Executes a request and returns the number of bytes for the driver. A request that cannot be read gets none. If the
-/// request takes memory away from a device, this returns after the device's last access to it.
-fn answer(shared: &Shared, request: Result<ChainBuffers, ChainError>, features: u64) -> u32 {
-    shared.stats.requests.count();
-    let executed = request.ok().and_then(|buffers| {
+/// request takes memory away from a device, this returns after the device's last access to it. `None`: a command arrived
+/// during the request.
+fn answer(
+    shared: &Shared,
+    request: Result<ChainBuffers, ChainError>,
+    features: u64,
+    stops_now: StopsNow<'_>,
+) -> Option<u32> {
+    let read = request.ok().and_then(|buffers| {
         let mut bytes = [0; REQUEST_BYTES_MAX];
         let length = buffers.readable.bytes();
         let bytes = bytes.get_mut(..length)?;
         buffers.readable.copy_out(bytes);
         let request = Request::read(bytes, buffers.writable.bytes(), features)?;
-        let (result, succeeded) = request.execute(shared, features);
-        if !succeeded {
-            shared.stats.refused_requests.count();
-        }
-        Some(buffers.writable.copy_in(&result))
+        Some((request, buffers))
     });
-    if executed.is_none() {
+    let Some((request, buffers)) = read else {
+        shared.stats.requests.count();
         shared.stats.bad_requests.count();
+        return Some(0);
+    };
+    let (result, succeeded) = request.execute(shared, features, stops_now)?;
+    shared.stats.requests.count();
+    if !succeeded {
+        shared.stats.refused_requests.count();
     }
-    executed.unwrap_or(0) as u32
+    Some(buffers.writable.copy_in(&result) as u32)
 }
 
 impl QueueHandler for Handler {

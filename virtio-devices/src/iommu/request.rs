@@ -4,7 +4,7 @@ use std::ops::RangeInclusive;
 
 use vm_memory::Permissions;
 
-use crate::dma::{Fault, FaultReason, MSI_RANGE, Refusal, Shared, Tables};
+use crate::dma::{Fault, FaultReason, MSI_RANGE, Refusal, Shared, StopsNow, Tables};
 
 pub(super) const F_MAP_UNMAP: u64 = 1 << 2;
 pub(super) const F_BYPASS_CONFIG: u64 = 1 << 6;
@@ -130,8 +130,14 @@ impl Request {
     }
 
     /// Executes the request and returns the bytes for the driver, and whether it succeeded. If it takes memory away from a
-    /// device, this returns after the device's last access to it.
-    pub(super) fn execute(self, shared: &Shared, features: u64) -> (Vec<u8>, bool) {
+    /// device, this returns after the device's last access to it. `None`: `stops_now` returned true, and the request must
+    /// be executed again.
+    pub(super) fn execute(
+        self,
+        shared: &Shared,
+        features: u64,
+        stops_now: StopsNow<'_>,
+    ) -> Option<(Vec<u8>, bool)> {
         let mut bytes = Vec::new();
         let result = match &self {
             Self::Probe {
@@ -141,9 +147,11 @@ impl Request {
                 bytes.resize(*room, 0);
                 shared.read(|tables| probe(tables, *endpoint, &mut bytes))
             }
+            Self::Unmap { domain, input } => unmap(shared, *domain, input, stops_now),
             request => shared.request(
                 |tables| request.apply(tables, features),
                 |tables| request.undo(tables),
+                stops_now,
             ),
         };
         let status = match result {
@@ -154,9 +162,10 @@ impl Request {
             Err(Refusal::NoMemory) => S_NOMEM,
             Err(Refusal::Unsupported) => S_UNSUPP,
             Err(Refusal::Device) => S_DEVERR,
+            Err(Refusal::Interrupted) => return None,
         };
         bytes.extend([status, 0, 0, 0]);
-        (bytes, result.is_ok())
+        Some((bytes, result.is_ok()))
     }
 
     /// Takes out of the tables what an assigned device cannot have. What was taken away stays away.
@@ -201,9 +210,37 @@ impl Request {
                 };
                 tables.map(domain, input, to, allows)
             }
-            Self::Unmap { domain, input } => tables.unmap(domain, input),
-            // Needs space for its result.
-            Self::Probe { .. } => Err(Refusal::Invalid),
+            // The first is not one change, and the second needs space for its result.
+            Self::Unmap { .. } | Self::Probe { .. } => Err(Refusal::Invalid),
+        }
+    }
+}
+
+/// Removes the mappings piece by piece. What is gone before a command stays so, and the rest goes when the request is
+/// executed again. If a host fails, all are removed, because the driver must receive the error.
+fn unmap(
+    shared: &Shared,
+    domain: u32,
+    input: &RangeInclusive<u64>,
+    stops_now: StopsNow<'_>,
+) -> Result<(), Refusal> {
+    let mut result = Ok(());
+    loop {
+        let mut is_left = false;
+        let removed = shared.request(
+            |tables| {
+                is_left = tables.unmap_some(domain, input.clone())?;
+                Ok(())
+            },
+            |_tables| (),
+            &mut || false,
+        );
+        result = result.and(removed);
+        if !is_left {
+            return result;
+        }
+        if stops_now() && result.is_ok() {
+            return Err(Refusal::Interrupted);
         }
     }
 }

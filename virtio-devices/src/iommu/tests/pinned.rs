@@ -11,7 +11,7 @@ use super::{Harness, attach, detach, iommu, map, probe, send, start, status, unm
 use crate::device::VirtioDevice;
 use crate::dma::DmaEndpoint;
 use crate::reclaim::{DiscardEngine, Expected, GuestRange, SkipReason};
-use crate::testing::{HostMapped, MockHostIommu, TestRam, wait_until};
+use crate::testing::{HostMapped, MockHostIommu, Segment, TestRam, wait_until};
 
 const ENDPOINT: u32 = 0x18;
 /// A device of the VMM.
@@ -134,6 +134,59 @@ fn device_of_the_host_can_access_exactly_what_the_guest_maps() {
     assert_eq!(rig.pinned_bytes(), 4 * PAGE);
     assert_eq!(rig.status(&unmap(1, 0, 0xffff)), OK);
     assert_eq!((rig.accessible(), rig.pinned_bytes()), (vec![], 0));
+}
+
+/// Sends a request with a command at the given check. `inspect` sees what is done then. Afterwards, the request is done.
+fn interrupt(rig: &mut Rig, look: u64, bytes: &[u8], inspect: impl FnOnce(&mut Rig)) {
+    let segments = [Segment::Readable(bytes), Segment::Writable(4)];
+    let chain = rig.harness.queue(0).push(&segments);
+    let before = rig.harness.queue(0).used_idx();
+    rig.harness.turn.call_after(look);
+    rig.harness.kick(0).unwrap();
+    let in_spite = rig.harness.turn.done_in_spite();
+    assert!(in_spite.chains == 0 && in_spite.calls == 0, "{in_spite:?}");
+    assert_eq!(rig.harness.queue(0).used_idx(), before, "look {look}");
+    inspect(rig);
+    rig.harness.turn.set_called(false);
+    rig.harness.kick(0).unwrap();
+    assert_eq!(
+        rig.harness.queue(0).pop_used().map(|used| used.len),
+        Some(4)
+    );
+    let result = rig.harness.queue(0).read_buffer(chain.buffers[1]);
+    assert_eq!(result, [OK, 0, 0, 0]);
+}
+
+#[test]
+fn command_interrupts_requests_that_need_many_calls_to_the_host() {
+    const MAPPINGS: u64 = 6;
+    // The first checks are before the request.
+    for look in 2..2 + MAPPINGS - 1 {
+        let mut rig = Rig::new();
+        assert_eq!(rig.status(&attach(1, OTHER, 0)), OK);
+        for at in 0..MAPPINGS {
+            let first = 2 * at * PAGE;
+            assert_eq!(
+                rig.status(&map(1, first, first + PAGE - 1, at * PAGE, 3)),
+                OK
+            );
+        }
+        interrupt(&mut rig, look, &attach(1, ENDPOINT, 0), |rig| {
+            assert_eq!((rig.accessible(), rig.pinned_bytes()), (vec![], 0));
+        });
+        assert_eq!(rig.accessible().len() as u64, MAPPINGS);
+        interrupt(&mut rig, look, &unmap(1, 0, 0xffff), |rig| {
+            let left = rig.accessible().len() as u64;
+            assert!((1..MAPPINGS).contains(&left), "{left}");
+            assert_eq!(rig.device.counters()["mappings"], left);
+            assert_eq!(rig.pinned_bytes(), left * PAGE);
+        });
+        assert_eq!((rig.accessible(), rig.pinned_bytes()), (vec![], 0));
+        let most = rig.harness.turn.most_between_looks();
+        assert!(most.calls <= 1, "{most:?}");
+        let requests = rig.device.counters()["requests"];
+        assert_eq!(requests, 1 + MAPPINGS + 2, "each is counted once");
+    }
 }
 
 #[test]
