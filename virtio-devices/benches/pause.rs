@@ -2,14 +2,15 @@
 //!
 //! `cargo bench -p virtio-devices --features test-utils --bench pause`
 
-use virtio_devices::testing::pauses::measure;
+use virtio_devices::testing::pauses::{self, Pause};
+use virtio_devices::testing::pauses_of_requests;
 
 /// By how much a device may delay a pause, in addition to one system call.
 const LIMIT_MS: f64 = 50.0;
 
 fn main() {
     let mut longest_ms: f64 = 0.0;
-    measure(|pause| {
+    let mut report = |pause: Pause| {
         let ms = pause.longest.as_secs_f64() * 1e3;
         let mark = if ms > LIMIT_MS {
             "  <-- above 50 ms"
@@ -18,6 +19,8 @@ fn main() {
         };
         println!("{ms:8.2} ms  {}, {}{mark}", pause.device, pause.ring);
         longest_ms = longest_ms.max(ms);
-    });
+    };
+    pauses::measure(&mut report);
+    pauses_of_requests::measure(&mut report);
     println!("{longest_ms:8.2} ms  at most");
 }

@@ -27,6 +27,7 @@ mod handler;
 mod host_iommu;
 mod interrupt;
 pub mod pauses;
+pub mod pauses_of_requests;
 pub(crate) mod qcow2;
 mod queue;
 mod ram;

@@ -156,7 +156,10 @@ fn fill(driver: &mut MockPciDriver, kind: u32, range: Option<u32>) {
 }
 
 /// Pauses several times while the device serves full rings; returns the longest pause.
-fn longest(mut driver: MockPciDriver, mut fill: impl FnMut(&mut MockPciDriver)) -> Duration {
+pub(super) fn longest(
+    mut driver: MockPciDriver,
+    mut fill: impl FnMut(&mut MockPciDriver),
+) -> Duration {
     let mut longest = Duration::ZERO;
     for round in 0..ROUNDS {
         driver.start(u64::MAX);
