@@ -67,7 +67,6 @@ const MAY_USE: &[(&str, &[&str])] = &[
 const VMM_MODULES: &[&str] = &[
     "device_ids",
     "inherited_fd",
-    "own_memory",
     "threads",
     "signals",
     "seccomp",
@@ -75,6 +74,7 @@ const VMM_MODULES: &[&str] = &[
     "event_monitor",
     "config",
     "jail",
+    "own_memory",
     "landlock",
     "reporting_policy",
     "alerts",
