@@ -67,6 +67,23 @@ fn chains_available_together_become_one_batch() {
     }
 }
 
+/// Some drivers name at most 256 pages per chain, so that a block of 2 MiB takes two.
+#[test]
+fn pages_named_by_several_chains_are_discarded_as_one_range() {
+    let mut rig = Rig::new();
+    rig.dirty(FREE_PFN, 64);
+    for list in [FREE_PFN..FREE_PFN + 24, FREE_PFN + 24..FREE_PFN + 64] {
+        rig.harness
+            .queue(INFLATE)
+            .push(&[Segment::Readable(&pfns(list))]);
+    }
+    rig.harness.kick(INFLATE).unwrap();
+    assert_eq!(rig.gone(FREE_PFN, 64).len(), 64);
+    let figures = rig.snapshot().inflate;
+    assert_eq!((figures.chains, figures.batches), (2, 1));
+    assert_eq!((figures.discarded.ranges, figures.syscalls), (1, 1));
+}
+
 #[test]
 fn batches_end_at_their_bound() {
     let mut rig = Rig::new();
