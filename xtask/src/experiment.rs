@@ -265,6 +265,10 @@ pub(crate) fn say_what_was_measured(path: &Path, kernel: KernelChoice) -> Result
             format!("{}, patched", guest::source_version()?).into()
         }
         KernelChoice::Rival => format!("{}, rival", guest::source_version()?).into(),
+        KernelChoice::Inflation => {
+            let version = guest::source_version()?;
+            format!("Debian's {version}, without and with patches 5xx").into()
+        }
     };
     let text = serde_json::to_string_pretty(&figures)?;
     std::fs::write(path, text + "\n").with_context(|| path.display().to_string())

@@ -131,7 +131,7 @@ fn read(path: &Path) -> Result<Value> {
 impl Figures {
     /// The files whose changes make the figures outdated.
     fn subject(&self) -> Vec<&'static str> {
-        let patched = ["patched", "bitmap"]
+        let patched = ["patched", "bitmap", "inflation"]
             .iter()
             .any(|it| self.command.contains(it));
         let series: &[_] = if patched { &SERIES } else { &[] };

@@ -6,7 +6,7 @@
 //! | `scripts/checkpatch.pl` finds nothing | every patch | by the patch |
 //! | links without a warning and boots, small, options on, off and mixed | every prefix: see `prefixes.rs` | by the prefix |
 //! | builds with the configuration of the test kernels | the series | by the series |
-//! | applies to the base source | the rival in `guest-patches/rival` | – |
+//! | applies to the base source | the rival in `guest-patches/rival`; patches 5xx alone | – |
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -69,7 +69,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 fn on_base(options: &Options, series: &Series, base: &Source, report: &mut Report) -> Result<()> {
     let applies = every_prefix_applies(series, base, report)?;
     checkpatch(series, base, report)?;
-    rival_applies(base, report)?;
+    measured_series_apply(base, report)?;
     if applies && !options.no_build {
         if !options.quick {
             let prefixes = Prefixes::new(series, base, Honoured::All)?;
@@ -94,11 +94,16 @@ fn every_prefix_applies(series: &Series, source: &Source, report: &mut Report) -
     Ok(report.check(name, applied))
 }
 
-/// The rival is built for measurements only, so that nothing else would notice.
-fn rival_applies(source: &Source, report: &mut Report) -> Result<()> {
+/// These are built for measurements only, so that nothing else would notice.
+fn measured_series_apply(source: &Source, report: &mut Report) -> Result<()> {
     let tree = pristine(source)?;
-    let applied = Series::rival().and_then(|rival| rival.prefixes(&tree).map(drop));
-    report.check(format!("the rival applies to {}", source.name), applied);
+    for (name, series) in [
+        ("the rival applies", Series::rival()),
+        ("patches 5xx apply alone", Series::inflation()),
+    ] {
+        let applied = series.and_then(|series| series.prefixes(&tree).map(drop));
+        report.check(format!("{name} to {}", source.name), applied);
+    }
     Ok(())
 }
 

@@ -20,7 +20,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use super::cache::Lock;
 use super::cpio;
-use super::modules;
+use super::modules::{self, Module};
 use super::newest;
 use super::unpack::{PACKINGS, XZ, pipe_through};
 use crate::apt::{self, Offer};
@@ -206,6 +206,11 @@ impl DebianKernel {
         numbers.join(".")
     }
 
+    /// The output of `uname -r`.
+    pub(super) fn release(&self) -> &str {
+        &self.release
+    }
+
     /// The file with the kernel's configuration.
     pub(super) fn config(&self) -> PathBuf {
         self.dir.join(format!("boot/config-{}", self.release))
@@ -253,6 +258,16 @@ impl DebianKernel {
     /// `names`, those of `optional` that the kernel has, and what they depend on, as files under `modules/` of an initramfs. Their order by
     /// name is the order in which init loads them.
     pub(crate) fn modules(&self, names: &[&str], optional: &[&str]) -> Result<cpio::Archive> {
+        self.modules_with(names, optional, None)
+    }
+
+    /// As [`DebianKernel::modules`], with `other` in place of the module of the same name.
+    fn modules_with(
+        &self,
+        names: &[&str],
+        optional: &[&str],
+        other: Option<&Module>,
+    ) -> Result<cpio::Archive> {
         let tree = ["lib/modules", WITH_MODULES]
             .map(|folder| self.dir.join(folder).join(&self.release))
             .into_iter()
@@ -265,7 +280,8 @@ impl DebianKernel {
             .enumerate()
         {
             let name = format!("modules/{index:03}-{}.ko", module.name);
-            archive.file(&name, 0o644, &module.bytes);
+            let other = other.filter(|other| other.name == module.name);
+            archive.file(&name, 0o644, &other.unwrap_or(module).bytes);
         }
         Ok(archive)
     }
@@ -456,6 +472,19 @@ fn payload(image: &[u8]) -> Option<&[u8]> {
 pub(super) fn publish(kernel: &DebianKernel, common: &Path, dir: &Path) -> Result<()> {
     publish_packed(kernel, common, &GUEST_MODULES_OPTIONAL, dir)?;
     publish_file(&kernel.quickest()?, &dir.join("vmlinux"))
+}
+
+/// As [`publish`], with `module` in place of the kernel's own.
+pub(super) fn publish_with(
+    kernel: &DebianKernel,
+    common: &Path,
+    dir: &Path,
+    module: &Module,
+) -> Result<()> {
+    fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
+    publish_file(&kernel.quickest()?, &dir.join("vmlinux"))?;
+    let modules = kernel.modules_with(&GUEST_MODULES, &GUEST_MODULES_OPTIONAL, Some(module))?;
+    super::initramfs::extend(common, modules, &dir.join("initramfs.cpio.gz"))
 }
 
 fn publish_file(file: &Path, published: &Path) -> Result<()> {

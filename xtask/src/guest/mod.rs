@@ -6,10 +6,12 @@
 //!   or guest-patches/rival            ─→ cache/kernel-KEY/{vmlinux,bzImage} ─→ target/guest/rival/
 //! busybox-static + tests/guest        ─→ target/guest/initramfs.cpio.gz
 //! linux-image-cloud-amd64, unpacked   ─→ target/guest/debian/{vmlinuz,vmlinux,initramfs.cpio.gz}
+//!   6.12, another virtio_balloon.ko   ─→ target/guest/inflation/{vmlinuz,vmlinux,initramfs.cpio.gz}
 //! as above, 6.1, 6.12 and the newest  ─→ target/guest/debian-SERIES/{vmlinuz,initramfs.cpio.gz}
 //! mmdebstrap                          ─→ cache/debian-disk-KEY/disk.ext4
 //! ```
 
+mod balloon_module;
 mod boot;
 mod build_tree;
 pub(crate) mod cache;
@@ -57,6 +59,9 @@ pub(crate) fn source_version() -> Result<String> {
     Ok(source::Source::base()?.package_version)
 }
 
+/// Folder of the kernel that inflates by blocks.
+const INFLATION: &str = "inflation";
+
 /// The finished files.
 #[derive(Debug, Clone)]
 pub(crate) struct Artefacts {
@@ -65,8 +70,8 @@ pub(crate) struct Artefacts {
     /// The compiled kernel; if `None`, Debian's is used.
     pub(crate) ours: Option<Built>,
     pub(crate) debian: Option<Unpacked>,
-    /// Files of [`Artefacts::add_distributions`]: names under `/guest`, and paths.
-    distributions: Vec<(String, PathBuf)>,
+    /// Additional files: names under `/guest`, and paths.
+    more: Vec<(String, PathBuf)>,
 }
 
 /// Our kernel in its two formats.
@@ -97,13 +102,15 @@ pub(crate) enum Wanted {
     Patched,
     /// The stock kernel with guest-patches/rival, which the series is measured against
     Rival,
+    /// Debian's 6.12 for cloud guests, also with a balloon driver that inflates by blocks (patches 5xx alone)
+    Inflation,
 }
 
 impl Wanted {
     /// The kernel if it must be compiled, and its folder.
     fn compiled(self) -> Result<Option<(Kernel, PathBuf)>> {
         let (kernel, folder) = match self {
-            Self::Debian => return Ok(None),
+            Self::Debian | Self::Inflation => return Ok(None),
             Self::Stock => (Kernel::stock()?, "stock"),
             Self::Patched => (Kernel::patched()?, "patched"),
             Self::Rival => (Kernel::rival()?, "rival"),
@@ -123,7 +130,7 @@ impl Artefacts {
 
     /// Adds Debian's kernels of several series, and a disk with Debian on it.
     pub(crate) fn add_distributions(&mut self) -> Result<()> {
-        self.distributions = distributions::publish(&self.initramfs)?;
+        self.more.extend(distributions::publish(&self.initramfs)?);
         Ok(())
     }
 
@@ -143,7 +150,7 @@ impl Artefacts {
             files.push(("debian/vmlinux", &debian.vmlinux));
             files.push(("debian/initramfs.cpio.gz", &debian.initramfs));
         }
-        let more = self.distributions.iter();
+        let more = self.more.iter();
         files.extend(more.map(|(name, file)| (name.as_str(), file)));
         files
     }
@@ -156,15 +163,32 @@ pub(crate) fn build(wanted: Wanted) -> Result<Artefacts> {
         None => None,
     };
     let initramfs = common_initramfs()?;
-    let debian = (wanted == Wanted::Debian)
-        .then(|| unpacked(debian::CLOUD, "debian", &initramfs))
-        .transpose()?;
+    let debian = match wanted {
+        Wanted::Debian => Some(unpacked(debian::CLOUD, "debian", &initramfs)?),
+        Wanted::Inflation => Some(unpacked(debian::CLOUD_6_12, "debian-6.12", &initramfs)?),
+        Wanted::Stock | Wanted::Patched | Wanted::Rival => None,
+    };
+    let more = match wanted {
+        Wanted::Inflation => inflating(&initramfs)?,
+        _ => Vec::new(),
+    };
     Ok(Artefacts {
         initramfs,
         ours,
         debian,
-        distributions: Vec::new(),
+        more,
     })
+}
+
+/// Debian's kernel with a driver that inflates by blocks: names under `/guest`, and paths.
+fn inflating(initramfs: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let kernel = DebianKernel::fetch(debian::CLOUD_6_12, |_, _| ())?;
+    let dir = paths::guest().join(INFLATION);
+    debian::publish_with(&kernel, initramfs, &dir, &balloon_module::build(&kernel)?)?;
+    let names = ["vmlinux", "initramfs.cpio.gz"];
+    Ok(names
+        .map(|name| (format!("{INFLATION}/{name}"), dir.join(name)))
+        .into())
 }
 
 /// Makes Debian's kernels of several series, and a disk with Debian on it.

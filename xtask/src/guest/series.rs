@@ -161,6 +161,17 @@ impl Series {
         Ok(series)
     }
 
+    /// The patches of the series that need no other patch: inflation by blocks.
+    pub(super) fn inflation() -> Result<Self> {
+        let mut series = Self::read()?;
+        series.patches.retain(|patch| patch.name.starts_with('5'));
+        ensure!(
+            !series.is_empty(),
+            "guest-patches/series lists no 5xx patch"
+        );
+        Ok(series)
+    }
+
     fn read_from(folder: &Path) -> Result<Self> {
         let list = folder.join("series");
         if !list.exists() {

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use super::cache::{Lock, key};
 use super::make::quiet;
@@ -60,6 +60,24 @@ impl Source {
             tarball: TARBALL.into(),
             folder: FOLDER.into(),
         })
+    }
+
+    /// One of its files, without unpacking the others.
+    pub(super) fn read(&self, name: &str) -> Result<Vec<u8>> {
+        apt::ensure(&[XZ])?;
+        let mut tar = Command::new("tar");
+        tar.arg("xfO").arg(&self.tarball);
+        // The rest of the archive is not read.
+        tar.arg("--occurrence")
+            .arg(format!("{}/{name}", self.folder));
+        let output = tar.output().context("starting tar")?;
+        ensure!(
+            output.status.success() && !output.stdout.is_empty(),
+            "{} has no {name}: {}",
+            self.tarball.display(),
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(output.stdout)
     }
 
     /// Version and patch level of the kernel, by the name of its folder.

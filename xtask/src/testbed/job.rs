@@ -92,6 +92,8 @@ pub(crate) enum KernelChoice {
     Patched,
     /// The stock kernel with guest-patches/rival, the baseline for measurements of the series
     Rival,
+    /// Debian's 6.12 for cloud guests, and the same with a balloon driver that inflates by blocks
+    Inflation,
     /// The patched kernel with mainline's tracking of free memory; it suffices for most tests
     Mainline,
 }
@@ -109,6 +111,7 @@ impl KernelChoice {
             Self::Stock => Wanted::Stock,
             Self::Patched | Self::Mainline => Wanted::Patched,
             Self::Rival => Wanted::Rival,
+            Self::Inflation => Wanted::Inflation,
         }
     }
 }

@@ -11,6 +11,7 @@ mod cases;
 mod compare;
 mod cost;
 mod guest_overhead;
+mod inflation;
 mod kicks;
 mod moves;
 mod net;
@@ -43,17 +44,18 @@ enum Measure {
 }
 
 /// Figures that take minutes.
-const BY_NAME_ONLY: [&str; 7] = [
+const BY_NAME_ONLY: [&str; 8] = [
     guest_overhead::NAME,
     boot_free::NAME,
     kicks::NAME,
+    inflation::NAME,
     moves::NAME,
     restore::NAME,
     "block",
     "net",
 ];
 
-const FIGURES: [Figure; 11] = [
+const FIGURES: [Figure; 12] = [
     of_vmm("overhead", 1, cost::overhead),
     of_vmm("start", start::TURNS, start::measure),
     of_ours(reclaim::NAME, reclaim::run),
@@ -63,6 +65,7 @@ const FIGURES: [Figure; 11] = [
     of_vmm("net", net::TURNS, net::measure),
     of_ours(guest_overhead::NAME, guest_overhead::run),
     of_ours(kicks::NAME, kicks::run),
+    of_ours(inflation::NAME, inflation::run),
     of_ours(moves::NAME, moves::run),
     of_ours(restore::NAME, restore::run),
 ];
