@@ -51,6 +51,7 @@ const BY_NAME_ONLY: [&str; 8] = [
     inflation::NAME,
     moves::NAME,
     restore::NAME,
+    restore::WAKE,
     "block",
     "net",
 ];
@@ -68,6 +69,7 @@ const FIGURES: [Figure; 12] = [
     of_ours(inflation::NAME, inflation::run),
     of_ours(moves::NAME, moves::run),
     of_ours(restore::NAME, restore::run),
+    of_ours(restore::WAKE, restore::wake),
 ];
 
 const fn of_vmm(
