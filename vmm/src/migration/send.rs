@@ -18,6 +18,8 @@ use super::wire::{
 };
 use super::{Destination, Limits, MigrationError, SendProgress, SendReport};
 
+/// A rest that can be sent in this part of the permitted downtime is not worth another pass.
+const DOWNTIME_PARTS: u32 = 20;
 /// How long a target that does not read may delay the end.
 const FAREWELL: Duration = Duration::from_millis(500);
 const ASK_INTERVAL: Duration = Duration::from_millis(200);
@@ -80,6 +82,17 @@ pub struct Convergence {
     pub timeout: Duration,
     /// … the machine is paused; otherwise the migration fails.
     pub pauses_at_timeout: bool,
+}
+
+impl Convergence {
+    /// Whether to pause now, if the rest can be sent in `rest`. As long as each pass leaves less than half of the last one
+    /// (`shrinks`), another pass shortens the pause; the number of such passes is therefore limited. `elapsed`: since the
+    /// first pass began.
+    fn is_reached(self, rest: Duration, shrinks: bool, elapsed: Duration) -> bool {
+        let is_short = rest <= self.downtime / DOWNTIME_PARTS;
+        let has_time = elapsed < self.timeout / 2;
+        rest <= self.downtime && (is_short || !shrinks || !has_time)
+    }
 }
 
 /// How the guest's RAM comes to the target.
@@ -272,7 +285,7 @@ impl Outgoing {
         owner: &mut dyn SourceOwner,
     ) -> Result<(u32, WrittenPages), MigrationError> {
         let zones = tracker.memory().zones().iter();
-        let mut left_bytes = zones.map(|zone| zone.bytes()).sum();
+        let mut left_bytes: u64 = zones.map(|zone| zone.bytes()).sum();
         let mut pass = 0;
         let mut pages = None;
         loop {
@@ -287,8 +300,13 @@ impl Outgoing {
             }
             pass += 1;
             let written = take(tracker)?;
-            left_bytes = written.bytes();
-            if left_bytes == 0 || speed.time_for(left_bytes) <= self.convergence.downtime {
+            let last = std::mem::replace(&mut left_bytes, written.bytes());
+            let rest = speed.time_for(left_bytes);
+            let shrinks = left_bytes > 0 && left_bytes < last / 2;
+            if self
+                .convergence
+                .is_reached(rest, shrinks, started.elapsed())
+            {
                 return Ok((pass, written));
             }
             if started.elapsed() >= self.convergence.timeout {
@@ -576,5 +594,36 @@ impl Speed {
     fn time_for(self, bytes: u64) -> Duration {
         let factor = bytes as f64 / self.bytes.max(1) as f64;
         Duration::try_from_secs_f64(self.time.as_secs_f64() * factor).unwrap_or(Duration::MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rest_that_fits_is_sent_while_the_machine_runs_as_long_as_it_shrinks() {
+        let ms = Duration::from_millis;
+        let it = Convergence {
+            downtime: ms(100),
+            timeout: ms(10_000),
+            pauses_at_timeout: false,
+        };
+        let begin = Duration::ZERO;
+        assert!(it.is_reached(ms(0), false, begin), "nothing is left");
+        assert!(!it.is_reached(ms(101), false, begin), "too much is left");
+        assert!(
+            !it.is_reached(ms(90), true, begin),
+            "another pass is worth it"
+        );
+        assert!(
+            it.is_reached(ms(90), false, begin),
+            "the guest writes as much"
+        );
+        assert!(it.is_reached(ms(5), true, begin), "hardly anything is left");
+        assert!(
+            it.is_reached(ms(90), true, ms(5000)),
+            "the time is running out"
+        );
     }
 }
