@@ -25,6 +25,10 @@ pub struct BalloonConfig {
     /// Hypervisor lacks this key.
     #[key(omit_false)]
     pub reporting_policy: bool,
+    /// Tell the guest which reported memory reads as zeros. Experimental: bit 6 of the feature bits, as proposed to the
+    /// virtio committee. Needs `free_page_reporting`. Cloud Hypervisor lacks this key.
+    #[key(omit_false)]
+    pub device_init: bool,
     /// Milliseconds between two samples of the guest's statistics, at least 100. 0 samples only on demand. Cloud
     /// Hypervisor lacks this key.
     #[key("<milliseconds>")]

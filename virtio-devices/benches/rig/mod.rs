@@ -64,6 +64,7 @@ impl Bench {
             free_page_reporting: true,
             free_page_hinting: false,
             reporting_policy: false,
+            device_init: false,
         };
         let (mut balloon, _) = Balloon::new(params).expect("descriptors are to be had");
         let handler = balloon.take_handlers().remove(0);

@@ -133,17 +133,29 @@ pub(super) fn hinted(
 /// Puts chains into the used ring with length zero: the balloon never writes into a guest's buffers.
 ///
 /// The discarded length might seem natural for a report. But a device that writes "length" bytes into a reported page
-/// defines their content. One proposed feature (device-initialised pages) treats the length as a guarantee of zeros;
-/// without that feature there is no such guarantee.
+/// defines their content. Only a driver with `VIRTIO_BALLOON_F_DEVICE_INIT_REPORTED` gets such a guarantee
+/// ([`answer_with`]).
 pub(super) fn answer(
     queue: &mut ServedQueue,
     mem: &GuestMemoryMmap<()>,
     heads: &[u16],
     faults: &mut GuestFaults,
 ) -> Result<(), WorkerError> {
+    answer_with(queue, mem, heads, &[], faults)
+}
+
+/// As [`answer`], with these lengths; a missing one is zero.
+pub(super) fn answer_with(
+    queue: &mut ServedQueue,
+    mem: &GuestMemoryMmap<()>,
+    heads: &[u16],
+    lengths: &[u32],
+    faults: &mut GuestFaults,
+) -> Result<(), WorkerError> {
     let size = queue.size();
     faults.chains_without_head += heads.iter().filter(|head| **head >= size).count() as u64;
-    queue.push_used_together(mem, heads.iter().map(|head| (*head, 0)))
+    let lengths = lengths.iter().copied().chain(std::iter::repeat(0));
+    queue.push_used_together(mem, heads.iter().copied().zip(lengths))
 }
 
 /// The non-empty descriptors of a chain, up to the limit.

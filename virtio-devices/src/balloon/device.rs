@@ -14,9 +14,9 @@ use super::numbering::{self, QUEUE_SIZES};
 use super::reporting_policy::FieldWrite;
 use super::shared::{Shared, blocks_can_free, takes_policy};
 use super::spec::{
-    VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_FREE_PAGE_HINT,
-    VIRTIO_BALLOON_F_MUST_TELL_HOST, VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING,
-    VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_F_VERSION_1, VIRTIO_ID_BALLOON,
+    VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_DEVICE_INIT_REPORTED,
+    VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_MUST_TELL_HOST, VIRTIO_BALLOON_F_PAGE_POISON,
+    VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_F_VERSION_1, VIRTIO_ID_BALLOON,
 };
 use super::stats_timer::StatsTimer;
 use super::worker::BalloonWorker;
@@ -39,6 +39,8 @@ pub struct BalloonParams {
     pub free_page_hinting: bool,
     /// Offers the reporting policy to the guest, see [`super::reporting_policy`]. Has no effect without reporting.
     pub reporting_policy: bool,
+    /// Tells the guest which reported memory reads as zeros. Has no effect without reporting.
+    pub device_init: bool,
 }
 
 #[cfg(any(test, feature = "test-utils"))]
@@ -52,6 +54,7 @@ impl BalloonParams {
             free_page_reporting: true,
             free_page_hinting: true,
             reporting_policy: true,
+            device_init: true,
         }
     }
 }
@@ -130,6 +133,9 @@ fn features_on_offer(params: &BalloonParams) -> u64 {
         features |= VIRTIO_BALLOON_F_REPORTING | VIRTIO_BALLOON_F_PAGE_POISON;
         if params.reporting_policy {
             features |= VIRTIO_BALLOON_F_REPORTING_POLICY;
+        }
+        if params.device_init {
+            features |= VIRTIO_BALLOON_F_DEVICE_INIT_REPORTED;
         }
     }
     features

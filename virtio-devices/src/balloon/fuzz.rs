@@ -16,8 +16,9 @@ use device_facts::{PausePhase, ReportingPolicy};
 use vm_memory::GuestAddress;
 
 use super::spec::{
-    VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING,
-    VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_F_VERSION_1,
+    VIRTIO_BALLOON_F_DEVICE_INIT_REPORTED, VIRTIO_BALLOON_F_FREE_PAGE_HINT,
+    VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ,
+    VIRTIO_F_VERSION_1,
 };
 use super::{Balloon, BalloonHandle, BalloonParams, BalloonSnapshot};
 use crate::device::{QueueHandler, VirtioDevice};
@@ -95,6 +96,9 @@ impl Guest {
         }
         if options & 4 != 0 {
             features |= abi::VIRTIO_BALLOON_F_REPORTING_POLICY;
+        }
+        if options & 16 == 0 {
+            features |= VIRTIO_BALLOON_F_DEVICE_INIT_REPORTED;
         }
         let mut guest = Self {
             balloon,

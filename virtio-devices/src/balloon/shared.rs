@@ -11,7 +11,9 @@ use super::accounting::Ledger;
 use super::config::ConfigSpace;
 use super::hinting::Hinting;
 use super::reporting_policy::Control;
-use super::spec::{VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING};
+use super::spec::{
+    VIRTIO_BALLOON_F_DEVICE_INIT_REPORTED, VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING,
+};
 use super::stats::StatsCell;
 use crate::Unpoisoned;
 use crate::config_interrupt::ConfigInterrupt;
@@ -128,6 +130,12 @@ crate::debug_fields!(Shared(it) {
 /// Whether a driver with these features supports a reporting policy: the bit has no meaning without reporting.
 pub(super) const fn takes_policy(features: u64) -> bool {
     const BOTH: u64 = VIRTIO_BALLOON_F_REPORTING_POLICY | VIRTIO_BALLOON_F_REPORTING;
+    features & BOTH == BOTH
+}
+
+/// Whether a driver with these features gets the initialized lengths of its reports.
+pub(super) const fn takes_lengths(features: u64) -> bool {
+    const BOTH: u64 = VIRTIO_BALLOON_F_DEVICE_INIT_REPORTED | VIRTIO_BALLOON_F_REPORTING;
     features & BOTH == BOTH
 }
 

@@ -15,6 +15,9 @@ pub const VIRTIO_BALLOON_F_FREE_PAGE_HINT: u64 = 1 << 3;
 pub const VIRTIO_BALLOON_F_PAGE_POISON: u64 = 1 << 4;
 /// Free page reporting queue.
 pub const VIRTIO_BALLOON_F_REPORTING: u64 = 1 << 5;
+/// The used length of a reported chain is the number of its first bytes that the device has initialized. Proposed for
+/// the standard (<https://github.com/oasis-tcs/virtio-spec/issues/244>), which may still assign another bit.
+pub const VIRTIO_BALLOON_F_DEVICE_INIT_REPORTED: u64 = 1 << 6;
 /// Modern device, from the common feature bits (virtio 1.2 §6).
 pub const VIRTIO_F_VERSION_1: u64 = 1 << 32;
 

@@ -13,7 +13,7 @@ use super::accounting::{GuestFaults, Path};
 use super::chain;
 use super::hinting::CommandEffect;
 use super::numbering::{Numbering, QUEUE_SIZES, QueueRole};
-use super::shared::{ActiveDriver, Shared, takes_policy};
+use super::shared::{ActiveDriver, Shared, takes_lengths, takes_policy};
 use super::spec::VIRTIO_BALLOON_F_PAGE_POISON;
 use super::state::BalloonWorkerState;
 use super::stats::{STATS_BYTES_MAX, StatsSample};
@@ -86,6 +86,10 @@ struct Handled {
 struct Batch {
     claims: Vec<GuestRange>,
     heads: Vec<u16>,
+    /// The number of claims up to each chain's end.
+    ends: Vec<usize>,
+    /// The claims in the order of the chains, for a driver that gets their initialized lengths.
+    ordered: Vec<GuestRange>,
     /// Fault counts before the first chain of the batch was read.
     faults_before: GuestFaults,
 }
@@ -168,6 +172,7 @@ impl BalloonWorker {
             };
             self.batch.heads.push(chain.head_index());
             self.gather(path, chain, mem, turn);
+            self.batch.ends.push(self.batch.claims.len());
             if self.batch.claims.len() >= BATCH_RANGES_MAX {
                 if self.finish_batch(active, at, handled, mem, started, turn)? == Left::Some {
                     return Ok(Left::Some);
@@ -249,6 +254,8 @@ impl BalloonWorker {
     fn begin_batch(&mut self) {
         self.batch.claims.clear();
         self.batch.heads.clear();
+        self.batch.ends.clear();
+        self.batch.ordered.clear();
         self.batch.faults_before = self.faults;
     }
 
@@ -272,6 +279,10 @@ impl BalloonWorker {
         let passage = (path == Path::Report).then(|| self.shared.report_gate.begin());
         let paused = matches!(passage, Some(Err(_)));
         let refusal = refusal.or(paused.then_some(SkipReason::ReportingPaused));
+        let is_told = path == Path::Report && takes_lengths(active.features) && refusal.is_none();
+        if is_told {
+            self.batch.ordered.clone_from(&self.batch.claims);
+        }
         let outcome = match refusal {
             Some(reason) => Some(skip_all(&self.batch.claims, reason)),
             None => {
@@ -291,7 +302,11 @@ impl BalloonWorker {
         if paused && self.shared.control.phase() == PausePhase::PausedByGuest {
             self.faults.reports_while_paused += self.batch.heads.len() as u64;
         }
-        chain::answer(queue, mem, &self.batch.heads, &mut self.faults)?;
+        let lengths = match is_told {
+            true => self.batch.initialized_lengths(&self.engine),
+            false => Vec::new(),
+        };
+        chain::answer_with(queue, mem, &self.batch.heads, &lengths, &mut self.faults)?;
         let chains = self.batch.heads.len() as u64;
         drop(passage);
         self.begin_batch();
@@ -536,6 +551,27 @@ impl QueueHandler for BalloonWorker {
         self.shared.set_driver(None);
         self.shared.hinting.forget_driver(&self.shared.config);
         self.shared.stats.reset();
+    }
+}
+
+impl Batch {
+    /// For each chain, the number of its first bytes that read as zeros since the engine's last batch.
+    fn initialized_lengths(&self, engine: &DiscardEngine) -> Vec<u32> {
+        let mut first = 0;
+        let length = |end: &usize| {
+            let claims = &self.ordered[first..*end];
+            first = *end;
+            let mut bytes = 0;
+            for claim in claims {
+                let zeroed = engine.zeroed_prefix(*claim);
+                bytes += zeroed;
+                if zeroed < claim.bytes {
+                    break;
+                }
+            }
+            u32::try_from(bytes).unwrap_or(u32::MAX)
+        };
+        self.ends.iter().map(length).collect()
     }
 }
 

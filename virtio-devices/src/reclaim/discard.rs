@@ -384,6 +384,29 @@ impl DiscardEngine {
         }
     }
 
+    /// The parts of `claim` from its start on that the last batch discarded, and that read as zeros until they are
+    /// written. Memory that shows a file again does not count.
+    #[must_use]
+    pub fn zeroed_prefix(&self, claim: GuestRange) -> u64 {
+        let mut at = claim.start;
+        let end = claim.start.saturating_add(claim.bytes);
+        let first = self.pieces.partition_point(|piece| {
+            self.regions[piece.region].guest_range(piece).end <= claim.start
+        });
+        for piece in &self.pieces[first..] {
+            let region = &self.regions[piece.region];
+            let start = region.guest_start + piece.offset;
+            if at >= end || start > at || region.backing == Backing::PrivateFile {
+                break;
+            }
+            at = start + piece.discarded_bytes;
+            if piece.discarded_bytes < piece.bytes {
+                break;
+            }
+        }
+        at.clamp(claim.start, end) - claim.start
+    }
+
     /// The ranges that the last batch discarded, as guest addresses in ascending order.
     pub fn discarded_ranges(&self) -> impl Iterator<Item = GuestRange> + '_ {
         self.pieces

@@ -285,9 +285,46 @@ pub fn discard_and_check_on(
         outcome.requested.bytes,
         outcome.discarded.bytes + outcome.failed.bytes + outcome.skipped.total()
     );
+    for claim in claims {
+        assert_zeroed_prefix(guarded, &gone, *claim, engine.zeroed_prefix(*claim));
+    }
     let told: u64 = engine.discarded_ranges().map(|range| range.bytes).sum();
     assert_eq!(told, outcome.discarded.bytes);
     outcome
+}
+
+/// Checks that exactly the first `zeroed` bytes of a claim are in pages that are gone and show no file.
+fn assert_zeroed_prefix(
+    guarded: &GuardedRam,
+    gone: &[(usize, usize)],
+    claim: GuestRange,
+    zeroed: u64,
+) {
+    let bytes = PAGE as u64;
+    let is_zeroed = |page: u64| {
+        let mut areas = guarded.areas.iter().enumerate();
+        let area = areas.find(|(_, area)| {
+            (area.guest_page..area.guest_page + area.pages as u64).contains(&page)
+        });
+        area.is_some_and(|(at, area)| {
+            area.kind != Kind::PrivateFile
+                && gone
+                    .binary_search(&(at, (page - area.guest_page) as usize))
+                    .is_ok()
+        })
+    };
+    assert!(zeroed <= claim.bytes, "{claim:?}: {zeroed}");
+    let end = claim.start + zeroed;
+    for page in claim.start / bytes..end.div_ceil(bytes) {
+        assert!(
+            zeroed == 0 || is_zeroed(page),
+            "{claim:?}: {zeroed}, {page}"
+        );
+    }
+    assert!(
+        zeroed == claim.bytes || !is_zeroed(end / bytes),
+        "{claim:?}: {zeroed} is too short"
+    );
 }
 
 /// Whether a guest page is completely in the union of the claims, which are in ascending order.

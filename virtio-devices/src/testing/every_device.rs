@@ -21,6 +21,7 @@ fn balloon_conforms() {
             free_page_reporting: true,
             free_page_hinting: true,
             reporting_policy: true,
+            device_init: false,
         })
         .unwrap();
         Arc::new(Mutex::new(balloon))

@@ -100,7 +100,7 @@ fn with_devices() -> Value {
         "generic_vhost_user": [{"device_type": 26, "socket": "/s", "queue_sizes": [64, 64]}],
         "pmem": [{"file": "/p", "size": 2 << 20}],
         "vsock": {"cid": 3, "socket": "/v"},
-        "balloon": {"size": 4096, "free_page_reporting": true, "reporting_policy": true, "stats_poll_ms": 200},
+        "balloon": {"size": 4096, "free_page_reporting": true, "reporting_policy": true, "device_init": true, "stats_poll_ms": 200},
         "serial": {"mode": "File", "file": "/c", "file_bytes_max": 4096},
         "console": {"mode": "Socket", "socket": "/t"},
         "debug_console": {"mode": "Tty", "iobase": 233},

@@ -48,6 +48,9 @@ pub enum ValidationError {
     /// The `balloon` section's `reporting_policy`.
     #[error("reporting_policy=on requires free_page_reporting=on")]
     PolicyWithoutReporting,
+    /// The `balloon` section's `device_init`.
+    #[error("device_init=on requires free_page_reporting=on")]
+    DeviceInitWithoutReporting,
     /// The `balloon` section's `stats_poll_ms`.
     #[error("stats_poll_ms must be 0 or at least {least_ms}; got {poll_ms}")]
     StatsPollTooOften {

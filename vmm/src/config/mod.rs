@@ -124,6 +124,10 @@ fn balloon(config: &VmConfig) -> Result<(), ValidationError> {
     if config.balloon.as_ref().is_some_and(lone) {
         return Err(ValidationError::PolicyWithoutReporting);
     }
+    let lone = |it: &BalloonConfig| it.device_init && !it.free_page_reporting;
+    if config.balloon.as_ref().is_some_and(lone) {
+        return Err(ValidationError::DeviceInitWithoutReporting);
+    }
     validate_balloon(config)
 }
 

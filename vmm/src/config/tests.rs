@@ -412,6 +412,14 @@ fn validate_policy_without_reporting_is_refused() {
 }
 
 #[test]
+fn validate_device_init_without_reporting_is_refused() {
+    assert_eq!(
+        fault("balloon", json!({"size": 0, "device_init": true})),
+        ValidationError::DeviceInitWithoutReporting
+    );
+}
+
+#[test]
 fn validate_statistics_too_often_are_refused() {
     assert_eq!(
         fault("balloon", json!({"size": 0, "stats_poll_ms": 99})),

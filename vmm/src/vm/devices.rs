@@ -198,6 +198,7 @@ pub(super) fn balloon(
         free_page_reporting: config.free_page_reporting,
         free_page_hinting: config.free_page_hinting,
         reporting_policy: config.reporting_policy,
+        device_init: config.device_init,
     };
     let engine = |switch| DiscardEngine::new(switch).over(memory.overlay().cloned());
     let (balloon, handle) =

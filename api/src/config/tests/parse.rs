@@ -11,7 +11,7 @@ use crate::{error_chain, error_line};
 #[test]
 fn balloon_option_reads_every_key() {
     let balloon = BalloonConfig::parse(
-        "size=2G,deflate_on_oom=on,free_page_reporting=true,free_page_hinting=on,reporting_policy=on,stats_poll_ms=500,iommu=off,id=b,pci_segment=1,pci_device_id=8",
+        "size=2G,deflate_on_oom=on,free_page_reporting=true,free_page_hinting=on,reporting_policy=on,device_init=on,stats_poll_ms=500,iommu=off,id=b,pci_segment=1,pci_device_id=8",
     )
     .unwrap();
     let expected = BalloonConfig {
@@ -20,6 +20,7 @@ fn balloon_option_reads_every_key() {
         free_page_reporting: true,
         free_page_hinting: true,
         reporting_policy: true,
+        device_init: true,
         stats_poll_ms: 500,
         iommu: false,
         id: Some("b".to_owned()),

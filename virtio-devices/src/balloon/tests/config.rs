@@ -19,6 +19,7 @@ fn params(deflate_on_oom: bool, free_page_reporting: bool) -> BalloonParams {
         free_page_reporting,
         free_page_hinting: false,
         reporting_policy: false,
+        device_init: false,
     }
 }
 

@@ -182,6 +182,7 @@ fn start_that_cannot_be_tells_why() {
         free_page_reporting: true,
         free_page_hinting: false,
         reporting_policy: false,
+        device_init: false,
     };
     let (balloon, handle) = Balloon::new(params).unwrap();
     assert_eq!(handle.start_hinting(), Err(HintingError::NotOffered));
@@ -201,6 +202,7 @@ fn kick_through_the_transport_returns_after_the_discard() {
         free_page_reporting: true,
         free_page_hinting: true,
         reporting_policy: false,
+        device_init: false,
     };
     let (balloon, handle) = Balloon::new(params).unwrap();
     let mut driver = MockPciDriver::new(Arc::new(Mutex::new(balloon)), &ram);
@@ -246,6 +248,7 @@ fn doorbell_that_holds_is_not_given_to_the_hypervisor() {
             free_page_reporting: true,
             free_page_hinting,
             reporting_policy: false,
+            device_init: false,
         };
         let (balloon, _handle) = Balloon::new(params).unwrap();
         let driver = MockPciDriver::new(Arc::new(Mutex::new(balloon)), &ram);

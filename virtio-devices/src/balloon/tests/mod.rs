@@ -1,6 +1,7 @@
 //! Tests the balloon with real queues, with well-behaved and hostile drivers.
 
 mod config;
+mod device_init;
 mod hinting;
 mod hostile;
 mod queues;

@@ -85,6 +85,7 @@ fn policy_not_asked_for_is_not_on_the_wire() {
             free_page_reporting,
             free_page_hinting: false,
             reporting_policy,
+            device_init: false,
         };
         let (mut balloon, handle) = Balloon::new(params).unwrap();
         assert_eq!(balloon.features() & VIRTIO_BALLOON_F_REPORTING_POLICY, 0);
@@ -280,6 +281,7 @@ fn policy_is_negotiated_and_followed_through_the_transport() {
         free_page_reporting: true,
         free_page_hinting: false,
         reporting_policy: true,
+        device_init: false,
     };
     let (balloon, handle) = Balloon::new(params).unwrap();
     let mut driver = MockPciDriver::new(Arc::new(Mutex::new(balloon)), &ram);

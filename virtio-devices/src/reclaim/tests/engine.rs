@@ -213,6 +213,29 @@ fn range_the_kernel_refuses_fails_alone() {
 }
 
 #[test]
+fn zeroed_prefix_ends_at_the_first_page_that_was_not_discarded() {
+    for mut engine in engines() {
+        let guarded = GuardedRam::new(&[
+            area(0, 12, Kind::Anonymous),
+            area(12, 4, Kind::Memfd),
+            area(16, 4, Kind::PrivateFile),
+        ]);
+        guarded.lock_page(0, 4);
+        let mut claims = [pages(0, 8), pages(10, 8), pages(100, 1)];
+        engine.discard(&guarded.ram, &mut claims, Expected::Anything);
+        let zeroed = |first, count| engine.zeroed_prefix(pages(first, count)) / PAGE_BYTES;
+        // Page 4 failed, and with it its range: how far the kernel came is unknown.
+        assert_eq!((zeroed(0, 4), zeroed(0, 8), zeroed(4, 1)), (0, 0, 0));
+        assert_eq!(zeroed(8, 4), 0, "not claimed");
+        assert_eq!(zeroed(10, 8), 6, "up to the private file");
+        assert_eq!(zeroed(11, 3), 3, "across two regions");
+        assert_eq!(zeroed(16, 2), 0);
+        assert_eq!(zeroed(100, 1), 0, "outside of RAM");
+        assert_eq!(zeroed(2, 0), 0);
+    }
+}
+
+#[test]
 fn private_file_is_dropped_only_where_its_bytes_are_good_enough() {
     for mut engine in engines() {
         let guarded = GuardedRam::new(&[area(0, 8, Kind::PrivateFile)]);
@@ -225,6 +248,7 @@ fn private_file_is_dropped_only_where_its_bytes_are_good_enough() {
         assert_eq!(outcome.discarded.bytes, 6 * PAGE_BYTES);
         assert_eq!(probe.measure().unwrap().resident_bytes, 2 * PAGE_BYTES);
         assert_eq!(guarded.discarded().len(), 6);
+        assert_eq!(engine.zeroed_prefix(pages(0, 3)), 0, "the file shows again");
     }
 }
 
@@ -238,6 +262,7 @@ fn inhibited_engine_discards_nothing_until_the_guard_goes() {
     assert_eq!(outcome.skipped.get(SkipReason::Inhibited), 4 * PAGE_BYTES);
     assert_eq!((outcome.syscalls, guarded.discarded()), (0, vec![]));
     assert_eq!(engine.discarded_ranges().count(), 0);
+    assert_eq!(engine.zeroed_prefix(pages(0, 4)), 0);
     drop(guard);
     let outcome = engine.discard(&guarded.ram, &mut [pages(0, 4)], Expected::Zeros);
     assert_eq!(outcome.discarded.bytes, 4 * PAGE_BYTES);
