@@ -16,7 +16,7 @@ use acpi_tables::aml::{
 };
 use acpi_tables::{Aml, AmlSink};
 
-use super::fixed::x2apic_entry;
+use super::fixed::apic_entry;
 use super::params::VcpuEntry;
 use super::pci_hotplug::{DEVICE_CHECK, EJECT_REQUEST, STATUS_HIDDEN, WAIT_FOR_EVER};
 use crate::cpu::CPU_HOTPLUG_BYTES;
@@ -218,7 +218,7 @@ impl Aml for VcpuDevice {
     fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
         let call = |method| MethodCall::new(Path::new(method), vec![&self.index as &dyn Aml]);
         // Always marked as enabled: Linux rejects any other entry for a vCPU that it adds.
-        let entry = BufferData::new(x2apic_entry(self.index, self.apic_id, true));
+        let entry = BufferData::new(apic_entry(self.index, self.apic_id, true));
         let hid = Name::new(Path::new("_HID"), &"ACPI0007");
         let uid = Name::new(Path::new("_UID"), &self.index);
         let status = call("CSTA");

@@ -43,21 +43,31 @@ fn io_port(port: u16, bits: u8, access: AccessSize) -> GAS {
 
 /// Revision that supports processors that are not online yet (ACPI 6.3).
 const MADT_REVISION: u8 = 5;
+const MADT_LOCAL_APIC: u8 = 0;
 const MADT_IO_APIC: u8 = 1;
 const MADT_INTERRUPT_OVERRIDE: u8 = 2;
 const MADT_X2APIC: u8 = 9;
-const X2APIC_ENABLED: u32 = 1 << 0;
-const X2APIC_ONLINE_CAPABLE: u32 = 1 << 1;
+/// The first id that needs the extended entry: a local APIC's own entry has one byte, of which 255 is the broadcast.
+const X2APIC_ID_MIN: u32 = 255;
+const APIC_ENABLED: u32 = 1 << 0;
+const APIC_ONLINE_CAPABLE: u32 = 1 << 1;
 /// Polarity and trigger mode as on the ISA bus: high, edge.
 const FLAGS_CONFORM_TO_BUS: u16 = 0;
 
-/// The entry of a vCPU, which may come online later if it is not enabled.
-pub(super) fn x2apic_entry(uid: u32, apic_id: u32, enabled: bool) -> Vec<u8> {
+/// The entry of a vCPU, which may come online later if it is not enabled. Ids below 255 have the entry of a local APIC
+/// (ACPI 6.5 §5.2.12.12), because a guest without support for x2APIC ignores the extended one.
+pub(super) fn apic_entry(uid: u32, apic_id: u32, enabled: bool) -> Vec<u8> {
     let flags = if enabled {
-        X2APIC_ENABLED
+        APIC_ENABLED
     } else {
-        X2APIC_ONLINE_CAPABLE
+        APIC_ONLINE_CAPABLE
     };
+    let narrow = |number| u8::try_from(number).ok().filter(|_| number < X2APIC_ID_MIN);
+    if let (Some(uid), Some(apic_id)) = (narrow(uid), narrow(apic_id)) {
+        let mut entry = vec![MADT_LOCAL_APIC, 8, uid, apic_id];
+        entry.extend(flags.to_le_bytes());
+        return entry;
+    }
     let mut entry = vec![MADT_X2APIC, 16, 0, 0];
     entry.extend(apic_id.to_le_bytes());
     entry.extend(flags.to_le_bytes());
@@ -72,7 +82,7 @@ pub(super) fn madt(vcpus: &[VcpuEntry]) -> Vec<u8> {
     entries.extend((layout::APIC_START as u32).to_le_bytes());
     entries.extend(0_u32.to_le_bytes());
     for (uid, vcpu) in (0_u32..).zip(vcpus) {
-        entries.extend(x2apic_entry(uid, vcpu.apic_id, vcpu.enabled));
+        entries.extend(apic_entry(uid, vcpu.apic_id, vcpu.enabled));
     }
     // I/O APIC 0 serves the interrupts from 0 on.
     entries.extend([MADT_IO_APIC, 12, 0, 0]);

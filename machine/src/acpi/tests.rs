@@ -134,14 +134,23 @@ fn madt_lists_every_vcpu_the_io_apic_and_the_serial_interrupt() {
     let memory = memory(2 << 20);
     let rsdp = build(&params(300), &memory).unwrap();
     let (_, madt) = &tables(&memory, rsdp)[1];
-    assert_eq!(madt.len(), 44 + 300 * 16 + 12 + 10);
-    let vcpu = |index: usize| &madt[44 + index * 16..44 + (index + 1) * 16];
-    assert_eq!(vcpu(0), [9, 16, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    // Ids below 255 are those of local APICs; the rest are extended.
+    let extended = 44 + 255 * 8;
+    let rest = extended + 45 * 16;
+    assert_eq!(madt.len(), rest + 12 + 10);
+    let local = |index: usize| &madt[44 + index * 8..44 + (index + 1) * 8];
+    assert_eq!(local(0), [0, 8, 0, 0, 1, 0, 0, 0]);
+    assert_eq!(local(1), [0, 8, 1, 1, 2, 0, 0, 0]);
+    assert_eq!(local(254), [0, 8, 254, 254, 2, 0, 0, 0]);
     assert_eq!(
-        vcpu(299),
+        madt[extended..extended + 16],
+        [9, 16, 0, 0, 255, 0, 0, 0, 2, 0, 0, 0, 255, 0, 0, 0]
+    );
+    assert_eq!(
+        madt[rest - 16..rest],
         [9, 16, 0, 0, 0x2b, 1, 0, 0, 2, 0, 0, 0, 0x2b, 1, 0, 0]
     );
-    let rest = &madt[44 + 300 * 16..];
+    let rest = &madt[rest..];
     assert_eq!(rest[..12], [1, 12, 0, 0, 0, 0, 0xc0, 0xfe, 0, 0, 0, 0]);
     assert_eq!(rest[12..], [2, 10, 0, 4, 4, 0, 0, 0, 0, 0]);
 }
@@ -271,6 +280,7 @@ fn dsdt_has_the_generation_id_and_notifies_its_device_by_event() {
 fn dsdt_has_a_device_for_each_vcpu_if_there_can_be_several() {
     let one = super::dsdt::dsdt(&params(1));
     let mut three = params(3);
+    three.vcpus[1].apic_id = 300;
     three.vcpus[2].domain = Some(7);
     let three = super::dsdt::dsdt(&three);
     let count = |table: &[u8], bytes: &[u8]| {
@@ -286,8 +296,10 @@ fn dsdt_has_a_device_for_each_vcpu_if_there_can_be_several() {
     }
     assert_eq!(count(&three, b"C003"), 0);
     // The entry is marked enabled whether or not the vCPU is present.
-    let entry = [9, 16, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0];
-    assert_eq!(count(&three, &entry), 1);
+    let local = [0x11, 11, 0x0a, 8, 0, 8, 2, 2, 1, 0, 0, 0];
+    let extended = [9, 16, 0, 0, 0x2c, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0];
+    assert_eq!(count(&three, &local), 1);
+    assert_eq!(count(&three, &extended), 1);
     assert_eq!(count(&three, b"_PXM"), 1);
     // Each PCI slot has one, and each vCPU except the first.
     assert_eq!(count(&three, b"_EJ0") - count(&one, b"_EJ0"), 2);
