@@ -708,3 +708,65 @@ fn chain_of_snapshots_is_restored_merged_and_refused_when_a_link_is_broken() -> 
     std::fs::remove_file(&image)?;
     expect_nothing_lost(&first, "serial", &first)
 }
+
+/// Changes the number of vCPUs as soon as the guest has released those that it was asked for before.
+fn resize_vcpus(vmm: &Vmm, count: u32) -> Result<()> {
+    let body = json!({"desired_vcpus": count}).to_string();
+    wait_for("room for another resize", SCENARIO_DEADLINE, || {
+        let answer = vmm.request("PUT", "vm.resize", Some(&body))?;
+        ensure!(matches!(answer.status, 204 | 429), "{count}: {answer:?}");
+        Ok((answer.status == 204).then_some(()))
+    })
+}
+
+/// The guest starts what is added, and finds everything that it started still running at each change.
+#[test]
+fn added_vcpus_run_on_after_a_restore_and_leave() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let mut first = start("processors", &["--cpus", "boot=1,max=4"])?;
+    first.wait_api()?;
+    let serial = first.folder().join("serial");
+    let printed = |line: &str, times: usize| {
+        wait_for(line, SCENARIO_DEADLINE, || {
+            // The VMM creates it when the guest boots.
+            let text = std::fs::read_to_string(&serial).unwrap_or_default();
+            ensure!(!text.contains("FAIL "), "{text}");
+            Ok((text.matches(line).count() >= times).then_some(()))
+        })
+    };
+    let restored = |url: &str, vcpus: u32| -> Result<Vmm> {
+        let vmm = Vmm::start(&["--restore", &format!("source_url={url},resume=on")])?;
+        let info = wait_for("running guest", SCENARIO_DEADLINE, || {
+            let info = vmm.get("vm.info").ok();
+            Ok(info.filter(|info| info["state"] == "Running"))
+        })?;
+        let cpus = &info["config"]["cpus"];
+        ensure!(
+            cpus["boot_vcpus"] == vcpus && cpus["max_vcpus"] == 4,
+            "{cpus:#}"
+        );
+        Ok(vmm)
+    };
+    printed("READY processors", 1)?;
+    resize_vcpus(&first, 3)?;
+    printed("PASS processor_started", 2)?;
+    let url = save(&mut first)?;
+
+    // The file of the serial port is truncated, as at boot.
+    let mut second = restored(&url, 3)?;
+    resize_vcpus(&second, 4)?;
+    printed("PASS processor_started", 1)?;
+    resize_vcpus(&second, 2)?;
+    printed("PASS processor_left", 2)?;
+    resize_vcpus(&second, 3)?;
+    printed("PASS processor_started", 2)?;
+    let url = save(&mut second)?;
+
+    let mut third = restored(&url, 3)?;
+    resize_vcpus(&third, 1)?;
+    printed("PASS processor_left", 2)?;
+    printed(" passed, 0 failed", 1)?;
+    third.expect_clean_exit(SCENARIO_DEADLINE)
+}

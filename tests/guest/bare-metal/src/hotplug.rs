@@ -22,9 +22,10 @@ const SEGMENT: u64 = 0xc;
 /// From the PCI hot-plug controller to that of processors.
 const PROCESSORS: u64 = 0x1000;
 const PROCESSOR_STATUS: u64 = 4;
-/// In a processor's status: it was added; its removal is requested; it is released.
-const ADDED: u8 = 2;
-const LEAVES: u8 = 4;
+/// In a processor's status: it is present; it was added; its removal is requested; it is released.
+pub const PRESENT: u8 = 1;
+pub const ADDED: u8 = 2;
+pub const LEAVES: u8 = 4;
 const RELEASED: u8 = 8;
 
 /// The PCI hot-plug controller.
@@ -60,11 +61,17 @@ impl Controller {
             .map(move |slot| Function { segment, slot })
     }
 
+    /// The status of a processor.
+    pub fn processor_status(&self, processor: u32) -> u8 {
+        let registers = self.registers + PROCESSORS;
+        write(registers, processor);
+        read(registers + PROCESSOR_STATUS)
+    }
+
     /// Releases a processor whose removal is requested, and takes note of one that was added.
     pub fn release_processor(&self, processor: u32) {
         let registers = self.registers + PROCESSORS;
-        write(registers, processor);
-        let status: u8 = read(registers + PROCESSOR_STATUS);
+        let status = self.processor_status(processor);
         if status & ADDED != 0 {
             write(registers + PROCESSOR_STATUS, ADDED);
         }

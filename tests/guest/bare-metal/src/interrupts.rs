@@ -14,7 +14,11 @@ pub const FIRST_FREE_VECTOR: u8 = 32;
 /// x2APIC registers (Intel SDM vol. 3, table 10-6).
 const MSR_APIC_BASE: u32 = 0x1b;
 const MSR_X2APIC_EOI: u32 = 0x80b;
+const MSR_X2APIC_COMMAND: u32 = 0x830;
 const MSR_X2APIC_SPURIOUS: u32 = 0x80f;
+/// Commands to another processor: delivery mode and level.
+const INIT: u64 = 0x4500;
+const START_UP: u64 = 0x4600;
 /// Interrupt gate, present, ring 0.
 const GATE: u64 = 0x8e00;
 
@@ -52,6 +56,15 @@ pub fn enable() {
     write_msr(MSR_X2APIC_SPURIOUS, 0x1ff);
     // SAFETY: the table is loaded and every vector has a stub.
     unsafe { asm!("sti") }
+}
+
+/// Resets another processor, which then runs the real-mode code of this page below 1 MiB.
+pub fn start_processor(apic_id: u32, page: u64) {
+    write_msr(MSR_APIC_BASE, read_msr(MSR_APIC_BASE) | 0xc00);
+    let destination = u64::from(apic_id) << 32;
+    for command in [INIT, START_UP | page >> 12] {
+        write_msr(MSR_X2APIC_COMMAND, destination | command);
+    }
 }
 
 /// How often this vector fired.

@@ -28,6 +28,7 @@ mod panic;
 mod pci;
 mod plug;
 mod policy;
+mod processors;
 mod queue;
 mod registers;
 mod report;
@@ -61,6 +62,7 @@ extern "C" fn guest_main(start_info: u64) -> ! {
         Some("plug") => plug::scenario(&mut report),
         Some("policy") => policy::scenario(false, &mut report),
         Some("policy-lies") => policy::scenario(true, &mut report),
+        Some("processors") => processors::scenario(&mut report),
         Some("hostile") => hostile::scenario(&mut report),
         Some("panic") => panic::scenario(&mut report),
         Some("hinting") => hinting::scenario(&mut report),
