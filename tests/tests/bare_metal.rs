@@ -158,15 +158,28 @@ fn runs_with_every_device(scenario: &str) -> Result<()> {
         test_skip::skip(format!("/dev/net/tun does not open: {error}"));
         return Ok(());
     }
-    let disk = tempfile::NamedTempFile::new()?;
-    disk.as_file().set_len(16 << 20)?;
-    let disk = format!("path={},image_type=raw,num_queues=2", disk.path().display());
+    let folder = tempfile::tempdir()?;
+    let file = |name: &str| -> Result<String> {
+        let path = folder.path().join(name);
+        File::create(&path)?.set_len(16 << 20)?;
+        Ok(path.display().to_string())
+    };
+    let disk = format!("path={},image_type=raw,num_queues=2", file("disk")?);
+    let translated = format!("path={},image_type=raw,iommu=on", file("translated")?);
+    let pmem = format!("file={}", file("pmem")?);
     let arguments = [
         BALLOON,
         &["--cpus", "boot=2"],
-        &["--disk", &disk],
+        &[
+            "--memory",
+            "size=256M,hotplug_method=virtio-mem,hotplug_size=128M",
+        ],
+        &["--disk", &disk, &translated],
         &["--net", "mac=02:00:00:00:00:01"],
         &["--console", "file=@/console"],
+        &["--vsock", "cid=3,socket=@/vsock"],
+        &["--pmem", &pmem],
+        &["--watchdog", "--pvpanic"],
     ];
     runs(scenario, &arguments.concat())
 }

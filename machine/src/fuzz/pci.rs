@@ -26,6 +26,7 @@ use super::plain_function::{NARROW_BYTES, PlainFunction, WIDE_BYTES};
 use crate::bus::{Bus, BusDevice};
 use crate::interrupt::fake::FakeBackend;
 use crate::interrupt::{FunctionVectors, GsiRouter};
+use crate::pc::{PVPANIC_ID, PvpanicFunction};
 use crate::pci::fake_doorbells::FakeDoorbells;
 use crate::pci::{
     Bdf, CONFIG_PORT_BASE, CONFIG_PORT_BYTES, ConfigPorts, DoorbellBackend, ECAM_BYTES, Ecam,
@@ -56,6 +57,8 @@ pub struct Seen {
     pub ejected: usize,
     /// Ejections without a request.
     pub refused_ejects: u64,
+    /// Times that the host plugged pvpanic.
+    pub pvpanics: usize,
 }
 
 /// Runs the steps that the bytes describe.
@@ -106,6 +109,7 @@ pub fn run(bytes: &[u8]) -> Seen {
             .sum(),
         ejected: host.ejected,
         refused_ejects: rig.hotplug.refused_ejects(),
+        pvpanics: host.pvpanics,
     };
     rig.remove_all(host);
     seen
@@ -124,6 +128,7 @@ struct Plugged {
 struct Host {
     added: u64,
     ejected: usize,
+    pvpanics: usize,
     plugged: Vec<Plugged>,
 }
 
@@ -139,6 +144,8 @@ struct Rig {
     ram: GuestRam,
     /// The functions with only a configuration space, by id.
     plain: Mutex<BTreeMap<String, Arc<PlainFunction>>>,
+    /// The latest one, of which the bus has at most one.
+    pvpanic: Mutex<Option<Arc<PvpanicFunction>>>,
 }
 
 impl Rig {
@@ -175,6 +182,7 @@ impl Rig {
             interrupts,
             ram,
             plain: Mutex::default(),
+            pvpanic: Mutex::default(),
         }
     }
 
@@ -277,7 +285,7 @@ impl Rig {
         match choice % 8 {
             0..=2 => {
                 let slot = (choice & 0x40 != 0).then(|| input.byte() % (SLOTS + 1));
-                self.add(host, Place { segment, slot }, choice & 0x38 == 0x38);
+                self.add(host, Place { segment, slot }, choice >> 3 & 7);
             }
             3 | 4 => {
                 let at = usize::from(input.byte()) % host.plugged.len().max(1);
@@ -310,18 +318,27 @@ impl Rig {
         functions.any(|(_, function)| Arc::ptr_eq(function, &plugged.function))
     }
 
-    fn add(&self, host: &mut Host, place: Place, with_device: bool) {
+    fn add(&self, host: &mut Host, place: Place, kind: u8) {
         host.added += 1;
         let id = format!("_f{}", host.added);
-        let function: Arc<dyn PciFunction> = if with_device {
-            self.device(&id)
-        } else {
-            let function = Arc::new(PlainFunction::new(&id));
-            self.plain
-                .lock()
-                .unpoisoned()
-                .insert(id, Arc::clone(&function));
-            function
+        let functions = self.segments.functions();
+        let has_pvpanic = functions.iter().any(|(_, it)| it.id() == PVPANIC_ID);
+        let function: Arc<dyn PciFunction> = match kind {
+            7 => self.device(&id),
+            6 if !has_pvpanic => {
+                let function = Arc::new(PvpanicFunction::unheard());
+                *self.pvpanic.lock().unpoisoned() = Some(Arc::clone(&function));
+                host.pvpanics += 1;
+                function
+            }
+            _ => {
+                let function = Arc::new(PlainFunction::new(&id));
+                self.plain
+                    .lock()
+                    .unpoisoned()
+                    .insert(id, Arc::clone(&function));
+                function
+            }
         };
         if let Ok(bdf) = self.segments.add(Arc::clone(&function), place) {
             self.hotplug.announce(bdf);
@@ -418,8 +435,10 @@ impl Rig {
     /// Restores the functions and the controller on another bus.
     fn check_restore(&self) {
         let plain = self.plain.lock().unpoisoned();
+        let pvpanic = self.pvpanic.lock().unpoisoned();
         let saved = self.segments.state(0);
-        if !saved.slots().all(|(_, slot)| plain.contains_key(&slot.id)) {
+        let has_state = |id: &String| plain.contains_key(id) || id == PVPANIC_ID;
+        if !saved.slots().all(|(_, slot)| has_state(&slot.id)) {
             return;
         }
         let other = Self::new(self.ram.clone());
@@ -435,13 +454,20 @@ impl Rig {
             .restore_reserved(&saved)
             .expect("its own state");
         for (segment, state) in saved.slots() {
-            let function = PlainFunction::new(&state.id);
-            function
-                .restore(&plain[&state.id].state())
-                .expect("its own state");
-            let added = other
-                .segments
-                .add_restored(Arc::new(function), segment, state);
+            let function: Arc<dyn PciFunction> = match &*pvpanic {
+                Some(pvpanic) if state.id == PVPANIC_ID => {
+                    let function = PvpanicFunction::unheard();
+                    function.restore(&pvpanic.state()).expect("its own state");
+                    Arc::new(function)
+                }
+                _ => {
+                    let function = PlainFunction::new(&state.id);
+                    let state = plain[&state.id].state();
+                    function.restore(&state).expect("its own state");
+                    Arc::new(function)
+                }
+            };
+            let added = other.segments.add_restored(function, segment, state);
             added.expect("its own state");
         }
         let controller = self.hotplug.state();
@@ -494,8 +520,9 @@ mod tests {
             all.unmapped_bars += seen.unmapped_bars;
             all.ejected += seen.ejected;
             all.refused_ejects += seen.refused_ejects;
+            all.pvpanics += seen.pvpanics;
         }
         assert!(all.unmapped_bars > 0 && all.ejected > 0, "{all:?}");
-        assert!(all.refused_ejects > 0, "{all:?}");
+        assert!(all.refused_ejects > 0 && all.pvpanics > 0, "{all:?}");
     }
 }

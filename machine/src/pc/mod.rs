@@ -52,6 +52,8 @@ pub use error::{CoreError, PcError};
 pub use params::PcParams;
 pub use plugged::{FunctionView, Plug, Plugged};
 pub use pvpanic::PVPANIC_ID;
+#[cfg(any(test, fuzzing))]
+pub(crate) use pvpanic::Pvpanic as PvpanicFunction;
 pub use state::PcState;
 
 /// The environment of a machine.

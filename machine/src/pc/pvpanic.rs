@@ -35,7 +35,7 @@ const PANICKED: u8 = 1;
 const CRASH_LOADED: u8 = 2;
 
 /// The function on the bus.
-pub(super) struct Pvpanic {
+pub(crate) struct Pvpanic {
     config: Mutex<ConfigSpace>,
     events: DeviceEvents,
 }
@@ -57,14 +57,20 @@ impl Pvpanic {
         }
     }
 
+    /// A function that reports to no one.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn unheard() -> Self {
+        Self::new(DeviceEvents::new(std::sync::Arc::new(|_| {})))
+    }
+
     /// Its configuration space; it has no other state.
-    pub(super) fn state(&self) -> PciConfigState {
+    pub(crate) fn state(&self) -> PciConfigState {
         self.config().state()
     }
 
     /// # Errors
     /// The state belongs to another function.
-    pub(super) fn restore(&self, state: &PciConfigState) -> Result<(), StateError> {
+    pub(crate) fn restore(&self, state: &PciConfigState) -> Result<(), StateError> {
         self.config().restore(state)
     }
 

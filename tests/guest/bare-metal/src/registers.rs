@@ -14,6 +14,9 @@ const ACCESSES: u32 = 4000;
 const ROUNDS: u32 = 8;
 /// Room for rings.
 const QUEUES_MAX: u16 = 8;
+/// Identity and BAR size of pvpanic, whose function has no capabilities.
+const PVPANIC: u32 = 0x0011_1b36;
+const PVPANIC_BYTES: u32 = 4096;
 /// Pending bits of MSI-X in the BAR.
 const PENDING_BITS: u64 = 0x4_8000;
 /// The legacy ports, without the ones that end the machine on purpose
@@ -45,6 +48,12 @@ pub fn scenario(seed: u32, report: &mut Report) {
         for _ in 0..ROUNDS {
             bring_up(&device);
             bar(&device, &mut noise);
+        }
+    }
+    if let Some(function) = Function::all().find(|it| it.read32(0) == PVPANIC) {
+        let register = function.move_bar0_low();
+        for _ in 0..ACCESSES / ROUNDS {
+            access(register + u64::from(noise.next() % PVPANIC_BYTES), &mut noise);
         }
     }
     report.pass("bars_survive_noise");
