@@ -494,6 +494,70 @@ mod tests {
         assert_eq!(region.is_hugetlbfs(), Some(false));
     }
 
+    /// The flags of a mapping in `/proc/self/smaps`, and its resident bytes.
+    fn flags_and_resident_bytes(region: &MmapRegion<()>) -> (Vec<String>, u64) {
+        let start = region.as_ptr() as u64;
+        let range = format!("{start:x}-{:x} ", start + region.size() as u64);
+        let text = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut lines = text.lines().skip_while(|line| !line.starts_with(&range));
+        let mut field = |name: &str| {
+            let value = lines.find_map(|line| line.strip_prefix(name));
+            value.unwrap_or_else(|| panic!("{name} {range}{text}"))
+        };
+        let kib: u64 = (field("Rss:").trim_end_matches("kB").trim().parse()).unwrap();
+        let flags = field("VmFlags:").split_whitespace().map(str::to_owned);
+        (flags.collect(), kib << 10)
+    }
+
+    /// Every combination, each as the kernel has it afterwards.
+    #[test]
+    fn settings_of_memory_have_their_effect_in_every_combination() {
+        let bytes = 4 * MIB;
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(bytes).unwrap();
+        let path = || Some(file.path().to_owned());
+        let has = |path: &str| std::path::Path::new(path).exists();
+        let (ksm, thp_known) = (
+            has("/sys/kernel/mm/ksm"),
+            has("/sys/kernel/mm/transparent_hugepage"),
+        );
+        if !(ksm && thp_known) {
+            test_skip::skip(format!(
+                "merging is tested only with KSM ({ksm}), huge pages only with THP ({thp_known})"
+            ));
+        }
+        let overcommit = std::fs::read_to_string("/proc/sys/vm/overcommit_memory").unwrap();
+        let kinds = [(None, false), (None, true), (path(), false), (path(), true)];
+        for (file, shared) in kinds {
+            for bits in 0..16 {
+                let [reserve, prefault, mergeable, thp] = [1, 2, 4, 8].map(|bit| bits & bit != 0);
+                let zone = MemoryZoneConfig {
+                    id: format!("combination-{bits}"),
+                    file: file.clone(),
+                    shared,
+                    reserve,
+                    prefault,
+                    mergeable,
+                    ..zone()
+                };
+                let region = map(&zone, thp, bytes);
+                let (flags, resident) = flags_and_resident_bytes(&region);
+                let flag = |name: &str| flags.iter().any(|it| it == name);
+                let found = format!("{zone:?}, thp {thp}: {flags:?}");
+                assert_eq!(flag("sh"), shared, "{found}");
+                // Strict accounting reserves everything.
+                let unreserved = !reserve && overcommit.trim() != "2";
+                assert_eq!(flag("nr"), unreserved, "{found}");
+                // The kernel merges private pages only.
+                assert_eq!(flag("mg"), mergeable && !shared && ksm, "{found}");
+                assert_eq!(flag("hg"), thp && thp_known, "{found}");
+                assert!(flag("dd"), "{found}");
+                let expected = if prefault { bytes } else { 0 };
+                assert_eq!(resident, expected, "{found}");
+            }
+        }
+    }
+
     #[test]
     fn map_prefault_is_resident() {
         let zone = MemoryZoneConfig {
