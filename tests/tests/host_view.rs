@@ -1,11 +1,14 @@
 //! Tests a running VMM from the host's point of view: its threads, their permissions and affinity, and its events.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read as _;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use integration_tests::bare_metal::{self, SCENARIO_DEADLINE, kvm_opens, start};
+use integration_tests::bare_metal::{self, SCENARIO_DEADLINE, expect_all_passed, kvm_opens, start};
+use integration_tests::descriptors::inherit;
 use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
 use integration_tests::wait::wait_for;
 use serde_json::{Value, json};
@@ -161,11 +164,99 @@ fn power_off_with_no_shutdown_leaves_a_vm_that_boots_again() -> Result<()> {
 
 /// The events so far. They are JSON objects, each followed by an empty line.
 fn events(vmm: &Vmm) -> Result<Vec<Value>> {
-    let text = vmm.text("events");
+    parse(&vmm.text("events"))
+}
+
+fn parse(text: &str) -> Result<Vec<Value>> {
     ensure!(text.is_empty() || text.ends_with("}\n\n"), "{text}");
     text.split_terminator("\n\n")
         .map(|event| serde_json::from_str(event).with_context(|| event.to_owned()))
         .collect()
+}
+
+/// `source event` of each.
+fn names(events: &[Value]) -> Vec<String> {
+    let name = |event: &Value| {
+        let word = |key: &str| event[key].as_str().unwrap_or_default().to_owned();
+        format!("{} {}", word("source"), word("event"))
+    };
+    events.iter().map(name).collect()
+}
+
+const BOOT: [&str; 3] = ["vmm starting", "vm booting", "vm booted"];
+const END: [&str; 3] = ["vm shutdown", "vm deleted", "vmm shutdown"];
+
+#[test]
+fn event_monitor_tells_of_a_triple_fault_and_a_reset_as_reboots() -> Result<()> {
+    const TWICE: [&str; 4] = ["vm rebooting", "vm rebooted", "vm rebooting", "vm rebooted"];
+    if !kvm_opens() {
+        return Ok(());
+    }
+    for scenario in ["triple-fault", "reset"] {
+        let mut vmm = start(scenario, &["--event-monitor", "path=@/events"])?;
+        wait_for("two reboots", SCENARIO_DEADLINE, || {
+            ensure!(!vmm.has_ended()?, "the VMM ended: {}", vmm.stderr());
+            let count = vmm.text("events").matches("\"rebooted\"").count();
+            Ok((count >= 2).then_some(()))
+        })?;
+        vmm.put("vmm.shutdown", None)?;
+        vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+        let names = names(&events(&vmm)?);
+        ensure!(
+            names
+                .iter()
+                .zip([&BOOT[..], &TWICE].concat())
+                .all(|(name, wanted)| name == wanted),
+            "{scenario}: {names:#?}"
+        );
+    }
+    Ok(())
+}
+
+/// A guest whose only vCPU sleeps with interrupts off may still get a device or an NMI: it has not ended.
+#[test]
+fn event_monitor_tells_nothing_of_a_halt() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let arguments = [
+        "--cmdline",
+        "scenario=pci stay",
+        "--event-monitor",
+        "path=@/events",
+    ];
+    let mut vmm = start("pci", &arguments)?;
+    expect_all_passed(&mut vmm)?;
+    wait_for("halted vCPU", SCENARIO_DEADLINE, || {
+        let tasks = fs::read_dir(format!("/proc/{}/task", vmm.pid()))?;
+        let mut stats =
+            tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("stat")).ok());
+        Ok(stats.any(|stat| stat.contains("(vcpu0) S")).then_some(()))
+    })?;
+    ensure!(vmm.get("vm.info")?["state"] == "Running");
+    vmm.put("vmm.shutdown", None)?;
+    vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+    let names = names(&events(&vmm)?);
+    ensure!(names == [BOOT, END].concat(), "{names:#?}");
+    Ok(())
+}
+
+#[test]
+fn event_monitor_writes_a_whole_life_to_an_inherited_descriptor() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let (mut reader, writer) = std::io::pipe()?;
+    let writer = File::from(OwnedFd::from(writer));
+    let argument = format!("fd={}", inherit(&writer)?);
+    let mut vmm = start("pci", &["--event-monitor", &argument])?;
+    drop(writer);
+    vmm.expect_clean_exit(SCENARIO_DEADLINE)?;
+    let mut text = String::new();
+    reader.read_to_string(&mut text)?;
+    let names = names(&parse(&text)?);
+    ensure!(names == [BOOT, END].concat(), "{names:#?}");
+    Ok(())
 }
 
 #[test]
@@ -206,13 +297,7 @@ fn event_monitor_tells_a_whole_life_in_order() -> Result<()> {
     vmm.expect_clean_exit(PROCESS_DEADLINE)?;
 
     let events = events(&vmm)?;
-    let names: Vec<String> = events
-        .iter()
-        .map(|event| {
-            let word = |key: &str| event[key].as_str().unwrap_or_default().to_owned();
-            format!("{} {}", word("source"), word("event"))
-        })
-        .collect();
+    let names = names(&events);
     ensure!(names == LIFE, "{names:#?}");
     let mut last = Duration::ZERO;
     for event in &events {
