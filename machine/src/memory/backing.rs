@@ -22,6 +22,7 @@ use vm_memory::{FileOffset, MmapRegion};
 
 use super::error::ZoneError;
 use super::file::{ZoneFile, huge_page_bytes_of};
+use super::hugetlb_limit::{self, Counts};
 use super::layout::{MIB, PAGE_BYTES};
 use super::numa_policy;
 use super::source::Source;
@@ -128,7 +129,9 @@ impl Backing {
             MmapRegionError::Mmap(error)
                 if source.is_hugetlb() && error.raw_os_error() == Some(libc::ENOMEM) =>
             {
-                ZoneError::TooFewHugePages { bytes, page_bytes }
+                let limit = hugetlb_limit::check(Counts::Reserved, bytes, page_bytes);
+                let too_few = ZoneError::TooFewHugePages { bytes, page_bytes };
+                limit.err().unwrap_or(too_few)
             }
             source => ZoneError::Map { bytes, source },
         })?;

@@ -14,6 +14,7 @@ use ::state::{StateError, parts};
 use api::config::MemoryConfig;
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestRegionMmap};
 
+use super::hugetlb_limit::{self, Counts};
 use super::layout::SECTION_BYTES;
 use super::state::MemoryState;
 use super::zone_files::ZoneFiles;
@@ -121,6 +122,10 @@ impl GuestMemory {
         }
         let id = format!("{DEFAULT_ZONE_ID}-dimm{}", dimms.len());
         let mapped = files.open(backing, bytes).and_then(|source| {
+            if source.is_hugetlb() {
+                let added = bytes.saturating_sub(source.allocated_bytes());
+                hugetlb_limit::check(Counts::Used, added, source.page_bytes)?;
+            }
             let mapping = backing.map(&source, 0, bytes)?;
             Ok((source, mapping))
         });

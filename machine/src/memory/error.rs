@@ -151,6 +151,19 @@ pub enum ZoneError {
         /// Size of a huge page.
         page_bytes: u64,
     },
+    /// A control group of this process permits too few huge pages.
+    #[error(
+        "{} leaves {left_bytes} bytes of huge pages, too few for {bytes} bytes of guest RAM: raise this limit of the control group",
+        path.display()
+    )]
+    HugePageLimit {
+        /// The file with the limit.
+        path: PathBuf,
+        /// What is left below it.
+        left_bytes: u64,
+        /// The required size.
+        bytes: u64,
+    },
     /// The host has no such node, or does not support memory policies.
     #[error("Cannot bind guest RAM to NUMA node {node} of the host")]
     HostNumaNode {

@@ -1,5 +1,6 @@
 //! Guest RAM, mapped into this process.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -13,6 +14,7 @@ use vm_memory::{
 
 use super::backing::{self, Backing};
 use super::faults::MemoryFaults;
+use super::hugetlb_limit::{self, Counts};
 use super::layout::AddressMap;
 use super::plugged::{HotplugRam, hotplug_block_bytes};
 use super::source::Source;
@@ -73,6 +75,7 @@ impl GuestMemory {
             dimm_backing,
         } = Self::plan(config, phys_bits)?;
         let sources = open(&zones, files)?;
+        check_huge_page_limits(&zones, &sources)?;
         let mut regions = Vec::new();
         let mut made = Vec::new();
         for (plan, source) in zones.into_iter().zip(&sources) {
@@ -310,6 +313,22 @@ fn open(zones: &[ZonePlan], files: &mut ZoneFiles) -> Result<Vec<Source>, Memory
         sources.push(source);
     }
     Ok(sources)
+}
+
+/// Huge pages beyond the limit of a control group would end the guest when it touches them. Pages that a file has
+/// already are charged, and those of virtio-mem come only when they are plugged.
+fn check_huge_page_limits(zones: &[ZonePlan], sources: &[Source]) -> Result<(), MemoryError> {
+    let mut sums: BTreeMap<u64, u64> = BTreeMap::new();
+    for (zone, source) in zones.iter().zip(sources) {
+        if !source.is_hugetlb() || zone.kind == ZoneKind::VirtioMem {
+            continue;
+        }
+        let sum = sums.entry(source.page_bytes).or_default();
+        *sum = sum.saturating_add(zone.bytes.saturating_sub(source.allocated_bytes()));
+        hugetlb_limit::check(Counts::Used, *sum, source.page_bytes)
+            .map_err(|source| zone.error(source))?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -20,6 +20,7 @@ mod file;
 mod guest_ram;
 mod handed_over;
 mod hotplug;
+mod hugetlb_limit;
 mod layers;
 pub mod layout;
 mod load;

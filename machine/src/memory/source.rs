@@ -65,6 +65,12 @@ impl Source {
         self.page_bytes > PAGE_BYTES
     }
 
+    /// What its file has on its file system.
+    pub(super) fn allocated_bytes(&self) -> u64 {
+        let metadata = self.file.as_ref().and_then(|file| file.metadata().ok());
+        metadata.map_or(0, |it| it.blocks().saturating_mul(512))
+    }
+
     /// Whether both use the same file and one of them writes to it.
     pub(super) fn conflicts(&self, other: &Self) -> bool {
         let file = |source: &Self| source.file.as_ref().and_then(|file| file.metadata().ok());
