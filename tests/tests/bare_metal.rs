@@ -32,6 +32,37 @@ fn pci_both_ways_in_agree() -> Result<()> {
     runs("pci", BALLOON)
 }
 
+/// Their APIC ids do not fit one byte, and their ACPI tables are long.
+#[test]
+fn machine_that_may_get_600_vcpus_runs() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let mut vmm = start("pci", &["--cpus", "boot=1,max=600"])?;
+    let status = vmm.wait_exit(SCENARIO_DEADLINE)?;
+    let log = vmm.stderr();
+    if log.contains("max=600") {
+        test_skip::skip(format!("KVM supports fewer vCPUs: {log}"));
+        return Ok(());
+    }
+    ensure!(status.success(), "{status}: {log}");
+    expect_all_passed(&mut vmm)
+}
+
+/// More than KVM can have is rejected with the numbers.
+#[test]
+fn machine_with_more_vcpus_than_kvm_has_is_refused() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let mut vmm = start("pci", &["--cpus", "boot=1,max=4097"])?;
+    let status = vmm.wait_exit(SCENARIO_DEADLINE)?;
+    let log = vmm.stderr();
+    ensure!(!status.success(), "{log}");
+    ensure!(log.contains("4096") && log.contains("max=4097"), "{log}");
+    Ok(())
+}
+
 #[test]
 fn balloon_private_memory_discards_exactly() -> Result<()> {
     runs("balloon", BALLOON)

@@ -6,8 +6,8 @@ use api::config::{CpuAffinity, CpuTopology, CpusConfig};
 
 use super::error::CpusFault;
 
-/// APIC ids up to 254 need no extended format of interrupt messages; 255 is the broadcast id.
-pub(super) const VCPUS_MAX: u32 = 254;
+/// The most that any KVM supports. The host's limit may be lower, and is checked at boot.
+pub(super) const VCPUS_MAX: u32 = 4096;
 /// A smaller width cannot hold the PCI hole below 4 GiB and some RAM above it.
 const PHYS_BITS_MIN: u8 = 36;
 /// The maximum that x86-64 defines (Intel SDM volume 3, section 4.1.4).
