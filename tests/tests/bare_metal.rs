@@ -515,7 +515,11 @@ fn reclaim_stats_after_balloon_scenario_add_up() -> Result<()> {
     ensure!(resident > 0 && resident < 64 << 20, "{stats:#}");
 
     // Every response is fresh, and the first is not the sample from the start: the guest reports one byte less for each
-    // request, by us or by the VMM itself.
+    // request, by us or by the VMM itself. It sends that first sample after its closing line.
+    wait_for("the guest's first sample", SCENARIO_DEADLINE, || {
+        let stats = vmm.get("vm.reclaim-stats")?;
+        Ok(stats["guest"].is_object().then_some(()))
+    })?;
     let mut last = 123_456_788;
     for _ in 0..3 {
         let guest = vmm.get("vm.balloon-stats")?;
