@@ -44,7 +44,7 @@ enum Measure {
 }
 
 /// Figures that take minutes.
-const BY_NAME_ONLY: [&str; 9] = [
+const BY_NAME_ONLY: &[&str] = &[
     guest_overhead::NAME,
     boot_free::NAME,
     kicks::NAME,
@@ -56,7 +56,7 @@ const BY_NAME_ONLY: [&str; 9] = [
     "net",
 ];
 
-const FIGURES: [Figure; 13] = [
+const FIGURES: &[Figure] = &[
     of_vmm("overhead", 1, cost::overhead),
     of_vmm("start", start::TURNS, start::measure),
     of_ours(reclaim::NAME, reclaim::run),
