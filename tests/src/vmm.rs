@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -11,12 +13,16 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::descriptors::inherit;
 use crate::literal_client::{Answer, request};
 use crate::paths;
 use crate::wait::wait_for;
 
 /// Time for a process to start listening or to end; generous, because machines are shared.
 pub const PROCESS_DEADLINE: Duration = Duration::from_secs(60);
+
+/// The value of `--api-socket` that stands for a listening socket.
+const INHERITED_API_SOCKET: &str = "fd=@api";
 
 /// Time for a process that closed the serial port to print the reason.
 const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(1);
@@ -40,7 +46,8 @@ impl Vmm {
         Ok(vmm)
     }
 
-    /// Starts the VMM without waiting for anything.
+    /// Starts the VMM without waiting for anything. With `--api-socket fd=@api` in `arguments`, it inherits a listening
+    /// API socket instead of creating one.
     ///
     /// # Errors
     /// The program cannot be started.
@@ -74,14 +81,22 @@ impl Vmm {
             .context("temporary path is not UTF-8")?;
         let here = format!("{here}/");
         let mut command = Command::new(program);
+        let socket = folder.path().join("api.sock");
+        // Open until the process has started.
+        let mut listener = None;
+        for argument in arguments {
+            if *argument == INHERITED_API_SOCKET {
+                let inherited = File::from(OwnedFd::from(UnixListener::bind(&socket)?));
+                command.arg(format!("fd={}", inherit(&inherited)?));
+                listener = Some(inherited);
+            } else {
+                command.arg(argument.replace("@/", &here));
+            }
+        }
+        if listener.is_none() {
+            command.arg("--api-socket").arg(&socket);
+        }
         command
-            .arg("--api-socket")
-            .arg(folder.path().join("api.sock"))
-            .args(
-                arguments
-                    .iter()
-                    .map(|argument| argument.replace("@/", &here)),
-            )
             .stdin(Stdio::null())
             .stdout(File::create(folder.path().join("stdout"))?)
             .stderr(File::create(folder.path().join("stderr"))?);

@@ -242,6 +242,23 @@ fn event_monitor_tells_nothing_of_a_halt() -> Result<()> {
 }
 
 #[test]
+fn api_on_an_inherited_socket_serves_a_machine() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let arguments = ["--cmdline", "scenario=pci stay", "--api-socket", "fd=@api"];
+    let mut vmm = start("pci", &arguments)?;
+    vmm.wait_api()?;
+    expect_all_passed(&mut vmm)?;
+    ensure!(vmm.get("vm.info")?["state"] == "Running");
+    vmm.put("vmm.shutdown", None)?;
+    vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+    // The process that created it removes it.
+    ensure!(vmm.socket().exists());
+    Ok(())
+}
+
+#[test]
 fn event_monitor_writes_a_whole_life_to_an_inherited_descriptor() -> Result<()> {
     if !kvm_opens() {
         return Ok(());

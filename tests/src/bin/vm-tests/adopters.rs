@@ -1,5 +1,6 @@
 //! Tests that the unchanged requests of Cloud Hypervisor's adopters (`tests/adopters/`) boot a guest.
 
+use std::cell::OnceCell;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -528,9 +529,15 @@ fn libvirt_boots_with_events_in_a_fifo() -> Result<Outcome> {
     let fifo = place.path().join("event-monitor-fifo");
     let made = Command::new("mkfifo").arg(&fifo).status()?;
     ensure!(made.success(), "mkfifo: {made}");
-    // Both ways, so that opening it does not wait.
-    let mut reader = File::options().read(true).write(true).open(&fifo)?;
-    let mut booted = adopter.boot_in(place, None, |_, _| Ok(()))?;
+    // As the driver: only once the VMM runs.
+    let reader = OnceCell::new();
+    let mut booted = adopter.boot_in(place, None, |_, _| {
+        if reader.get().is_none() {
+            // The VMM has it open for writing, so this does not wait.
+            reader.set(File::open(&fifo)?).ok();
+        }
+        Ok(())
+    })?;
     let info = booted.guest.vmm.get("vm.info")?;
     let terminal = info["config"]["console"]["file"].as_str();
     ensure!(
@@ -538,6 +545,7 @@ fn libvirt_boots_with_events_in_a_fifo() -> Result<Outcome> {
         "{info:#}"
     );
     let mut events = vec![0; 64 << 10];
+    let mut reader = reader.get().context("no request was sent")?;
     let count = reader.read(&mut events)?;
     let events = String::from_utf8_lossy(&events[..count]).replace([' ', '\n'], "");
     for event in ["starting", "booting", "booted"] {
@@ -546,6 +554,9 @@ fn libvirt_boots_with_events_in_a_fifo() -> Result<Outcome> {
             "{events}"
         );
     }
+    let text = (booted.guest)
+        .shell("cat /sys/block/vda/ro; dd if=/dev/vda of=/dev/null bs=1M && echo read")?;
+    ensure!(text.contains('1') && text.contains("read"), "{text}");
     booted.add_balloon()?;
     booted.reclaim_and_end()
 }
