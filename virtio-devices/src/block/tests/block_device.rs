@@ -149,3 +149,88 @@ fn device_that_was_resized_by_its_owner_gets_its_new_size() {
     block.handle().resize(128 * 512).unwrap();
     assert_eq!(block.size_bytes(), 128 * 512);
 }
+
+/// A file system of 4096-byte blocks on a loop device whose sectors have 4096 bytes, unmounted when dropped.
+struct FileSystem {
+    folder: tempfile::TempDir,
+    device: Loop,
+}
+
+impl FileSystem {
+    const SECTORS: u64 = 32 << 11;
+
+    /// `None`, which skips the test, if it cannot be made.
+    fn new() -> Option<Self> {
+        let device = Loop::new(Self::SECTORS, 4096)?;
+        let folder = tempfile::tempdir().unwrap();
+        let done = |command: &mut Command| {
+            let output = command.output();
+            let done = output.as_ref().is_ok_and(|it| it.status.success());
+            if !done {
+                test_skip::skip(format!("{command:?}: {output:?}"));
+            }
+            done
+        };
+        let mut make = Command::new("mkfs.ext4");
+        make.args(["-q", "-b", "4096"]).arg(&device.path);
+        let mut mount = Command::new("mount");
+        mount.arg(&device.path).arg(folder.path());
+        (done(&mut make) && done(&mut mount)).then(|| Self { folder, device })
+    }
+}
+
+impl Drop for FileSystem {
+    fn drop(&mut self) {
+        let unmounted = Command::new("umount").arg(self.folder.path()).status();
+        assert!(unmounted.unwrap().success(), "it is still mounted");
+    }
+}
+
+/// Direct I/O needs blocks of 4096 bytes there, and the image may end within one.
+#[test]
+fn image_on_a_file_system_of_4k_blocks_has_blocks_that_show_all_of_it() {
+    let Some(file_system) = FileSystem::new() else {
+        return;
+    };
+    let path = file_system.folder.path().join("disk");
+    for engine in ENGINES {
+        for (extra, logical, physical_exponent) in [(0, 4096_u32, 0), (512, 512, 3), (100, 512, 3)]
+        {
+            let mut content: Vec<u8> = (0..64 * 512_u32).map(|at| (at / 512) as u8).collect();
+            content.resize(content.len() + extra, 0xee);
+            std::fs::write(&path, &content).unwrap();
+            let file = std::fs::File::open(&path).unwrap();
+            if !crate::block::disk_sys::dio_alignment(&file)
+                .is_some_and(|(_, offset)| offset == 4096)
+            {
+                test_skip::skip("the file system does not report the alignment of direct I/O");
+                return;
+            }
+            let mut rig = Rig::new(BlockParams {
+                path: path.clone(),
+                engine,
+                direct: true,
+                ..file_system.device.params()
+            });
+            let mut sizes = [0; 5];
+            rig.block.read_config(20, &mut sizes);
+            assert_eq!(sizes[..4], logical.to_le_bytes(), "{extra}");
+            assert_eq!(sizes[4], physical_exponent, "{extra}");
+            content.resize(content.len().next_multiple_of(512), 0);
+            let all = content.len() as u64 / 512;
+            assert_eq!(rig.block.size_bytes(), all * 512);
+            assert_eq!(
+                rig.read(all - 3, 3 * 512),
+                (S_OK, content[content.len() - 3 * 512..].to_vec())
+            );
+            assert_eq!(rig.write(all - 2, &[7; 1024]), S_OK);
+            assert_eq!(rig.read(all - 2, 1024), (S_OK, vec![7; 1024]));
+            assert_eq!(rig.read(all, 512).0, S_IOERR);
+            assert_eq!(rig.flush(), S_OK);
+            assert_eq!(rig.counter("io_errors"), 0);
+            drop(rig);
+            content[(all as usize - 2) * 512..].fill(7);
+            assert!(std::fs::read(&path).unwrap() == content);
+        }
+    }
+}
