@@ -30,6 +30,7 @@ use crate::threads::{ThreadKind, ThreadStart};
 use crate::view::PublishedView;
 use crate::vm::{
     BalloonStatsError, HotplugError, Machine, MachineObserver, SavedMachine, VmContext, VmError,
+    WrittenFiles,
 };
 use machine::cpu::VcpuBrake;
 use machine::memory::{GuestMemory, MemoryFailure, WriteTracker};
@@ -194,8 +195,8 @@ impl Machine for FakeMachine {
         None
     }
 
-    fn sync_disks(&self) -> Result<(), VmError> {
-        Ok(())
+    fn written_files(&self) -> WrittenFiles {
+        WrittenFiles::default()
     }
 
     fn hold_disks(&self, _hold: bool) -> Result<(), VmError> {

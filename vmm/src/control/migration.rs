@@ -23,7 +23,7 @@ use crate::migration::{
 };
 use crate::snapshot::{self, Received, Snapshot, SnapshotError, SnapshotState};
 use crate::threads::{MIGRATION_THREAD, ThreadKind};
-use crate::vm;
+use crate::vm::{self, WrittenFiles};
 
 const STACK_BYTES: usize = 1 << 20;
 
@@ -218,11 +218,11 @@ impl Lifecycle {
         }
     }
 
-    fn sync_to_send(&mut self) -> Result<(), LifecycleError> {
+    fn files_to_send(&mut self) -> Result<WrittenFiles, LifecycleError> {
         self.check_sent()?;
         let machine = self.machine.as_ref();
         let machine = machine.ok_or(LifecycleError::VmNotRunning)?;
-        machine.sync_disks().map_err(LifecycleError::Machine)
+        Ok(machine.written_files())
     }
 
     fn pause_to_send(&mut self) -> Result<(), LifecycleError> {
@@ -525,7 +525,10 @@ impl SourceOwner for Steps {
     }
 
     fn sync(&mut self) -> Result<(), MigrationError> {
-        self.step(|vm| vm.sync_to_send())
+        // Here, because a slow disk must not delay the control thread.
+        let files = self.step(Lifecycle::files_to_send)?;
+        let error = |error| owner(LifecycleError::Machine(error));
+        files.write_back().map_err(error)
     }
 
     fn pause(&mut self) -> Result<(), MigrationError> {

@@ -329,7 +329,7 @@ pub(super) fn own(kind: ThreadKind) -> Vec<&'static [Call]> {
         ThreadKind::ApiQuery => &[RESIDENCY, READ_FILES, calls![SYS_eventfd2]],
         ThreadKind::EventMonitor => &[],
         ThreadKind::Thresholds => &[RESIDENCY, READ_FILES],
-        // Connects to the peer, reads RAM and discards parts of it. Its threads for further connections have its filter.
+        // Connects to the peer, reads RAM and discards parts of it, and syncs disks. Its threads for further connections have its filter.
         ThreadKind::Migration => &[
             STARTS_THREADS,
             ACCEPTS,
@@ -339,7 +339,7 @@ pub(super) fn own(kind: ThreadKind) -> Vec<&'static [Call]> {
             READ_FILES,
             DISCARD,
             TCP,
-            calls![SYS_connect, SYS_setsockopt, SYS_socket [0 is AF_UNIX]],
+            calls![SYS_connect, SYS_fdatasync, SYS_setsockopt, SYS_socket [0 is AF_UNIX]],
         ],
         // Reads RAM, creates files and names the last one.
         ThreadKind::Snapshot => &[

@@ -102,23 +102,59 @@ impl Handles {
         Ok(())
     }
 
-    /// Writes the guest's completed data to stable storage.
+    /// Writes the guest's data to stable storage. The devices are paused.
     ///
     /// # Errors
     /// A file cannot be synced.
     pub(super) fn sync(&self) -> Result<(), VmError> {
-        for (id, disk) in &self.disks {
-            let id = id.clone();
-            disk.sync()
-                .map_err(|source| VmError::DiskSync { id, source })?;
-        }
-        for (id, pmem) in &self.pmems {
-            let id = id.clone();
-            pmem.sync()
-                .map_err(|source| VmError::PmemSync { id, source })?;
-        }
-        Ok(())
+        sync_disks(&self.disks, DiskHandle::sync)?;
+        sync_pmems(&self.pmems)
     }
+
+    pub(super) fn written_files(&self) -> WrittenFiles {
+        WrittenFiles {
+            disks: self.disks.clone(),
+            pmems: self.pmems.clone(),
+        }
+    }
+}
+
+/// The files that the guest writes to, for a thread that may wait for them.
+#[derive(Debug, Default)]
+pub struct WrittenFiles {
+    disks: BTreeMap<String, DiskHandle>,
+    pmems: BTreeMap<String, PmemHandle>,
+}
+
+impl WrittenFiles {
+    /// Writes the data in the host's page cache to stable storage. The machine may run.
+    ///
+    /// # Errors
+    /// A file cannot be synced.
+    pub fn write_back(&self) -> Result<(), VmError> {
+        sync_disks(&self.disks, DiskHandle::write_back)?;
+        sync_pmems(&self.pmems)
+    }
+}
+
+fn sync_disks(
+    disks: &BTreeMap<String, DiskHandle>,
+    sync: impl Fn(&DiskHandle) -> io::Result<()>,
+) -> Result<(), VmError> {
+    for (id, disk) in disks {
+        let id = id.clone();
+        sync(disk).map_err(|source| VmError::DiskSync { id, source })?;
+    }
+    Ok(())
+}
+
+fn sync_pmems(pmems: &BTreeMap<String, PmemHandle>) -> Result<(), VmError> {
+    for (id, pmem) in pmems {
+        let id = id.clone();
+        pmem.sync()
+            .map_err(|source| VmError::PmemSync { id, source })?;
+    }
+    Ok(())
 }
 
 /// Of all errors, only that of a lock goes away by waiting.

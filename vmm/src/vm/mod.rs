@@ -39,6 +39,7 @@ pub use build::{check_host, prepare};
 pub use context::{Consoles, VmContext};
 pub use error::{HotplugError, VmError};
 use handles::Handles;
+pub use handles::WrittenFiles;
 use observer::OwnObserver;
 pub use observer::{BalloonStatsError, MachineObserver};
 
@@ -85,11 +86,8 @@ pub trait Machine {
     /// As for [`Machine::save`].
     fn state(&self) -> Result<SavedMachine, VmError>;
 
-    /// Writes completed data of all disks to stable storage. The machine may run.
-    ///
-    /// # Errors
-    /// A file cannot be synced.
-    fn sync_disks(&self) -> Result<(), VmError>;
+    /// The files that its guest writes to.
+    fn written_files(&self) -> WrittenFiles;
 
     /// Whether all of RAM has been restored; if not, the rest is filled in the background from now on.
     fn is_memory_complete(&self) -> bool;
@@ -277,8 +275,8 @@ impl Machine for Vm {
         self.state()
     }
 
-    fn sync_disks(&self) -> Result<(), VmError> {
-        self.handles.sync()
+    fn written_files(&self) -> WrittenFiles {
+        self.handles.written_files()
     }
 
     fn is_memory_complete(&self) -> bool {
