@@ -200,8 +200,7 @@ fn image_on_a_file_system_of_4k_blocks_has_blocks_that_show_all_of_it() {
             content.resize(content.len() + extra, 0xee);
             std::fs::write(&path, &content).unwrap();
             let file = std::fs::File::open(&path).unwrap();
-            if !crate::block::disk_sys::dio_alignment(&file)
-                .is_some_and(|(_, offset)| offset == 4096)
+            if crate::block::disk_sys::dio_alignment(&file).is_none_or(|(_, offset)| offset != 4096)
             {
                 test_skip::skip("the file system does not report the alignment of direct I/O");
                 return;
