@@ -16,6 +16,7 @@ pub const NOBODY: u32 = 65534;
 /// device nor its owner changes.
 const START: &str = r#"#!/bin/sh
 set -e
+[ "$1" = --api-socket ]
 folder=$(dirname "$2")
 chown 65534:65534 "$folder"
 mknod -m 666 "$folder/kvm" c 10 232

@@ -82,6 +82,10 @@ impl Vmm {
         let here = format!("{here}/");
         let mut command = Command::new(program);
         let socket = folder.path().join("api.sock");
+        if !arguments.contains(&INHERITED_API_SOCKET) {
+            // First, as programs that start the VMM expect it.
+            command.arg("--api-socket").arg(&socket);
+        }
         // Open until the process has started.
         let mut listener = None;
         for argument in arguments {
@@ -92,9 +96,6 @@ impl Vmm {
             } else {
                 command.arg(argument.replace("@/", &here));
             }
-        }
-        if listener.is_none() {
-            command.arg("--api-socket").arg(&socket);
         }
         command
             .stdin(Stdio::null())
