@@ -86,13 +86,12 @@ impl Vmm {
             // First, as programs that start the VMM expect it.
             command.arg("--api-socket").arg(&socket);
         }
-        // Open until the process has started.
-        let mut listener = None;
+        let mut listeners = Vec::new();
         for argument in arguments {
             if *argument == INHERITED_API_SOCKET {
                 let inherited = File::from(OwnedFd::from(UnixListener::bind(&socket)?));
                 command.arg(format!("fd={}", inherit(&inherited)?));
-                listener = Some(inherited);
+                listeners.push(inherited);
             } else {
                 command.arg(argument.replace("@/", &here));
             }
@@ -105,6 +104,8 @@ impl Vmm {
         let child = command
             .spawn()
             .with_context(|| format!("starting {}", program.display()))?;
+        // Only now, because the process has inherited them.
+        drop(listeners);
         Ok(Vmm { child, folder })
     }
 
