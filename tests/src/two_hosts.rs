@@ -16,7 +16,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::linux::{BOOT_DEADLINE, Guest};
+use crate::linux::{BOOT_DEADLINE, Guest, Machine};
 use crate::migration::{EVENTS, send_with, wait_event, while_receiving};
 use crate::paths;
 use crate::serial::Serial;
@@ -82,6 +82,32 @@ impl TwoHosts {
     pub fn arguments(&self) -> (String, String) {
         let serial = format!("socket={}", self.path("serial.sock").display());
         (serial, format!("tap={TAP},mac=12:34:56:78:90:ae"))
+    }
+
+    /// Boots `machine` on the first host, with this disk, and with the network interface and the serial port of
+    /// [`TwoHosts::arguments`]. Returns the guest once it serves commands.
+    ///
+    /// # Errors
+    /// The guest does not boot.
+    pub fn boot(&self, machine: &Machine<'_>, image: &Path) -> Result<Guest> {
+        let disk = format!("path={},image_type=raw", image.display());
+        let (serial, net) = self.arguments();
+        let vmm = Machine {
+            vmm: Some(self.program(0)),
+            serial: &serial,
+            arguments: &[
+                EVENTS,
+                &["--disk", &disk, "--net", &net],
+                &["--balloon", "size=0,free_page_reporting=on"],
+            ]
+            .concat(),
+            ..*machine
+        }
+        .start()?;
+        let mut guest = self.guest_on(0, vmm)?;
+        guest.wait_init()?;
+        guest.wait_serving()?;
+        Ok(guest)
     }
 
     /// The guest of `vmm`, which runs on the host of this number.

@@ -68,8 +68,8 @@ impl Vmm {
         Self::start_in(tempfile::tempdir().unwrap(), &mut command)
     }
 
-    /// Starts `command` with a socket in `dir`.
-    fn start_in(dir: tempfile::TempDir, command: &mut Command) -> Self {
+    /// Starts `command` with a socket in `dir`, without waiting for anything.
+    fn spawn_in(dir: tempfile::TempDir, command: &mut Command) -> Self {
         let child = command
             .arg("--api-socket")
             .arg(dir.path().join("s"))
@@ -77,7 +77,12 @@ impl Vmm {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let vmm = Self { child, dir };
+        Self { child, dir }
+    }
+
+    /// The same, and waits until it responds.
+    fn start_in(dir: tempfile::TempDir, command: &mut Command) -> Self {
+        let vmm = Self::spawn_in(dir, command);
         let deadline = Instant::now() + PATIENCE;
         while vmm.request("GET", "vmm.ping").is_none() {
             assert!(Instant::now() < deadline);
@@ -292,15 +297,7 @@ fn program_that_is_still_starting_ends_cleanly_on_a_signal() {
 fn expect_clean_end_during_the_start(arguments: &str) {
     const TERM_BIT: u64 = 1 << (15 - 1);
     let dir = tempfile::tempdir().unwrap();
-    let child = program()
-        .args(arguments.split_whitespace())
-        .arg("--api-socket")
-        .arg(dir.path().join("s"))
-        .stdin(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let vmm = Vmm { child, dir };
+    let vmm = Vmm::spawn_in(dir, program().args(arguments.split_whitespace()));
     let status = format!("/proc/{}/status", vmm.child.id());
     let deadline = Instant::now() + PATIENCE;
     loop {

@@ -9,7 +9,6 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use integration_tests::MIB;
 use integration_tests::linux::{Guest, Machine};
-use integration_tests::migration::EVENTS;
 use integration_tests::two_hosts::TwoHosts;
 use integration_tests::wait::wait_for;
 use serde_json::{Map, Value, json};
@@ -58,28 +57,15 @@ fn measure(prepare: fn(&mut Guest) -> Result<()>, settings: &Value) -> Result<Va
     let hosts = TwoHosts::new("vmbench", "192.168.244")?;
     let image = NamedTempFile::new()?;
     image.as_file().set_len(16 * MIB)?;
-    let disk = format!("path={},image_type=raw", image.path().display());
-    let (serial, net) = hosts.arguments();
-    let vmm = Machine {
-        vmm: Some(hosts.program(0)),
+    let machine = Machine {
         memory: "size=4G",
-        serial: &serial,
-        arguments: &[
-            EVENTS,
-            &["--disk", &disk, "--net", &net],
-            &["--balloon", "size=0,free_page_reporting=on"],
-        ]
-        .concat(),
         ..Machine::default()
-    }
-    .start()?;
-    let mut guest = hosts.guest_on(0, vmm)?;
-    guest.wait_init()?;
-    guest.wait_serving()?;
+    };
+    let mut guest = hosts.boot(&machine, image.path())?;
     prepare(&mut guest)?;
     let mut moves = Vec::new();
     for turn in 1..=TURNS {
-        let resident = resident_bytes(&guest)?;
+        let resident = resident_bytes(&guest.vmm)?;
         let (moved, report) = hosts.move_to(turn % 2, guest, settings)?;
         guest = moved;
         guest.wait_serving()?;
@@ -93,7 +79,7 @@ fn measure(prepare: fn(&mut Guest) -> Result<()>, settings: &Value) -> Result<Va
             "passes": figure("passes")?,
             "wire_bytes": figure("wire_bytes")?,
             "resident_bytes_before": resident,
-            "resident_bytes_after": resident_bytes(&guest)?,
+            "resident_bytes_after": resident_bytes(&guest.vmm)?,
         }));
     }
     guest.command("verify")?;
@@ -103,11 +89,11 @@ fn measure(prepare: fn(&mut Guest) -> Result<()>, settings: &Value) -> Result<Va
 fn prepare_idle(guest: &mut Guest) -> Result<()> {
     // In huge pages: blocks that are free only in part are not reported.
     guest.command(&format!("alloc {USED} seed=5 huge=always"))?;
-    let idle = resident_bytes(guest)?;
+    let idle = resident_bytes(&guest.vmm)?;
     guest.command_within(&format!("alloc {RETURNED}"), RETURN_DEADLINE)?;
     guest.command("free 1")?;
     wait_for("the returned memory", RETURN_DEADLINE, || {
-        Ok((resident_bytes(guest)? < idle + 64 * MIB).then_some(()))
+        Ok((resident_bytes(&guest.vmm)? < idle + 64 * MIB).then_some(()))
     })
 }
 

@@ -43,7 +43,7 @@ pub(crate) fn run(asked: &Asked<'_>) -> Result<Value> {
     let here = folder.path();
     let mut warm = boot(here)?;
     let ping = median(&mut warm_pings()?);
-    let saved = resident_bytes(&warm)?;
+    let saved = resident_bytes(&warm.vmm)?;
     let url = save(&warm, &here.join("saved"))?;
     end(&mut warm)?;
     let paused = resident_when_restored(&url)?;
@@ -61,8 +61,8 @@ pub(crate) fn run(asked: &Asked<'_>) -> Result<Value> {
 }
 
 /// Guest RAM on the host, measured.
-pub(crate) fn resident_bytes(guest: &Guest) -> Result<u64> {
-    let stats = guest.vmm.get("vm.reclaim-stats")?;
+pub(crate) fn resident_bytes(vmm: &Vmm) -> Result<u64> {
+    let stats = vmm.get("vm.reclaim-stats")?;
     let bytes = stats["resident_bytes"].as_u64();
     bytes.with_context(|| format!("no resident_bytes in {stats}"))
 }
@@ -165,11 +165,10 @@ fn resident_when_restored(url: &str) -> Result<u64> {
         let info = vmm.request("GET", "vm.info", None)?.body;
         Ok(info.filter(|it| it.contains("Paused")).map(drop))
     })?;
-    let stats = vmm.get("vm.reclaim-stats")?;
-    let resident = stats["resident_bytes"].as_u64();
+    let resident = resident_bytes(&vmm)?;
     vmm.put("vmm.shutdown", None)?;
     vmm.expect_clean_exit(PROCESS_DEADLINE)?;
-    resident.context("resident_bytes")
+    Ok(resident)
 }
 
 /// One restore: milliseconds from the start of the process, and of the first ping.

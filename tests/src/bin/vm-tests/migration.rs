@@ -200,25 +200,12 @@ fn guest_that_has_returned_memory_moves_without_it() -> Result<Outcome> {
     let hosts = TwoHosts::new("vmidle", "192.168.245")?;
     let image = NamedTempFile::new()?;
     File::set_len(image.as_file(), 16 * MIB)?;
-    let disk = format!("path={},image_type=raw", image.path().display());
-    let (serial, net) = hosts.arguments();
-    let vmm = Machine {
-        vmm: Some(hosts.program(0)),
+    let machine = Machine {
         cpus: "boot=2",
         memory: "size=4G",
-        serial: &serial,
-        arguments: &[
-            EVENTS,
-            &["--disk", &disk, "--net", &net],
-            &["--balloon", "size=0,free_page_reporting=on"],
-        ]
-        .concat(),
         ..Machine::default()
-    }
-    .start()?;
-    let mut guest = hosts.guest_on(0, vmm)?;
-    guest.wait_init()?;
-    guest.wait_serving()?;
+    };
+    let mut guest = hosts.boot(&machine, image.path())?;
     // In huge pages: blocks that are free only in part are not reported.
     guest.command("alloc 48M seed=5 huge=always")?;
     let idle = figure(&guest, "/resident_bytes")?;
