@@ -121,6 +121,7 @@ static void doubt_block_of(unsigned long pfn)
 	host_doubts(head, 1UL << page_private(pfn_to_page(head)));
 }
 
+/* Memory without a recorded free has no age: it is reported in any pass. */
 static void check_age(unsigned long pfn)
 {
 	const struct page *page = pfn_to_page(pfn);

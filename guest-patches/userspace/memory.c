@@ -420,6 +420,8 @@ bool memory_offline(unsigned int index)
 		if (page->buddy)
 			unlist_block(page);
 		page->state = PAGE_OFFLINE;
+		/* Its bits are dropped. Without tracking, it comes online without an age. */
+		page->freed_in = 0;
 	}
 	section->online = false;
 	if (tracking || prb_index.chunks) {

@@ -62,6 +62,12 @@ unsigned long host_told_pages(void);
 /* ---- trace.c ---- */
 
 struct prb_result pass(unsigned int flags);
+void attach(void);
+void detach(void);
+
+/* ---- ages.c: memory without an age ---- */
+
+void check_ages(void);
 
 /* ---- rates.c: limits of a pass ---- */
 

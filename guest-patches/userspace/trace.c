@@ -134,7 +134,7 @@ struct prb_result pass(unsigned int flags)
 	return result;
 }
 
-static void attach(void)
+void attach(void)
 {
 	host_init(one_in(2), 1 + chance(PRB_BATCH_ENTRIES_MAX), 1 + chance(PRB_BATCHES_MAX));
 	mutex_lock(&prb_index.pass_lock);
@@ -143,7 +143,7 @@ static void attach(void)
 	tracking = true;
 }
 
-static void detach(void)
+void detach(void)
 {
 	tracking = false;
 	mutex_lock(&prb_index.pass_lock);
@@ -258,6 +258,7 @@ int main(int argc, char **argv)
 	check_bursts();
 	check_rates();
 #endif
+	check_ages();
 	for (step = 1; step <= steps; step++) {
 		act();
 		if (one_in(16))
