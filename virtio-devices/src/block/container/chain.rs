@@ -4,7 +4,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use super::error::ContainerError;
+use super::error::{ContainerError, Qcow2Error};
 use super::qcow2::Header;
 use crate::block::BlockError;
 use crate::block::image_file::{file_bytes, signature};
@@ -23,6 +23,10 @@ pub(super) struct Layer {
     pub(super) format: ImageFormat,
     /// Where a qcow2 image has its L1 table.
     pub(super) l1: Range<u64>,
+    /// It has features that imago rejects, but that only forbid writing.
+    pub(super) hides_features: bool,
+    /// Its compressed clusters are compressed with zstd.
+    pub(super) is_zstd: bool,
     /// Size of its clusters; 0 of a raw image.
     pub(super) cluster_bytes: u64,
     /// Bytes of the disk that one of its L2 tables describes; 0 of a raw image.
@@ -50,10 +54,15 @@ pub(super) fn of(top: &Path, is_allowed: bool, writable: bool) -> Result<Vec<Lay
                 max_mib: MEMORY_BYTES_MAX >> 20,
             }));
         }
+        if header.only_readable == Some(Qcow2Error::Corrupt) {
+            log::warn!("{}: the image is marked as corrupt", path.display());
+        }
         layers.push(Layer {
             path: path.clone(),
             format: ImageFormat::Qcow2,
             l1: header.l1,
+            hides_features: header.only_readable.is_some(),
+            is_zstd: header.is_zstd,
             cluster_bytes: header.cluster_bytes,
             l2_covers: header.l2_covers,
         });
@@ -70,6 +79,8 @@ pub(super) fn of(top: &Path, is_allowed: bool, writable: bool) -> Result<Vec<Lay
                     path: next,
                     format: ImageFormat::Raw,
                     l1: 0..0,
+                    hides_features: false,
+                    is_zstd: false,
                     cluster_bytes: 0,
                     l2_covers: 0,
                 });

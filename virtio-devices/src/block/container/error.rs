@@ -68,15 +68,17 @@ pub enum Qcow2Error {
     Encrypted,
     /// Not closed cleanly.
     #[error(
-        "the image was not closed cleanly (dirty bit); repair it with \"qemu-img check -r all\""
+        "the image was not closed cleanly (dirty bit) and can only be read; repair it with \"qemu-img check -r all\", or set readonly=on"
     )]
     Dirty,
     /// Known to be damaged.
-    #[error("the image is marked as corrupt; repair it with \"qemu-img check -r all\"")]
+    #[error(
+        "the image is marked as corrupt and can only be read; repair it with \"qemu-img check -r all\", or set readonly=on"
+    )]
     Corrupt,
     /// Compressed by another method than zlib.
     #[error(
-        "the image has clusters compressed with zstd, which is not supported; convert it with \"qemu-img convert -O qcow2\""
+        "the image has clusters compressed with zstd and can only be read; use it as a backing file, set readonly=on, or convert it with \"qemu-img convert -O qcow2\""
     )]
     Compression,
     /// Another incompatible feature.

@@ -24,6 +24,7 @@ use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::storage::drivers::CommonStorageHelper;
 use imago::{Storage, StorageExt};
 
+use super::qcow2::{READABLE_BITS, READABLE_BYTE};
 use crate::Unpoisoned;
 
 /// Bytes of an entry of the L1 table, and its bit for an L2 table that is changed in place.
@@ -35,6 +36,8 @@ const ENTRY_COPIED: u64 = 1 << 63;
 pub(super) struct LayerFile {
     file: ImagoFile,
     l1: L1,
+    /// The image is only read, and imago must not see the features of the header that only forbid writing.
+    hides_features: bool,
     helper: CommonStorageHelper,
 }
 
@@ -71,9 +74,10 @@ impl L1 {
 
 impl LayerFile {
     /// `l1`: where the L1 table is; empty if nothing is written.
-    pub(super) fn new(file: ImagoFile, l1: Range<u64>) -> Self {
+    pub(super) fn new(file: ImagoFile, l1: Range<u64>, hides_features: bool) -> Self {
         Self {
             file,
+            hides_features,
             l1: L1 {
                 range: l1,
                 copy: Mutex::default(),
@@ -127,6 +131,13 @@ impl LayerFile {
 
     fn reads(&self, mut into: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
         let end = offset + into.len();
+        if self.hides_features && (offset..end).contains(&READABLE_BYTE) {
+            let mut bytes = vec![0; into.len() as usize];
+            self.file.read(bytes.as_mut_slice(), offset)?;
+            bytes[(READABLE_BYTE - offset) as usize] &= !READABLE_BITS;
+            into.copy_from_slice(&bytes);
+            return Ok(());
+        }
         let [before, within, after] = self.l1.split(offset..end);
         for (part, is_l1) in [(before, false), (within, true), (after, false)] {
             let (mut piece, rest) = into.split_at(part.end - part.start);

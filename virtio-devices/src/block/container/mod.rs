@@ -13,6 +13,7 @@ mod error;
 mod layer_file;
 mod qcow2;
 mod vhd;
+mod zstd;
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -39,6 +40,7 @@ pub use error::{ContainerError, Qcow2Error, VhdError};
 use layer_file::LayerFile;
 use qcow2::Header;
 pub(super) use vhd::fixed_disk_bytes;
+use zstd::ZstdImage;
 
 /// The content of an image, wherever it is.
 type Access = FormatAccess<Arc<dyn DynStorage>>;
@@ -351,7 +353,8 @@ fn open_layer(
 ) -> io::Result<(Access, Arc<LayerFile>)> {
     let options = StorageOpenOptions::new().direct(direct).write(writable);
     let l1 = if writable { layer.l1.clone() } else { 0..0 };
-    let file = LayerFile::new(ImagoFile::from_open_file(file, options)?, l1);
+    let file = ImagoFile::from_open_file(file, options)?;
+    let file = LayerFile::new(file, l1, layer.hides_features);
     let file = Arc::new(file);
     let storage: Arc<dyn DynStorage> = Arc::clone(&file) as _;
     let nothing_else = DenyImplicitOpenGate::default();
@@ -362,7 +365,11 @@ fn open_layer(
                 .write(writable)
                 .backing(below)
                 .data_file(None);
-            FormatAccess::new(image.open(nothing_else)?)
+            let image = image.open(nothing_else)?;
+            match layer.is_zstd {
+                true => FormatAccess::new(ZstdImage::new(image, Arc::clone(&file), layer)),
+                false => FormatAccess::new(image),
+            }
         }
     };
     Ok((access, file))

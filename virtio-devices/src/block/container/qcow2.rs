@@ -39,14 +39,27 @@ const EXTENSION_END: u32 = 0;
 const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
 
-/// The incompatible features, by their bits.
-const FEATURES: [(u32, Qcow2Error); 5] = [
+/// Where the incompatible features are: 64 bits.
+const FEATURES_AT: usize = 72;
+/// The incompatible features that only forbid writing, by their bits.
+const READABLE_FEATURES: [(u32, Qcow2Error); 3] = [
     (0, Qcow2Error::Dirty),
     (1, Qcow2Error::Corrupt),
+    (COMPRESSION_BIT, Qcow2Error::Compression),
+];
+/// The other ones.
+const FEATURES: [(u32, Qcow2Error); 2] = [
     (2, Qcow2Error::Feature("an external data file")),
-    (3, Qcow2Error::Compression),
     (4, Qcow2Error::Feature("extended L2 entries")),
 ];
+/// The image states how it is compressed: not by zlib.
+const COMPRESSION_BIT: u32 = 3;
+const COMPRESSION_AT: usize = 104;
+const ZSTD: u8 = 1;
+
+/// The byte of the header with all bits of [`READABLE_FEATURES`], and these bits. imago rejects them.
+pub(super) const READABLE_BYTE: u64 = FEATURES_AT as u64 + 7;
+pub(super) const READABLE_BITS: u8 = 0b1011;
 
 /// A reference to another image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,6 +83,10 @@ impl Backing {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Header {
     pub(super) backing: Option<Backing>,
+    /// Why the image can only be read.
+    pub(super) only_readable: Option<Qcow2Error>,
+    /// Its compressed clusters are compressed with zstd.
+    pub(super) is_zstd: bool,
     /// Where the L1 table is.
     pub(super) l1: Range<u64>,
     /// Where the table of the blocks of reference counts is.
@@ -106,6 +123,9 @@ impl Header {
         };
         if !writable {
             return Ok(Ok(header));
+        }
+        if let Some(reason) = header.only_readable {
+            return Ok(Err(reason));
         }
         if header.snapshots != 0 {
             return Ok(Err(Qcow2Error::Snapshots(header.snapshots)));
@@ -166,14 +186,25 @@ impl Header {
         }
         let mut header_bytes = V2_BYTES;
         let mut refcount_order = V2_REFCOUNT_ORDER;
+        let mut features = 0;
         if version == 3 {
-            incompatible(be_u64(front, 72))?;
+            features = be_u64(front, FEATURES_AT);
             refcount_order = field(front, 96, "refcount_order", |order| {
                 order <= REFCOUNT_ORDER_MAX
             })?;
             header_bytes = field(front, 100, "header_length", |bytes| {
                 bytes as usize >= V3_BYTES && u64::from(bytes) <= cluster
             })? as usize;
+        }
+        let only_readable = incompatible(features)?;
+        let is_zstd = features & (1 << COMPRESSION_BIT) != 0;
+        if is_zstd {
+            let is_stated = header_bytes > COMPRESSION_AT;
+            let kind = front.get(COMPRESSION_AT).filter(|_| is_stated);
+            let kind = kind.copied().unwrap_or_default();
+            if kind != ZSTD {
+                return Err(damaged("compression_type", kind.into()));
+            }
         }
         let size = be_u64(front, 24);
         if !size.is_multiple_of(SECTOR_BYTES) {
@@ -212,6 +243,8 @@ impl Header {
         let format = backing_format(front, header_bytes, extensions_end, version)?;
         Ok(Self {
             backing: backing_name.map(|path| Backing { path, format }),
+            only_readable,
+            is_zstd,
             l1: l1.range(),
             refcounts: refcounts.range(),
             refcount_bits: 1 << refcount_order,
@@ -298,14 +331,17 @@ fn field(
     }
 }
 
-fn incompatible(bits: u64) -> Result<(), Qcow2Error> {
-    for (bit, error) in FEATURES {
-        if bits & (1 << bit) != 0 {
-            return Err(error);
-        }
+/// Checks the incompatible features; returns what forbids writing.
+fn incompatible(bits: u64) -> Result<Option<Qcow2Error>, Qcow2Error> {
+    let first = |features: &[(u32, Qcow2Error)]| {
+        let mut features = features.iter().filter(|(bit, _)| bits & (1 << bit) != 0);
+        features.next().map(|(_, error)| *error)
+    };
+    if let Some(error) = first(&FEATURES) {
+        return Err(error);
     }
-    match bits {
-        0 => Ok(()),
+    match bits & !u64::from(READABLE_BITS) {
+        0 => Ok(first(&READABLE_FEATURES)),
         bits => Err(Qcow2Error::UnknownFeature(bits.trailing_zeros())),
     }
 }
@@ -441,10 +477,9 @@ mod tests {
             (48, &17_u64.to_be_bytes(), "refcount_table_offset is 17"),
             (48, &[0; 8], "refcount_table_offset is 0"),
             (56, &129_u32.to_be_bytes(), "larger than supported"),
-            (72, &1_u64.to_be_bytes(), "dirty bit"),
-            (72, &2_u64.to_be_bytes(), "corrupt"),
             (72, &4_u64.to_be_bytes(), "external data file"),
-            (72, &8_u64.to_be_bytes(), "zstd"),
+            // The header is too short for the type.
+            (72, &8_u64.to_be_bytes(), "compression_type is 0"),
             (72, &16_u64.to_be_bytes(), "extended L2"),
             (72, &(1_u64 << 63).to_be_bytes(), "feature 63"),
             (96, &7_u32.to_be_bytes(), "refcount_order is 7"),
@@ -458,6 +493,28 @@ mod tests {
         }
         let odd = parse(&front(&[(EXTENSION_FEATURE_NAMES, &[0; 49])]));
         assert_eq!(odd, Err(Qcow2Error::Extensions));
+    }
+
+    #[test]
+    fn image_that_may_not_be_written_can_be_read() {
+        for (bits, reason) in [(1_u64, "dirty bit"), (2, "corrupt"), (3, "dirty bit")] {
+            let header = with(72, &bits.to_be_bytes()).unwrap();
+            let told = header.only_readable.unwrap().to_string();
+            assert!(told.contains(reason), "{told}");
+            assert!(!header.is_zstd);
+        }
+        let typed = |kind| {
+            let mut front = front(&[]);
+            front[79] = 8;
+            front[100..104].copy_from_slice(&112_u32.to_be_bytes());
+            front[104..112].copy_from_slice(&[kind, 0, 0, 0, 0, 0, 0, 0]);
+            parse(&front)
+        };
+        let header = typed(ZSTD).unwrap();
+        assert!(header.is_zstd);
+        assert_eq!(header.only_readable, Some(Qcow2Error::Compression));
+        let unknown = typed(2).unwrap_err().to_string();
+        assert!(unknown.contains("compression_type is 2"), "{unknown}");
     }
 
     #[test]

@@ -76,6 +76,16 @@ impl Images {
         file.write_all_at(bytes, offset).unwrap();
     }
 
+    /// Whether the whole disk, only read, has the content of `base.raw`.
+    fn reads_as_the_base(&self, name: &str) -> bool {
+        let mut rig = Rig::new(BlockParams {
+            readonly: true,
+            ..self.params(name)
+        });
+        let (status, data) = rig.read(0, SECTORS as u32 * 512);
+        status == S_OK && data == std::fs::read(self.path("base.raw")).unwrap()
+    }
+
     /// Why the image is rejected.
     fn refused(&self, params: BlockParams) -> String {
         let mut error: &dyn std::error::Error = &Block::new(params).expect_err("refused");
@@ -284,7 +294,10 @@ fn images_that_cannot_be_used_are_named_with_the_reason() {
         ("vhdx", "vhdx images are not supported"),
         ("vmdk", "vmdk images are not supported"),
         ("vpc", "only fixed VHDs are supported"),
-        ("qcow2 -o compression_type=zstd", "zstd"),
+        (
+            "qcow2 -o compression_type=zstd",
+            "zstd and can only be read",
+        ),
         ("qcow2 -o extended_l2=on", "extended L2 entries"),
         ("qcow2 -o data_file=data.raw", "external data file"),
     ] {
@@ -295,13 +308,9 @@ fn images_that_cannot_be_used_are_named_with_the_reason() {
     images.qemu_img("convert -O qcow2 base.raw disk");
     for (bit, reason) in [(1, "dirty bit"), (2, "marked as corrupt")] {
         images.patch("disk", 79, &[bit]);
-        for readonly in [false, true] {
-            let error = images.refused(BlockParams {
-                readonly,
-                ..images.params("disk")
-            });
-            assert!(error.contains(reason), "{error}");
-        }
+        let error = images.refused(images.params("disk"));
+        assert!(error.contains(reason), "{error}");
+        assert!(images.reads_as_the_base("disk"));
     }
     for (format, name) in [
         (ImageFormat::Qcow2, "base.raw"),
@@ -313,6 +322,55 @@ fn images_that_cannot_be_used_are_named_with_the_reason() {
             ..images.params(name)
         });
         assert!(error.contains("the file is not a"), "{error}");
+    }
+}
+
+#[test]
+fn clusters_compressed_with_zstd_are_read() {
+    let Some(images) = Images::new(SECTORS) else {
+        return;
+    };
+    for cluster in ["512", "64k", "2M"] {
+        let options = format!("compression_type=zstd,cluster_size={cluster}");
+        images.qemu_img(&format!(
+            "convert -c -O qcow2 -o {options} base.raw zstd.qcow2"
+        ));
+        assert!(images.reads_as_the_base("zstd.qcow2"), "{cluster}");
+        // Below an image that is written, also in parts of clusters.
+        images.qemu_img("create -q -f qcow2 -F qcow2 -b zstd.qcow2 top.qcow2");
+        let mut rig = images.rig("top.qcow2");
+        assert_eq!(rig.write(9, &[0x99; 512]), S_OK);
+        let mut expected = std::fs::read(images.path("base.raw")).unwrap();
+        expected[9 * 512..10 * 512].fill(0x99);
+        assert!(rig.read(0, SECTORS as u32 * 512) == (S_OK, expected.clone()));
+        drop(rig);
+        images.qemu_img("check top.qcow2");
+        assert!(images.content("top.qcow2") == expected);
+    }
+}
+
+/// Bytes of compressed clusters are chosen by whoever made the image.
+#[test]
+fn damaged_zstd_cluster_fails_its_reads_and_is_counted() {
+    let Some(images) = Images::new(SECTORS) else {
+        return;
+    };
+    images.qemu_img("convert -c -O qcow2 -o compression_type=zstd base.raw disk.qcow2");
+    let sound = std::fs::read(images.path("disk.qcow2")).unwrap();
+    let magic = 0xfd2f_b528_u32.to_le_bytes();
+    let frame = sound.windows(4).position(|it| *it == magic).unwrap() as u64;
+    // No frame; and one that wants a window of almost 4 TiB.
+    for (at, bytes) in [(0, &[0; 4][..]), (4, &[0, 0xff])] {
+        std::fs::write(images.path("disk.qcow2"), &sound).unwrap();
+        images.patch("disk.qcow2", frame + at, bytes);
+        let mut rig = Rig::new(BlockParams {
+            readonly: true,
+            ..images.params("disk.qcow2")
+        });
+        assert_eq!(rig.read(0, 512).0, S_IOERR);
+        assert_eq!(rig.counter("image_errors"), 1);
+        // Another cluster.
+        assert_eq!(rig.read(300, 512), (S_OK, vec![300_u64 as u8; 512]));
     }
 }
 
@@ -589,7 +647,11 @@ fn use_damaged(images: &Images, name: &str, changes: &[(usize, u8)]) {
         bytes[at] = *byte;
     }
     std::fs::write(images.path("damaged"), bytes).unwrap();
-    let Ok(block) = Block::new(images.params("damaged")) else {
+    let block = Block::new(BlockParams {
+        readonly: name == "zstd",
+        ..images.params("damaged")
+    });
+    let Ok(block) = block else {
         return;
     };
     let features = block.features();
@@ -615,17 +677,18 @@ proptest! {
             (prop_oneof![0..112_usize, 0..8192_usize, 0..1_000_000_usize], any::<u8>()),
             1..12,
         ),
-        compressed in any::<bool>(),
+        name in prop::sample::select(vec!["plain", "compressed", "zstd"]),
     ) {
         thread_local! {
             static IMAGES: Option<Arc<Images>> = Images::new(SECTORS).map(|images| {
                 images.qemu_img("convert -O qcow2 -o cluster_size=1024 base.raw plain");
                 images.qemu_img("convert -c -O qcow2 -o cluster_size=4096 base.raw compressed");
+                let zstd = "cluster_size=4096,compression_type=zstd";
+                images.qemu_img(&format!("convert -c -O qcow2 -o {zstd} base.raw zstd"));
                 Arc::new(images)
             });
         }
         if let Some(images) = IMAGES.with(Clone::clone) {
-            let name = if compressed { "compressed" } else { "plain" };
             use_damaged(&images, name, &changes);
         }
     }
