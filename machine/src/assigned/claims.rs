@@ -1,6 +1,6 @@
-//! Tracks open devices. Each device can be open only once, and only one device of an IOMMU group.
+//! Tracks open devices. Each device can be open only once, and the devices of an IOMMU group only in one container.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -9,23 +9,39 @@ use virtio_devices::Unpoisoned;
 
 use super::error::AssignError;
 
-/// The open devices by their groups. The paths are those of folders in sysfs, without links.
-#[derive(Debug, Default)]
-pub(super) struct Claims(Mutex<BTreeMap<PathBuf, PathBuf>>);
+/// The open devices of a group.
+#[derive(Debug)]
+struct Group {
+    /// The number of their container.
+    container: u64,
+    devices: BTreeSet<PathBuf>,
+}
 
-/// The right to open a device, until it is dropped.
+/// The groups with open devices. The paths are those of folders in sysfs, without links.
+#[derive(Debug, Default)]
+pub(super) struct Claims(Mutex<BTreeMap<PathBuf, Group>>);
+
+/// An open device's place in its group.
 #[derive(Debug)]
 pub(super) struct Claim {
     claims: Arc<Claims>,
     group: PathBuf,
+    device: PathBuf,
 }
 
 impl Claims {
-    /// Claims the device whose folder in sysfs is `path`.
+    /// Opens the device whose folder in sysfs is `path`, in the container with this number. `open` learns whether the
+    /// device is the first of its group. Devices are opened and closed one by one, because a group is taken with its
+    /// first device and released with its last one.
     ///
     /// # Errors
-    /// The device is open, another one of its group is, or it has no group.
-    pub(super) fn claim(self: &Arc<Self>, path: &Path) -> Result<Claim, AssignError> {
+    /// The device is open, another one of its group is in another container, it has no group, or `open` fails.
+    pub(super) fn open<T>(
+        self: &Arc<Self>,
+        path: &Path,
+        container: u64,
+        open: impl FnOnce(bool) -> Result<T, AssignError>,
+    ) -> Result<(T, Claim), AssignError> {
         let real = |path: &Path| {
             let found = path.canonicalize();
             found.map_err(|_| AssignError::Open {
@@ -36,25 +52,47 @@ impl Claims {
         let device = real(path)?;
         let group = real(&path.join("iommu_group"))?;
         let mut claims = self.0.lock().unpoisoned();
-        match claims.get(&group) {
-            Some(open) if *open == device => Err(AssignError::IsAssigned { path: device }),
-            Some(open) => Err(AssignError::GroupIsAssigned {
-                path: device,
-                other: open.clone(),
-            }),
-            None => {
-                claims.insert(group.clone(), device);
-                Ok(Claim {
-                    claims: Arc::clone(self),
-                    group,
-                })
+        if let Some(known) = claims.get(&group) {
+            if known.devices.contains(&device) {
+                return Err(AssignError::IsAssigned { path: device });
+            }
+            if let Some(other) = known.devices.first()
+                && known.container != container
+            {
+                return Err(AssignError::GroupIsAssigned {
+                    path: device,
+                    other: other.clone(),
+                });
             }
         }
+        let opened = open(!claims.contains_key(&group))?;
+        let new = || Group {
+            container,
+            devices: BTreeSet::new(),
+        };
+        let known = claims.entry(group.clone()).or_insert_with(new);
+        known.devices.insert(device.clone());
+        let claim = Claim {
+            claims: Arc::clone(self),
+            group,
+            device,
+        };
+        Ok((opened, claim))
     }
 }
 
-impl Drop for Claim {
-    fn drop(&mut self) {
-        self.claims.0.lock().unpoisoned().remove(&self.group);
+impl Claim {
+    /// Closes the device. `close` learns whether it is the last of its group.
+    pub(super) fn close(&self, close: impl FnOnce(bool)) {
+        let mut claims = self.claims.0.lock().unpoisoned();
+        let mut is_last = false;
+        if let Some(known) = claims.get_mut(&self.group) {
+            known.devices.remove(&self.device);
+            is_last = known.devices.is_empty();
+        }
+        close(is_last);
+        if is_last {
+            claims.remove(&self.group);
+        }
     }
 }

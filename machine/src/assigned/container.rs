@@ -3,7 +3,6 @@
 
 use std::any::Any;
 use std::io;
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use vfio_ioctls::{VfioContainer, VfioDeviceFd};
@@ -13,7 +12,7 @@ use vm_memory::{
     MemoryRegionAddress, Permissions, VolatileSlice,
 };
 
-use super::claims::{Claim, Claims};
+use super::claims::Claims;
 use super::error::AssignError;
 use super::iommu_calls::{PAGE_BYTES, map, unmap};
 use crate::memory::{GuestMemory, PinnedBlocks, is_in_memory};
@@ -21,13 +20,15 @@ use crate::memory::{GuestMemory, PinnedBlocks, is_in_memory};
 /// A container. It exists while any of its devices exists.
 pub(crate) struct Container {
     vfio: Arc<VfioContainer>,
+    /// No other container of the machine has this number.
+    number: u64,
     claims: Arc<Claims>,
     has_ram: Mutex<bool>,
     /// Dropped after `vfio`, whose end ends all mappings.
     kept: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
 }
 
-virtio_devices::debug_fields!(Container { has_ram });
+virtio_devices::debug_fields!(Container { number, has_ram });
 
 impl Container {
     /// An empty container, known to KVM.
@@ -36,11 +37,13 @@ impl Container {
     /// The host has no VFIO.
     pub(super) fn new(
         kvm: Arc<VfioDeviceFd>,
+        number: u64,
         claims: Arc<Claims>,
     ) -> Result<Arc<Self>, AssignError> {
         let vfio = VfioContainer::new(Some(kvm));
         Ok(Arc::new(Self {
             vfio: Arc::new(vfio.map_err(AssignError::Container)?),
+            number,
             claims,
             has_ram: Mutex::new(false),
             kept: Mutex::default(),
@@ -56,12 +59,12 @@ impl Container {
         self.kept.lock().unpoisoned().push(value);
     }
 
-    /// Before a device is opened; kept until it is closed.
-    ///
-    /// # Errors
-    /// As for [`Claims::claim`].
-    pub(super) fn claim(&self, path: &Path) -> Result<Claim, AssignError> {
-        self.claims.claim(path)
+    pub(super) fn number(&self) -> u64 {
+        self.number
+    }
+
+    pub(super) fn claims(&self) -> &Arc<Claims> {
+        &self.claims
     }
 
     /// Maps guest RAM, and so pins every page of it, unless it is mapped already. The first device is in the container

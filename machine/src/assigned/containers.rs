@@ -14,6 +14,8 @@ use super::error::AssignError;
 pub(crate) struct Containers {
     /// KVM's side. It exists until the machine ends, because some kernels do not create another one.
     kvm: Option<Arc<VfioDeviceFd>>,
+    /// Number of containers so far.
+    created: u64,
     claims: Arc<Claims>,
     shared: Weak<Container>,
 }
@@ -55,6 +57,7 @@ impl Containers {
                 Arc::clone(self.kvm.insert(kvm))
             }
         };
-        Container::new(kvm, Arc::clone(&self.claims))
+        self.created += 1;
+        Container::new(kvm, self.created, Arc::clone(&self.claims))
     }
 }

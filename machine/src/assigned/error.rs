@@ -1,7 +1,8 @@
 //! Reasons why a device cannot be assigned.
 
+use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use vfio_ioctls::VfioError;
 
@@ -51,9 +52,21 @@ pub enum AssignError {
         /// The device.
         path: PathBuf,
     },
-    /// A group is taken and given back as a whole.
+    /// The host does not give a group away in part.
     #[error(
-        "{} is in the IOMMU group of {}, which is assigned to this VM: only one device of a group can be assigned",
+        "cannot open {}: other devices of its IOMMU group have drivers of the host: {}; bind them to vfio-pci too",
+        path.display(),
+        others.join(", ")
+    )]
+    GroupIsUsed {
+        /// The device.
+        path: PathBuf,
+        /// The others, and their drivers.
+        others: Vec<String>,
+    },
+    /// A group has one container, and so one set of mappings.
+    #[error(
+        "{} is in the IOMMU group of {}, which is assigned to this VM: several devices of a group need iommu=off",
         path.display(),
         other.display()
     )]
@@ -96,4 +109,35 @@ pub enum AssignError {
     /// The host has no descriptor or address space left.
     #[error("cannot use the device's registers or interrupts")]
     Host(#[source] io::Error),
+}
+
+impl AssignError {
+    /// The device whose folder in sysfs is `path` cannot be opened.
+    pub(super) fn of_open(path: &Path, source: VfioError) -> Self {
+        let path = path.to_owned();
+        let others = match source {
+            VfioError::GroupViable => users_of_group(&path),
+            _ => Vec::new(),
+        };
+        match others.is_empty() {
+            true => Self::Open { path, source },
+            false => Self::GroupIsUsed { path, others },
+        }
+    }
+}
+
+/// Devices of the group of `path` that have other drivers than vfio-pci, with the names of these.
+fn users_of_group(path: &Path) -> Vec<String> {
+    let devices = fs::read_dir(path.join("iommu_group/devices"));
+    let devices = devices.into_iter().flatten().flatten();
+    let mut users: Vec<String> = devices
+        .filter_map(|device| {
+            let driver = fs::read_link(device.path().join("driver")).ok()?;
+            let driver = driver.file_name()?.to_string_lossy().into_owned();
+            let name = device.file_name();
+            (driver != "vfio-pci").then(|| format!("{} ({driver})", name.to_string_lossy()))
+        })
+        .collect();
+    users.sort_unstable();
+    users
 }

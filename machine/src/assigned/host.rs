@@ -1,21 +1,23 @@
 //! The device of the host behind an assigned function.
 #![allow(unsafe_code)]
-// UNSAFETY: maps registers of the device into this process, and duplicates a descriptor that a crate lends.
+// UNSAFETY: maps registers of the device into this process, and duplicates and closes a descriptor of a crate.
 
+use std::any::Any;
 use std::fs::File;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use vfio_bindings::bindings::vfio::{
     VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX,
     VFIO_REGION_INFO_FLAG_MMAP,
 };
-use vfio_ioctls::{VfioDevice, VfioError, VfioRegionInfoCap};
+use vfio_ioctls::{VfioContainer, VfioDevice, VfioError, VfioOps, VfioRegionInfoCap};
 use virtio_devices::counters::Count;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -121,15 +123,68 @@ impl Drop for HostMapping {
     }
 }
 
+/// The container as the crate sees it. The crate releases a group with each of its devices, even if others are open. It
+/// therefore finds the container only while it may release the group.
+struct GroupOwner {
+    container: Arc<VfioContainer>,
+    keeps_group: AtomicBool,
+}
+
+impl VfioOps for GroupOwner {
+    fn as_any(&self) -> &dyn Any {
+        match self.keeps_group.load(Ordering::Relaxed) {
+            true => &(),
+            false => &*self.container,
+        }
+    }
+}
+
+/// An open device of the crate.
+struct OpenDevice {
+    owner: Arc<GroupOwner>,
+    device: ManuallyDrop<VfioDevice>,
+}
+
+impl OpenDevice {
+    /// Until [`OpenDevice::may_release_group`], the group outlives the device.
+    fn new(path: &Path, container: Arc<VfioContainer>) -> Result<Self, VfioError> {
+        let owner = Arc::new(GroupOwner {
+            container,
+            keeps_group: AtomicBool::new(false),
+        });
+        let device = VfioDevice::new(path, Arc::clone(&owner) as Arc<dyn VfioOps>, false)?;
+        owner.keeps_group.store(true, Ordering::Relaxed);
+        Ok(Self {
+            owner,
+            device: ManuallyDrop::new(device),
+        })
+    }
+
+    /// The end of the device releases its group.
+    fn may_release_group(&self) {
+        self.owner.keeps_group.store(false, Ordering::Relaxed);
+    }
+}
+
+impl Drop for OpenDevice {
+    fn drop(&mut self) {
+        let descriptor = self.device.as_raw_fd();
+        // SAFETY: it is not used or dropped again.
+        unsafe { ManuallyDrop::drop(&mut self.device) };
+        if self.owner.keeps_group.load(Ordering::Relaxed) {
+            // SAFETY: the crate closes the descriptor only if it finds the container, and nothing else has it.
+            drop(unsafe { OwnedFd::from_raw_fd(descriptor) });
+        }
+    }
+}
+
 /// A device behind vfio-pci.
 pub(crate) struct VfioFunction {
     path: PathBuf,
     /// The device's own descriptor, closed before `device`.
     file: ManuallyDrop<File>,
-    /// Releases the group when it is dropped.
-    device: ManuallyDrop<VfioDevice>,
-    /// Given back after `device` was closed.
-    _claim: Claim,
+    device: ManuallyDrop<OpenDevice>,
+    claim: Claim,
     /// The mappings of guest RAM, while the device can access it.
     container: ManuallyDrop<Arc<Container>>,
     /// Accesses that the device did not answer.
@@ -144,30 +199,41 @@ impl VfioFunction {
     /// # Errors
     /// It or its group is not bound to vfio-pci, or is assigned already.
     pub(crate) fn open(path: &Path, container: Arc<Container>) -> Result<Self, AssignError> {
-        let claim = container.claim(path)?;
-        let opened = VfioDevice::new(path, container.vfio(), false);
-        let device = opened.map_err(|source| AssignError::Open {
-            path: path.to_owned(),
-            source,
+        let claims = container.claims();
+        let ((device, file), claim) = claims.open(path, container.number(), |is_first| {
+            let opened = OpenDevice::new(path, container.vfio());
+            let device = opened.map_err(|source| AssignError::of_open(path, source))?;
+            // SAFETY: the descriptor is open as long as `device`, which outlives this statement.
+            let lent = unsafe { BorrowedFd::borrow_raw(device.device.as_raw_fd()) };
+            match lent.try_clone_to_owned() {
+                Ok(file) => Ok((device, file)),
+                Err(error) => {
+                    if is_first {
+                        device.may_release_group();
+                    }
+                    Err(AssignError::Host(error))
+                }
+            }
         })?;
-        // SAFETY: the descriptor is open as long as `device`, which outlives this statement.
-        let lent = unsafe { BorrowedFd::borrow_raw(device.as_raw_fd()) };
-        let file = lent.try_clone_to_owned().map_err(AssignError::Host)?;
         Ok(Self {
             path: path.to_owned(),
             file: ManuallyDrop::new(file.into()),
             device: ManuallyDrop::new(device),
-            _claim: claim,
+            claim,
             container: ManuallyDrop::new(container),
             unanswered: Count::default(),
         })
     }
 
+    fn device(&self) -> &VfioDevice {
+        &self.device.device
+    }
+
     /// The place of `bytes` bytes at `offset` of a region in the device's file.
     fn place(&self, region: u32, offset: u64, bytes: usize) -> Option<u64> {
         let end = offset.checked_add(bytes as u64)?;
-        let start = self.device.get_region_offset(region);
-        (end <= self.device.get_region_size(region)).then_some(start + offset)
+        let start = self.device().get_region_offset(region);
+        (end <= self.device().get_region_size(region)).then_some(start + offset)
     }
 
     fn read(&self, region: u32, offset: u64, data: &mut [u8]) {
@@ -196,16 +262,23 @@ impl VfioFunction {
 
 impl Drop for VfioFunction {
     fn drop(&mut self) {
-        // The group is found by this link, and the crate panics if it is gone. A device that has vanished stays open, and
-        // what it can access stays pinned.
+        // The crate finds the group by this link, and panics if it is gone. KVM then keeps the group of a device that has
+        // vanished, and what the group can access stays pinned.
         let is_present = std::fs::read_link(self.path.join("iommu_group")).is_ok();
-        // SAFETY: neither is used or dropped again.
-        unsafe {
-            ManuallyDrop::drop(&mut self.file);
-            if is_present {
-                ManuallyDrop::drop(&mut self.device);
-                ManuallyDrop::drop(&mut self.container);
+        let (file, device) = (&mut self.file, &mut self.device);
+        self.claim.close(|is_last| {
+            if is_last && is_present {
+                device.may_release_group();
             }
+            // SAFETY: neither is used or dropped again.
+            unsafe {
+                ManuallyDrop::drop(file);
+                ManuallyDrop::drop(device);
+            }
+        });
+        if is_present {
+            // SAFETY: it is not used or dropped again.
+            unsafe { ManuallyDrop::drop(&mut self.container) };
         }
     }
 }
@@ -221,17 +294,17 @@ impl HostDevice for VfioFunction {
 
     fn bar_bytes(&self, index: u8) -> u64 {
         match index < BARS {
-            true => self.device.get_region_size(u32::from(index)),
+            true => self.device().get_region_size(u32::from(index)),
             false => 0,
         }
     }
 
     fn bar_areas(&self, index: u8) -> Vec<Range<u64>> {
         let region = u32::from(index);
-        if self.device.get_region_flags(region) & VFIO_REGION_INFO_FLAG_MMAP == 0 {
+        if self.device().get_region_flags(region) & VFIO_REGION_INFO_FLAG_MMAP == 0 {
             return Vec::new();
         }
-        let mut sparse = self.device.get_region_caps(region).into_iter();
+        let mut sparse = self.device().get_region_caps(region).into_iter();
         let sparse = sparse.find_map(|capability| match capability {
             VfioRegionInfoCap::SparseMmap(sparse) => Some(sparse.areas),
             _ => None,
@@ -241,12 +314,12 @@ impl HostDevice for VfioFunction {
                 .iter()
                 .map(|area| area.offset..area.offset.saturating_add(area.size))
                 .collect(),
-            None => std::iter::once(0..self.device.get_region_size(region)).collect(),
+            None => std::iter::once(0..self.device().get_region_size(region)).collect(),
         }
     }
 
     fn map(&self, index: u8, area: &Range<u64>) -> io::Result<HostMapping> {
-        let offset = self.device.get_region_offset(u32::from(index)) + area.start;
+        let offset = self.device().get_region_offset(u32::from(index)) + area.start;
         HostMapping::new(&self.file, offset, area.end - area.start)
     }
 
@@ -264,13 +337,13 @@ impl HostDevice for VfioFunction {
             InterruptKind::Msix => VFIO_PCI_MSIX_IRQ_INDEX,
         };
         match events {
-            [] => self.device.disable_irq(index),
-            events => self.device.enable_irq(index, events.iter().collect()),
+            [] => self.device().disable_irq(index),
+            events => self.device().enable_irq(index, events.iter().collect()),
         }
     }
 
     fn reset(&self) {
-        self.device.reset();
+        self.device().reset();
     }
 
     fn unanswered_accesses(&self) -> u64 {

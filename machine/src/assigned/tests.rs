@@ -14,7 +14,7 @@ use vfio_ioctls::VfioError;
 use virtio_devices::pci::{Bar, MsiMessage, PciFunction};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::claims::Claims;
+use super::claims::{Claim, Claims};
 use super::function::{AssignedFunction, BarSlots};
 use super::host::{HostDevice, HostMapping, InterruptKind};
 use super::{AssignError, VfioFunction};
@@ -502,32 +502,70 @@ fn vfio_device_is_named_if_it_cannot_be_opened() {
     );
 }
 
-#[test]
-fn device_is_open_once_and_alone_in_its_group() {
+/// Devices `a` and `b` of group 1 and `c` of group 2, and a link to the first.
+fn sysfs() -> tempfile::TempDir {
     let sysfs = tempfile::tempdir().unwrap();
     let at = |name: &str| sysfs.path().join(name);
     for group in ["1", "2"] {
-        std::fs::create_dir(at(group)).unwrap();
+        std::fs::create_dir_all(at(group).join("devices")).unwrap();
     }
     for (device, group) in [("a", "1"), ("b", "1"), ("c", "2")] {
         std::fs::create_dir(at(device)).unwrap();
         symlink(at(group), at(device).join("iommu_group")).unwrap();
+        symlink(at(device), at(group).join("devices").join(device)).unwrap();
     }
     symlink(at("a"), at("same")).unwrap();
     std::fs::create_dir(at("no-group")).unwrap();
+    sysfs
+}
+
+#[test]
+fn devices_of_a_group_are_open_once_in_one_container_until_the_last_is_closed() {
+    let sysfs = sysfs();
+    let at = |name: &str| sysfs.path().join(name);
     let claims = Arc::new(Claims::default());
-    let refused = |name: &str| claims.claim(&at(name)).unwrap_err().to_string();
-    let first = claims.claim(&at("a")).unwrap();
-    let _other = claims.claim(&at("c")).unwrap();
+    // Whether the device was the first of its group, and its claim.
+    let open = |name: &str, container| claims.open(&at(name), container, Ok);
+    let refused = |name: &str, container| open(name, container).unwrap_err().to_string();
+    let is_last = |claim: &Claim| {
+        let mut last = None;
+        claim.close(|is_last| last = Some(is_last));
+        last.unwrap()
+    };
+    let (is_first, a) = open("a", 1).unwrap();
+    assert!(is_first);
     let path = at("a").canonicalize().unwrap();
-    for name in ["a", "same"] {
+    for (name, container) in [("a", 1), ("same", 1), ("a", 2)] {
         let expected = format!("{} is already assigned to this VM", path.display());
-        assert_eq!(refused(name), expected);
+        assert_eq!(refused(name, container), expected);
     }
-    let group = refused("b");
-    assert!(group.contains("/b is in the IOMMU group of"), "{group}");
-    assert!(refused("no-group").contains("IOMMU group"));
-    drop(first);
-    let _second = claims.claim(&at("b")).unwrap();
-    assert!(refused("a").contains("is in the IOMMU group of"));
+    let other = refused("b", 2);
+    assert!(other.contains("/b is in the IOMMU group of"), "{other}");
+    assert!(refused("no-group", 1).contains("IOMMU group"));
+    let (is_first, b) = open("b", 1).unwrap();
+    assert!(!is_first);
+    let (is_first, c) = open("c", 2).unwrap();
+    assert!(is_first);
+    assert!(!is_last(&a));
+    // One that cannot be opened leaves the group as it was.
+    let failed = claims.open(&at("a"), 1, |_| Err::<(), _>(AssignError::NoInterrupt));
+    assert!(matches!(failed, Err(AssignError::NoInterrupt)));
+    let (is_first, a) = open("a", 1).unwrap();
+    assert!(!is_first);
+    assert!(!is_last(&b));
+    assert!(is_last(&a));
+    assert!(is_last(&c));
+    let (is_first, _) = open("b", 2).unwrap();
+    assert!(is_first);
+}
+
+#[test]
+fn devices_that_keep_a_group_from_being_assigned_are_named() {
+    let sysfs = sysfs();
+    let at = |name: &str| sysfs.path().join(name);
+    let refused = || AssignError::of_open(&at("a"), VfioError::GroupViable).to_string();
+    assert!(refused().contains("bound to vfio-pci?"), "{}", refused());
+    symlink("drivers/vfio-pci", at("a").join("driver")).unwrap();
+    symlink("drivers/e1000e", at("b").join("driver")).unwrap();
+    assert!(refused().contains(": b (e1000e);"), "{}", refused());
 }

@@ -250,6 +250,8 @@ const MACHINE: &[Call] = calls![
     SYS_fstatfs,
     SYS_ftruncate,
     SYS_getcwd,
+    // The other devices of an IOMMU group, for an error.
+    SYS_getdents64,
     // Checks whether this process may change its terminal.
     SYS_getpgrp,
     SYS_getuid,

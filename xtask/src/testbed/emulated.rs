@@ -57,11 +57,19 @@ const OUTER_TIMERS: &str = " highres=off nohz=off";
 
 /// With interrupt remapping, without which VFIO gives no device away.
 const IOMMU: &str = "intel-iommu,intremap=on,caching-mode=on";
-/// Size of the disk that guests can drive.
+/// Size of each disk that guests can drive.
 const ASSIGNABLE_BYTES: u64 = 1 << 30;
+/// Disks that guests can drive, and their place. The last two are functions of one device, and so in one IOMMU group.
+/// Its third function is in [`ASSIGNABLE`].
+const ASSIGNABLE_DISKS: [(&str, &str); 3] = [
+    ("nvme", ""),
+    ("pair0", ",addr=0x10.0,multifunction=on"),
+    ("pair1", ",addr=0x10.1"),
+];
 /// Further devices that guests can drive: a network interface, whose other end is an interface of the host with the
-/// second address, and a device that accesses any address of 64 bits that it is told.
-const ASSIGNABLE: [&str; 10] = [
+/// second address, a device that accesses any address of 64 bits that it is told, and a function with a driver of the host
+/// beside two of the disks.
+const ASSIGNABLE: [&str; 12] = [
     "-netdev",
     "hubport,hubid=0,id=nic",
     "-device",
@@ -72,6 +80,8 @@ const ASSIGNABLE: [&str; 10] = [
     "virtio-net-pci,netdev=peer,mac=52:54:00:00:00:02",
     "-device",
     "edu,dma_mask=0xffffffffffffffff",
+    "-device",
+    "virtio-rng-pci,addr=0x10.2",
 ];
 
 /// All processor features that QEMU emulates except two: QEMU executes string instructions one iteration at a time, and
@@ -99,17 +109,10 @@ pub(crate) fn run(job: &Job) -> Result<Outcome> {
         let device = "virtio-blk-pci,drive=swap,serial=swap";
         command.args(["-drive", &drive, "-device", device]);
     }
-    let disk = job.options.assignable;
-    let disk = disk.then(|| swap::nameless(ASSIGNABLE_BYTES)).transpose()?;
-    if let Some(disk) = &disk {
-        let drive = format!(
-            "if=none,id=nvme,format=raw,cache=unsafe,file={}",
-            fd_path(disk)
-        );
-        command.args(["-device", IOMMU, "-drive", &drive]);
-        command.args(["-device", "nvme,drive=nvme,serial=assignable"]);
-        command.args(ASSIGNABLE);
-    }
+    let disks = match job.options.assignable {
+        true => assignable(&mut command)?,
+        false => Vec::new(),
+    };
     command.args(
         job.options
             .qemu
@@ -120,7 +123,7 @@ pub(crate) fn run(job: &Job) -> Result<Outcome> {
         job,
         command,
         initramfs: memfd(&initramfs)?,
-        files: swap.into_iter().chain(disk).collect(),
+        files: swap.into_iter().chain(disks).collect(),
     };
     let incoming = saved.as_ref().and_then(SavedHost::incoming);
     if let (Some(saved), Some(incoming)) = (&saved, incoming) {
@@ -133,6 +136,24 @@ pub(crate) fn run(job: &Job) -> Result<Outcome> {
     }
     let start = saved.as_ref().map_or(Start::Boot, Start::BootAndSave);
     emulated.run(&start)?.outcome()
+}
+
+/// Adds an IOMMU and devices that guests can drive, and returns the files of the disks.
+fn assignable(command: &mut Command) -> Result<Vec<File>> {
+    command.args(["-device", IOMMU]);
+    let disks = ASSIGNABLE_DISKS.iter().map(|(id, place)| {
+        let file = swap::nameless(ASSIGNABLE_BYTES)?;
+        let drive = format!(
+            "if=none,id={id},format=raw,cache=unsafe,file={}",
+            fd_path(&file)
+        );
+        let device = format!("nvme,drive={id},serial={id}{place}");
+        command.args(["-drive", &drive, "-device", &device]);
+        Ok(file)
+    });
+    let disks = disks.collect::<Result<_>>()?;
+    command.args(ASSIGNABLE);
+    Ok(disks)
 }
 
 /// Whether a saved host can be used: additional devices may not be savable, and counted runs and shown consoles must

@@ -60,8 +60,8 @@ pub(crate) struct Options {
     /// Further options for QEMU, separated by spaces (for devices of the emulated host)
     #[arg(long, value_name = "OPTIONS", allow_hyphen_values = true)]
     pub(super) qemu: Option<String>,
-    /// Give the emulated host an IOMMU and devices that its guests can drive: an empty NVMe disk of 1 GiB, an igb network
-    /// interface, and QEMU's edu; always emulated
+    /// Give the emulated host an IOMMU and devices that its guests can drive: three empty NVMe disks of 1 GiB, two of them
+    /// in one IOMMU group, an igb network interface, and QEMU's edu; always emulated
     #[arg(long)]
     pub(super) assignable: bool,
     /// Show the console of the emulated host on stderr

@@ -35,7 +35,7 @@ pub(crate) const GUEST_DEADLINE: Duration = Duration::from_secs(180);
 /// A device of the host, by its files in sysfs.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Kind {
-    /// A disk.
+    /// A disk that is alone in its group.
     Nvme,
     /// QEMU's educational device, which accesses any address that it is told.
     Edu,
@@ -50,6 +50,13 @@ impl Kind {
         }
     }
 
+    /// Whether the device in this folder is of this kind.
+    pub(crate) fn is(self, device: &Path) -> bool {
+        let (file, content) = self.mark();
+        let text = fs::read_to_string(device.join(file));
+        text.is_ok_and(|text| text.trim() == content)
+    }
+
     /// The id that tests give it.
     pub(crate) fn id(self) -> &'static str {
         match self {
@@ -59,30 +66,44 @@ impl Kind {
     }
 }
 
-/// The folder in sysfs of a device in a group of the IOMMU, bound to vfio-pci. `None`: the host has none, or is not
-/// emulated, so that its devices may have other users.
+/// The folder in sysfs of a device that is alone in a group of the IOMMU, bound to vfio-pci. `None`: the host has none,
+/// or is not emulated, so that its devices may have other users.
 pub(crate) fn device_of_host(kind: Kind) -> Result<Option<PathBuf>> {
-    if env::var_os("TESTBED").is_none_or(|testbed| testbed != "emulated") {
+    let groups = groups_of_host()?.into_iter();
+    let alone = groups.filter_map(|group| <[_; 1]>::try_from(group).ok());
+    let Some([path]) = alone.into_iter().find(|[path]| kind.is(path)) else {
         return Ok(None);
-    }
-    let (file, content) = kind.mark();
-    let mut found = None;
-    for entry in fs::read_dir("/sys/bus/pci/devices")? {
-        let path = entry?.path();
-        let text = fs::read_to_string(path.join(file))?;
-        if text.trim() == content && path.join("iommu_group").exists() {
-            found = Some(path);
-        }
-    }
-    let Some(path) = found else { return Ok(None) };
-    let name = path.file_name().and_then(|name| name.to_str());
-    let name = name.context("a device without a name")?;
-    fs::write(path.join("driver_override"), "vfio-pci")?;
-    if path.join("driver").exists() {
-        fs::write(path.join("driver/unbind"), name)?;
-    }
-    fs::write("/sys/bus/pci/drivers_probe", name).context("is the module vfio-pci loaded?")?;
+    };
+    give(&path, "vfio-pci")?;
     Ok(Some(path))
+}
+
+/// The folders of the devices in each group of the IOMMU, in order. There are none if the host is not emulated.
+pub(crate) fn groups_of_host() -> Result<Vec<Vec<PathBuf>>> {
+    let mut groups = Vec::new();
+    if env::var_os("TESTBED").is_none_or(|testbed| testbed != "emulated") {
+        return Ok(groups);
+    }
+    for group in fs::read_dir("/sys/kernel/iommu_groups")? {
+        let devices = fs::read_dir(group?.path().join("devices"))?;
+        let devices = devices.map(|device| device?.path().canonicalize());
+        let mut devices = devices.collect::<Result<Vec<_>, _>>()?;
+        devices.sort();
+        groups.push(devices);
+    }
+    Ok(groups)
+}
+
+/// Gives a device of the host to a driver; to none, if this one does not exist.
+pub(crate) fn give(device: &Path, driver: &str) -> Result<()> {
+    let name = device.file_name().and_then(|name| name.to_str());
+    let name = name.context("a device without a name")?;
+    fs::write(device.join("driver_override"), driver)?;
+    if device.join("driver").exists() {
+        fs::write(device.join("driver/unbind"), name)?;
+    }
+    fs::write("/sys/bus/pci/drivers_probe", name)
+        .with_context(|| format!("is the module {driver} loaded?"))
 }
 
 pub(crate) fn no_device() -> Outcome {
@@ -151,14 +172,18 @@ fn give_back(guest: &mut Guest) -> Result<u64> {
     guest.vmm.resident_bytes()
 }
 
-pub(crate) fn wait_disk(guest: &mut Guest) -> Result<()> {
+fn wait_disk(guest: &mut Guest) -> Result<()> {
+    wait_disk_named(guest, DISK_NAME)
+}
+
+pub(crate) fn wait_disk_named(guest: &mut Guest, name: &str) -> Result<()> {
     let script = format!(
-        "for i in $(seq 1200); do [ -b /dev/{DISK_NAME} ] && exit; sleep 0.1; done; dmesg | tail -20; exit 1"
+        "for i in $(seq 1200); do [ -b /dev/{name} ] && exit; sleep 0.1; done; dmesg | tail -20; exit 1"
     );
     guest.shell(&script).map(drop)
 }
 
-pub(crate) fn write_and_verify(guest: &mut Guest, seed: u32) -> Result<()> {
+fn write_and_verify(guest: &mut Guest, seed: u32) -> Result<()> {
     iommu::write_and_verify(guest, DISK_NAME, seed)
 }
 

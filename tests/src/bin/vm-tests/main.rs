@@ -7,6 +7,7 @@ mod adopters;
 mod api;
 mod assigned;
 mod assigned_dma;
+mod assigned_group;
 mod balloon;
 mod boot;
 mod chaos;
@@ -84,6 +85,7 @@ fn main() -> ExitCode {
         iommu::tests(),
         assigned::tests(),
         assigned_dma::tests(),
+        assigned_group::tests(),
         balloon::tests(),
         stress::tests(),
         chaos::tests(),
