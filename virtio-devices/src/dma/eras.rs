@@ -43,10 +43,15 @@ impl Eras {
         Arc::clone(&self.current.lock().unpoisoned())
     }
 
-    /// Ends the era, after the tables were changed: accesses of the next one see the change.
-    pub(super) fn end(&self) -> EndedEra {
-        let ended = std::mem::take(&mut *self.current.lock().unpoisoned());
-        EndedEra(Arc::clone(&ended.0))
+    /// Ends the era, after the tables were changed: accesses of the next one see the change. `None`: it has no accesses,
+    /// and later ones see the change too.
+    pub(super) fn end(&self) -> Option<EndedEra> {
+        let mut current = self.current.lock().unpoisoned();
+        if Arc::get_mut(&mut current).is_some() {
+            return None;
+        }
+        let ended = std::mem::take(&mut *current);
+        Some(EndedEra(Arc::clone(&ended.0)))
     }
 }
 

@@ -33,5 +33,7 @@ pub(crate) use mapping::{HostMappings, Mapping, Refusal};
 #[cfg(test)]
 pub(crate) use shared::FAULTS_MAX;
 pub(crate) use shared::{DmaError, Fault, Shared};
-pub(crate) use tables::{FaultReason, GRANULE, Piece, Tables};
+#[cfg(test)]
+pub(crate) use tables::Piece;
+pub(crate) use tables::{FaultReason, GRANULE, Tables};
 pub use tables::{MAPPINGS_MAX, MSI_RANGE};

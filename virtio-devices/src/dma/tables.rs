@@ -290,18 +290,21 @@ impl Tables {
         // this is not more work than the guest has done.
         let removed = domain.mappings.range(input.clone()).map(|(at, _)| *at);
         let removed = removed.take(most);
-        let removed: Arc<[u64]> = removed.collect::<Vec<_>>().into();
-        for at in removed.iter() {
+        let removed: Vec<u64> = removed.collect();
+        for at in &removed {
             domain.mappings.remove(at);
         }
         let is_left = domain.mappings.range(input).next().is_some();
         self.mappings -= removed.len();
         if !removed.is_empty() {
-            let calls = hosts_of(&self.endpoints, id).map(|host| HostCall::Unmap {
-                host: Arc::clone(host),
-                firsts: Arc::clone(&removed),
-            });
-            self.effects.calls.extend(calls);
+            if is_hosted {
+                let removed: Arc<[u64]> = removed.into();
+                let calls = hosts_of(&self.endpoints, id).map(|host| HostCall::Unmap {
+                    host: Arc::clone(host),
+                    firsts: Arc::clone(&removed),
+                });
+                self.effects.calls.extend(calls);
+            }
             self.end_eras(id);
         }
         Ok(is_left)
@@ -443,7 +446,8 @@ impl Effects {
     /// The endpoint has lost access to memory.
     fn ends_era(&mut self, attachment: &Attachment) {
         let owner = attachment.owner.iter();
-        self.ended.extend(owner.map(|owner| owner.eras.end()));
+        self.ended
+            .extend(owner.filter_map(|owner| owner.eras.end()));
     }
 
     /// The endpoint has no domain any more.

@@ -10,7 +10,8 @@ use vm_memory::GuestAddressSpace;
 
 use super::pinned::{HostIommu, PinnedMappings};
 use super::request::{
-    F_BYPASS_CONFIG, F_MAP_UNMAP, FAULT_BYTES, PROBE_BYTES, REQUEST_BYTES_MAX, Request,
+    F_BYPASS_CONFIG, F_MAP_UNMAP, FAULT_BYTES, PROBE_BYTES, REQUEST_BYTES_MAX, RESULT_BYTES_MAX,
+    Request,
 };
 use super::state::IommuState;
 use crate::device::{
@@ -277,12 +278,13 @@ fn answer(
         shared.stats.bad_requests.count();
         return Some(0);
     };
-    let (result, succeeded) = request.execute(shared, features, stops_now)?;
+    let mut result = [0; RESULT_BYTES_MAX];
+    let (bytes, succeeded) = request.execute(shared, features, &mut result, stops_now)?;
     shared.stats.requests.count();
     if !succeeded {
         shared.stats.refused_requests.count();
     }
-    Some(buffers.writable.copy_in(&result) as u32)
+    Some(buffers.writable.copy_in(&result[..bytes]) as u32)
 }
 
 impl QueueHandler for Handler {

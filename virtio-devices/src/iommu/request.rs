@@ -11,7 +11,7 @@ pub(super) const F_BYPASS_CONFIG: u64 = 1 << 6;
 
 /// Bytes of the longest request that the device reads.
 pub(super) const REQUEST_BYTES_MAX: usize = 72;
-/// Bytes of a request's result: status, reserved.
+/// Bytes at the end of a request's result: status, reserved.
 const TAIL_BYTES: usize = 4;
 /// Bytes of a property in the result of a probe: a reserved range.
 const PROPERTY_BYTES: usize = 24;
@@ -20,6 +20,8 @@ const PROPERTIES_MAX: usize = 8;
 /// Bytes of properties in the result of a probe.
 pub(super) const PROBE_BYTES: usize = PROPERTIES_MAX * PROPERTY_BYTES;
 pub(super) const FAULT_BYTES: usize = 24;
+/// Bytes of the longest result.
+pub(super) const RESULT_BYTES_MAX: usize = PROBE_BYTES + TAIL_BYTES;
 
 const HEAD_BYTES: usize = 4;
 const PROBE_RESERVED_BYTES: usize = 64;
@@ -129,23 +131,23 @@ impl Request {
         fits.then_some(request)
     }
 
-    /// Executes the request and returns the bytes for the driver, and whether it succeeded. If it takes memory away from a
-    /// device, this returns after the device's last access to it. `None`: `stops_now` returned true, and the request must
-    /// be executed again.
+    /// Executes the request. Writes the bytes for the driver into `answer`, which is zero, and returns their number, and
+    /// whether the request succeeded. If it takes memory away from a device, this returns after the device's last access
+    /// to it. `None`: `stops_now` returned true, and the request must be executed again.
     pub(super) fn execute(
         self,
         shared: &Shared,
         features: u64,
+        answer: &mut [u8; RESULT_BYTES_MAX],
         stops_now: StopsNow<'_>,
-    ) -> Option<(Vec<u8>, bool)> {
-        let mut bytes = Vec::new();
+    ) -> Option<(usize, bool)> {
+        let properties_bytes = match &self {
+            Self::Probe { bytes, .. } => *bytes,
+            _ => 0,
+        };
         let result = match &self {
-            Self::Probe {
-                endpoint,
-                bytes: room,
-            } => {
-                bytes.resize(*room, 0);
-                shared.read(|tables| probe(tables, *endpoint, &mut bytes))
+            Self::Probe { endpoint, bytes } => {
+                shared.read(|tables| probe(tables, *endpoint, &mut answer[..*bytes]))
             }
             Self::Unmap { domain, input } => unmap(shared, *domain, input, stops_now),
             request => shared.request(
@@ -164,8 +166,8 @@ impl Request {
             Err(Refusal::Device) => S_DEVERR,
             Err(Refusal::Interrupted) => return None,
         };
-        bytes.extend([status, 0, 0, 0]);
-        Some((bytes, result.is_ok()))
+        answer[properties_bytes] = status;
+        Some((properties_bytes + TAIL_BYTES, result.is_ok()))
     }
 
     /// Takes out of the tables what an assigned device cannot have. What was taken away stays away.

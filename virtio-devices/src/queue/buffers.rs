@@ -8,6 +8,7 @@
 // UNSAFETY: the kernel receives raw pointers into guest RAM (`iovec`), and small pieces are copied through
 // `VolatileSlice`s made from those pointers.
 
+use smallvec::{SmallVec, smallvec};
 use vm_memory::atomic::GuestMemoryLoadGuard;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, Permissions, VolatileSlice};
 
@@ -44,7 +45,8 @@ pub(crate) enum ChainError {
 
 /// A list of pieces of guest RAM, in order; or a copy of some.
 pub(crate) struct GuestBuffers {
-    iovecs: Vec<libc::iovec>,
+    /// Most requests have few pieces, for which nothing is allocated.
+    iovecs: SmallVec<[libc::iovec; 2]>,
     bytes: usize,
     ram: RamGuard,
     /// Keeps the pieces accessible if the device is behind an IOMMU.
@@ -62,7 +64,7 @@ crate::debug_fields!(GuestBuffers(it) { pieces: it.iovecs.len(), bytes: it.bytes
 impl GuestBuffers {
     pub(crate) fn new(ram: &RamGuard, access: Option<Access>) -> Self {
         Self {
-            iovecs: Vec::new(),
+            iovecs: SmallVec::new(),
             bytes: 0,
             ram: ram.clone(),
             access,
@@ -150,7 +152,7 @@ impl GuestBuffers {
     /// Splits off the first `count` bytes (all if there are fewer) as separate buffers.
     pub(crate) fn split_front(&mut self, count: usize) -> Self {
         let mut front = Self {
-            iovecs: Vec::new(),
+            iovecs: SmallVec::new(),
             bytes: count.min(self.bytes),
             ram: self.ram.clone(),
             access: self.access.clone(),
@@ -182,7 +184,7 @@ impl GuestBuffers {
         }
         self.bytes -= 1;
         Some(Self {
-            iovecs: vec![byte],
+            iovecs: smallvec![byte],
             bytes: 1,
             ram: self.ram.clone(),
             access: self.access.clone(),
@@ -197,7 +199,7 @@ impl GuestBuffers {
         let bytes = self.copy_out(&mut copy);
         self.advance(bytes);
         Self {
-            iovecs: vec![libc::iovec {
+            iovecs: smallvec![libc::iovec {
                 iov_base: copy.as_mut_ptr().cast(),
                 iov_len: bytes,
             }],

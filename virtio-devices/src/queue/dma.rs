@@ -12,7 +12,7 @@ use vm_memory::{
     GuestMemoryResult, Permissions, VolatileSlice,
 };
 
-use crate::dma::{Access, Piece};
+use crate::dma::Access;
 
 /// Maximum number of vectors that the kernel accepts in one call (`UIO_MAXIOV`).
 pub(crate) const IOVECS_MAX: usize = 1024;
@@ -74,30 +74,54 @@ impl GuestMemory for DmaMemory<'_> {
         count: usize,
         access: Permissions,
     ) -> GuestMemoryResult<impl GuestMemorySliceIterator<'a, BS<'a, ()>>> {
-        let (address, bytes) = (addr.0, count as u64);
-        // Without an IOMMU nothing is allocated.
-        let (whole, pieces) = match &self.access {
-            None => (Some(Piece { address, bytes }), Vec::new()),
-            Some(dma) => {
-                let pieces = dma.translate(address, bytes, access, RING_PIECES_MAX);
-                let outside = |_| GuestMemoryError::InvalidGuestAddress(addr);
-                (None, pieces.map_err(outside)?)
-            }
-        };
         let ram = self.ram;
-        let slices = whole.into_iter().chain(pieces).flat_map(move |piece| {
+        // Each ring access of every device passes here.
+        let Some(dma) = &self.access else {
+            return Ok(Slices::Direct(GuestMemoryBackend::get_slices(
+                ram, addr, count,
+            )));
+        };
+        let pieces = dma.translate(addr.0, count as u64, access, RING_PIECES_MAX);
+        let pieces = pieces.map_err(|_| GuestMemoryError::InvalidGuestAddress(addr))?;
+        let slices = pieces.into_iter().flat_map(move |piece| {
             // As large as `count` at most.
             GuestMemoryBackend::get_slices(ram, GuestAddress(piece.address), piece.bytes as usize)
         });
-        Ok(UntilError {
+        Ok(Slices::Translated(UntilError {
             slices,
             ended: false,
-        })
+        }))
     }
 
     fn physical_memory(&self) -> Option<&GuestMemoryMmap<()>> {
         self.access.is_none().then_some(self.ram)
     }
+}
+
+/// The slices of a range in guest RAM, or those of its translation.
+enum Slices<D, T> {
+    Direct(D),
+    Translated(T),
+}
+
+impl<D: Iterator, T: Iterator<Item = D::Item>> Iterator for Slices<D, T> {
+    type Item = D::Item;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        match self {
+            Self::Direct(slices) => slices.next(),
+            Self::Translated(slices) => slices.next(),
+        }
+    }
+}
+
+impl<D: FusedIterator, T: FusedIterator<Item = D::Item>> FusedIterator for Slices<D, T> {}
+
+impl<'a, D, T> GuestMemorySliceIterator<'a, ()> for Slices<D, T>
+where
+    D: FusedIterator<Item = GuestMemoryResult<VolatileSlice<'a>>>,
+    T: FusedIterator<Item = D::Item>,
+{
 }
 
 /// Ends with the first error.
@@ -123,11 +147,6 @@ where
 }
 
 impl<'a, I> FusedIterator for UntilError<I> where
-    I: Iterator<Item = GuestMemoryResult<VolatileSlice<'a>>>
-{
-}
-
-impl<'a, I> GuestMemorySliceIterator<'a, ()> for UntilError<I> where
     I: Iterator<Item = GuestMemoryResult<VolatileSlice<'a>>>
 {
 }
