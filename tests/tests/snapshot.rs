@@ -150,8 +150,9 @@ fn restore_without_kvm_still_names_the_path_that_does_not_open() -> Result<()> {
     if !kvm_opens() {
         return Ok(());
     }
-    let mut first = start("balloon", BALLOON)?;
-    first.wait_api()?;
+    let cmdline = ["--cmdline", "scenario=balloon stay"];
+    let mut first = start("balloon", &[BALLOON, &cmdline].concat())?;
+    expect_all_passed(&mut first)?;
     let url = save(&mut first)?;
     let folder = first.folder().join("saved");
     let config = folder.join("config.json");
