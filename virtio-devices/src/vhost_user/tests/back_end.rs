@@ -49,7 +49,7 @@ struct Echo {
     about: About,
     /// Leaves requests in the rings.
     idle: Arc<AtomicBool>,
-    /// The first request of those that it finds is never completed.
+    /// The next request that it finds is never completed.
     forgetful: Arc<AtomicBool>,
 }
 
@@ -67,8 +67,9 @@ impl Echo {
             .iter(mem.clone())
             .map_err(io::Error::other)?
             .collect();
-        let forgotten = usize::from(self.forgetful.load(Ordering::SeqCst));
-        for chain in chains.into_iter().skip(forgotten) {
+        // Once: it may find the first of several requests alone, after a kick for an earlier one.
+        let forgotten = !chains.is_empty() && self.forgetful.swap(false, Ordering::SeqCst);
+        for chain in chains.into_iter().skip(usize::from(forgotten)) {
             let head = chain.head_index();
             let (mut request, mut written) = (Vec::new(), 0);
             for desc in chain {
