@@ -28,6 +28,8 @@ pub enum DeviceKind {
     Console,
     /// The watchdog.
     Watchdog,
+    /// The clock device.
+    Rtc,
     /// Any device that a vhost-user back end serves.
     VhostUser,
     /// The vsock device.

@@ -51,6 +51,8 @@ parts! {
     PMEM = "pmem", 1..=1;
     /// Entropy device.
     RNG = "rng", 1..=1;
+    /// Clock device.
+    RTC = "rtc", 1..=1;
     /// Device whose features and configuration space come from a vhost-user back end.
     VHOST_USER = "vhost-user", 1..=1;
     /// Socket device.

@@ -1,7 +1,7 @@
 //! Tests the machine and the balloon with a guest without an operating system, directly on this machine's KVM.
 
 use std::fs::File;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::bare_metal::{
@@ -210,7 +210,7 @@ fn runs_with_every_device(scenario: &str) -> Result<()> {
         &["--console", "file=@/console"],
         &["--vsock", "cid=3,socket=@/vsock"],
         &["--pmem", &pmem],
-        &["--watchdog", "--pvpanic"],
+        &["--watchdog", "--rtc", "--pvpanic"],
     ];
     runs(scenario, &arguments.concat())
 }
@@ -390,6 +390,22 @@ fn watchdog_that_is_pinged_no_more_resets_the_machine() -> Result<()> {
     ensure!(log.contains("__watchdog: no ping from the guest"), "{log}");
     vmm.put("vmm.shutdown", None)?;
     vmm.expect_clean_exit(SCENARIO_DEADLINE)
+}
+
+#[test]
+fn guest_reads_the_clock_of_the_host() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let since_epoch = || SystemTime::now().duration_since(UNIX_EPOCH);
+    let before = since_epoch()?;
+    let mut vmm = start("rtc", &["--rtc", "pci_device_id=7"])?;
+    expect_all_passed(&mut vmm)?;
+    let text = vmm.text("serial");
+    let told = text.lines().find_map(|line| line.strip_prefix("CLOCK "));
+    let told = Duration::from_nanos(told.context("no clock")?.trim().parse()?);
+    ensure!(before <= told && told <= since_epoch()?, "{told:?}");
+    Ok(())
 }
 
 #[test]

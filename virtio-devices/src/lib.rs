@@ -30,6 +30,7 @@ mod queue;
 pub mod rate_limit;
 pub mod reclaim;
 pub mod rng;
+pub mod rtc;
 mod taken;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;

@@ -6,6 +6,8 @@ pub(crate) const RESERVED_PREFIX: &str = "__";
 pub(crate) const BALLOON_ID: &str = "__balloon";
 /// The random number device.
 pub(crate) const RNG_ID: &str = "__rng";
+/// The clock device.
+pub(crate) const RTC_ID: &str = "__rtc";
 /// The watchdog.
 pub(crate) const WATCHDOG_ID: &str = "__watchdog";
 /// The virtual IOMMU.

@@ -25,6 +25,7 @@ mod process;
 mod rate_limit;
 mod restore;
 mod rng;
+mod rtc;
 mod vsock;
 
 pub use balloon::BalloonConfig;
@@ -61,6 +62,7 @@ pub(crate) use rate_limit::RATE_LIMIT_KEYS;
 pub use rate_limit::{RateLimitGroupConfig, RateLimiterConfig, TokenBucket};
 pub use restore::{MemoryRestoreMode, RestoreConfig, RestoredNetConfig, ZoneUpdate};
 pub use rng::{DEFAULT_RNG_SOURCE, RngConfig};
+pub use rtc::RtcConfig;
 pub use vsock::VsockConfig;
 
 use api_macros::section;
@@ -129,8 +131,8 @@ pub struct VmConfig {
     pub pci_segments: Option<Value>,
     /// The TPM. Unsupported.
     pub tpm: Option<Value>,
-    /// The paravirtual real time clock. Unsupported.
-    pub rtc: Option<Value>,
+    /// The clock device; when absent, the VM has none.
+    pub rtc: Option<RtcConfig>,
     /// Rate limits that several disks share.
     pub rate_limit_groups: Option<Vec<RateLimitGroupConfig>>,
 }
@@ -144,7 +146,6 @@ impl VmConfig {
             ("vdpa", &self.vdpa),
             ("pci_segments", &self.pci_segments),
             ("tpm", &self.tpm),
-            ("rtc", &self.rtc),
         ];
         let sections = sections.into_iter().filter(|(_, value)| match value {
             None | Some(Value::Null | Value::Bool(false)) => false,

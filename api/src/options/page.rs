@@ -13,7 +13,7 @@ use crate::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, DiskConfig,
     FsConfig, GenericVhostUserConfig, JailConfig, LandlockConfig, MemoryConfig, MemoryZoneConfig,
     NetConfig, NumaConfig, PathOrFd, PlatformConfig, PmemConfig, RateLimitGroupConfig,
-    ResourceLimitsConfig, RngConfig, SerialConfig, VsockConfig,
+    ResourceLimitsConfig, RngConfig, RtcConfig, SerialConfig, VsockConfig,
 };
 use crate::{
     AlertChange, ReportingPolicy, RestoreConfig, VmReceiveMigrationData, VmSendMigrationData,
@@ -68,6 +68,7 @@ fn sections() -> Vec<OptionReference> {
         VsockConfig::reference(),
         BalloonConfig::reference(),
         RngConfig::reference(),
+        RtcConfig::reference(),
         SerialConfig::reference(),
         ConsoleConfig::reference(),
         DebugConsoleConfig::reference(),

@@ -115,6 +115,7 @@ samples![
     RateLimitGroupConfig,
     TokenBucket,
     RngConfig,
+    RtcConfig,
     BalloonConfig,
     FsConfig,
     GenericVhostUserConfig,

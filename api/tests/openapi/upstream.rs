@@ -49,6 +49,7 @@ pub(crate) const FIELDS: &[(&str, &str)] = &[
     ("RateLimiterConfig", "bandwidth ops"),
     ("TokenBucket", "size one_time_burst refill_time"),
     ("RngConfig", "src iommu id pci_segment pci_device_id"),
+    ("RtcConfig", "iommu id pci_segment pci_device_id"),
     (
         "BalloonConfig",
         "size deflate_on_oom free_page_reporting iommu id pci_segment pci_device_id",

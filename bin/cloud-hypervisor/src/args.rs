@@ -6,7 +6,7 @@ use api::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, DiskConfig,
     FsConfig, GenericVhostUserConfig, JailConfig, LandlockConfig, MemoryConfig, MemoryZoneConfig,
     NetConfig, NumaConfig, PathOrFd, PayloadConfig, PlatformConfig, PmemConfig,
-    RateLimitGroupConfig, ResourceLimitsConfig, RngConfig, SerialConfig, VsockConfig,
+    RateLimitGroupConfig, ResourceLimitsConfig, RngConfig, RtcConfig, SerialConfig, VsockConfig,
 };
 use api::options::{OptionError, parse_bytes};
 use api::{RestoreConfig, VmConfig};
@@ -137,6 +137,9 @@ pub(crate) struct Arguments {
     #[arg(long, requires = "payload", help = with_default(&RngConfig::syntax(), "src=/dev/urandom"))]
     rng: Option<String>,
 
+    #[arg(long, requires = "payload", num_args = 0..=1, default_missing_value = "", help = RtcConfig::syntax())]
+    rtc: Option<String>,
+
     /// Action on a system call that the seccomp filter does not allow
     #[arg(long, value_enum, default_value = "true")]
     pub(crate) seccomp: SeccompArgument,
@@ -250,6 +253,7 @@ impl Arguments {
             pmem: read_all(&self.pmem, PmemConfig::parse)?,
             vsock: read(&self.vsock, VsockConfig::parse)?,
             watchdog: self.watchdog,
+            rtc: read(&self.rtc, RtcConfig::parse)?,
             landlock_enable: self.landlock,
             landlock_rules: read_all(&self.landlock_rules, LandlockConfig::parse)?,
             pvpanic: self.pvpanic,
@@ -376,7 +380,7 @@ mod tests {
             "--api-socket /s --kernel /k --initramfs /i --cmdline console=ttyS0 --cpus boot=2,max=4 \
              --memory size=1G,shared=on --disk path=/a path=/b,readonly=on --disk path=/c --net tap=t0 \
              --balloon size=128M,free_page_reporting=on --serial tty --console off --rng src=/dev/random \
-             --event-monitor path=/e --seccomp log --no-shutdown -vv --watchdog \
+             --event-monitor path=/e --seccomp log --no-shutdown -vv --watchdog --rtc \
              --vsock cid=3,socket=/v --fs tag=a,socket=/a --fs tag=b,socket=/b,num_queues=2 --generic-vhost-user device_type=sound,socket=/g,queue_sizes=[64,32] --landlock --landlock-rules path=/d,access=rw path=/e,access=r \
              --device path=/sys/a path=/sys/b,id=b --pmem file=/m,size=2M,discard_writes=on --pvpanic --debug-console file=/d,iobase=0xe8 \
              --rate-limit-group id=g,bw_size=1000,bw_refill_time=100 id=h,ops_size=1,ops_refill_time=1",
@@ -387,6 +391,7 @@ mod tests {
         assert_eq!(config.cpus.max_vcpus, 4);
         assert_eq!(config.disks.unwrap().len(), 3);
         assert!(config.watchdog && config.landlock_enable);
+        assert_eq!(config.rtc, Some(RtcConfig::default()));
         let rules = config.landlock_rules.unwrap();
         assert_eq!(
             (rules[0].path.to_str(), rules[1].access.as_str()),

@@ -25,6 +25,7 @@ use crate::net::{Backend, Net, NetLimiters, NetParams};
 use crate::pmem::{ALIGN_BYTES, Pmem, PmemParams};
 use crate::reclaim::guarded_ram::{GuardedRam, Kind, PAGE, RamArea};
 use crate::rng::Rng;
+use crate::rtc::Rtc;
 use crate::vhost_user::{
     Endpoint, IdentityState, Profile, VhostUser, VhostUserParams, VhostUserState,
 };
@@ -32,7 +33,7 @@ use crate::vsock::{Vsock, VsockParams};
 use crate::watchdog::Watchdog;
 
 /// The devices that [`make`] creates, by choice.
-pub(super) const NAMES: [&str; 15] = [
+pub(super) const NAMES: [&str; 16] = [
     "block-sync",
     "block",
     "console",
@@ -48,6 +49,7 @@ pub(super) const NAMES: [&str; 15] = [
     "iommu",
     "block-direct",
     "block-qcow2",
+    "rtc",
 ];
 
 const DISK_BYTES: u64 = 1 << 20;
@@ -237,6 +239,7 @@ pub(super) fn make(choice: u8, ram: &TestRam) -> Made {
             let source = File::open("/dev/urandom").expect("always there");
             shared(Rng::new("__rng", source))
         }
+        "rtc" => shared(Rtc::new("__rtc")),
         "vsock" => {
             let socket = in_folder("vsock");
             programs = Some(Programs::new(&socket));

@@ -106,6 +106,7 @@ fn with_devices() -> Value {
         "debug_console": {"mode": "Tty", "iobase": 233},
         "landlock_enable": true,
         "landlock_rules": [{"path": "/l", "access": "rw"}],
+        "rtc": {"pci_device_id": 9},
         "watchdog": true,
         "pvpanic": true,
     })

@@ -55,6 +55,7 @@ pub(super) fn pci_devices(config: &VmConfig) -> impl Iterator<Item = PciDevice<'
         .chain(devices!("vsock", &config.vsock))
         .chain(devices!("balloon", &config.balloon))
         .chain(devices!("rng", [&config.rng]))
+        .chain(devices!("rtc", &config.rtc))
         .chain(devices!(CONSOLE, [&config.console]))
 }
 

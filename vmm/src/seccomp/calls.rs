@@ -397,6 +397,7 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [Call]] {
         MachineThread::Worker(DeviceKind::Rng) => &[TIMERS, calls![SYS_pread64]],
         MachineThread::Worker(DeviceKind::Console) => &[TIMERS],
         MachineThread::Worker(DeviceKind::Watchdog) => &[TIMERS],
+        MachineThread::Worker(DeviceKind::Rtc) => &[TIMERS],
         // Requests and faults need no further call but `ioctl`; an assigned device has no worker.
         MachineThread::Worker(DeviceKind::Iommu | DeviceKind::Assigned) => &[],
         // Connects to the back end, or waits for it on a socket, which it removes when it ends.

@@ -73,6 +73,7 @@ impl Parts {
         let pmems = pmems.collect::<Result<Vec<_>, _>>()?;
         let rng = devices::rng(config)?;
         let watchdog = devices::watchdog(config, &context.signals)?;
+        let rtc = config.rtc.as_ref().map(devices::rtc);
         let nets = config.net.iter_mut().flatten();
         let nets = nets.map(|net| handles.net(net));
         let nets = nets.collect::<Result<Vec<_>, _>>()?;
@@ -139,6 +140,7 @@ impl Parts {
                 .chain(balloon)
                 .chain(mem)
                 .chain(watchdog)
+                .chain(rtc)
                 .map(|made| made.connect(iommu_handle.as_ref()))
                 .chain(iommu)
                 .collect(),

@@ -11,7 +11,7 @@ use std::time::Duration;
 use api::VmConfig;
 use api::config::{
     BalloonConfig, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, ImageType,
-    PmemConfig, VsockConfig,
+    PmemConfig, RtcConfig, VsockConfig,
 };
 use machine::memory::{DEFAULT_ZONE_ID, GuestMemory};
 use machine::pc::{Assignment, Plug};
@@ -29,13 +29,14 @@ use virtio_devices::pmem::{Pmem, PmemHandle, PmemParams};
 use virtio_devices::rate_limit::RateLimiter;
 use virtio_devices::reclaim::DiscardEngine;
 use virtio_devices::rng::Rng;
+use virtio_devices::rtc::Rtc;
 use virtio_devices::vhost_user::{Endpoint, Profile, VhostUser, VhostUserParams};
 use virtio_devices::vsock::{Vsock, VsockParams};
 use virtio_devices::watchdog::{self, Watchdog};
 
 use super::VmError;
 use crate::config::{has_iommu, iommu_address_width_bits};
-use crate::device_ids::{BALLOON_ID, IOMMU_ID, RNG_ID, WATCHDOG_ID};
+use crate::device_ids::{BALLOON_ID, IOMMU_ID, RNG_ID, RTC_ID, WATCHDOG_ID};
 
 /// The place that a device's section asks for.
 macro_rules! place {
@@ -267,6 +268,15 @@ pub(super) fn watchdog(
         Place::default(),
         watchdog,
     )))
+}
+
+/// The clock device.
+pub(super) fn rtc(config: &RtcConfig) -> Made {
+    let id = config.id.as_deref().unwrap_or(RTC_ID);
+    Made {
+        is_behind_iommu: config.iommu,
+        ..Made::new(id, DeviceKind::Rtc, place!(config), Rtc::new(id))
+    }
 }
 
 /// A shared folder. Its back end need not be running yet.

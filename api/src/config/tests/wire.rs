@@ -57,7 +57,7 @@ fn vm_config_known_but_unsupported_sections_are_named() {
         "pmem": [],
         "tpm": {"socket": "/t"},
         "vdpa": null,
-        "rtc": false,
+        "pci_segments": false,
         "vsock": {"cid": 3, "socket": "/s"},
     }))
     .unwrap();

@@ -33,6 +33,7 @@ mod queue;
 mod registers;
 mod report;
 mod reread;
+mod rtc;
 mod virtio;
 mod vsock;
 mod watchdog;
@@ -71,6 +72,7 @@ extern "C" fn guest_main(start_info: u64) -> ! {
             registers::scenario(seed.unwrap_or(DEFAULT_SEED), &mut report);
         }
         Some("reread") => balloon = reread::scenario(&mut report),
+        Some("rtc") => rtc::scenario(&mut report),
         Some("vsock") => vsock::scenario(&mut report),
         Some("watchdog") => watchdog::scenario(&mut report),
         Some("triple-fault") => machine::triple_fault(),
