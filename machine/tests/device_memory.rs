@@ -16,7 +16,7 @@ use machine::boot::PayloadFiles;
 use machine::cpu::guest_phys_bits;
 use machine::memory::GuestMemory;
 use machine::pc::{Pc, PcContext, PcParams, Plug};
-use machine::pci::Place;
+use machine::pci::{Place, SegmentWeights};
 use machine::signals::VmSignals;
 use machine::threads::DeviceKind;
 use virtio_devices::VirtioDevice;
@@ -71,7 +71,7 @@ fn pc(kvm: &Kvm, memory: GuestMemory) -> Pc {
     let params = PcParams {
         cpus: CpusConfig::default(),
         numa: Vec::new(),
-        pci_segments: 1,
+        pci_segments: vec![SegmentWeights::default()],
         wished_slots: Vec::new(),
         iommu_segments: Vec::new(),
     };

@@ -22,7 +22,7 @@ use machine::legacy::{CmosState, GED_GENERATION, GedState, PmTimerState};
 use machine::memory::layout::GENERATION_ID_START;
 use machine::memory::{GuestMemory, MemoryHotplugState, MemoryState};
 use machine::pc::{Pc, PcContext, PcError, PcParams, PcState, Plug};
-use machine::pci::{Bdf, HotplugState, PciBusState, Place};
+use machine::pci::{Bdf, HotplugState, PciBusState, Place, SegmentWeights};
 use machine::serial::{Endpoint, EndpointMode, SerialManager, UartState};
 use machine::signals::VmSignals;
 use machine::threads::DeviceKind;
@@ -88,7 +88,7 @@ impl Rig {
         let params = PcParams {
             cpus: CpusConfig::default(),
             numa: Vec::new(),
-            pci_segments: 2,
+            pci_segments: vec![SegmentWeights::default(); 2],
             wished_slots: vec![Bdf {
                 segment: 0,
                 slot: 3,

@@ -19,6 +19,7 @@ mod net;
 mod numa;
 mod path_or_fd;
 mod payload;
+mod pci_segment;
 mod platform;
 mod pmem;
 mod process;
@@ -55,6 +56,7 @@ pub use net::{DEFAULT_NET_NUM_QUEUES, DEFAULT_NET_QUEUE_SIZE, INVALID_FD, NetCon
 pub use numa::{NumaConfig, NumaDistance};
 pub use path_or_fd::PathOrFd;
 pub use payload::PayloadConfig;
+pub use pci_segment::{DEFAULT_APERTURE_WEIGHT, PciSegmentConfig};
 pub use platform::{DEFAULT_IOMMU_ADDRESS_WIDTH_BITS, DEFAULT_NUM_PCI_SEGMENTS, PlatformConfig};
 pub use pmem::PmemConfig;
 pub use process::{JailConfig, ResourceLimitsConfig};
@@ -127,8 +129,8 @@ pub struct VmConfig {
     pub user_devices: Option<Value>,
     /// vDPA devices. Unsupported.
     pub vdpa: Option<Value>,
-    /// Apertures of PCI segments. Unsupported.
-    pub pci_segments: Option<Value>,
+    /// Shares of PCI segments in the windows of addresses for devices; those that are absent have the weight 1.
+    pub pci_segments: Option<Vec<PciSegmentConfig>>,
     /// The TPM. Unsupported.
     pub tpm: Option<Value>,
     /// The clock device; when absent, the VM has none.
@@ -144,7 +146,6 @@ impl VmConfig {
         let sections = [
             ("user_devices", &self.user_devices),
             ("vdpa", &self.vdpa),
-            ("pci_segments", &self.pci_segments),
             ("tpm", &self.tpm),
         ];
         let sections = sections.into_iter().filter(|(_, value)| match value {

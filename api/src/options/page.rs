@@ -12,8 +12,8 @@ use test_docs::{ALTERNATIVES, FirstVersions, Meanings};
 use crate::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, DiskConfig,
     FsConfig, GenericVhostUserConfig, JailConfig, LandlockConfig, MemoryConfig, MemoryZoneConfig,
-    NetConfig, NumaConfig, PathOrFd, PlatformConfig, PmemConfig, RateLimitGroupConfig,
-    ResourceLimitsConfig, RngConfig, RtcConfig, SerialConfig, VsockConfig,
+    NetConfig, NumaConfig, PathOrFd, PciSegmentConfig, PlatformConfig, PmemConfig,
+    RateLimitGroupConfig, ResourceLimitsConfig, RngConfig, RtcConfig, SerialConfig, VsockConfig,
 };
 use crate::{
     AlertChange, ReportingPolicy, RestoreConfig, VmReceiveMigrationData, VmSendMigrationData,
@@ -73,6 +73,7 @@ fn sections() -> Vec<OptionReference> {
         ConsoleConfig::reference(),
         DebugConsoleConfig::reference(),
         PlatformConfig::reference(),
+        PciSegmentConfig::reference(),
         LandlockConfig::reference(),
         JailConfig::reference(),
         ResourceLimitsConfig::reference(),

@@ -128,5 +128,6 @@ samples![
     ConsoleOutputMode,
     NumaConfig,
     NumaDistance,
+    PciSegmentConfig,
     PlatformConfig,
 ];

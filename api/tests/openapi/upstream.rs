@@ -86,6 +86,10 @@ pub(crate) const FIELDS: &[(&str, &str)] = &[
     ),
     ("NumaDistance", "destination distance"),
     (
+        "PciSegmentConfig",
+        "pci_segment mmio32_aperture_weight mmio64_aperture_weight",
+    ),
+    (
         "PlatformConfig",
         "num_pci_segments iommu_segments iommu_address_width_bits system_serial_number system_uuid oem_strings \
          system_manufacturer system_product_name system_version system_family system_sku_number chassis_asset_tag \
@@ -98,6 +102,7 @@ pub(crate) const REQUIRED: &[(&str, &str)] = &[
     ("CpusConfig", "boot_vcpus max_vcpus"),
     ("MemoryConfig", "size"),
     ("MemoryZoneConfig", "id size"),
+    ("PciSegmentConfig", "pci_segment"),
     ("RateLimitGroupConfig", "id"),
     ("TokenBucket", "size refill_time"),
     ("RngConfig", "src"),

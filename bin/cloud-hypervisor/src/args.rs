@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use api::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, DiskConfig,
     FsConfig, GenericVhostUserConfig, JailConfig, LandlockConfig, MemoryConfig, MemoryZoneConfig,
-    NetConfig, NumaConfig, PathOrFd, PayloadConfig, PlatformConfig, PmemConfig,
+    NetConfig, NumaConfig, PathOrFd, PayloadConfig, PciSegmentConfig, PlatformConfig, PmemConfig,
     RateLimitGroupConfig, ResourceLimitsConfig, RngConfig, RtcConfig, SerialConfig, VsockConfig,
 };
 use api::options::{OptionError, parse_bytes};
@@ -114,6 +114,9 @@ pub(crate) struct Arguments {
 
     #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = NumaConfig::syntax())]
     numa: Vec<String>,
+
+    #[arg(long, value_name = "pci-segment", requires = "payload", num_args = 1.., action = ArgAction::Append, help = PciSegmentConfig::syntax())]
+    pci_segment: Vec<String>,
 
     #[arg(long, requires = "payload", help = PlatformConfig::syntax())]
     platform: Option<String>,
@@ -247,6 +250,7 @@ impl Arguments {
                 .unwrap_or_default(),
             numa: read_all(&self.numa, NumaConfig::parse)?,
             platform: read(&self.platform, PlatformConfig::parse)?,
+            pci_segments: read_all(&self.pci_segment, PciSegmentConfig::parse)?,
             fs: read_all(&self.fs, FsConfig::parse)?,
             generic_vhost_user: read_all(&self.generic_vhost_user, GenericVhostUserConfig::parse)?,
             devices: read_all(&self.device, DeviceConfig::parse)?,
@@ -380,7 +384,7 @@ mod tests {
             "--api-socket /s --kernel /k --initramfs /i --cmdline console=ttyS0 --cpus boot=2,max=4 \
              --memory size=1G,shared=on --disk path=/a path=/b,readonly=on --disk path=/c --net tap=t0 \
              --balloon size=128M,free_page_reporting=on --serial tty --console off --rng src=/dev/random \
-             --event-monitor path=/e --seccomp log --no-shutdown -vv --watchdog --rtc \
+             --event-monitor path=/e --seccomp log --no-shutdown -vv --watchdog --rtc --pci-segment pci_segment=1,mmio64_aperture_weight=3 pci_segment=0 \
              --vsock cid=3,socket=/v --fs tag=a,socket=/a --fs tag=b,socket=/b,num_queues=2 --generic-vhost-user device_type=sound,socket=/g,queue_sizes=[64,32] --landlock --landlock-rules path=/d,access=rw path=/e,access=r \
              --device path=/sys/a path=/sys/b,id=b --pmem file=/m,size=2M,discard_writes=on --pvpanic --debug-console file=/d,iobase=0xe8 \
              --rate-limit-group id=g,bw_size=1000,bw_refill_time=100 id=h,ops_size=1,ops_refill_time=1",
@@ -392,6 +396,11 @@ mod tests {
         assert_eq!(config.disks.unwrap().len(), 3);
         assert!(config.watchdog && config.landlock_enable);
         assert_eq!(config.rtc, Some(RtcConfig::default()));
+        let segments = config.pci_segments.unwrap();
+        assert_eq!((segments.len(), segments[0].pci_segment), (2, 1));
+        let weights =
+            |it: &PciSegmentConfig| (it.mmio32_aperture_weight, it.mmio64_aperture_weight);
+        assert_eq!(weights(&segments[0]), (1, 3));
         let rules = config.landlock_rules.unwrap();
         assert_eq!(
             (rules[0].path.to_str(), rules[1].access.as_str()),

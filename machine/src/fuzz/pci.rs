@@ -30,7 +30,7 @@ use crate::pc::{PVPANIC_ID, PvpanicFunction};
 use crate::pci::fake_doorbells::FakeDoorbells;
 use crate::pci::{
     Bdf, CONFIG_PORT_BASE, CONFIG_PORT_BYTES, ConfigPorts, DoorbellBackend, ECAM_BYTES, Ecam,
-    EjectSink, HOTPLUG_BYTES, HotplugController, PciSegments, Place, SLOT_COUNT,
+    EjectSink, HOTPLUG_BYTES, HotplugController, PciSegments, Place, SLOT_COUNT, SegmentWeights,
 };
 
 /// Maximum number of steps of each vCPU and of the host; further bytes are ignored.
@@ -154,7 +154,8 @@ impl Rig {
         let ports = Bus::new();
         let doorbells = Arc::new(FakeDoorbells::default());
         let backend = Arc::clone(&doorbells) as Arc<dyn DoorbellBackend>;
-        let segments = PciSegments::new(SEGMENTS, &mmio, &MMIO32, &MMIO64, &backend);
+        let weights = [SegmentWeights::default(); SEGMENTS as usize];
+        let segments = PciSegments::new(&weights, &mmio, &MMIO32, &MMIO64, &backend);
         let segments = segments.expect("the windows have room");
         let sink: EjectSink = Arc::new(|| {});
         let hotplug = Arc::new(HotplugController::new(&segments, sink));

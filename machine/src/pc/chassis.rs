@@ -75,7 +75,7 @@ impl Chassis {
         .map_err(PcError::Bus)?;
 
         let pci = PciSegments::new(
-            params.pci_segments,
+            &params.pci_segments,
             &mmio,
             &(MEM_32BIT_DEVICES_START..MEM_32BIT_DEVICES_START + MEM_32BIT_DEVICES_BYTES),
             &map.devices_64bit,

@@ -2,7 +2,7 @@
 
 use api::config::{CpusConfig, NumaConfig};
 
-use crate::pci::Bdf;
+use crate::pci::{Bdf, SegmentWeights};
 
 /// The properties of a machine besides its memory and its devices.
 #[derive(Debug)]
@@ -11,8 +11,8 @@ pub struct PcParams {
     pub cpus: CpusConfig,
     /// NUMA nodes; none if the machine is not divided.
     pub numa: Vec<NumaConfig>,
-    /// The number of PCI segments.
-    pub pci_segments: u16,
+    /// One item for each PCI segment.
+    pub pci_segments: Vec<SegmentWeights>,
     /// PCI slots that devices will request by number.
     pub wished_slots: Vec<Bdf>,
     /// Segments whose devices are all behind the virtual IOMMU.

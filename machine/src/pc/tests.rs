@@ -12,6 +12,7 @@ use crate::bus::BusDevice;
 use std::sync::mpsc::{self, Receiver};
 
 use super::*;
+use crate::pci::SegmentWeights;
 use crate::threads::{DeviceKind, MachineThread};
 
 /// A context, and the threads that start in it.
@@ -29,7 +30,7 @@ fn params() -> PcParams {
     PcParams {
         cpus: CpusConfig::default(),
         numa: Vec::new(),
-        pci_segments: 1,
+        pci_segments: vec![SegmentWeights::default()],
         wished_slots: Vec::new(),
         iommu_segments: Vec::new(),
     }

@@ -317,7 +317,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::fake::{FakeDoorbells, FakeFunction};
-    use super::super::{DoorbellBackend, Place};
+    use super::super::{DoorbellBackend, Place, SegmentWeights};
     use super::*;
     use crate::bus::Bus;
 
@@ -333,7 +333,14 @@ mod tests {
             let mmio = Arc::new(Bus::new());
             let doorbells: Arc<dyn DoorbellBackend> = Arc::new(FakeDoorbells::default());
             let (mmio32, mmio64) = (0xc000_0000..0xe800_0000, 0x1_0000_0000..0x2_0000_0000);
-            let segments = PciSegments::new(2, &mmio, &mmio32, &mmio64, &doorbells).unwrap();
+            let segments = PciSegments::new(
+                &[SegmentWeights::default(); 2],
+                &mmio,
+                &mmio32,
+                &mmio64,
+                &doorbells,
+            )
+            .unwrap();
             let told = Arc::new(AtomicUsize::new(0));
             let counted = Arc::clone(&told);
             let sink: EjectSink = Arc::new(move || {

@@ -37,7 +37,7 @@ pub use config_access::{
 };
 pub use host_bridge::HostBridge;
 pub use hotplug::{EjectSink, HOTPLUG_BYTES, HotplugController, HotplugState, SegmentSlots};
-pub use segments::{PciSegments, SEGMENT_COUNT_MAX};
+pub use segments::{PciSegments, SEGMENT_COUNT_MAX, SegmentWeights};
 pub use state::{PciBusState, RangeState, SegmentState, SlotState};
 pub use windows::{MemoryWindows, WindowRanges};
 

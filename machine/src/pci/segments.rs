@@ -16,6 +16,24 @@ pub const SEGMENT_COUNT_MAX: u16 = 96;
 const GRANULE_32BIT: u64 = 4 << 10;
 const GRANULE_64BIT: u64 = 4 << 30;
 
+/// The share of a segment in each of the two windows, relative to the other segments.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SegmentWeights {
+    /// In the 32-bit window; not 0.
+    pub mmio32: u32,
+    /// In the 64-bit window; not 0.
+    pub mmio64: u32,
+}
+
+impl Default for SegmentWeights {
+    fn default() -> Self {
+        Self {
+            mmio32: 1,
+            mmio64: 1,
+        }
+    }
+}
+
 /// All segments.
 #[derive(Debug)]
 pub struct PciSegments {
@@ -23,20 +41,22 @@ pub struct PciSegments {
 }
 
 impl PciSegments {
-    /// `count` segments, which share the two windows equally. BARs are mapped on `mmio`.
+    /// One segment for each item of `weights`, by which they share the two windows. BARs are mapped on `mmio`.
     ///
     /// # Errors
     /// A window is empty.
     pub fn new(
-        count: u16,
+        weights: &[SegmentWeights],
         mmio: &Arc<Bus>,
         mmio32: &Range<u64>,
         mmio64: &Range<u64>,
         doorbells: &Arc<dyn DoorbellBackend>,
     ) -> Result<Self, PciError> {
-        let windows32 = shares(mmio32, count, GRANULE_32BIT);
-        let windows64 = shares(mmio64, count, GRANULE_64BIT);
-        let buses = (0..count).zip(windows32.zip(windows64));
+        let weights32 = weights.iter().map(|it| it.mmio32);
+        let weights64 = weights.iter().map(|it| it.mmio64);
+        let windows32 = shares(mmio32, weights32, GRANULE_32BIT);
+        let windows64 = shares(mmio64, weights64, GRANULE_64BIT);
+        let buses = (0..).zip(windows32.zip(windows64));
         let buses = buses.map(|(segment, (mmio32, mmio64))| {
             let windows = MemoryWindows::new(mmio32, mmio64)?;
             let bus = PciBus::new(segment, mmio, windows, Arc::clone(doorbells));
@@ -133,23 +153,25 @@ impl PciSegments {
     }
 }
 
-/// `count` parts of `window`, each a multiple of `granule`, or of the largest smaller power of two that leaves none
-/// empty. The last part also gets the remainder.
+/// Parts of `window` in proportion to their weights. Each is its weight times a unit: a multiple of `granule`, or of the
+/// largest smaller power of two that leaves none empty. The last part also gets the remainder.
 fn shares(
     window: &Range<u64>,
-    count: u16,
+    weights: impl ExactSizeIterator<Item = u32> + Clone,
     mut granule: u64,
-) -> impl Iterator<Item = Range<u64>> + use<> {
-    let (start, end) = (window.start, window.end);
-    let equal = (end - start) / u64::from(count.max(1));
-    while granule > equal && granule > 1 {
+) -> impl Iterator<Item = Range<u64>> {
+    let (mut start, end) = (window.start, window.end);
+    let sum: u64 = weights.clone().map(u64::from).sum();
+    let most = (end - start) / sum.max(1);
+    while granule > most && granule > 1 {
         granule /= 2;
     }
-    let bytes = equal - equal % granule;
-    (1..=u64::from(count)).map(move |number| {
-        let share = start + (number - 1) * bytes;
-        let last = number == u64::from(count);
-        share..if last { end } else { share + bytes }
+    let unit = most - most % granule;
+    let last = weights.len().saturating_sub(1);
+    weights.enumerate().map(move |(number, weight)| {
+        let share = start..start + unit * u64::from(weight);
+        start = share.end;
+        share.start..if number == last { end } else { share.end }
     })
 }
 
@@ -161,9 +183,17 @@ mod tests {
     const MMIO32: Range<u64> = 0xc000_0000..0xe800_0000;
     const MMIO64: Range<u64> = 0x1_0000_0000..0x40_0000_0000;
 
-    fn segments(count: u16) -> PciSegments {
+    fn segments(count: usize) -> PciSegments {
         let doorbells: Arc<dyn DoorbellBackend> = Arc::new(FakeDoorbells::default());
-        PciSegments::new(count, &Arc::new(Bus::new()), &MMIO32, &MMIO64, &doorbells).unwrap()
+        let weights = vec![SegmentWeights::default(); count];
+        PciSegments::new(
+            &weights,
+            &Arc::new(Bus::new()),
+            &MMIO32,
+            &MMIO64,
+            &doorbells,
+        )
+        .unwrap()
     }
 
     fn function(id: &str) -> Arc<FakeFunction> {
@@ -172,20 +202,36 @@ mod tests {
 
     #[test]
     fn windows_are_shared_without_a_gap_or_an_overlap() {
-        for count in [1, 2, 3, 63, SEGMENT_COUNT_MAX] {
+        let equal = |count| vec![1; count];
+        for weights in [
+            equal(1),
+            equal(2),
+            equal(3),
+            equal(63),
+            equal(SEGMENT_COUNT_MAX.into()),
+            vec![3, 1, 2],
+            vec![u32::from(u16::MAX); SEGMENT_COUNT_MAX.into()],
+            [vec![1; 95], vec![u16::MAX.into()]].concat(),
+        ] {
             for (window, granule) in [(&MMIO32, GRANULE_32BIT), (&MMIO64, GRANULE_64BIT)] {
-                let parts: Vec<_> = shares(window, count, granule).collect();
-                assert_eq!(parts.len(), usize::from(count));
+                let parts: Vec<_> = shares(window, weights.iter().copied(), granule).collect();
+                assert_eq!(parts.len(), weights.len());
                 assert_eq!(parts[0].start, window.start);
                 assert_eq!(parts.last().unwrap().end, window.end);
                 assert!(parts.windows(2).all(|pair| pair[0].end == pair[1].start));
                 assert!(parts.iter().all(|part| !part.is_empty()));
             }
         }
-        let halves: Vec<_> = shares(&MMIO64, 2, GRANULE_64BIT).collect();
-        assert_eq!(halves[0], 0x1_0000_0000..0x20_0000_0000);
+        let of = |window, weights: &[u32]| -> Vec<_> {
+            shares(window, weights.iter().copied(), GRANULE_64BIT).collect()
+        };
+        assert_eq!(of(&MMIO64, &[1, 1])[0], 0x1_0000_0000..0x20_0000_0000);
+        // 63 granules of 4 GiB: 15 for each unit of weight.
+        let parts = of(&MMIO64, &[1, 3]);
+        assert_eq!(parts[0], 0x1_0000_0000..0x10_0000_0000);
+        assert_eq!(parts[1], 0x10_0000_0000..0x40_0000_0000);
         // The window has less than 4 GiB for each of 96 segments.
-        let narrow: Vec<_> = shares(&(0..1 << 30), 96, GRANULE_64BIT).collect();
+        let narrow = of(&(0..1 << 30), &[1; 96]);
         assert_eq!(narrow[1], 8 << 20..16 << 20);
     }
 

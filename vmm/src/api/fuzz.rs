@@ -85,6 +85,7 @@ fn with_devices() -> Value {
             "size": 1 << 30, "shared": true, "hotplug_method": "VirtioMem", "hotplug_size": 1 << 30, "hotplugged_size": 2 << 20,
         },
         "platform": {"num_pci_segments": 2, "system_uuid": "00112233-4455-6677-8899-aabbccddeeff", "oem_strings": ["a"]},
+        "pci_segments": [{"pci_segment": 1, "mmio32_aperture_weight": 2, "mmio64_aperture_weight": 3}],
         "rate_limit_groups": [{"id": "g", "rate_limiter_config": limit}],
         "disks": [
             {"path": "/d", "id": "d", "num_queues": 2, "rate_limiter_config": limit,

@@ -139,6 +139,14 @@ pub enum ValidationError {
         /// The maximum.
         max: u16,
     },
+    /// A share of a PCI segment in the windows of addresses that it cannot have.
+    #[error("--pci-segment {segment}: {fault}")]
+    PciSegment {
+        /// The segment.
+        segment: u16,
+        /// What is wrong.
+        fault: SegmentFault,
+    },
     /// Rules that would have no effect.
     #[error("landlock_rules are given without landlock_enable")]
     LandlockRulesWithoutLandlock,
@@ -609,4 +617,28 @@ pub enum DeviceFault {
     /// A mode that needs a path.
     #[error("This console mode needs a path")]
     ConsolePathMissing,
+}
+
+/// Reasons why a PCI segment cannot have its share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum SegmentFault {
+    /// There is no such segment.
+    #[error("it must be below num_pci_segments ({count})")]
+    Missing {
+        /// The number of segments.
+        count: u16,
+    },
+    /// Two shares.
+    #[error("it is given twice")]
+    Twice,
+    /// None, or too much.
+    #[error("{key} must be between 1 and {max}; got {weight}")]
+    Weight {
+        /// The key.
+        key: &'static str,
+        /// Its value.
+        weight: u32,
+        /// The maximum.
+        max: u32,
+    },
 }

@@ -27,7 +27,7 @@ pub use device_list::{NewDevice, balloon_id, take_id, with_device, without_devic
 pub use error::{CpusFault, DeviceFault, MemoryFault, NumaFault, ValidationError};
 pub use ids::DeviceNumbers;
 pub use iommu::iommu_address_width_bits;
-pub use pci_devices::{has_iommu, iommu_segments, pci_segments, wished_slots};
+pub use pci_devices::{has_iommu, iommu_segments, segment_weights, wished_slots};
 pub use rate_limits::{RateLimiterError, rate_limits, validate_rate_limits, with_rate_limit};
 
 /// Checks every section. The most important errors come first.

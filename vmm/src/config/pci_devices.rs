@@ -4,9 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use api::VmConfig;
 use api::config::{ConsoleOutputMode, DEFAULT_NUM_PCI_SEGMENTS, HotplugMethod};
-use machine::pci::{Bdf, SEGMENT_COUNT_MAX, SLOT_COUNT};
+use machine::pci::{Bdf, SEGMENT_COUNT_MAX, SLOT_COUNT, SegmentWeights};
 
-use super::error::{DeviceFault, ValidationError};
+use super::error::{DeviceFault, SegmentFault, ValidationError};
+
+/// Maximum weight of a segment. The smallest share of the 32-bit window is then about 100 bytes.
+const WEIGHT_MAX: u32 = u16::MAX as u32;
 
 /// Name and slot of one device.
 pub(super) struct PciDevice<'a> {
@@ -60,9 +63,49 @@ pub(super) fn pci_devices(config: &VmConfig) -> impl Iterator<Item = PciDevice<'
 }
 
 /// The number of PCI segments.
-pub fn pci_segments(config: &VmConfig) -> u16 {
+pub(super) fn pci_segments(config: &VmConfig) -> u16 {
     let platform = config.platform.as_ref();
     platform.map_or(DEFAULT_NUM_PCI_SEGMENTS, |it| it.num_pci_segments)
+}
+
+/// The share of each PCI segment in the windows of addresses for devices.
+pub fn segment_weights(config: &VmConfig) -> Vec<SegmentWeights> {
+    let mut weights = vec![SegmentWeights::default(); pci_segments(config).into()];
+    for segment in config.pci_segments.iter().flatten() {
+        if let Some(weights) = weights.get_mut(usize::from(segment.pci_segment)) {
+            weights.mmio32 = segment.mmio32_aperture_weight;
+            weights.mmio64 = segment.mmio64_aperture_weight;
+        }
+    }
+    weights
+}
+
+/// Every segment with weights exists, and is named once.
+fn check_weights(config: &VmConfig, count: u16) -> Result<(), ValidationError> {
+    let mut seen = BTreeSet::new();
+    for it in config.pci_segments.iter().flatten() {
+        let segment = it.pci_segment;
+        let fault = |fault| Err(ValidationError::PciSegment { segment, fault });
+        if segment >= count {
+            return fault(SegmentFault::Missing { count });
+        }
+        if !seen.insert(segment) {
+            return fault(SegmentFault::Twice);
+        }
+        for (key, weight) in [
+            ("mmio32_aperture_weight", it.mmio32_aperture_weight),
+            ("mmio64_aperture_weight", it.mmio64_aperture_weight),
+        ] {
+            if !(1..=WEIGHT_MAX).contains(&weight) {
+                return fault(SegmentFault::Weight {
+                    key,
+                    weight,
+                    max: WEIGHT_MAX,
+                });
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Whether the machine has an IOMMU: a device or a segment is behind it, or it is requested separately.
@@ -95,6 +138,7 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
             max: SEGMENT_COUNT_MAX,
         });
     }
+    check_weights(config, count)?;
     if let Some(device) = pci_devices(config).find(|it| it.segment >= count) {
         return Err(ValidationError::Device {
             device: device.id.clone().unwrap_or(device.section.to_owned()),

@@ -523,6 +523,48 @@ fn at(segment: u16, slot: u8) -> Bdf {
 }
 
 #[test]
+fn validate_shares_of_segments_in_the_windows() {
+    let shares = |shares: Value| {
+        let mut config = with("platform", json!({"num_pci_segments": 3}));
+        config.pci_segments = serde_json::from_value(shares).unwrap();
+        config
+    };
+    let share = |segment: u16, weight32: u32, weight64: u32| {
+        json!({
+            "pci_segment": segment,
+            "mmio32_aperture_weight": weight32,
+            "mmio64_aperture_weight": weight64,
+        })
+    };
+    let valid = shares(json!([share(2, 3, 65535), {"pci_segment": 0}]));
+    validate(&valid).unwrap();
+    let weights = segment_weights(&valid);
+    let weights: Vec<_> = weights.iter().map(|it| (it.mmio32, it.mmio64)).collect();
+    assert_eq!(weights, [(1, 1), (1, 1), (3, 65535)]);
+    for (wrong, reason) in [
+        (
+            json!([share(3, 1, 1)]),
+            "--pci-segment 3: it must be below num_pci_segments (3)",
+        ),
+        (
+            json!([share(1, 1, 1), share(1, 2, 2)]),
+            "--pci-segment 1: it is given twice",
+        ),
+        (
+            json!([share(0, 0, 1)]),
+            "mmio32_aperture_weight must be between 1 and 65535; got 0",
+        ),
+        (
+            json!([share(0, 1, 65536)]),
+            "mmio64_aperture_weight must be between 1 and 65535; got 65536",
+        ),
+    ] {
+        let error = validate(&shares(wrong)).unwrap_err().to_string();
+        assert!(error.contains(reason), "{error}");
+    }
+}
+
+#[test]
 fn validate_devices_are_on_segments_that_exist() {
     let segments = |count: u16, devices: Value| {
         let mut config = with("platform", json!({"num_pci_segments": count}));

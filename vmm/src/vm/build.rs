@@ -32,7 +32,7 @@ use super::devices::{self, Made};
 use super::handles::Handles;
 use super::observer::{Observed, OwnObserver};
 use super::{Vm, VmError, consoles, pin};
-use crate::config::{iommu_segments, pci_segments, wished_slots};
+use crate::config::{iommu_segments, segment_weights, wished_slots};
 use crate::device_ids::{DEBUG_CONSOLE_ID, SERIAL_ID};
 use crate::snapshot::Snapshot;
 
@@ -284,7 +284,7 @@ fn new_pc(
     let params = PcParams {
         cpus: config.cpus.clone(),
         numa: config.numa.clone().unwrap_or_default(),
-        pci_segments: pci_segments(config),
+        pci_segments: segment_weights(config),
         wished_slots: wished_slots(config).collect(),
         iommu_segments: iommu_segments(config).to_vec(),
     };

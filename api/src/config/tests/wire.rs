@@ -57,7 +57,7 @@ fn vm_config_known_but_unsupported_sections_are_named() {
         "pmem": [],
         "tpm": {"socket": "/t"},
         "vdpa": null,
-        "pci_segments": false,
+        "pci_segments": [],
         "vsock": {"cid": 3, "socket": "/s"},
     }))
     .unwrap();

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use super::super::fake::{BAR_BYTES, DOORBELL_OFFSET, FakeDoorbells, FakeFunction};
 use super::super::{
     CONFIG_PORT_BASE, CONFIG_PORT_BYTES, ConfigPorts, ECAM_BYTES, Ecam, PciBusState, PciSegments,
+    SegmentWeights,
 };
 use super::*;
 
@@ -32,7 +33,14 @@ impl Guest {
         let doorbells = Arc::new(FakeDoorbells::default());
         let (mmio32, mmio64) = (0xc000_0000..0xe800_0000, MMIO64_BASE..MMIO64_END);
         let backend = doorbells.clone() as Arc<dyn DoorbellBackend>;
-        let segments = PciSegments::new(1, &mmio, &mmio32, &mmio64, &backend).unwrap();
+        let segments = PciSegments::new(
+            &[SegmentWeights::default()],
+            &mmio,
+            &mmio32,
+            &mmio64,
+            &backend,
+        )
+        .unwrap();
         let pci = Arc::clone(&segments.buses()[0]);
         mmio.insert(ECAM_BASE, ECAM_BYTES, Arc::new(Ecam::new(&pci)))
             .unwrap();
