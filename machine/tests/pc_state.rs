@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use api::config::{CpusConfig, HotplugMethod, MemoryConfig, PayloadConfig};
 use hypervisor::{ClockState, Kvm, VcpuState};
 use machine::boot::PayloadFiles;
-use machine::cpu::{CpuHotplugState, VcpusState, guest_phys_bits};
+use machine::cpu::{CpuHotplugState, HostCpu, VcpusState, guest_phys_bits};
 use machine::interrupt::IoapicState;
 use machine::legacy::{CmosState, GED_GENERATION, GedState, PmTimerState};
 use machine::memory::layout::GENERATION_ID_START;
@@ -486,7 +486,8 @@ fn vcpus_that_this_host_cannot_continue_are_refused_with_what_it_lacks() {
     pc.pause().unwrap();
     let state = pc.state().unwrap();
     let cpus = CpusConfig::default();
-    state.check_host(&rig.kvm, &cpus).unwrap();
+    let host = HostCpu::probe(&rig.kvm, &cpus).unwrap();
+    state.check_host(&host).unwrap();
 
     let mut vcpus: VcpusState = state.vcpus.read().unwrap();
     let mut vcpu: VcpuState = vcpus.vcpus[0].state.read().unwrap();
@@ -503,7 +504,7 @@ fn vcpus_that_this_host_cannot_continue_are_refused_with_what_it_lacks() {
         vcpus: Saved::of(&vcpus),
         ..state
     };
-    let told = other.check_host(&rig.kvm, &cpus).unwrap_err().to_string();
+    let told = other.check_host(&host).unwrap_err().to_string();
     for expected in ["CPUID 0x0.0 ebx", "CPUID 0x1.0 edx: bits 0x400 are missing"] {
         assert!(told.contains(expected), "{told}");
     }

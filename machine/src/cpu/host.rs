@@ -10,7 +10,7 @@ use hypervisor::{Kvm, VcpuState};
 
 use super::cpuid::{CpuidOptions, GuestCpuid, msr_indices, supported_cpuid};
 use super::state::VcpusState;
-use super::{CpuError, Topology, Vcpus};
+use super::{CpuError, Topology};
 
 const PART: Part = parts::VCPUS;
 
@@ -89,7 +89,7 @@ const WITHOUT_TILES: &[(u32, u32, Register, u32)] = &[(7, 1, Eax, 1 << 21), (7, 
 
 /// The features that this host provides to the vCPUs of one configuration.
 #[derive(Debug, Clone)]
-struct HostCpu {
+pub struct HostCpu {
     cpuid: Vec<kvm_cpuid_entry2>,
     /// Whether the configuration gives AMX to the guest.
     has_amx: bool,
@@ -99,21 +99,24 @@ struct HostCpu {
     scales_tsc: bool,
 }
 
-impl Vcpus {
-    /// Checks whether this host can continue the vCPUs of `state`, which have the configuration `config`. Everything it
-    /// creates is temporary.
+impl HostCpu {
+    /// Finds out what this host provides to vCPUs of the configuration `config`. Everything it creates is temporary, but
+    /// takes KVM some milliseconds.
     ///
     /// # Errors
-    /// The list of differences, or KVM fails.
-    pub fn check_host(
-        kvm: &Kvm,
-        config: &CpusConfig,
-        state: &VcpusState,
-    ) -> Result<(), StateError> {
-        let host = HostCpu::probe(kvm, config).map_err(|error| StateError::host(PART, error))?;
+    /// KVM fails.
+    pub fn probe(kvm: &Kvm, config: &CpusConfig) -> Result<Self, StateError> {
+        Self::try_probe(kvm, config).map_err(|error| StateError::host(PART, error))
+    }
+
+    /// Checks whether this host can continue the vCPUs of `state`.
+    ///
+    /// # Errors
+    /// The list of differences.
+    pub(crate) fn check(&self, state: &VcpusState) -> Result<(), StateError> {
         let mut all = Vec::new();
         for saved in &state.vcpus {
-            for difference in host.differences(&saved.state.read::<VcpuState>()?) {
+            for difference in self.differences(&saved.state.read::<VcpuState>()?) {
                 if !all.contains(&difference) {
                     all.push(difference);
                 }
@@ -130,10 +133,8 @@ impl Vcpus {
         let reason = format!("cannot run on the processor of this host: {listed}");
         Err(StateError::invalid(PART, "vcpus", reason))
     }
-}
 
-impl HostCpu {
-    fn probe(kvm: &Kvm, config: &CpusConfig) -> Result<Self, CpuError> {
+    fn try_probe(kvm: &Kvm, config: &CpusConfig) -> Result<Self, CpuError> {
         let supported = supported_cpuid(kvm, config)?;
         // The frequency, and KVM's changes to a CPUID, are visible only on a vCPU.
         let vm = kvm.create_vm().map_err(CpuError::Prepare)?;

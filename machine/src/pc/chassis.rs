@@ -20,7 +20,7 @@ use crate::memory::layout::{
 use crate::memory::{GuestMemory, MEMORY_HOTPLUG_BYTES, MemoryHotplug};
 use crate::pci::{
     CONFIG_PORT_BASE, CONFIG_PORT_BYTES, ConfigPorts, DoorbellBackend, ECAM_BYTES, Ecam, EjectSink,
-    HOTPLUG_BYTES, HotplugController, PciSegments,
+    HOTPLUG_BYTES, HotplugController, LateDoorbells, PciSegments,
 };
 use crate::signals::VmSignals;
 
@@ -38,6 +38,7 @@ pub(super) struct Chassis {
     pub(super) mmio: Arc<Bus>,
     pub(super) router: Arc<GsiRouter>,
     pub(super) ioapic: Arc<Ioapic>,
+    pub(super) doorbells: Arc<LateDoorbells>,
     pub(super) pci: PciSegments,
     pub(super) config_ports: Arc<ConfigPorts>,
     pub(super) cmos: Arc<Cmos>,
@@ -74,12 +75,15 @@ impl Chassis {
         )
         .map_err(PcError::Bus)?;
 
+        let doorbells = Arc::new(LateDoorbells::new(
+            Arc::clone(kvm) as Arc<dyn DoorbellBackend>
+        ));
         let pci = PciSegments::new(
             &params.pci_segments,
             &mmio,
             &(MEM_32BIT_DEVICES_START..MEM_32BIT_DEVICES_START + MEM_32BIT_DEVICES_BYTES),
             &map.devices_64bit,
-            &(Arc::clone(kvm) as Arc<dyn DoorbellBackend>),
+            &(Arc::clone(&doorbells) as Arc<dyn DoorbellBackend>),
         )
         .map_err(PcError::Pci)?;
         for (segment, bus) in (0_u16..).zip(pci.buses()) {
@@ -142,6 +146,7 @@ impl Chassis {
             ports,
             mmio,
             router,
+            doorbells,
             ioapic,
             pci,
             ged,

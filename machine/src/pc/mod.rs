@@ -345,6 +345,12 @@ impl Pc {
         self.vcpus.resume();
     }
 
+    /// Registers with KVM the doorbells that a restored machine does not need in order to run. To be called after
+    /// [`Pc::resume`].
+    pub fn register_doorbells(&self) {
+        self.chassis.doorbells.register_collected();
+    }
+
     /// Stops the vCPUs, and begins to stop the devices, for which the drop waits.
     ///
     /// # Errors

@@ -10,14 +10,12 @@
 use std::collections::BTreeMap;
 
 use ::state::{Fields, Part, Saved, State, StateError, parts, require};
-use api::config::CpusConfig;
-use hypervisor::Kvm;
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddressSpace;
 
 use super::{PVPANIC_ID, Pc, PcError, Plug, Plugged};
 use crate::acpi;
-use crate::cpu::{Vcpus, VcpusState};
+use crate::cpu::{HostCpu, VcpusState};
 use crate::legacy::{CmosState, GedState, PmTimerState};
 use crate::pci::{Bdf, PciBusState, SlotState};
 
@@ -77,9 +75,9 @@ impl PcState {
     /// and the vCPUs themselves are restored last.
     ///
     /// # Errors
-    /// The list of what this host lacks, or KVM fails.
-    pub fn check_host(&self, kvm: &Kvm, cpus: &CpusConfig) -> Result<(), StateError> {
-        Vcpus::check_host(kvm, cpus, &self.vcpus.read()?)
+    /// The list of what this host lacks.
+    pub fn check_host(&self, host: &HostCpu) -> Result<(), StateError> {
+        host.check(&self.vcpus.read()?)
     }
 
     /// The saved slot of the function `id`, and its segment.
@@ -161,6 +159,7 @@ impl Pc {
         let saved = saved.and_then(|saved| Ok((saved, state.slot(&id)?)));
         let (saved, (segment, slot)) = saved.map_err(PcError::State)?;
         self.chassis.router.collect();
+        self.chassis.doorbells.collect();
         // Before the rings of the device are looked at.
         plug.place_endpoint(Bdf {
             segment,

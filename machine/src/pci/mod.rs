@@ -17,6 +17,7 @@ mod bus;
 mod config_access;
 mod host_bridge;
 mod hotplug;
+mod late_doorbells;
 mod segments;
 mod state;
 mod windows;
@@ -37,6 +38,7 @@ pub use config_access::{
 };
 pub use host_bridge::HostBridge;
 pub use hotplug::{EjectSink, HOTPLUG_BYTES, HotplugController, HotplugState, SegmentSlots};
+pub use late_doorbells::LateDoorbells;
 pub use segments::{PciSegments, SEGMENT_COUNT_MAX, SegmentWeights};
 pub use state::{PciBusState, RangeState, SegmentState, SlotState};
 pub use windows::{MemoryWindows, WindowRanges};

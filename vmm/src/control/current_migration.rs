@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use api::VmConfig;
+use machine::cpu::HostCpu;
 use machine::pc::Pc;
 
 use super::error::Done;
@@ -35,6 +36,8 @@ pub(super) struct Prepared {
     pub(super) config: VmConfig,
     /// Without devices; none without KVM.
     pub(super) pc: Option<Pc>,
+    /// What this host provides to its vCPUs; none without KVM.
+    pub(super) host: Option<HostCpu>,
 }
 
 impl Migration {

@@ -389,7 +389,17 @@ impl Lifecycle {
         self.on_machine(|machine| machine.resume())?;
         self.paused = false;
         self.emit(EventKind::Resumed);
+        if self.migration.is_none() {
+            self.complete_machine();
+        }
         Ok(())
+    }
+
+    /// Does what a restored machine has left for the time after the resume.
+    pub(super) fn complete_machine(&self) {
+        if let Some(machine) = &self.machine {
+            machine.complete();
+        }
     }
 
     /// Takes the locks of all disks again, if they were released.

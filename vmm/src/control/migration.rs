@@ -355,7 +355,8 @@ impl Lifecycle {
         movable(&config).map_err(LifecycleError::Migration)?;
         let pc = state.pc.read();
         let pc = pc.map_err(|error| LifecycleError::Snapshot(SnapshotError::State(error)))?;
-        vm::check_host(&pc, &config).map_err(LifecycleError::Machine)?;
+        let host = vm::probe_host(&config).map_err(LifecycleError::Machine)?;
+        vm::check_host(&pc, host.as_ref()).map_err(LifecycleError::Machine)?;
         self.confinement
             .admit(&config)
             .map_err(LifecycleError::Landlock)?;
@@ -363,7 +364,7 @@ impl Lifecycle {
         let mut memory = memory.map_err(LifecycleError::Snapshot)?;
         let pc = vm::prepare(&config, &self.context, &mut memory);
         let pc = pc.map_err(LifecycleError::Machine)?;
-        *self.received()? = Some(Box::new(Prepared { config, pc }));
+        *self.received()? = Some(Box::new(Prepared { config, pc, host }));
         Ok(memory)
     }
 
@@ -373,9 +374,9 @@ impl Lifecycle {
         memory: GuestMemory,
     ) -> Result<(), LifecycleError> {
         let prepared = self.received()?.take();
-        let Prepared { config, pc } = *prepared.ok_or(LifecycleError::VmMissingConfig)?;
+        let Prepared { config, pc, host } = *prepared.ok_or(LifecycleError::VmMissingConfig)?;
         let pc = Mutex::new(pc);
-        let snapshot = Snapshot::received(config, state, Received { memory, pc });
+        let snapshot = Snapshot::received(config, state, Received { memory, pc, host });
         let snapshot = snapshot.map_err(LifecycleError::Snapshot)?;
         let config = snapshot.config.clone();
         self.create_restored(&snapshot, config)
@@ -405,6 +406,8 @@ impl Lifecycle {
                 self.emit(EventKind::MigrationReceiveFinished);
                 Ok(())
             }
+                // Only now: the source waits for the answer to its commit until the resume has returned.
+                self.complete_machine();
             Err(error) => {
                 if let Err(error) = self.forget_machine() {
                     log::error!("{}", api::error_line(&error));

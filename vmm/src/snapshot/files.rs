@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use api::VmConfig;
+use machine::cpu::HostCpu;
 use machine::memory::on_demand::{Faults, OnDemand, OnDemandError};
 use machine::memory::{
     ContentFiles, DEFAULT_ZONE_ID, GuestMemory, RestoreError, SavedZone, WrittenPages,
@@ -303,6 +304,14 @@ impl Snapshot {
     pub fn take_pc(&self) -> Option<Pc> {
         match &self.filling {
             Filling::Done(received) => received.pc.lock().unpoisoned().take(),
+            _ => None,
+        }
+    }
+
+    /// What this host provides to its vCPUs, if that is known already.
+    pub fn host(&self) -> Option<&HostCpu> {
+        match &self.filling {
+            Filling::Done(received) => received.host.as_ref(),
             _ => None,
         }
     }

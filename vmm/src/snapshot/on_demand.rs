@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use api::RestoreConfig;
 use api::config::MemoryRestoreMode;
+use machine::cpu::HostCpu;
 use machine::memory::GuestMemory;
 use machine::memory::on_demand::{Faults, FillError, FillOwner, FillReport};
 use machine::pc::Pc;
@@ -41,6 +42,8 @@ pub struct Received {
     pub memory: GuestMemory,
     /// The machine without devices, until it gets them; none without KVM.
     pub pc: Mutex<Option<Pc>>,
+    /// What this host provides to its vCPUs; none without KVM.
+    pub host: Option<HostCpu>,
 }
 
 impl Filling {

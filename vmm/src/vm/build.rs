@@ -15,12 +15,13 @@ use std::sync::Arc;
 use api::VmConfig;
 use hypervisor::Kvm;
 use machine::boot::{Payload, PayloadFiles};
-use machine::cpu::{CpuError, Vcpus, guest_phys_bits};
+use machine::cpu::{CpuError, HostCpu, Vcpus, guest_phys_bits};
 use machine::memory::GuestMemory;
 use machine::memory::on_demand::OnDemand;
 use machine::pc::{Assignment, Pc, PcError, PcParams, PcState};
 use machine::serial::Endpoint;
 use machine::threads::DeviceKind;
+use state::StateError;
 use virtio_devices::balloon::BalloonHandle;
 use virtio_devices::iommu::IommuHandle;
 use virtio_devices::mem::MemHandle;
@@ -94,7 +95,11 @@ impl Parts {
 
         let (memory, on_demand) = match snapshot {
             Some(snapshot) => {
-                check_host(&snapshot.pc, config)?;
+                let probed = match snapshot.host() {
+                    Some(_) => None,
+                    None => probe_host(config)?,
+                };
+                check_host(&snapshot.pc, snapshot.host().or(probed.as_ref()))?;
                 let memory = snapshot.memory(config, &context.of_restore());
                 memory.map_err(VmError::Snapshot)?
             }
@@ -291,17 +296,26 @@ fn new_pc(
     Pc::new(kvm, memory, params, context.of_machine()).map_err(VmError::Pc)
 }
 
-/// Checks whether the processor of this host can continue the machine. Without KVM, no machine is created either, and the
+/// What the processor of this host provides to the vCPUs of a machine. Without KVM, no machine is created either, and the
 /// errors about paths come first.
 ///
 /// # Errors
-/// The list of what this host lacks.
-pub fn check_host(pc: &PcState, config: &VmConfig) -> Result<(), VmError> {
+/// KVM fails.
+pub fn probe_host(config: &VmConfig) -> Result<Option<HostCpu>, VmError> {
     let Ok(kvm) = open_kvm() else {
-        return Ok(());
+        return Ok(None);
     };
-    let fits = pc.check_host(&kvm, &config.cpus);
-    fits.map_err(|error| VmError::Pc(PcError::State(error)))
+    HostCpu::probe(&kvm, &config.cpus)
+        .map(Some)
+        .map_err(in_state)
+}
+
+/// Checks whether that is enough to continue the machine.
+///
+/// # Errors
+/// The list of what this host lacks.
+pub fn check_host(pc: &PcState, host: Option<&HostCpu>) -> Result<(), VmError> {
+    host.map_or(Ok(()), |host| pc.check_host(host).map_err(in_state))
 }
 
 fn open_kvm() -> Result<Kvm, VmError> {
@@ -310,6 +324,10 @@ fn open_kvm() -> Result<Kvm, VmError> {
 
 fn in_cpus(source: CpuError) -> VmError {
     VmError::Pc(PcError::Cpu(source))
+}
+
+fn in_state(source: StateError) -> VmError {
+    VmError::Pc(PcError::State(source))
 }
 
 fn in_payload(source: machine::boot::BootError) -> VmError {

@@ -35,7 +35,7 @@ use virtio_devices::iommu::IommuHandle;
 use virtio_devices::mem::MemHandle;
 use virtio_devices::reclaim::InhibitGuard;
 
-pub use build::{check_host, prepare};
+pub use build::{check_host, prepare, probe_host};
 pub use context::{Consoles, VmContext};
 pub use error::{HotplugError, VmError};
 use handles::Handles;
@@ -67,6 +67,9 @@ pub trait Machine {
     /// # Errors
     /// A vCPU could not be resumed.
     fn resume(&mut self) -> Result<(), VmError>;
+
+    /// Completes a restored machine, which runs already, with what only makes it faster.
+    fn complete(&self) {}
 
     /// Stops everything and releases all resources.
     ///
@@ -311,6 +314,10 @@ impl Machine for Vm {
     fn resume(&mut self) -> Result<(), VmError> {
         self.pc.resume();
         Ok(())
+    }
+
+    fn complete(&self) {
+        self.pc.register_doorbells();
     }
 
     fn shutdown(mut self: Box<Self>) -> Result<(), VmError> {
