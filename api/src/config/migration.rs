@@ -7,6 +7,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use crate::options::parse_bytes;
+
 /// The migration to send.
 #[section(option = "send-migration", about = "Migration to send")]
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,6 +32,10 @@ pub struct VmSendMigrationData {
     /// Number of connections over which memory is sent, 1 to 128.
     #[key(default = 1)]
     pub connections: u32,
+    /// Maximum amount of memory sent per second while the VM runs, bytes. At least 1 MiB per connection. The last
+    /// pass, for which the VM is paused, has no limit.
+    #[key("<size>", read = parse_bytes)]
+    pub bytes_per_second_max: Option<u64>,
     /// Hand over the memory files of RAM with `shared=on` or `hugepages=on` instead of copying it. Needs a UNIX socket.
     #[key]
     pub local: bool,
@@ -100,6 +106,9 @@ mod tests {
         assert_eq!(wire["timeout_s"], 3600);
         assert_eq!(wire["timeout_strategy"], "Ignore");
         assert_eq!(wire["memory_mode"], "Precopy");
+        let text = "destination_url=unix:/s,bytes_per_second_max=100M";
+        let limited = VmSendMigrationData::parse(text).unwrap();
+        assert_eq!(limited.bytes_per_second_max, Some(100 << 20));
         let body = json!({"destination_url": "unix:/s"});
         let least: VmSendMigrationData = serde_json::from_value(body).unwrap();
         assert_eq!((least.downtime_ms, least.connections), (300, 1));

@@ -296,6 +296,10 @@ pub(crate) struct DrainOptions {
     #[arg(long, value_name = "N", default_value_t = 1, requires = "execute",
           value_parser = clap::value_parser!(u32).range(1..=16))]
     pub(crate) parallel: u32,
+
+    /// Maximum bytes per second of all moves together, such as 400M [default: unlimited]
+    #[arg(long, value_name = "SIZE", requires = "execute", value_parser = parse_bytes)]
+    pub(crate) bandwidth: Option<u64>,
 }
 
 #[derive(Debug, Args)]

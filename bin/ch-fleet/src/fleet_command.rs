@@ -177,8 +177,13 @@ impl Fleet {
         if !options.execute {
             return Ok(ExitCode::SUCCESS);
         }
+        let share = u64::from(options.parallel) << 20;
+        if options.bandwidth.is_some_and(|all| all < share) {
+            bail!("--bandwidth must be at least 1 MiB per second for each of the --parallel moves");
+        }
         let order = MoveOrder {
             parallel: options.parallel,
+            bytes_per_second_max: options.bandwidth.map(Bytes),
             by: who(),
         };
         moves.order(&order, self.until)?;

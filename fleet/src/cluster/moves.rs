@@ -115,6 +115,9 @@ pub struct MoveRecord {
     /// Bytes sent so far.
     #[serde(default)]
     pub sent: Bytes,
+    /// Maximum number of bytes to send per second.
+    #[serde(default)]
+    pub bytes_per_second_max: Option<Bytes>,
 }
 
 impl MoveRecord {
@@ -143,8 +146,20 @@ impl MoveRecord {
 pub struct MoveOrder {
     /// Maximum number of moves at a time.
     pub parallel: u32,
+    /// Maximum number of bytes that all its moves together send per second.
+    #[serde(default)]
+    pub bytes_per_second_max: Option<Bytes>,
     /// The user who gave it, for display.
     pub by: String,
+}
+
+impl MoveOrder {
+    /// The limit of one of its moves.
+    #[must_use]
+    pub fn share(&self) -> Option<Bytes> {
+        let share = |all: Bytes| Bytes(all.0 / u64::from(self.parallel.max(1)));
+        self.bytes_per_second_max.map(share)
+    }
 }
 
 /// A move in the store.

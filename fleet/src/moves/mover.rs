@@ -18,7 +18,7 @@ use crate::state_file::boot_id;
 use crate::store::{Revision, Store, StoreError};
 
 use super::step::{Here, SendOrder, SourceSight, Step, TargetSight, There};
-use super::vmms::{Seen, Sent, Vmms};
+use super::vmms::{Seen, SendRequest, Sent, Vmms};
 
 /// Minimum time between two writes of the progress.
 const PROGRESS_MS: u64 = 1000;
@@ -391,7 +391,10 @@ impl<'a> Mover<'a> {
         let Some(vm) = left.first() else {
             return Ok(());
         };
-        let record = self.planned(vm, vmms)?;
+        let record = MoveRecord {
+            bytes_per_second_max: order.share(),
+            ..self.planned(vm, vmms)?
+        };
         self.memos.remove(&key(&record));
         self.write(&record, Revision(0))
     }
@@ -413,6 +416,7 @@ impl<'a> Mover<'a> {
             source_gone: false,
             why: String::new(),
             sent: Bytes::ZERO,
+            bytes_per_second_max: None,
         };
         let stays = |why: &str| Ok(record.with(MovePhase::Failed, why));
         if let Some(why) = &vm.obstacle {
@@ -474,7 +478,11 @@ fn send(record: &MoveRecord, vmms: &mut dyn Vmms) -> SendOrder {
     let (Some((process, _)), Some(url)) = (&record.process, &record.url) else {
         return SendOrder::Refused("the record of the move is incomplete".to_owned());
     };
-    match vmms.send(Path::new(&record.socket), *process, url) {
+    let request = SendRequest {
+        url,
+        bytes_per_second_max: record.bytes_per_second_max,
+    };
+    match vmms.send(Path::new(&record.socket), *process, &request) {
         Sent::Accepted => SendOrder::Accepted,
         Sent::Refused(why) => SendOrder::Refused(why),
         Sent::Unknown => SendOrder::Unknown,

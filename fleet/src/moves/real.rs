@@ -17,7 +17,7 @@ use serde_json::json;
 
 use super::needs::{Devices, missing};
 use super::step::ReceiveOrder;
-use super::vmms::{Seen, SeenVm, Sent, Vmms};
+use super::vmms::{Seen, SeenVm, SendRequest, Sent, Vmms};
 use crate::cluster::Needs;
 use crate::host::ProcessIdentity;
 use crate::model::Bytes;
@@ -299,12 +299,16 @@ impl Vmms for RealVmms {
         ReceiveOrder::Waits(listens.then(|| receiving.url.clone()))
     }
 
-    fn send(&mut self, socket: &Path, process: ProcessIdentity, url: &str) -> Sent {
+    fn send(&mut self, socket: &Path, process: ProcessIdentity, request: &SendRequest<'_>) -> Sent {
+        let url = request.url;
         // Other forms would reach this host's own sockets.
         if !url.starts_with("tcp:") {
             return Sent::Refused(format!("{url:?} is not an address"));
         }
         let mut body = json!({ "destination_url": url, "auto_converge": true });
+        if let Some(rate) = request.bytes_per_second_max {
+            body["bytes_per_second_max"] = rate.0.into();
+        }
         if let Some(folder) = &self.settings.tls_dir {
             body["tls_dir"] = folder.display().to_string().into();
         }

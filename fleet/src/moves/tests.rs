@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::mover::{Home, HomeVm, Mover};
 use super::step::ReceiveOrder;
-use super::vmms::{Seen, SeenVm, Sent, Vmms};
+use super::vmms::{Seen, SeenVm, SendRequest, Sent, Vmms};
 use crate::admission::Request;
 use crate::cluster::{
     Keys, MoveOrder, MovePhase, MovePicture, MoveRecord, Needs, PlaceError, PlaceRefusal, Placed,
@@ -23,6 +23,8 @@ use crate::model::Bytes;
 use crate::store::{Committed, LeaseId, Listing, MemoryStore, Revision, Store, StoreError, Txn};
 
 const VM: &str = "db";
+/// Of each move; the order is for two at a time.
+const LIMIT: Bytes = Bytes(50 << 20);
 /// Rounds of both agents after which a scenario must have ended.
 const ROUNDS: usize = 160;
 /// Virtual time of a round.
@@ -315,7 +317,9 @@ impl Vmms for FakeVmms {
         }
     }
 
-    fn send(&mut self, socket: &Path, process: ProcessIdentity, url: &str) -> Sent {
+    fn send(&mut self, socket: &Path, process: ProcessIdentity, request: &SendRequest<'_>) -> Sent {
+        assert_eq!(request.bytes_per_second_max, Some(LIMIT));
+        let url = request.url;
         let killer = self.killer.clone();
         killer.around(|| {
             let mut world = self.world.borrow_mut();
@@ -370,7 +374,8 @@ impl Scenario {
         world.reserved.insert(("a".to_owned(), VM.to_owned()));
         let store = Arc::<MemoryStore>::default();
         let order = MoveOrder {
-            parallel: 1,
+            parallel: 2,
+            bytes_per_second_max: Some(Bytes(LIMIT.0 * 2)),
             by: "test".to_owned(),
         };
         order_moves(&*store, &keys(), ("a", Some(&order)), soon()).unwrap();

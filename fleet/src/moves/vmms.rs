@@ -36,6 +36,14 @@ pub(crate) enum Sent {
     Unknown,
 }
 
+/// A request to send a VM.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SendRequest<'a> {
+    /// Where its target waits.
+    pub(crate) url: &'a str,
+    pub(crate) bytes_per_second_max: Option<Bytes>,
+}
+
 /// VMMs and the host.
 pub(crate) trait Vmms {
     /// What listens at this socket.
@@ -73,7 +81,7 @@ pub(crate) trait Vmms {
     fn received(&mut self, socket: &Path) -> ReceiveOrder;
 
     /// Asks a VMM to send its VM.
-    fn send(&mut self, socket: &Path, process: ProcessIdentity, url: &str) -> Sent;
+    fn send(&mut self, socket: &Path, process: ProcessIdentity, request: &SendRequest<'_>) -> Sent;
 
     /// Ends a VMM that has no VM.
     fn end(&mut self, socket: &Path);

@@ -1,5 +1,6 @@
 //! Migrations as the control thread sees them: start, the steps that only it can make, and the end.
 
+use std::num::NonZeroU64;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -90,6 +91,7 @@ impl Lifecycle {
             state,
             ram,
             connections: request.connections,
+            bytes_per_second_max: request.bytes_per_second_max.and_then(NonZeroU64::new),
             convergence: Convergence {
                 downtime: Duration::from_millis(request.downtime_ms),
                 timeout: Duration::from_secs(request.timeout_s),
@@ -404,10 +406,10 @@ impl Lifecycle {
         let outcome = match end {
             Ok(()) => {
                 self.emit(EventKind::MigrationReceiveFinished);
-                Ok(())
-            }
                 // Only now: the source waits for the answer to its commit until the resume has returned.
                 self.complete_machine();
+                Ok(())
+            }
             Err(error) => {
                 if let Err(error) = self.forget_machine() {
                     log::error!("{}", api::error_line(&error));
@@ -478,6 +480,15 @@ fn check_send(data: &VmSendMigrationData) -> Result<(), LifecycleError> {
     }
     if !(1..=CONNECTIONS_MAX).contains(&data.connections) {
         return Err(request("connections must be between 1 and 128"));
+    }
+    let rate_min = u64::from(data.connections) << 20;
+    if data
+        .bytes_per_second_max
+        .is_some_and(|rate| rate < rate_min)
+    {
+        return Err(request(
+            "bytes_per_second_max must be at least 1 MiB for each of the connections",
+        ));
     }
     if data.local && data.connections != 1 {
         return Err(request("connections must be 1 with local=on"));

@@ -35,6 +35,7 @@ mod error;
 pub mod fuzz;
 mod limits;
 mod movable;
+mod pace;
 mod peer;
 mod progress;
 mod receive;

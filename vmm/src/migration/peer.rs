@@ -385,6 +385,17 @@ impl Peer {
         self.until.is_some_and(|until| Instant::now() >= until)
     }
 
+    /// Waits until `due`, unless the migration ends before.
+    pub(super) fn wait_until(&self, due: Instant) {
+        while !self.cancel.is_set() && !self.broken.is_set() && !self.is_over() {
+            let left = due.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            std::thread::sleep(left.min(TICK));
+        }
+    }
+
     /// Waits regardless of a cancellation and of other connections from now on: the outcome no longer depends on them.
     pub(super) fn ignore_cancel(&mut self) {
         self.cancel = Cancel::default();

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -11,6 +12,7 @@ use machine::memory::{Chunks, GuestMemory, PageRun, Pages, WriteTracker, Written
 use machine::random::random_id;
 
 use super::converge::{Brake, Converge};
+use super::pace::Pace;
 use super::peer::{Cancel, Peer};
 use super::together::together;
 use super::wire::{
@@ -140,6 +142,8 @@ pub struct Outgoing {
     pub ram: Ram,
     /// The number of connections over which its content is sent; at least 1.
     pub connections: u32,
+    /// Limit of the rate at which it is sent while the machine runs.
+    pub bytes_per_second_max: Option<NonZeroU64>,
     /// When to pause.
     pub convergence: Convergence,
     /// Slows the guest down if it writes faster than the connection transfers.
@@ -292,7 +296,8 @@ impl Outgoing {
             owner.begin_pass(pass);
             self.progress.begin_pass(left_bytes);
             let (before, begun) = (connection.peer.written(), Instant::now());
-            self.send_pass(connection, tracker.memory(), pass, pages.as_ref())?;
+            let limit = self.bytes_per_second_max;
+            self.send_pass(connection, tracker.memory(), pass, pages.as_ref(), limit)?;
             let speed = Speed::new(connection.peer.written() - before, begun);
             if pass == 0 {
                 // Before the record is taken: the guest writes to RAM meanwhile.
@@ -355,7 +360,7 @@ impl Outgoing {
             owner.begin_pass(rest.passes);
             self.progress.begin_pass(rest.written.bytes());
             let memory = rest.tracker.memory();
-            self.send_pass(connection, memory, rest.passes, Some(&rest.written))?;
+            self.send_pass(connection, memory, rest.passes, Some(&rest.written), None)?;
             passes = rest.passes + 1;
         }
         connection.writer.send(Kind::State, state.as_bytes())?;
@@ -371,6 +376,7 @@ impl Outgoing {
         memory: &GuestMemory,
         pass: u32,
         written: Option<&WrittenPages>,
+        limit: Option<NonZeroU64>,
     ) -> Result<(), MigrationError> {
         let Connection {
             peer,
@@ -381,9 +387,13 @@ impl Outgoing {
         } = connection;
         writer.send(Kind::PassBegin, &pass.to_le_bytes())?;
         let left = Chunks::default();
+        let pace = limit.map(|limit| Pace::new(peer, limit));
         let sent = |data: usize| {
             data_bytes.fetch_add(data as u64, Ordering::Relaxed);
             self.progress.set_wire_bytes(peer.written());
+            if let Some(pace) = &pace {
+                pace.wait();
+            }
         };
         let send = |writer: &mut Writer<Peer>| -> Result<(), MigrationError> {
             send_share(writer, memory, written, &left, &sent)?;

@@ -27,8 +27,11 @@ fn machine_moves_over_several_connections_with_what_was_written_last() {
     };
     let folder = tempfile::tempdir().unwrap();
     let unix = Address::Unix(folder.path().join("socket"));
-    for address in [local(), unix] {
-        let source = source(&kvm);
+    for (address, limit) in [(local(), None), (unix, NonZeroU64::new(64 << 20))] {
+        let source = Source {
+            bytes_per_second_max: limit,
+            ..source(&kvm)
+        };
         let (received, address, _) = receive(&address, "");
         let (sent, steps, _) = source.send(address);
         let (report, _) = expect_arrival(&source, &sent, &received);

@@ -8,6 +8,7 @@ mod tls;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::num::NonZeroU64;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -180,6 +181,7 @@ struct Source {
     /// Hands over its memory files; otherwise its writes are tracked.
     local: bool,
     connections: u32,
+    bytes_per_second_max: Option<NonZeroU64>,
     tls: Option<SourceTls>,
 }
 
@@ -205,6 +207,7 @@ impl Source {
             refuses_commit: false,
             local: false,
             connections: 1,
+            bytes_per_second_max: None,
             tls: None,
         }
     }
@@ -235,6 +238,7 @@ impl Source {
                 }
             },
             connections: self.connections,
+            bytes_per_second_max: self.bytes_per_second_max,
             convergence: Convergence {
                 downtime: Duration::from_millis(300),
                 timeout: Duration::from_secs(30),
