@@ -58,13 +58,34 @@ impl Saved {
         Self(fields)
     }
 
+    /// The JSON text of [`Saved::of`], without a copy of the parts in it.
+    ///
+    /// # Panics
+    /// As for [`Saved::of`].
+    pub fn text_of<S: State>(state: &S) -> String {
+        let fields = serde_json::to_string(state).unwrap_or_default();
+        let Some(fields) = fields.strip_prefix('{') else {
+            panic!("the state of {} is not a plain structure", S::PART.name);
+        };
+        let separator = if fields == "}" { "" } else { "," };
+        format!("{{\"{VERSION}\":{}{separator}{fields}", S::PART.newest)
+    }
+
     /// Reads the state of one part.
     ///
     /// # Errors
     /// [`StateError::UnreadableVersion`] and [`StateError::Malformed`]. The part itself checks the values.
     pub fn read<S: State>(&self) -> Result<S, StateError> {
+        self.clone().into_state()
+    }
+
+    /// As [`Saved::read`], without a copy.
+    ///
+    /// # Errors
+    /// As for [`Saved::read`].
+    pub fn into_state<S: State>(self) -> Result<S, StateError> {
         let part = S::PART;
-        let mut fields = self.0.clone();
+        let mut fields = self.0;
         // A missing or non-numeric version was never written by this program.
         let found = fields.remove(VERSION);
         let found = found.as_ref().and_then(Value::as_u64).unwrap_or(0);
@@ -142,6 +163,8 @@ mod tests {
         );
         let back: Saved = serde_json::from_str(&text).unwrap();
         assert_eq!(back.read::<LampState>().unwrap(), lamp);
+        let text = Saved::text_of(&lamp);
+        assert_eq!(serde_json::from_str::<Saved>(&text).unwrap(), envelope);
     }
 
     #[test]
