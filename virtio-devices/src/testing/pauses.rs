@@ -18,8 +18,6 @@ use super::turns::{DATA_AT, RAM_BYTES, RINGS, TABLE_ENTRIES, push_table, write_t
 use crate::block::{Block, BlockParams, EngineChoice, ImageFormat};
 use crate::pci::PciFunction as _;
 
-/// Rounds per ring, each with a pause a little later.
-const ROUNDS: u32 = 12;
 const LATER: Duration = Duration::from_millis(2);
 const DISK_BYTES: u64 = 1 << 30;
 const DISK_DATA_BYTES: u32 = 16 << 20;
@@ -36,18 +34,19 @@ pub struct Pause {
     pub longest: Duration,
 }
 
-/// Measures every device, and calls `report` for each ring.
+/// Measures every device with this number of rounds per ring, each with a pause a little later, and calls `report` for
+/// each ring.
 ///
 /// # Panics
 /// A device cannot be made.
-pub fn measure(mut report: impl FnMut(Pause)) {
+pub fn measure(rounds: u32, mut report: impl FnMut(Pause)) {
     for (choice, name) in (0..).zip(NAMES) {
         for ring in RINGS {
             let ram = TestRam::new(RAM_BYTES);
             write_table(&ram, ring, TABLE_ENTRIES);
             let made = any_device::make(choice, &ram);
             let driver = MockPciDriver::new(made.device.clone(), &ram);
-            let longest = longest(driver, |driver| {
+            let longest = longest(rounds, driver, |driver| {
                 for index in 0..driver.num_queues() {
                     for _ in 0..driver.queue(index).size() {
                         push_table(driver.queue(index), TABLE_ENTRIES);
@@ -61,10 +60,10 @@ pub fn measure(mut report: impl FnMut(Pause)) {
             });
         }
     }
-    disks(&mut report);
+    disks(rounds, &mut report);
 }
 
-fn disks(report: &mut impl FnMut(Pause)) {
+fn disks(rounds: u32, report: &mut impl FnMut(Pause)) {
     let subjects = [
         ("raw disk, system calls", EngineChoice::Sync, None),
         ("raw disk, best engine", EngineChoice::Auto, None),
@@ -85,7 +84,7 @@ fn disks(report: &mut impl FnMut(Pause)) {
         for (ring, kind, range) in requests {
             let ram = TestRam::new(RAM_BYTES);
             let driver = MockPciDriver::new(open(file.path(), engine, cluster_bits), &ram);
-            let longest = longest(driver, |driver| fill(driver, kind, range));
+            let longest = longest(rounds, driver, |driver| fill(driver, kind, range));
             report(Pause {
                 device: device.to_owned(),
                 ring,
@@ -157,11 +156,12 @@ fn fill(driver: &mut MockPciDriver, kind: u32, range: Option<u32>) {
 
 /// Pauses several times while the device serves full rings; returns the longest pause.
 pub(super) fn longest(
+    rounds: u32,
     mut driver: MockPciDriver,
     mut fill: impl FnMut(&mut MockPciDriver),
 ) -> Duration {
     let mut longest = Duration::ZERO;
-    for round in 0..ROUNDS {
+    for round in 0..rounds {
         driver.start(u64::MAX);
         fill(&mut driver);
         for index in 0..driver.num_queues() {

@@ -34,11 +34,11 @@ const ENDPOINT: u32 = 0x18;
 /// A device of the VMM in the same domain, so that the domain exists without the other one.
 const OTHER: u32 = 0x20;
 
-/// Measures them, and calls `report` for each ring.
+/// Measures them as [`super::pauses::measure`] does, and calls `report` for each ring.
 ///
 /// # Panics
 /// A device cannot be made.
-pub fn measure(mut report: impl FnMut(Pause)) {
+pub fn measure(rounds: u32, mut report: impl FnMut(Pause)) {
     let mut report = |device: &str, ring, longest: Duration| {
         report(Pause {
             device: device.to_owned(),
@@ -46,20 +46,20 @@ pub fn measure(mut report: impl FnMut(Pause)) {
             longest,
         });
     };
-    let pause = inflations();
+    let pause = inflations(rounds);
     report("balloon", "inflations of scattered pages", pause);
-    let pause = blocks();
+    let pause = blocks(rounds);
     report("mem", "256 MiB plugged and unplugged", pause);
     for (name, ring) in [
         ("net", "frames of 64 KiB"),
         ("pmem", "flushes"),
         ("watchdog", "pings"),
     ] {
-        report(name, ring, simple(name));
+        report(name, ring, simple(rounds, name));
     }
-    let pause = mappings(MAPPINGS_MAX - 1, false);
+    let pause = mappings(rounds, MAPPINGS_MAX - 1, false);
     report("iommu", "unmapping of 262,143 mappings", pause);
-    let pause = mappings(HOST_MAPPINGS, true);
+    let pause = mappings(rounds, HOST_MAPPINGS, true);
     let ring = "attachments and unmappings, 65,535 mappings of an assigned device";
     report("iommu", ring, pause);
 }
@@ -70,7 +70,7 @@ fn made(name: &str, ram: &TestRam) -> any_device::Made {
     any_device::make(choice.expect("a known device"), ram)
 }
 
-fn inflations() -> Duration {
+fn inflations(rounds: u32) -> Duration {
     let ram = TestRam::new(RAM_BYTES);
     // No two pages can be discarded together.
     let pages = (0..PFNS).map(|at| NAMED_AT + 2 * at * PAGE);
@@ -80,7 +80,7 @@ fn inflations() -> Duration {
     ram.write(GuestAddress(REQUESTS_AT), &pfns.collect::<Vec<u8>>());
     let made = made("balloon", &ram);
     let driver = MockPciDriver::new(made.device.clone(), &ram);
-    longest(driver, |driver| {
+    longest(rounds, driver, |driver| {
         pages
             .clone()
             .for_each(|page| ram.write(GuestAddress(page), &[1]));
@@ -94,7 +94,7 @@ fn inflations() -> Duration {
     })
 }
 
-fn blocks() -> Duration {
+fn blocks(rounds: u32) -> Duration {
     let ram = TestRam::from_regions(&[(0, RAM_BYTES), (REGION_AT, REGION_BYTES as usize)]);
     let (device, _handle) = Mem::new(MemParams {
         id: "mem0".into(),
@@ -113,7 +113,7 @@ fn blocks() -> Duration {
     };
     // Plug, unplug.
     let requests = [request(0), request(1)];
-    longest(driver, |driver| {
+    longest(rounds, driver, |driver| {
         for page in 0..REGION_BYTES / PAGE {
             ram.write(GuestAddress(REGION_AT + page * PAGE), &[1]);
         }
@@ -125,7 +125,7 @@ fn blocks() -> Duration {
 }
 
 /// A device whose valid requests differ only in their data.
-fn simple(name: &str) -> Duration {
+fn simple(rounds: u32, name: &str) -> Duration {
     let ram = TestRam::new(RAM_BYTES);
     let made = made(name, &ram);
     let driver = MockPciDriver::new(made.device.clone(), &ram);
@@ -137,7 +137,7 @@ fn simple(name: &str) -> Duration {
         _ => vec![Segment::WritableAt(data, 1)],
     };
     let index = u16::from(name == "net");
-    longest(driver, |driver| {
+    longest(rounds, driver, |driver| {
         let queue = driver.queue(index);
         for _ in 0..usize::from(queue.size()) / chain.len() {
             queue.push(&chain);
@@ -146,7 +146,7 @@ fn simple(name: &str) -> Duration {
 }
 
 /// Requests that concern this number of mappings.
-fn mappings(count: usize, is_hosted: bool) -> Duration {
+fn mappings(rounds: u32, count: usize, is_hosted: bool) -> Duration {
     let ram = TestRam::new(RAM_BYTES);
     let (device, handle) = Iommu::new(IommuParams {
         id: "__iommu",
@@ -162,7 +162,7 @@ fn mappings(count: usize, is_hosted: bool) -> Duration {
     let other = handle.endpoint();
     other.place(OTHER);
     let driver = MockPciDriver::new(Arc::new(Mutex::new(device)), &ram);
-    longest(driver, |driver| {
+    longest(rounds, driver, |driver| {
         ask(driver, &ram, [attach(1, OTHER)]);
         ask(driver, &ram, (0..count as u64).map(map));
         let queue = driver.queue(0);

@@ -170,7 +170,7 @@ pub(crate) const STEPS: &[Step] = &[
         "benchmarks",
         &[],
         &[Shared, Vmm],
-        "cargo test --workspace --features virtio-devices/test-utils --bench balloon --bench rates --bench block --bench iommu --bench save",
+        "cargo test --workspace --features virtio-devices/test-utils --bench balloon --bench rates --bench block --bench iommu --bench pause --bench save",
     )),
     // Three members and five agents, killed, stopped and disconnected.
     beside(host(
