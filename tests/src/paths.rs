@@ -59,6 +59,11 @@ pub fn guest_kernel_is_debian() -> bool {
     guest_kernel_is("debian")
 }
 
+/// Whether the balloon driver of a kernel without a folder inflates with free blocks of 2 MiB, as patch 501 makes it.
+pub fn guest_kernel_inflates_by_blocks() -> bool {
+    guest_kernel_is_patched() || guest_kernel_is("mainline")
+}
+
 /// Kernel parameters that make a kernel without a folder the selected one.
 pub fn guest_kernel_arguments() -> &'static str {
     if guest_kernel_is("mainline") {
