@@ -42,14 +42,18 @@ pub(crate) fn run(asked: &Asked<'_>) -> Result<Value> {
     let folder = tempfile::tempdir()?;
     let here = folder.path();
     let mut warm = boot(here)?;
+    eprintln!("{NAME}: booted");
     let ping = median(&mut warm_pings()?);
     let saved = resident_bytes(&warm.vmm)?;
     let url = save(&warm, &here.join("saved"))?;
     end(&mut warm)?;
+    eprintln!("{NAME}: saved");
     let paused = resident_when_restored(&url)?;
     let mut turns = Vec::new();
     for _ in 0..TURNS {
-        turns.push(restore(here, &url, ping)?);
+        let turn = restore(here, &url, ping)?;
+        eprintln!("{NAME}: restored, {turn}");
+        turns.push(turn);
     }
     Ok(json!({
         "warm_ping_ms": ping,
@@ -326,6 +330,7 @@ pub(crate) fn wake(asked: &Asked<'_>) -> Result<Value> {
     agent.spawn(here, &words)?;
     let mut port = Serial::connect(&serial(here), BOOT_DEADLINE).with_context(log)?;
     port.expect("guest: init", BOOT_DEADLINE)?;
+    eprintln!("{WAKE}: booted");
     let mut times = Vec::new();
     for _ in 0..TURNS {
         let mut last = String::new();
@@ -338,6 +343,7 @@ pub(crate) fn wake(asked: &Asked<'_>) -> Result<Value> {
         let begin = Instant::now();
         agent.spawn(here, &["wake", SLEEPER])?;
         let resumed = events.wait("resumed", log)?.duration_since(begin);
+        eprintln!("{WAKE}: woken after {} ms", ms(resumed));
         times.push(json!({ "to_first_instruction_ms": ms(resumed) }));
     }
     Ok(side_by_side(&[times]))
