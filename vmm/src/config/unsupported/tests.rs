@@ -169,5 +169,6 @@ fn documentation_marks_exactly_the_settings_that_are_rejected() {
     let mut faults = Vec::new();
     let marked = compare(&schema, &schema.0, "", &|config| config, &mut faults);
     assert!(faults.is_empty(), "{faults:#?}");
-    assert!(marked >= 14, "only {marked} settings are rejected");
+    // The comparison would find no fault either if it saw nothing.
+    assert!(marked >= 10, "only {marked} settings are rejected");
 }
