@@ -64,7 +64,7 @@ mod tests {
     #[test]
     fn kinds_are_all_listed_once() {
         let kinds: Vec<_> = ThreadKind::all().collect();
-        assert_eq!(kinds.len(), 22);
+        assert_eq!(kinds.len(), 23);
         assert_eq!(kinds.iter().collect::<BTreeSet<_>>().len(), kinds.len());
     }
 }
