@@ -77,11 +77,7 @@ impl VirtioPciFunction {
     pub fn from_state(params: VirtioPciParams, saved: &Saved) -> Result<Arc<Self>, TransportError> {
         let state = saved.read::<VirtioPciState>()?;
         let function = Self::build(params, Some(&state))?;
-        // Without waiting for the threads to start: a worker takes its commands in order, so it is paused before it receives
-        // queues.
-        for worker in &function.workers {
-            drop(worker.begin_pause());
-        }
+        function.workers.iter().for_each(WorkerHandle::pause);
         function.continue_from(&state)?;
         Ok(function)
     }
