@@ -14,7 +14,9 @@ use crate::device::{
     Activation, ActiveQueue, GuestRam, HandlerState, Interrupt, QueueHandler, VirtioDevice,
     WorkerError,
 };
+use crate::dma::DmaEndpoint;
 use crate::pci::{PciFunction, pause_all};
+use crate::queue::DmaMemory;
 use crate::testing::{
     MockPciDriver, MockVectors, Segment, TestRam, common, conformance, wait_until,
 };
@@ -161,27 +163,27 @@ impl QueueHandler for Handler {
         self.seen.entered.fetch_add(1, Ordering::SeqCst);
         drop(self.seen.slow.lock().unwrap());
         let mem = self.mem.as_ref().unwrap().memory();
-        let queue: &mut Queue = self
-            .queues
-            .iter_mut()
-            .find(|active| active.index == index)
-            .map(|active| &mut active.queue)
-            .unwrap();
+        let mut queues = self.queues.iter_mut();
+        let active = queues.find(|active| active.index == index).unwrap();
+        let queue: &mut Queue = &mut active.queue;
         let broken = |error: virtio_queue::Error| WorkerError::Queue {
             index,
             reason: error.to_string(),
         };
-        while let Some(head) = queue
-            .iter(&*mem)
-            .map_err(broken)?
-            .next()
-            .map(|chain| chain.head_index())
-        {
+        loop {
+            let memory = DmaMemory {
+                ram: &mem,
+                access: active.dma.as_ref().map(DmaEndpoint::access),
+            };
+            let chain = queue.iter(&memory).map_err(broken)?.next();
+            let Some(head) = chain.map(|chain| chain.head_index()) else {
+                break;
+            };
             if self.seen.fragile.load(Ordering::SeqCst) {
                 assert!(head < queue.size(), "garbage");
             }
             if head < queue.size() {
-                queue.add_used(&*mem, head, 0).map_err(broken)?;
+                queue.add_used(&memory, head, 0).map_err(broken)?;
             }
         }
         self.interrupt.as_ref().unwrap().signal_queue(index);
