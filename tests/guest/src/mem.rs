@@ -1,4 +1,7 @@
 //! Allocates, touches, verifies and frees guest memory when a test requests it.
+//!
+//! Fresh memory must read as zeros. Memory with a seed is checked before it is filled, except for the one byte of each
+//! page that is written first: a page that was only read need not be allocated, and would fault twice.
 
 use std::ops::Range;
 
@@ -36,8 +39,8 @@ impl Region {
         }
         let mut mapping = Mapping::new(bytes, allocation.huge)
             .map_err(|error| format!("mapping {bytes} bytes: {error}"))?;
-        let words = mapping.words_mut();
-        fill(words, allocation.seed, 0);
+        let pages = 0..mapping.words().len() / PAGE_WORDS;
+        fill_fresh(&mut mapping, pages, allocation.seed)?;
         Ok(Self {
             mapping,
             allocation,
@@ -73,16 +76,11 @@ impl Region {
     }
 
     /// Touches the returned memory, and writes its previous contents.
-    pub(crate) fn refill(&mut self) -> u64 {
-        let words = self.mapping.words_mut();
-        for Range { start, end } in &self.picked.runs {
-            fill(
-                &mut words[start * PAGE_WORDS..end * PAGE_WORDS],
-                self.allocation.seed,
-                *start as u64,
-            );
+    pub(crate) fn refill(&mut self) -> Result<u64, String> {
+        for run in &self.picked.runs {
+            fill_fresh(&mut self.mapping, run.clone(), self.allocation.seed)?;
         }
-        self.picked.bytes()
+        Ok(self.picked.bytes())
     }
 
     pub(crate) fn bytes(&self) -> u64 {
@@ -122,16 +120,26 @@ impl Region {
     }
 }
 
-/// Fills pages of which the first has this number in the region.
-fn fill(words: &mut [u64], seed: Option<u64>, first_page: u64) {
-    match seed {
-        Some(seed) => pattern::fill(words, seed, first_page * PAGE_WORDS as u64),
-        None => {
-            for (page, words) in (first_page..).zip(words.chunks_mut(PAGE_WORDS)) {
-                words[0] = pattern::word(0, page);
-            }
+/// Fills pages that were never written to, and checks that what it overwrites is zero.
+fn fill_fresh(mapping: &mut Mapping, pages: Range<usize>, seed: Option<u64>) -> Result<(), String> {
+    for page in pages {
+        let first = page * PAGE_WORDS;
+        let Some(seed) = seed else {
+            mapping.words_mut()[first] = pattern::word(0, page as u64);
+            continue;
+        };
+        // Another byte in another page and with another seed.
+        let start = first * 8;
+        let written = start + (page + usize::try_from(seed).unwrap_or(0)) % PAGE_BYTES as usize;
+        mapping.write_byte(written, 0);
+        let words = &mut mapping.words_mut()[first..first + PAGE_WORDS];
+        if let Some(at) = words.iter().position(|word| *word != 0) {
+            let (byte, value) = (start + at * 8, words[at]);
+            return Err(format!("fresh memory reads {value:#x} at byte {byte}"));
         }
+        pattern::fill(words, seed, first as u64);
     }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -165,8 +173,20 @@ mod tests {
             region.picked.runs = vec![3..5, 9..10];
             assert_eq!(region.give_back(), Ok(3 * PAGE_BYTES));
             assert_eq!(region.verify().unwrap_err(), "wrong contents at byte 12288");
-            assert_eq!(region.refill(), 3 * PAGE_BYTES);
+            assert_eq!(region.refill(), Ok(3 * PAGE_BYTES));
             region.verify().unwrap();
+        }
+    }
+
+    #[test]
+    fn fresh_memory_that_is_not_zero_is_found() {
+        for word in [PAGE_WORDS * 3 + 5, PAGE_WORDS * 3 + 511] {
+            let mut mapping = Mapping::new(1 << 20, HugePages::Never).unwrap();
+            mapping.words_mut()[word] = 0xab;
+            fill_fresh(&mut mapping, 0..3, Some(3)).unwrap();
+            let error = fill_fresh(&mut mapping, 3..4, Some(3)).unwrap_err();
+            let wanted = format!("fresh memory reads 0xab at byte {}", word * 8);
+            assert_eq!(error, wanted);
         }
     }
 

@@ -5,7 +5,7 @@
 //! | Command | Response |
 //! | --- | --- |
 //! | `ping` | `ok ping` |
-//! | `alloc BYTES [seed=N] [huge=default\|always\|never]` | `ok alloc ID BYTES bytes` |
+//! | `alloc BYTES [seed=N] [huge=default\|always\|never]` | `ok alloc ID BYTES bytes`, or the first byte that was not zero |
 //! | `verify [ID]` | `ok verify BYTES bytes` |
 //! | `free [ID]` | `ok free BYTES bytes` |
 //! | `pick ID BYTES\|all` | `ok pick BLOCKS BYTES bytes`: every other block of that size, see [`crate::blocks`] |
@@ -119,7 +119,7 @@ impl Server {
             ("refill", [id]) => {
                 let region = self.region(id)?;
                 let begin = Instant::now();
-                let bytes = region.refill();
+                let bytes = region.refill()?;
                 let us = begin.elapsed().as_micros();
                 Ok(format!("refill {bytes} bytes {us} us"))
             }

@@ -430,6 +430,13 @@ impl Mapping {
         unsafe { self.address.read_volatile() }
     }
 
+    /// Writes one byte, so that its page is allocated, even if the byte does not change.
+    pub(crate) fn write_byte(&mut self, offset: usize, value: u8) {
+        assert!(offset < self.bytes);
+        // SAFETY: the byte is inside the mapping, as just checked, and `&mut self` makes this the only access.
+        unsafe { self.address.cast::<u8>().add(offset).write_volatile(value) };
+    }
+
     /// The mapping as words to be written.
     pub(crate) fn words_mut(&mut self) -> &mut [u64] {
         // SAFETY: as in `words`, and `&mut self` makes it the only reference.
