@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vfio_ioctls::VfioError;
@@ -9,11 +10,25 @@ use virtio_devices::Unpoisoned;
 
 use super::error::AssignError;
 
+/// Whether a container can have devices. Changes only while [`Claims`] are locked.
+#[derive(Debug, Default)]
+pub(super) struct Occupancy {
+    /// Its last group was released, and with it all mappings. It stays empty.
+    is_emptied: AtomicBool,
+    /// It keeps a group without open devices, and so its mappings.
+    keeps_group: AtomicBool,
+}
+
+impl Occupancy {
+    pub(super) fn is_emptied(&self) -> bool {
+        self.is_emptied.load(Ordering::Acquire)
+    }
+}
+
 /// The open devices of a group.
 #[derive(Debug)]
 struct Group {
-    /// The number of their container.
-    container: u64,
+    container: Arc<Occupancy>,
     devices: BTreeSet<PathBuf>,
 }
 
@@ -30,16 +45,17 @@ pub(super) struct Claim {
 }
 
 impl Claims {
-    /// Opens the device whose folder in sysfs is `path`, in the container with this number. `open` learns whether the
-    /// device is the first of its group. Devices are opened and closed one by one, because a group is taken with its
+    /// Opens the device whose folder in sysfs is `path`, in a container. `open` learns whether the device is the first of
+    /// its group. Devices are opened and closed one by one, because a group is taken with its
     /// first device and released with its last one.
     ///
     /// # Errors
-    /// The device is open, another one of its group is in another container, it has no group, or `open` fails.
+    /// The device is open, another one of its group is in another container, it has no group, the container was emptied,
+    /// or `open` fails.
     pub(super) fn open<T>(
         self: &Arc<Self>,
         path: &Path,
-        container: u64,
+        container: &Arc<Occupancy>,
         open: impl FnOnce(bool) -> Result<T, AssignError>,
     ) -> Result<(T, Claim), AssignError> {
         let real = |path: &Path| {
@@ -52,12 +68,15 @@ impl Claims {
         let device = real(path)?;
         let group = real(&path.join("iommu_group"))?;
         let mut claims = self.0.lock().unpoisoned();
+        if container.is_emptied() {
+            return Err(AssignError::ContainerEmptied { path: device });
+        }
         if let Some(known) = claims.get(&group) {
             if known.devices.contains(&device) {
                 return Err(AssignError::IsAssigned { path: device });
             }
             if let Some(other) = known.devices.first()
-                && known.container != container
+                && !Arc::ptr_eq(&known.container, container)
             {
                 return Err(AssignError::GroupIsAssigned {
                     path: device,
@@ -67,7 +86,7 @@ impl Claims {
         }
         let opened = open(!claims.contains_key(&group))?;
         let new = || Group {
-            container,
+            container: Arc::clone(container),
             devices: BTreeSet::new(),
         };
         let known = claims.entry(group.clone()).or_insert_with(new);
@@ -82,17 +101,25 @@ impl Claims {
 }
 
 impl Claim {
-    /// Closes the device. `close` learns whether it is the last of its group.
-    pub(super) fn close(&self, close: impl FnOnce(bool)) {
+    /// Closes the device. `close` learns whether it is the last of its group. `releases_group`: the last one then
+    /// releases the group.
+    pub(super) fn close(&self, releases_group: bool, close: impl FnOnce(bool)) {
         let mut claims = self.claims.0.lock().unpoisoned();
-        let mut is_last = false;
         if let Some(known) = claims.get_mut(&self.group) {
             known.devices.remove(&self.device);
-            is_last = known.devices.is_empty();
         }
-        close(is_last);
-        if is_last {
-            claims.remove(&self.group);
+        let left = claims.extract_if(.., |_, known| known.devices.is_empty());
+        let left = left.map(|(_, group)| group.container).last();
+        if let Some(container) = &left {
+            let is_other = |group: &Group| !Arc::ptr_eq(&group.container, container);
+            if !releases_group {
+                container.keeps_group.store(true, Ordering::Release);
+            } else if !container.keeps_group.load(Ordering::Acquire)
+                && claims.values().all(is_other)
+            {
+                container.is_emptied.store(true, Ordering::Release);
+            }
         }
+        close(left.is_some());
     }
 }

@@ -12,7 +12,7 @@ use vm_memory::{
     MemoryRegionAddress, Permissions, VolatileSlice,
 };
 
-use super::claims::Claims;
+use super::claims::{Claims, Occupancy};
 use super::error::AssignError;
 use super::iommu_calls::{PAGE_BYTES, map, unmap};
 use crate::memory::{GuestMemory, PinnedBlocks, is_in_memory};
@@ -20,15 +20,14 @@ use crate::memory::{GuestMemory, PinnedBlocks, is_in_memory};
 /// A container. It exists while any of its devices exists.
 pub(crate) struct Container {
     vfio: Arc<VfioContainer>,
-    /// No other container of the machine has this number.
-    number: u64,
+    occupancy: Arc<Occupancy>,
     claims: Arc<Claims>,
     has_ram: Mutex<bool>,
     /// Dropped after `vfio`, whose end ends all mappings.
     kept: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
 }
 
-virtio_devices::debug_fields!(Container { number, has_ram });
+virtio_devices::debug_fields!(Container { occupancy, has_ram });
 
 impl Container {
     /// An empty container, known to KVM.
@@ -37,13 +36,12 @@ impl Container {
     /// The host has no VFIO.
     pub(super) fn new(
         kvm: Arc<VfioDeviceFd>,
-        number: u64,
         claims: Arc<Claims>,
     ) -> Result<Arc<Self>, AssignError> {
         let vfio = VfioContainer::new(Some(kvm));
         Ok(Arc::new(Self {
             vfio: Arc::new(vfio.map_err(AssignError::Container)?),
-            number,
+            occupancy: Arc::default(),
             claims,
             has_ram: Mutex::new(false),
             kept: Mutex::default(),
@@ -59,8 +57,16 @@ impl Container {
         self.kept.lock().unpoisoned().push(value);
     }
 
-    pub(super) fn number(&self) -> u64 {
-        self.number
+    pub(super) fn occupancy(&self) -> &Arc<Occupancy> {
+        &self.occupancy
+    }
+
+    /// What failed because the kernel has ended all mappings has not failed: no device has access any more.
+    fn unless_emptied(&self, result: io::Result<()>) -> io::Result<()> {
+        result.or_else(|error| match self.occupancy.is_emptied() {
+            true => Ok(()),
+            false => Err(error),
+        })
     }
 
     pub(super) fn claims(&self) -> &Arc<Claims> {
@@ -133,11 +139,12 @@ impl Container {
 
 impl PinnedBlocks for Container {
     fn pin(&self, guest_address: u64, block: &VolatileSlice<'_>) -> io::Result<()> {
-        map(&self.vfio, guest_address, block, Permissions::ReadWrite)
+        let mapped = map(&self.vfio, guest_address, block, Permissions::ReadWrite);
+        self.unless_emptied(mapped)
     }
 
     fn unpin(&self, guest_address: u64, bytes: u64) -> io::Result<()> {
-        unmap(&self.vfio, guest_address, bytes)
+        self.unless_emptied(unmap(&self.vfio, guest_address, bytes))
     }
 }
 

@@ -1,5 +1,6 @@
 //! State that the assigned devices of a machine share.
 
+use std::path::Path;
 use std::sync::{Arc, Weak};
 
 use vfio_ioctls::VfioDeviceFd;
@@ -7,6 +8,7 @@ use vfio_ioctls::VfioDeviceFd;
 use super::claims::Claims;
 use super::container::Container;
 use super::error::AssignError;
+use super::host::VfioFunction;
 
 /// The containers of a machine: one for all devices that access all of RAM, and one for each device behind the virtual
 /// IOMMU.
@@ -14,8 +16,6 @@ use super::error::AssignError;
 pub(crate) struct Containers {
     /// KVM's side. It exists until the machine ends, because some kernels do not create another one.
     kvm: Option<Arc<VfioDeviceFd>>,
-    /// Number of containers so far.
-    created: u64,
     claims: Arc<Claims>,
     shared: Weak<Container>,
 }
@@ -31,12 +31,33 @@ impl Containers {
         self.shared.upgrade()
     }
 
+    /// Opens the device whose folder in sysfs is `path`, in the container that maps all of RAM, or in a new one.
+    ///
+    /// # Errors
+    /// The host has no VFIO, or as [`VfioFunction::open`].
+    pub(crate) fn open_shared(
+        &mut self,
+        vm: &hypervisor::Vm,
+        path: &Path,
+    ) -> Result<(Arc<Container>, VfioFunction), AssignError> {
+        let mut open = || {
+            let container = self.shared(vm)?;
+            Ok((Arc::clone(&container), VfioFunction::open(path, container)?))
+        };
+        match open() {
+            // A vCPU has removed the last device meanwhile. Only this thread adds devices, so the next one is new.
+            Err(AssignError::ContainerEmptied { .. }) => open(),
+            opened => opened,
+        }
+    }
+
     /// The container that maps all of RAM, or a new one.
     ///
     /// # Errors
     /// The host has no VFIO.
-    pub(crate) fn shared(&mut self, vm: &hypervisor::Vm) -> Result<Arc<Container>, AssignError> {
-        if let Some(container) = self.shared.upgrade() {
+    pub(super) fn shared(&mut self, vm: &hypervisor::Vm) -> Result<Arc<Container>, AssignError> {
+        let known = self.shared.upgrade();
+        if let Some(container) = known.filter(|it| !it.occupancy().is_emptied()) {
             return Ok(container);
         }
         let container = self.own(vm)?;
@@ -57,7 +78,6 @@ impl Containers {
                 Arc::clone(self.kvm.insert(kvm))
             }
         };
-        self.created += 1;
-        Container::new(kvm, self.created, Arc::clone(&self.claims))
+        Container::new(kvm, Arc::clone(&self.claims))
     }
 }

@@ -52,6 +52,12 @@ pub enum AssignError {
         /// The device.
         path: PathBuf,
     },
+    /// A vCPU has removed the last device.
+    #[error("cannot open {}: the last assigned device was removed meanwhile; try again", path.display())]
+    ContainerEmptied {
+        /// The device.
+        path: PathBuf,
+    },
     /// The host does not give a group away in part.
     #[error(
         "cannot open {}: other devices of its IOMMU group have drivers of the host: {}; bind them to vfio-pci too",

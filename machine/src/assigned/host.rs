@@ -200,7 +200,7 @@ impl VfioFunction {
     /// It or its group is not bound to vfio-pci, or is assigned already.
     pub(crate) fn open(path: &Path, container: Arc<Container>) -> Result<Self, AssignError> {
         let claims = container.claims();
-        let ((device, file), claim) = claims.open(path, container.number(), |is_first| {
+        let ((device, file), claim) = claims.open(path, container.occupancy(), |is_first| {
             let opened = OpenDevice::new(path, container.vfio());
             let device = opened.map_err(|source| AssignError::of_open(path, source))?;
             // SAFETY: the descriptor is open as long as `device`, which outlives this statement.
@@ -266,7 +266,7 @@ impl Drop for VfioFunction {
         // vanished, and what the group can access stays pinned.
         let is_present = std::fs::read_link(self.path.join("iommu_group")).is_ok();
         let (file, device) = (&mut self.file, &mut self.device);
-        self.claim.close(|is_last| {
+        self.claim.close(is_present, |is_last| {
             if is_last && is_present {
                 device.may_release_group();
             }

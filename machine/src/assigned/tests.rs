@@ -14,7 +14,7 @@ use vfio_ioctls::VfioError;
 use virtio_devices::pci::{Bar, MsiMessage, PciFunction};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::claims::{Claim, Claims};
+use super::claims::{Claim, Claims, Occupancy};
 use super::function::{AssignedFunction, BarSlots};
 use super::host::{HostDevice, HostMapping, InterruptKind};
 use super::{AssignError, VfioFunction};
@@ -525,11 +525,12 @@ fn devices_of_a_group_are_open_once_in_one_container_until_the_last_is_closed() 
     let at = |name: &str| sysfs.path().join(name);
     let claims = Arc::new(Claims::default());
     // Whether the device was the first of its group, and its claim.
-    let open = |name: &str, container| claims.open(&at(name), container, Ok);
+    let containers: [Arc<Occupancy>; 3] = Default::default();
+    let open = |name: &str, container: usize| claims.open(&at(name), &containers[container], Ok);
     let refused = |name: &str, container| open(name, container).unwrap_err().to_string();
     let is_last = |claim: &Claim| {
         let mut last = None;
-        claim.close(|is_last| last = Some(is_last));
+        claim.close(true, |is_last| last = Some(is_last));
         last.unwrap()
     };
     let (is_first, a) = open("a", 1).unwrap();
@@ -548,15 +549,49 @@ fn devices_of_a_group_are_open_once_in_one_container_until_the_last_is_closed() 
     assert!(is_first);
     assert!(!is_last(&a));
     // One that cannot be opened leaves the group as it was.
-    let failed = claims.open(&at("a"), 1, |_| Err::<(), _>(AssignError::NoInterrupt));
+    let failed = claims.open(&at("a"), &containers[1], |_| {
+        Err::<(), _>(AssignError::NoInterrupt)
+    });
     assert!(matches!(failed, Err(AssignError::NoInterrupt)));
     let (is_first, a) = open("a", 1).unwrap();
     assert!(!is_first);
     assert!(!is_last(&b));
     assert!(is_last(&a));
     assert!(is_last(&c));
-    let (is_first, _) = open("b", 2).unwrap();
+    let (is_first, _) = open("b", 0).unwrap();
     assert!(is_first);
+}
+
+/// The kernel ends all mappings of a container with its last group.
+#[test]
+fn container_that_has_lost_its_last_group_has_no_further_device() {
+    let sysfs = sysfs();
+    let claims = Arc::new(Claims::default());
+    let open = |name: &str, container: &Arc<Occupancy>| {
+        let opened = claims.open(&sysfs.path().join(name), container, Ok);
+        opened.map(|(_, claim)| claim)
+    };
+    let container = Arc::<Occupancy>::default();
+    let (a, c) = (
+        open("a", &container).unwrap(),
+        open("c", &container).unwrap(),
+    );
+    a.close(true, |_| assert!(!container.is_emptied(), "it has group 2"));
+    let b = open("b", &container).unwrap();
+    c.close(true, |_| ());
+    b.close(true, |_| {
+        assert!(container.is_emptied(), "before the group is released");
+    });
+    let error = open("a", &container).unwrap_err();
+    assert!(
+        matches!(error, AssignError::ContainerEmptied { .. }),
+        "{error}"
+    );
+    let container = Arc::default();
+    // A device that has vanished leaves its group, and so the mappings.
+    open("a", &container).unwrap().close(false, |_| ());
+    open("c", &container).unwrap().close(true, |_| ());
+    open("c", &container).unwrap();
 }
 
 #[test]

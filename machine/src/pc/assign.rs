@@ -146,11 +146,14 @@ impl Pc {
         iommu: Option<&IommuHandle>,
     ) -> Result<Assigned, AssignError> {
         let vm = self.device_slots.vm();
-        let container = match iommu {
-            Some(_) => self.containers.own(vm)?,
-            None => self.containers.shared(vm)?,
+        let (container, device) = match iommu {
+            Some(_) => {
+                let container = self.containers.own(vm)?;
+                let device = VfioFunction::open(path, Arc::clone(&container))?;
+                (container, device)
+            }
+            None => self.containers.open_shared(vm, path)?,
         };
-        let device = VfioFunction::open(path, Arc::clone(&container))?;
         let dma = match iommu {
             Some(iommu) => {
                 let own = Arc::new(DeviceIommu::new(container, &self.memory)?);
