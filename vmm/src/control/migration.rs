@@ -143,7 +143,7 @@ impl Lifecycle {
         }
         let saved = machine.state().map_err(LifecycleError::Machine)?;
         let (config, state) = self.description(config, saved.pc, &saved.memory);
-        Ok((json(&config), Saved::text_of(&state), saved.memory))
+        Ok((json(&config), Saved::of(&state).into_text(), saved.memory))
     }
 
     fn steps(&self, endpoint: Endpoint, control: &ControlHandle) -> Steps {
@@ -247,7 +247,7 @@ impl Lifecycle {
         let (_, state) = self.description(config, saved.pc, &saved.memory);
         let released = machine.hold_disks(false).map_err(LifecycleError::Machine);
         self.disks_released = true;
-        released.map(|()| Saved::text_of(&state))
+        released.map(|()| Saved::of(&state).into_text())
     }
 
     /// Returns whether the machine was running.

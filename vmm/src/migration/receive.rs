@@ -378,6 +378,6 @@ fn json<T: serde::de::DeserializeOwned>(
 
 fn read_state(text: &str) -> Result<SnapshotState, MigrationError> {
     let saved: Saved = json("state", text)?;
-    let read = saved.into_state();
+    let read = saved.read();
     read.map_err(|error| MigrationError::Owner(Box::new(error)))
 }

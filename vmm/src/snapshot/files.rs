@@ -169,7 +169,7 @@ impl<'a> NewSnapshot<'a> {
         file.write_all(text_of(config).as_bytes())
             .and_then(|()| file.sync_all())
             .map_err(SnapshotError::file("write", &path))?;
-        let mut text = text_of(&Saved::of(state)) + "\n";
+        let mut text = Saved::of(state).into_text() + "\n";
         for table in tables {
             text += &text_of(table);
             text += "\n";
