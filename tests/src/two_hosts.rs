@@ -13,11 +13,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::linux::{BOOT_DEADLINE, Guest, Machine};
-use crate::migration::{EVENTS, send_with, wait_event, while_receiving};
+use crate::migration::{EVENTS, send_with, wait_event, while_receiving_with};
 use crate::paths;
 use crate::serial::Serial;
 use crate::vmm::{PROCESS_DEADLINE, Vmm};
@@ -132,8 +132,11 @@ impl TwoHosts {
         let mut target = Vmm::spawn_program(self.program(host), EVENTS, |_| ())?;
         target.wait_api()?;
         let url = format!("unix:{}", guest.vmm.folder().join("move").display());
-        let (status, body) =
-            while_receiving(&target, &url, || send_with(&guest.vmm, &url, settings))?;
+        let mode = settings.get("memory_mode").cloned();
+        let of_target = json!({ "memory_mode": mode.unwrap_or_else(|| "Precopy".into()) });
+        let (status, body) = while_receiving_with(&target, &url, &of_target, || {
+            send_with(&guest.vmm, &url, settings)
+        })?;
         ensure!(
             status == 204,
             "{status} {body}\n{}{}",

@@ -155,6 +155,8 @@ events! {
         MigrationMemoryIteration "migration-memory-iteration" { id: u32 }
         /// vCPUs are held for this part of the time, because the guest writes memory faster than it can be sent.
         MigrationThrottled "migration-throttled" { percent: u8 }
+        /// The other process, in which the machine runs, also has the rest of its RAM.
+        PostcopyMigrationCompleted "postcopy-migration-completed"
         /// The machine runs in the other process. This process ends.
         MigrationFinished "migration-finished" { passes: u32, wire_bytes: u64, data_bytes: u64, downtime_ms: u64 }
         /// The machine stays here; it runs if it ran before, unless the error states otherwise.

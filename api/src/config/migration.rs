@@ -42,7 +42,8 @@ pub struct VmSendMigrationData {
     /// Keep the paused VM afterwards. Not supported.
     #[key]
     pub preserve_source: bool,
-    /// When memory is sent. Only precopy is supported.
+    /// When memory is sent. With postcopy, the rest of it follows the VM if the guest writes it faster than it can be sent.
+    /// The target needs the same setting. Excludes other connections, `local` and `auto_converge`.
     #[key]
     pub memory_mode: MigrationMemoryMode,
     /// Folder with `ca-cert.pem`, `client-cert.pem` and `client-key.pem`: encrypts TCP by TLS.
@@ -58,7 +59,8 @@ pub struct VmReceiveMigrationData {
     /// Where to listen: `tcp:ADDRESS:PORT` with a numeric IP address, or `unix:PATH`.
     #[key("<url>", required)]
     pub receiver_url: String,
-    /// When memory comes. Only precopy is supported.
+    /// When memory comes. With postcopy, a part of it may come after the VM; needs userfaultfd, and RAM without files and huge
+    /// pages.
     #[key]
     pub memory_mode: MigrationMemoryMode,
     /// Folder with `ca-cert.pem`, `server-cert.pem` and `server-key.pem`: accepts only sources with a certificate of this authority.
@@ -85,7 +87,7 @@ pub enum MigrationMemoryMode {
     #[default]
     #[word("precopy")]
     Precopy,
-    /// Afterwards.
+    /// A part of it may be sent afterwards.
     #[word("postcopy")]
     Postcopy,
 }

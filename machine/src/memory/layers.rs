@@ -239,6 +239,14 @@ impl ZoneFile {
 }
 
 impl SavedChunk {
+    /// Pages that are in no file.
+    pub(super) fn outside_files(pages: Vec<u8>) -> Self {
+        Self {
+            parts: Vec::new(),
+            pages,
+        }
+    }
+
     /// No pages, of as many as `entry` can have.
     fn empty(entry: &ChunkState) -> Self {
         Self {

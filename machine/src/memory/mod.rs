@@ -56,7 +56,7 @@ pub(crate) use plugged::PinnedBlocks;
 pub use plugged::{HotplugRam, hotplug_block_bytes};
 pub use ram_slots::RamSlots;
 pub use state::{MemoryRangeState, MemoryState, ZoneState};
-pub use transfer::{Chunks, ContentWriter, PageRun, Pages};
+pub use transfer::{AbsentPages, Chunks, ContentWriter, PageReader, PageRun, Pages};
 pub use write_tracker::{WriteTracker, WrittenPages};
 pub use zone_files::ZoneFiles;
 pub use zones::{DEFAULT_ZONE_ID, HOTPLUG_ZONE_ID, Zone, ZoneKind, all_shared};

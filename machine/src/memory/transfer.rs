@@ -41,6 +41,23 @@ pub struct PageRun {
     pub bytes: u64,
 }
 
+/// Pages of a chunk that are not present, because they come later.
+#[derive(Debug, Clone)]
+pub struct AbsentPages {
+    /// Number of the zone.
+    pub(super) zone: usize,
+    pub(super) chunk: Chunk,
+    /// One bit for each page.
+    pub(super) bits: Vec<u8>,
+}
+
+impl AbsentPages {
+    /// Whether the chunk lies before that of `other`.
+    pub fn is_before(&self, other: &Self) -> bool {
+        (self.zone, self.chunk.offset) < (other.zone, other.chunk.offset)
+    }
+}
+
 /// Divides the chunks of one pass over RAM among its senders: each takes the next one when it has sent one.
 #[derive(Debug, Default)]
 pub struct Chunks(AtomicUsize);
@@ -52,6 +69,31 @@ impl Chunks {
 }
 
 impl GuestMemory {
+    /// Passes the pages in `written` to `visit`, without data.
+    ///
+    /// # Errors
+    /// `visit` failed.
+    pub fn each_written<E>(
+        &self,
+        written: &WrittenPages,
+        mut visit: impl FnMut(Pages<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        for (zone, own) in (0_u32..).zip(self.zones()) {
+            for chunk in chunks(own) {
+                let Some(bits) = written.bits(chunk.guest.0, chunk.bytes / PAGE) else {
+                    continue;
+                };
+                visit(Pages {
+                    zone,
+                    offset: chunk.offset,
+                    bits: &bits,
+                    data: &[],
+                })?;
+            }
+        }
+        Ok(())
+    }
+
     /// Passes the pages that hold data to `send`: all of them, or those in `written`. Those in `written` that hold none
     /// are passed to `clear`. The machine may run: pages that it changes in the meantime are in the next record. Needs
     /// 2 MiB of buffer.
@@ -96,11 +138,7 @@ impl GuestMemory {
             let wanted = wanted.flatten();
             let buffer = &mut buffer[..chunk.bytes];
             let bits = self.read_chunk(zone, &pagemap, chunk, wanted.as_deref(), buffer)?;
-            let mut used = 0;
-            for page in (0..count).filter(|page| is_set(&bits, *page)) {
-                buffer.copy_within(page * PAGE..(page + 1) * PAGE, used);
-                used += PAGE;
-            }
+            let used = pack(&bits, buffer);
             if used > 0 {
                 send(Pages {
                     zone: number,
@@ -124,6 +162,63 @@ impl GuestMemory {
             own = left.next();
         }
         Ok(())
+    }
+}
+
+/// Moves the pages `bits` of a chunk to the start of `buffer`. Returns their size.
+fn pack(bits: &[u8], buffer: &mut [u8]) -> usize {
+    let mut used = 0;
+    for page in (0..buffer.len() / PAGE).filter(|page| is_set(bits, *page)) {
+        buffer.copy_within(page * PAGE..(page + 1) * PAGE, used);
+        used += PAGE;
+    }
+    used
+}
+
+/// Reads pages of a paused machine on request.
+#[derive(Debug)]
+pub struct PageReader {
+    memory: GuestMemory,
+    pagemap: Pagemap,
+    buffer: Vec<u8>,
+    bits: Vec<u8>,
+}
+
+impl PageReader {
+    /// Of this RAM.
+    ///
+    /// # Errors
+    /// The page tables cannot be read.
+    pub fn new(memory: GuestMemory) -> Result<Self, ContentError> {
+        Ok(Self {
+            memory,
+            pagemap: Pagemap::open().map_err(ContentError::Pages)?,
+            buffer: vec![0; CHUNK_BYTES],
+            bits: Vec::new(),
+        })
+    }
+
+    /// Those of the `wanted` pages that hold data. Its own data is ignored.
+    ///
+    /// # Errors
+    /// There are no such pages, or RAM cannot be read.
+    pub fn read(&mut self, wanted: Pages<'_>) -> Result<Pages<'_>, ContentError> {
+        let Pages { zone, offset, .. } = wanted;
+        let own = zone_of(&self.memory, zone, offset)?;
+        let chunk = fitting_chunk(own, &wanted)?;
+        let buffer = &mut self.buffer[..chunk.bytes];
+        let bits = Some(wanted.bits);
+        let read = self
+            .memory
+            .read_chunk(own, &self.pagemap, chunk, bits, buffer);
+        self.bits = read?;
+        let used = pack(&self.bits, buffer);
+        Ok(Pages {
+            zone,
+            offset,
+            bits: &self.bits,
+            data: &buffer[..used],
+        })
     }
 }
 
@@ -167,15 +262,9 @@ impl ContentWriter {
             data,
         } = pages;
         let invalid = |reason| invalid(zone, offset, reason);
-        let own = self.zone(zone, offset)?;
-        let chunk = chunk_at(own, offset).ok_or_else(|| invalid("no chunk begins there"))?;
-        let count = chunk.bytes / PAGE;
-        let fits = bits.len() == count.div_ceil(8)
-            && (count..bits.len() * 8).all(|page| !is_set(bits, page));
-        if !fits {
-            return Err(invalid("its bitmap has another length than the chunk"));
-        }
-        let pages = (0..count).filter(|page| is_set(bits, *page));
+        let own = zone_of(&self.memory, zone, offset)?;
+        let chunk = fitting_chunk(own, &pages)?;
+        let pages = (0..chunk.bytes / PAGE).filter(|page| is_set(bits, *page));
         if pages.clone().count() * PAGE != data.len() {
             return Err(invalid(
                 "its bitmap has another number of pages than the data",
@@ -201,16 +290,13 @@ impl ContentWriter {
             bytes,
         } = run;
         let invalid = |reason| invalid(zone, offset, reason);
-        let own = self.zone(zone, offset)?;
+        let own = zone_of(&self.memory, zone, offset)?;
         if !offset.is_multiple_of(PAGE_BYTES) || !bytes.is_multiple_of(PAGE_BYTES) {
             return Err(invalid("it is not made of pages"));
         }
         let guest = guest_range(own, offset, bytes).ok_or_else(|| invalid("it is outside RAM"))?;
         let own = own.clone();
-        let outcome = self
-            .engine
-            .discard(self.memory.ram(), &mut [guest], Expected::Zeros);
-        if outcome.discarded.bytes == bytes {
+        if self.discard(guest) {
             return Ok(());
         }
         let ram = self.memory.ram().memory();
@@ -221,6 +307,37 @@ impl ContentWriter {
         Ok(())
     }
 
+    /// Makes pages absent, whatever they contain: they come when the machine runs.
+    ///
+    /// # Errors
+    /// They do not fit RAM, or cannot be discarded.
+    pub fn leave_out(&mut self, pages: Pages<'_>) -> Result<AbsentPages, ContentError> {
+        let Pages {
+            zone, offset, bits, ..
+        } = pages;
+        let own = zone_of(&self.memory, zone, offset)?;
+        let chunk = fitting_chunk(own, &pages)?;
+        each_run(bits, chunk.bytes / PAGE, |start, bytes| {
+            let start = chunk.guest.0 + start as u64;
+            let bytes = bytes as u64;
+            match self.discard(GuestRange { start, bytes }) {
+                true => Ok(()),
+                false => Err(invalid(zone, offset, "its pages cannot be discarded here")),
+            }
+        })?;
+        Ok(AbsentPages {
+            zone: zone as usize,
+            chunk,
+            bits: bits.to_vec(),
+        })
+    }
+
+    fn discard(&mut self, range: GuestRange) -> bool {
+        let ram = self.memory.ram();
+        let outcome = self.engine.discard(ram, &mut [range], Expected::Zeros);
+        outcome.discarded.bytes == range.bytes
+    }
+
     /// The RAM with its content. `thp`: whether it uses transparent huge pages from now on.
     pub fn finish(self, thp: bool) -> GuestMemory {
         for zone in self.memory.zones().iter().filter(|_| thp) {
@@ -228,10 +345,23 @@ impl ContentWriter {
         }
         self.memory
     }
+}
 
-    fn zone(&self, number: u32, offset: u64) -> Result<&Zone, ContentError> {
-        let zone = self.memory.zones().get(number as usize);
-        zone.ok_or_else(|| invalid(number, offset, "there is no such zone"))
+fn zone_of(memory: &GuestMemory, number: u32, offset: u64) -> Result<&Zone, ContentError> {
+    let zone = memory.zones().get(number as usize);
+    zone.ok_or_else(|| invalid(number, offset, "there is no such zone"))
+}
+
+/// The chunk of `pages`, whose bitmap has its size.
+fn fitting_chunk(zone: &Zone, pages: &Pages<'_>) -> Result<Chunk, ContentError> {
+    let invalid = |reason| invalid(pages.zone, pages.offset, reason);
+    let chunk = chunk_at(zone, pages.offset).ok_or_else(|| invalid("no chunk begins there"))?;
+    let (bits, count) = (pages.bits, chunk.bytes / PAGE);
+    let fits =
+        bits.len() == count.div_ceil(8) && (count..bits.len() * 8).all(|page| !is_set(bits, page));
+    match fits {
+        true => Ok(chunk),
+        false => Err(invalid("its bitmap has another length than the chunk")),
     }
 }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use api::VmConfig;
 use machine::cpu::HostCpu;
+use machine::memory::on_demand::Faults;
 use machine::pc::Pc;
 
 use super::error::Done;
@@ -27,6 +28,8 @@ pub(super) enum Role {
     Target {
         /// Known once the source has sent it.
         prepared: Option<Box<Prepared>>,
+        /// For RAM that comes after the machine, if that is permitted.
+        faults: Option<Faults>,
         done: Option<Done>,
     },
 }

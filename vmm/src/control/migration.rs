@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use api::config::{MigrationMemoryMode, MigrationTimeoutStrategy};
 use api::{Endpoint, VmConfig, VmReceiveMigrationData, VmSendMigrationData, VmState};
+use machine::memory::on_demand::{Content, Faults, OnDemand};
 use machine::memory::{GuestMemory, ZoneFiles};
 use state::Saved;
 
@@ -27,6 +28,8 @@ use crate::threads::{MIGRATION_THREAD, ThreadKind};
 use crate::vm::{self, WrittenFiles};
 
 const STACK_BYTES: usize = 1 << 20;
+
+type ReceivedMut<'a> = (&'a mut Option<Box<Prepared>>, &'a mut Option<Faults>);
 
 fn request(text: &'static str) -> LifecycleError {
     LifecycleError::Migration(MigrationError::Request(text))
@@ -97,6 +100,7 @@ impl Lifecycle {
                 timeout: Duration::from_secs(request.timeout_s),
                 pauses_at_timeout: request.timeout_strategy == MigrationTimeoutStrategy::Ignore,
             },
+            postpones: request.memory_mode == MigrationMemoryMode::Postcopy,
             brake: brake.map(|brake| Arc::new(brake) as Arc<dyn Brake>),
             limits: Limits::default(),
             cancel: cancel.clone(),
@@ -271,6 +275,9 @@ impl Lifecycle {
     fn end_finished(&mut self, report: SendReport) -> Result<(), LifecycleError> {
         self.migration = None;
         log::info!("The VM has moved: {report:?}");
+        if report.was_postponed {
+            self.emit(EventKind::PostcopyMigrationCompleted);
+        }
         self.emit(EventKind::MigrationFinished {
             passes: report.passes,
             wire_bytes: report.wire_bytes,
@@ -304,7 +311,10 @@ impl Lifecycle {
         if self.config.is_some() {
             return Err(LifecycleError::VmAlreadyCreated);
         }
-        check_mode(request.memory_mode)?;
+        let faults = match request.memory_mode {
+            MigrationMemoryMode::Precopy => None,
+            MigrationMemoryMode::Postcopy => Some(open_faults()?),
+        };
         let address = Address::parse(&request.receiver_url).map_err(LifecycleError::Migration)?;
         let socket: Vec<Need> = address.path().map(Need::socket).into_iter().collect();
         self.confinement
@@ -314,6 +324,7 @@ impl Lifecycle {
         let cancel = Cancel::default();
         let incoming = Incoming {
             listener: Listener::bind(&address, tls).map_err(LifecycleError::Migration)?,
+            postpones: faults.is_some(),
             limits: Limits::default(),
             cancel: cancel.clone(),
         };
@@ -326,6 +337,7 @@ impl Lifecycle {
             is_committed: false,
             role: Role::Target {
                 prepared: None,
+                faults,
                 done: done.take(),
             },
         });
@@ -333,14 +345,16 @@ impl Lifecycle {
         Ok(())
     }
 
-    /// The migration that is being received, with the place for what is prepared.
-    fn received(&mut self) -> Result<&mut Option<Box<Prepared>>, LifecycleError> {
+    /// The migration that is being received: the place for what is prepared, and the descriptor for postponed RAM.
+    fn received(&mut self) -> Result<ReceivedMut<'_>, LifecycleError> {
         match &mut self.migration {
             Some(Migration {
-                role: Role::Target { prepared, .. },
+                role: Role::Target {
+                    prepared, faults, ..
+                },
                 cancel,
                 ..
-            }) if !cancel.is_set() => Ok(prepared),
+            }) if !cancel.is_set() => Ok((prepared, faults)),
             _ => Err(LifecycleError::Migration(MigrationError::Cancelled)),
         }
     }
@@ -351,7 +365,8 @@ impl Lifecycle {
         state: &SnapshotState,
         files: ZoneFiles,
     ) -> Result<GuestMemory, LifecycleError> {
-        self.received()?;
+        let (_, faults) = self.received()?;
+        let postpones = faults.is_some();
         self.emit(EventKind::Restoring);
         config::validate(&config).map_err(LifecycleError::ConfigValidation)?;
         movable(&config).map_err(LifecycleError::Migration)?;
@@ -364,9 +379,14 @@ impl Lifecycle {
             .map_err(LifecycleError::Landlock)?;
         let memory = snapshot::memory_of(&config, &pc, files);
         let mut memory = memory.map_err(LifecycleError::Snapshot)?;
+        if postpones {
+            let checked = OnDemand::check(&memory).map_err(SnapshotError::OnDemand);
+            checked.map_err(LifecycleError::Snapshot)?;
+        }
         let pc = vm::prepare(&config, &self.context, &mut memory);
         let pc = pc.map_err(LifecycleError::Machine)?;
-        *self.received()? = Some(Box::new(Prepared { config, pc, host }));
+        let (prepared, _) = self.received()?;
+        *prepared = Some(Box::new(Prepared { config, pc, host }));
         Ok(memory)
     }
 
@@ -374,14 +394,30 @@ impl Lifecycle {
         &mut self,
         state: SnapshotState,
         memory: GuestMemory,
+        postponed: Option<Content>,
     ) -> Result<(), LifecycleError> {
-        let prepared = self.received()?.take();
+        let (prepared, faults) = self.received()?;
+        let (prepared, faults) = (prepared.take(), faults.take());
         let Prepared { config, pc, host } = *prepared.ok_or(LifecycleError::VmMissingConfig)?;
-        let pc = Mutex::new(pc);
-        let snapshot = Snapshot::received(config, state, Received { memory, pc, host });
+        let received = Received {
+            memory,
+            postponed: Mutex::new(faults.zip(postponed)),
+            pc: Mutex::new(pc),
+            host,
+        };
+        let snapshot = Snapshot::received(config, state, received);
         let snapshot = snapshot.map_err(LifecycleError::Snapshot)?;
         let config = snapshot.config.clone();
         self.create_restored(&snapshot, config)
+    }
+
+    /// The machine that is being received has failed. Returns whether it still belongs to the source, which then keeps it:
+    /// the end of the migration drops it here.
+    pub(super) fn refuse_received(&mut self) -> bool {
+        match &self.migration {
+            Some(migration) if matches!(migration.role, Role::Target { .. }) => migration.cancel(),
+            _ => false,
+        }
     }
 
     fn commit_received(&mut self, runs: bool) -> Result<(), LifecycleError> {
@@ -461,15 +497,26 @@ fn json<T: serde::Serialize>(value: &T) -> String {
     serde_json::to_string(value).expect("plain data is always JSON")
 }
 
-fn check_mode(mode: MigrationMemoryMode) -> Result<(), LifecycleError> {
-    if mode == MigrationMemoryMode::Postcopy {
-        return Err(request("memory_mode must be precopy"));
-    }
-    Ok(())
+/// For RAM that comes after the machine.
+fn open_faults() -> Result<Faults, LifecycleError> {
+    let opened = Faults::open().map_err(SnapshotError::OnDemand);
+    opened.map_err(LifecycleError::Snapshot)
 }
 
 fn check_send(data: &VmSendMigrationData) -> Result<(), LifecycleError> {
-    check_mode(data.memory_mode)?;
+    if data.memory_mode == MigrationMemoryMode::Postcopy {
+        if data.local {
+            return Err(request("memory_mode must be precopy with local=on"));
+        }
+        if data.connections != 1 {
+            return Err(request("connections must be 1 with memory_mode=postcopy"));
+        }
+        if data.auto_converge {
+            return Err(request(
+                "auto_converge must be off with memory_mode=postcopy",
+            ));
+        }
+    }
     if data.local && !data.destination_url.starts_with("unix:") {
         return Err(request(
             "local needs a destination_url of the form unix:PATH",
@@ -583,8 +630,13 @@ impl TargetOwner for Steps {
         self.step(move |vm| vm.prepare_received(config, &state, files))
     }
 
-    fn build(&mut self, state: SnapshotState, memory: GuestMemory) -> Result<(), MigrationError> {
-        self.step(move |vm| vm.build_received(state, memory))
+    fn build(
+        &mut self,
+        state: SnapshotState,
+        memory: GuestMemory,
+        postponed: Option<Content>,
+    ) -> Result<(), MigrationError> {
+        self.step(move |vm| vm.build_received(state, memory, postponed))
     }
 
     fn commit(&mut self, runs: bool) -> Result<(), MigrationError> {

@@ -506,7 +506,7 @@ impl Control {
 
     fn machine_failed(&mut self) -> Option<Ending> {
         clear(&self.signals.failed);
-        if !self.lifecycle.has_machine() {
+        if !self.lifecycle.has_machine() || self.lifecycle.refuse_received() {
             return None;
         }
         log::error!("The machine has failed and is stopped");

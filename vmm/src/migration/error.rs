@@ -122,6 +122,11 @@ pub enum MigrationError {
     /// The owner of the machine refused or failed a step.
     #[error(transparent)]
     Owner(Box<dyn Error + Send + Sync>),
+    /// The target has the VM, and no longer needs or reaches the rest of its RAM.
+    #[error(
+        "The VM has moved, but the target has not received all of its memory and ends it; it stays paused here as it was before"
+    )]
+    Incomplete(#[source] Box<MigrationError>),
     /// The other side may run the VM.
     #[error(
         "It is unknown whether the target runs the VM: it stays paused here; delete it if the target runs it, and resume it only if not"

@@ -1,13 +1,15 @@
 //! Entry point of the fuzz target `migration`, and of ordinary tests with random bytes.
 
+use std::error::Error;
 use std::io::{self, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 
 use api::VmConfig;
 use api::config::MemoryConfig;
+use machine::memory::on_demand::{Content, PageSource};
 use machine::memory::{GuestMemory, ZoneFiles};
 
-use super::receive::{Reached, receive_from};
+use super::receive::{Joined, Reached, receive_from};
 use super::wire::{Hello, Kind, MigrationId, Reader, Transfer, Writer};
 use super::{Address, Cancel, Incoming, Limits, Listener, MigrationError, TargetOwner};
 use crate::snapshot::SnapshotState;
@@ -27,13 +29,17 @@ pub fn receive(bytes: &[u8]) -> bool {
         1 if transfer == Transfer::Copied => 2,
         _ => 1,
     };
+    let transfer = match choice / 16 % 2 {
+        1 if connections == 2 => Transfer::Postponed,
+        _ => transfer,
+    };
     let hello = Hello {
         id: ID,
         transfer,
         connections,
     };
     let (bytes, others) = divided(bytes, connections);
-    let (framed, others) = match choice % 4 {
+    let (framed, others_bytes) = match choice % 4 {
         0 => (bytes.to_vec(), others.to_vec()),
         1 => (framed(bytes), framed(others)),
         2 => return receive_from_socket(hello, &framed(bytes), &framed(others), &[]),
@@ -46,8 +52,13 @@ pub fn receive(bytes: &[u8]) -> bool {
     let reader = Reader::new(&framed[..]);
     let limits = Limits::default();
     let join = || {
-        let others = (1..connections).map(|_| Reader::new(&others[..]));
-        Ok((None, others.collect()))
+        let is_postponed = transfer == Transfer::Postponed;
+        let others = (1..connections).filter(|_| !is_postponed);
+        Ok(Joined {
+            peer: None,
+            readers: others.map(|_| Reader::new(&others_bytes[..])).collect(),
+            fetches: is_postponed.then(|| Box::new(NeverAsked) as Box<dyn PageSource>),
+        })
     };
     let received = receive_from(
         reader,
@@ -86,6 +97,7 @@ fn receive_from_socket(hello: Hello, messages: &[u8], others: &[u8], first: &[u8
     };
     let incoming = Incoming {
         listener,
+        postpones: true,
         limits: Limits::default(),
         cancel: Cancel::default(),
     };
@@ -150,6 +162,24 @@ fn framed(mut bytes: &[u8]) -> Vec<u8> {
     std::mem::take(writer.get_mut())
 }
 
+/// The machine of [`Owner`] does not touch its RAM.
+#[derive(Debug)]
+struct NeverAsked;
+
+impl PageSource for NeverAsked {
+    fn fetch(
+        &mut self,
+        _zone: usize,
+        _offset: u64,
+        _bits: &[u8],
+        _put: &mut dyn FnMut(usize, &[u8]),
+    ) -> Result<(), Box<dyn Error + Send + Sync>> {
+        Ok(())
+    }
+
+    fn end(&mut self) {}
+}
+
 /// Has RAM of 16 MiB, regardless of the configuration.
 struct Owner {
     commits: bool,
@@ -172,7 +202,12 @@ impl TargetOwner for Owner {
         Ok(GuestMemory::new(&memory, 46).expect("a small machine"))
     }
 
-    fn build(&mut self, _state: SnapshotState, _memory: GuestMemory) -> Result<(), MigrationError> {
+    fn build(
+        &mut self,
+        _state: SnapshotState,
+        _memory: GuestMemory,
+        _postponed: Option<Content>,
+    ) -> Result<(), MigrationError> {
         Ok(())
     }
 

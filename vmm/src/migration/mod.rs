@@ -20,6 +20,10 @@
 //! If memory files are handed over, they follow the state, and there are no passes: both sides map the same pages. The
 //! target does not write to them before the commit.
 //!
+//! If RAM is postponed, the source need not send the rest before the commit: it announces the pages by Absent before the
+//! final state, and the target asks for them on the second connection ([`postponed`]), also while it adds the devices.
+//! The source ends when the target has all of them.
+//!
 //! Until it sends Commit, the source owns the VM: after any failure it resumes, and the target, which has received no
 //! Commit, drops its copy. After that, only the target may run the VM. A source without a response queries the outcome
 //! on a new connection. Until the target knows that the source has its response, it answers such queries for a limited
@@ -37,6 +41,7 @@ mod limits;
 mod movable;
 mod pace;
 mod peer;
+mod postponed;
 mod progress;
 mod receive;
 mod send;

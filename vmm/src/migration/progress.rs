@@ -52,4 +52,6 @@ pub struct SendReport {
     pub data_bytes: u64,
     /// From the pause to the target's answer that the machine continues there.
     pub downtime_ms: u64,
+    /// A part of RAM followed the machine.
+    pub was_postponed: bool,
 }

@@ -5,9 +5,11 @@ use std::io::{self, Read, Write};
 use std::time::Instant;
 
 use api::VmConfig;
-use machine::memory::{ContentWriter, GuestMemory, ZoneFiles};
+use machine::memory::on_demand::{Content, PageSource};
+use machine::memory::{AbsentPages, ContentWriter, GuestMemory, ZoneFiles};
 
 use super::peer::{Cancel, Peer};
+use super::postponed::Fetches;
 use super::together::together;
 use super::wire::{
     Channel, FILES_MAX, Hello, Kind, Message, MigrationId, Reader, Transfer, WireError, Writer,
@@ -34,11 +36,16 @@ pub trait TargetOwner: Send {
     ) -> Result<GuestMemory, MigrationError>;
 
     /// Completes the machine from its final state, paused. `memory` is what [`TargetOwner::prepare`] has returned, with its
-    /// content.
+    /// content except for what is `postponed`.
     ///
     /// # Errors
     /// It cannot be created.
-    fn build(&mut self, state: SnapshotState, memory: GuestMemory) -> Result<(), MigrationError>;
+    fn build(
+        &mut self,
+        state: SnapshotState,
+        memory: GuestMemory,
+        postponed: Option<Content>,
+    ) -> Result<(), MigrationError>;
 
     /// The machine belongs to this process. Resumes it if it `runs`.
     ///
@@ -55,6 +62,8 @@ pub trait TargetOwner: Send {
 pub struct Incoming {
     /// Where the source connects.
     pub listener: Listener,
+    /// Whether RAM may come after the machine.
+    pub postpones: bool,
     /// How long it waits for the source.
     pub limits: Limits,
     /// Ends it.
@@ -104,6 +113,12 @@ impl Incoming {
         let (mut peer, hello) = self.accept()?;
         owner.begin();
         peer.set_limit(self.limits.running);
+        if hello.transfer == Transfer::Postponed && !self.postpones {
+            connections.push(peer);
+            return Err(MigrationError::Request(
+                "the source would send a part of RAM after the VM: use memory_mode=postcopy here, too",
+            ));
+        }
         let mut last_word = peer.clone();
         last_word.ignore_cancel();
         connections.push(last_word);
@@ -113,8 +128,22 @@ impl Incoming {
             let others = self.join(&peer, &hello)?;
             // Open until the end: a source that finds one closed expects the reason on the first one.
             connections.extend(others.iter().cloned());
-            let readers = others.into_iter().map(Reader::new).collect();
-            Ok((Some(peer.clone()), readers))
+            let mut joined = Joined {
+                peer: Some(peer.clone()),
+                readers: Vec::new(),
+                fetches: None,
+            };
+            for mut other in others {
+                if hello.transfer == Transfer::Postponed {
+                    // A machine that is dropped asks no more.
+                    other.ignore_cancel();
+                    let reader = Reader::new(other.clone());
+                    joined.fetches = Some(Box::new(Fetches::new(reader, Writer::new(other))));
+                } else {
+                    joined.readers.push(Reader::new(other));
+                }
+            }
+            Ok(joined)
         };
         let limits = &self.limits;
         receive_from(reader, &mut writer, hello, join, limits, owner, reached)
@@ -230,13 +259,22 @@ impl Incoming {
     }
 }
 
-/// Everything after the introduction of the source. `join` waits for the other connections; it returns the first one, if
-/// the others can end early, and them.
+/// The connections of a migration.
+pub(super) struct Joined<R> {
+    /// The first one, if the others can end early.
+    pub(super) peer: Option<Peer>,
+    /// The others, over which content comes.
+    pub(super) readers: Vec<Reader<R>>,
+    /// The one on which the target asks for postponed content.
+    pub(super) fetches: Option<Box<dyn PageSource>>,
+}
+
+/// Everything after the introduction of the source. `join` waits for the other connections.
 pub(super) fn receive_from<R: Read + Channel + Send>(
     mut reader: Reader<R>,
     writer: &mut Writer<impl Write + Channel>,
     hello: Hello,
-    join: impl FnOnce() -> Result<(Option<Peer>, Vec<Reader<R>>), MigrationError>,
+    join: impl FnOnce() -> Result<Joined<R>, MigrationError>,
     limits: &Limits,
     owner: &mut dyn TargetOwner,
     reached: &mut Reached,
@@ -247,25 +285,30 @@ pub(super) fn receive_from<R: Read + Channel + Send>(
     reader.set_state_bytes_max(state_bytes_max(&config));
     let state = read_state(reader.next(&[Kind::State], "the state")?.text()?)?;
     let files = match hello.transfer {
-        Transfer::Copied => ZoneFiles::New,
+        Transfer::Copied | Transfer::Postponed => ZoneFiles::New,
         Transfer::HandedOver => ZoneFiles::Given(receive_files(&mut reader)?.into_iter()),
     };
     let memory = owner.prepare(config, state, files)?;
     writer.send(Kind::Accepted, &[])?;
-    let (state, memory) = match hello.transfer {
-        Transfer::Copied => {
-            let (peer, readers) = join()?;
-            if !readers.is_empty() {
+    let mut fetches = None;
+    let (state, memory, absent) = match hello.transfer {
+        Transfer::Copied | Transfer::Postponed => {
+            let joined = join()?;
+            if hello.connections > 1 {
                 writer.send(Kind::Joined, &[])?;
             }
-            receive_content(&mut reader, peer.as_ref(), readers, memory, thp)?
+            fetches = joined.fetches;
+            let (peer, readers) = (joined.peer.as_ref(), joined.readers);
+            receive_content(&mut reader, peer, readers, memory, thp, fetches.is_some())?
         }
         Transfer::HandedOver => {
             let state = reader.next(&[Kind::State], "the final state")?;
-            (read_state(state.text()?)?, memory)
+            (read_state(state.text()?)?, memory, Vec::new())
         }
     };
-    owner.build(state, memory)?;
+    let fetches = fetches.filter(|_| !absent.is_empty());
+    let postponed = fetches.map(|fetches| Content::Elsewhere(absent, fetches));
+    owner.build(state, memory, postponed)?;
     let id = hello.id;
     *reached = Reached::Prepared(id);
     writer.send(Kind::Prepared, &[])?;
@@ -310,24 +353,41 @@ fn receive_files(reader: &mut Reader<impl Read + Channel>) -> Result<Vec<File>, 
     }
 }
 
-/// The content of `memory`, and the final state, which follows it. `peer` is the first connection, `others` are further
-/// ones.
+/// The content of `memory`, and the final state, which follows it; also the pages that are absent, if it `postpones` any.
+/// `peer` is the first connection, `others` are further ones.
 fn receive_content<R: Read + Channel + Send>(
     reader: &mut Reader<R>,
     peer: Option<&Peer>,
     others: Vec<Reader<R>>,
     memory: GuestMemory,
     thp: bool,
-) -> Result<(SnapshotState, GuestMemory), MigrationError> {
+    postpones: bool,
+) -> Result<(SnapshotState, GuestMemory, Vec<AbsentPages>), MigrationError> {
     let mut content = ContentWriter::new(memory);
     let others = others.into_iter();
     let mut others: Vec<_> = others.map(|it| (it, content.another())).collect();
     let mut pass = 0_u32;
+    let mut absent: Vec<AbsentPages> = Vec::new();
     loop {
-        let expected = &[Kind::PassBegin, Kind::State];
+        let expected: &[Kind] = match (postpones, absent.is_empty()) {
+            (false, _) => &[Kind::State, Kind::PassBegin],
+            (true, true) => &[Kind::State, Kind::PassBegin, Kind::Absent],
+            (true, false) => &[Kind::State, Kind::Absent],
+        };
         let message = reader.next(expected, "a pass over memory or the final state")?;
         if message.kind == Kind::State {
-            return Ok((read_state(message.text()?)?, content.finish(thp)));
+            return Ok((read_state(message.text()?)?, content.finish(thp), absent));
+        }
+        if message.kind == Kind::Absent {
+            let pages = content.leave_out(message.pages()?)?;
+            // Also limits their number.
+            if absent.last().is_some_and(|last| !last.is_before(&pages)) {
+                let kind = Kind::Absent;
+                let reason = "its chunk is not behind the previous one";
+                return Err(WireError::Invalid { kind, reason }.into());
+            }
+            absent.push(pages);
+            continue;
         }
         require_pass(&message, pass)?;
         let first = || receive_share(reader, &mut content, pass);

@@ -14,6 +14,7 @@ use machine::random::random_id;
 use super::converge::{Brake, Converge};
 use super::pace::Pace;
 use super::peer::{Cancel, Peer};
+use super::postponed::PageServer;
 use super::together::together;
 use super::wire::{
     Channel, FILES_MAX, Hello, Kind, MigrationId, RUNS_MAX, Reader, Transfer, WireError, Writer,
@@ -120,13 +121,6 @@ impl Ram {
             )),
         }
     }
-
-    fn transfer(&self) -> Transfer {
-        match self {
-            Self::Copied(_) => Transfer::Copied,
-            Self::HandedOver(_) => Transfer::HandedOver,
-        }
-    }
 }
 
 /// A migration to be sent.
@@ -146,6 +140,9 @@ pub struct Outgoing {
     pub bytes_per_second_max: Option<NonZeroU64>,
     /// When to pause.
     pub convergence: Convergence,
+    /// Whether the rest of RAM follows the machine if the guest writes faster than the connection transfers. Excludes
+    /// other connections and the brake, and RAM is copied.
+    pub postpones: bool,
     /// Slows the guest down if it writes faster than the connection transfers.
     pub brake: Option<Arc<dyn Brake>>,
     /// How long it waits for the target.
@@ -164,6 +161,8 @@ struct Connection {
     /// Further ones.
     others: Vec<Writer<Peer>>,
     data_bytes: AtomicU64,
+    /// Sends the pages that come after the commit.
+    server: Option<PageServer>,
 }
 
 impl Outgoing {
@@ -185,6 +184,7 @@ impl Outgoing {
             peer,
             others: Vec::new(),
             data_bytes: AtomicU64::default(),
+            server: None,
         };
         connection.set_limit(self.limits.running);
         let sent = self.send_to(&mut connection, &id, owner);
@@ -203,8 +203,12 @@ impl Outgoing {
     ) -> Result<Sent, MigrationError> {
         connection.writer.hello(&Hello {
             id: *id,
-            transfer: self.ram.transfer(),
-            connections: self.connections,
+            transfer: match self.ram {
+                Ram::HandedOver(_) => Transfer::HandedOver,
+                Ram::Copied(_) if self.postpones => Transfer::Postponed,
+                Ram::Copied(_) => Transfer::Copied,
+            },
+            connections: self.connections(),
         })?;
         connection
             .writer
@@ -226,14 +230,19 @@ impl Outgoing {
             return self.send_paused(connection, None, owner);
         };
         self.open_others(connection, id)?;
+        // Pages are only sent over it when the target asks for them.
+        let asked = match self.postpones {
+            true => connection.others.pop(),
+            false => None,
+        };
         let started = Instant::now();
         let until = started.checked_add(self.convergence.timeout);
-        if !self.convergence.pauses_at_timeout {
+        if !self.convergence.pauses_at_timeout && !self.postpones {
             connection.set_end(until);
         }
         let mut converge = self.brake.as_ref().map(Converge::new);
         let sent = self.send_while_running(connection, tracker, started, converge.as_mut(), owner);
-        let (passes, written) = match sent {
+        let (passes, written, fits) = match sent {
             Err(error) if connection.is_over() => {
                 log::info!("The migration is out of time: {}", api::error_line(&error));
                 return Err(self.timeout());
@@ -245,8 +254,16 @@ impl Outgoing {
             passes,
             written,
             converge,
+            asked: asked.filter(|_| !fits),
         };
         self.send_paused(connection, Some(rest), owner)
+    }
+
+    fn connections(&self) -> u32 {
+        match self.postpones {
+            true => 2,
+            false => self.connections,
+        }
     }
 
     /// Opens the other connections.
@@ -255,7 +272,7 @@ impl Outgoing {
         connection: &mut Connection,
         id: &MigrationId,
     ) -> Result<(), MigrationError> {
-        for number in 1..self.connections {
+        for number in 1..self.connections() {
             let mut peer = self.target.connect(&self.cancel, self.limits.connect)?;
             peer.join(&connection.peer);
             peer.set_limit(self.limits.running);
@@ -263,7 +280,7 @@ impl Outgoing {
             writer.join(id, number)?;
             connection.others.push(writer);
         }
-        if self.connections > 1 {
+        if self.connections() > 1 {
             let expected = "the answer to the other connections";
             connection.reader.next(&[Kind::Joined], expected)?;
         }
@@ -279,7 +296,8 @@ impl Outgoing {
         }
     }
 
-    /// Sends RAM until the rest can be sent in the permitted downtime. Returns the number of passes, and the rest.
+    /// Sends RAM until the rest can be sent in the permitted downtime, or another pass is of no use. Returns the number of
+    /// passes, the rest, and whether it can.
     fn send_while_running(
         &self,
         connection: &mut Connection,
@@ -287,7 +305,7 @@ impl Outgoing {
         started: Instant,
         mut converge: Option<&mut Converge>,
         owner: &mut dyn SourceOwner,
-    ) -> Result<(u32, WrittenPages), MigrationError> {
+    ) -> Result<(u32, WrittenPages, bool), MigrationError> {
         let zones = tracker.memory().zones().iter();
         let mut left_bytes: u64 = zones.map(|zone| zone.bytes()).sum();
         let mut pass = 0;
@@ -312,12 +330,16 @@ impl Outgoing {
                 .convergence
                 .is_reached(rest, shrinks, started.elapsed())
             {
-                return Ok((pass, written));
+                return Ok((pass, written, true));
             }
-            if started.elapsed() >= self.convergence.timeout {
+            let is_late = started.elapsed() >= self.convergence.timeout;
+            if self.postpones && (is_late || !shrinks) {
+                return Ok((pass, written, false));
+            }
+            if is_late {
                 self.progress.begin_pass(left_bytes);
                 return match self.convergence.pauses_at_timeout {
-                    true => Ok((pass, written)),
+                    true => Ok((pass, written, true)),
                     false => Err(self.timeout()),
                 };
             }
@@ -357,17 +379,39 @@ impl Outgoing {
         if let Some(mut rest) = rest {
             // Saving the state may have written to RAM.
             rest.written.add_all(&take(rest.tracker)?);
-            owner.begin_pass(rest.passes);
             self.progress.begin_pass(rest.written.bytes());
             let memory = rest.tracker.memory();
-            self.send_pass(connection, memory, rest.passes, Some(&rest.written), None)?;
-            passes = rest.passes + 1;
+            passes = rest.passes;
+            match rest.asked {
+                Some(asked) => self.postpone(connection, memory, &rest.written, asked)?,
+                None => {
+                    owner.begin_pass(rest.passes);
+                    self.send_pass(connection, memory, rest.passes, Some(&rest.written), None)?;
+                    passes += 1;
+                }
+            }
         }
         connection.writer.send(Kind::State, state.as_bytes())?;
         connection
             .reader
             .next(&[Kind::Prepared], "the answer to the state")?;
         Ok(Sent { passes, paused })
+    }
+
+    /// Announces these pages, which the target asks for on the connection `asked`.
+    fn postpone(
+        &self,
+        connection: &mut Connection,
+        memory: &GuestMemory,
+        written: &WrittenPages,
+        asked: Writer<Peer>,
+    ) -> Result<(), MigrationError> {
+        let writer = &mut connection.writer;
+        memory.each_written(written, |pages| writer.pages(Kind::Absent, pages))?;
+        let progress = Arc::clone(&self.progress);
+        let server = PageServer::start(memory.clone(), asked, self.limits.running, progress)?;
+        connection.server = Some(server);
+        Ok(())
     }
 
     fn send_pass(
@@ -427,29 +471,31 @@ impl Outgoing {
                     .next(&[Kind::Committed], expected)
                     .map(drop)
             });
-        let finished = || {
-            SourceEnd::Finished(SendReport {
-                passes: sent.passes,
-                wire_bytes: connection.peer.written(),
-                data_bytes: connection.data_bytes.load(Ordering::Relaxed),
-                downtime_ms: sent.paused.elapsed().as_millis() as u64,
-            })
-        };
+        let downtime_ms = sent.paused.elapsed().as_millis() as u64;
         let error = match answer {
             Ok(()) => {
-                let end = finished();
                 // A target that does not receive it only waits longer for questions.
                 connection.writer.send(Kind::Released, &[]).ok();
-                return end;
+                return connection.finish(sent.passes, downtime_ms);
             }
-            Err(error @ WireError::Refused { .. }) => return SourceEnd::Failed(error.into()),
+            Err(error @ WireError::Refused { .. }) => {
+                connection.abandon();
+                return SourceEnd::Failed(error.into());
+            }
             Err(error) => error,
         };
         log::warn!("The target's answer to the commit is lost: {error}");
         match self.ask(id) {
-            Some(true) => finished(),
-            Some(false) => SourceEnd::Failed(error.into()),
+            Some(true) => {
+                let downtime_ms = sent.paused.elapsed().as_millis() as u64;
+                connection.finish(sent.passes, downtime_ms)
+            }
+            Some(false) => {
+                connection.abandon();
+                SourceEnd::Failed(error.into())
+            }
             None => {
+                connection.abandon();
                 let cause = Box::new(error.into());
                 SourceEnd::Unconfirmed(MigrationError::Unconfirmed(cause))
             }
@@ -488,6 +534,33 @@ impl Outgoing {
 }
 
 impl Connection {
+    /// The target has the machine; waits until it also has all of its RAM.
+    fn finish(self, passes: u32, downtime_ms: u64) -> SourceEnd {
+        let was_postponed = self.server.is_some();
+        let mut data_bytes = self.data_bytes.into_inner();
+        match self.server.map(PageServer::finish).transpose() {
+            Ok(sent) => data_bytes += sent.unwrap_or(0),
+            Err(error) => {
+                let cause = Box::new(error);
+                return SourceEnd::Unconfirmed(MigrationError::Incomplete(cause));
+            }
+        }
+        SourceEnd::Finished(SendReport {
+            passes,
+            wire_bytes: self.peer.written(),
+            data_bytes,
+            downtime_ms,
+            was_postponed,
+        })
+    }
+
+    /// No further page is sent.
+    fn abandon(&mut self) {
+        if let Some(server) = self.server.take() {
+            server.abandon();
+        }
+    }
+
     fn set_limit(&mut self, limit: Duration) {
         self.reader.get_mut().set_limit(limit);
         let writers = std::iter::once(&mut self.writer).chain(&mut self.others);
@@ -511,6 +584,7 @@ impl Connection {
     fn refuse(&mut self, error: MigrationError) -> MigrationError {
         self.reader.get_mut().ignore_cancel();
         self.writer.get_mut().ignore_cancel();
+        self.abandon();
         // The machine is paused in the meantime.
         self.set_end(Some(Instant::now() + FAREWELL));
         let error = self.reason_of_peer(error);
@@ -548,7 +622,7 @@ fn send_share(
     let mut runs: Vec<PageRun> = Vec::new();
     let cell = RefCell::new(&mut *writer);
     let send = |pages: Pages<'_>| {
-        cell.borrow_mut().pages(pages)?;
+        cell.borrow_mut().pages(Kind::Pages, pages)?;
         sent(pages.data.len());
         Ok::<_, MigrationError>(())
     };
@@ -573,6 +647,8 @@ struct Rest<'a> {
     passes: u32,
     written: WrittenPages,
     converge: Option<Converge>,
+    /// The connection over which it follows the machine; otherwise it is sent before.
+    asked: Option<Writer<Peer>>,
 }
 
 fn take(tracker: &WriteTracker) -> Result<WrittenPages, MigrationError> {

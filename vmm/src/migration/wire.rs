@@ -15,7 +15,7 @@ use std::time::Duration;
 use machine::memory::{PageRun, Pages};
 
 /// Version of the messages and of their order. Both sides must have the same.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 const MAGIC: [u8; 4] = *b"CHBM";
 const HEADER_BYTES: usize = 16;
 
@@ -53,6 +53,9 @@ pub enum Transfer {
     Copied,
     /// The target maps the source's memory files.
     HandedOver,
+    /// Its content is copied, and the part that the guest writes too fast comes after the commit, when the target asks for
+    /// it on the second connection.
+    Postponed,
 }
 
 impl Transfer {
@@ -60,6 +63,7 @@ impl Transfer {
         match self {
             Self::Copied => 0,
             Self::HandedOver => 1,
+            Self::Postponed => 2,
         }
     }
 }
@@ -143,6 +147,12 @@ kinds! {
     Joined = 17, 0;
     /// Source: the number of a pass over RAM that begins on all connections.
     PassBegin = 18, 4;
+    /// Source: pages that come later.
+    Absent = 19, PAGES_HEAD_BYTES as u32 + BITMAP_BYTES_MAX;
+    /// Target, on the second connection: it needs these pages now.
+    Fetch = 20, PAGES_HEAD_BYTES as u32 + BITMAP_BYTES_MAX;
+    /// Target, on the second connection: it needs no further page.
+    Complete = 21, 0;
 }
 
 /// Reasons why a stream is not that of a migration.
@@ -352,16 +362,16 @@ impl<W: Write + Channel> Writer<W> {
         self.send(Kind::Refused, &reason.as_bytes()[..end])
     }
 
-    /// Sends [`Kind::Pages`].
+    /// Sends [`Kind::Pages`], or [`Kind::Absent`] or [`Kind::Fetch`] without data.
     ///
     /// # Errors
     /// The connection.
-    pub fn pages(&mut self, pages: Pages<'_>) -> Result<(), WireError> {
+    pub fn pages(&mut self, kind: Kind, pages: Pages<'_>) -> Result<(), WireError> {
         let mut head = [0; PAGES_HEAD_BYTES];
         head[..4].copy_from_slice(&pages.zone.to_le_bytes());
         head[4..8].copy_from_slice(&(pages.bits.len() as u32).to_le_bytes());
         head[8..].copy_from_slice(&pages.offset.to_le_bytes());
-        self.send_parts(Kind::Pages, &[&head, pages.bits, pages.data])
+        self.send_parts(kind, &[&head, pages.bits, pages.data])
     }
 
     /// Sends [`Kind::Clear`] with up to [`RUNS_MAX`] runs.
@@ -560,13 +570,15 @@ impl<'a> Message<'a> {
         let transfer = match transfer {
             0 => Transfer::Copied,
             1 => Transfer::HandedOver,
+            2 => Transfer::Postponed,
             _ => return self.invalid("RAM comes in an unknown way"),
         };
-        let connections_max = match transfer {
-            Transfer::Copied => CONNECTIONS_MAX,
-            Transfer::HandedOver => 1,
+        let possible = match transfer {
+            Transfer::Copied => 1..=CONNECTIONS_MAX,
+            Transfer::HandedOver => 1..=1,
+            Transfer::Postponed => 2..=2,
         };
-        if !(1..=connections_max).contains(&connections) {
+        if !possible.contains(&connections) {
             return self.invalid("RAM cannot come over that many connections");
         }
         Ok(Hello {
@@ -612,7 +624,7 @@ impl<'a> Message<'a> {
         }
     }
 
-    /// The content of a [`Kind::Pages`]. Only its own lengths are checked.
+    /// The content of a [`Kind::Pages`], [`Kind::Absent`] or [`Kind::Fetch`]. Only its own lengths are checked.
     ///
     /// # Errors
     /// It is too short.
@@ -732,13 +744,27 @@ mod tests {
         writer.memory_file(5, &file).unwrap();
         writer.send(Kind::Accepted, &[]).unwrap();
         writer
-            .pages(Pages {
+            .pages(
+                Kind::Pages,
+                Pages {
+                    zone: 1,
+                    offset: 2 << 20,
+                    bits: &[1],
+                    data: &[7; 4096],
+                },
+            )
+            .unwrap();
+        for kind in [Kind::Absent, Kind::Fetch] {
+            let bits = &[1];
+            let pages = Pages {
                 zone: 1,
                 offset: 2 << 20,
-                bits: &[1],
-                data: &[7; 4096],
-            })
-            .unwrap();
+                bits,
+                data: &[],
+            };
+            writer.pages(kind, pages).unwrap();
+        }
+        writer.send(Kind::Complete, &[]).unwrap();
         let run = PageRun {
             zone: 3,
             offset: 4096,
@@ -841,12 +867,12 @@ mod tests {
             assert!(error.contains(text), "{kind:?}: {error}");
         };
         expect(Kind::Hello, &[9, 0, 0, 0], "version 9");
-        expect(Kind::Hello, &[3, 0, 0, 0, 5], "too short");
-        let hello = |rest: &[u8]| [&[3, 0, 0, 0][..], &ID, rest].concat();
+        expect(Kind::Hello, &[4, 0, 0, 0, 5], "too short");
+        let hello = |rest: &[u8]| [&[4, 0, 0, 0][..], &ID, rest].concat();
         expect(Kind::Hello, &hello(&[]), "another length");
-        expect(Kind::Hello, &hello(&[2, 1, 0, 0, 0]), "unknown way");
+        expect(Kind::Hello, &hello(&[3, 1, 0, 0, 0]), "unknown way");
         expect(Kind::Hello, &hello(&[0, 1, 0, 0]), "another length");
-        for [transfer, connections] in [[0, 0], [0, 129], [1, 2]] {
+        for [transfer, connections] in [[0, 0], [0, 129], [1, 2], [2, 1], [2, 3]] {
             let rest = [transfer, connections, 0, 0, 0];
             expect(Kind::Hello, &hello(&rest), "that many connections");
         }

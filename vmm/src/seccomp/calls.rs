@@ -376,13 +376,16 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [Call]] {
             calls![SYS_pread64, SYS_pwrite64],
         ],
         // Records the order in which RAM was touched in a new file.
-        MachineThread::Fill => &[calls![
-            SYS_fsync,
-            SYS_openat [2 with O_CREAT | O_EXCL],
-            SYS_pread64,
-            SYS_rename,
-            SYS_unlink,
-        ]],
+        MachineThread::Fill => &[
+            SOCKET_IO,
+            calls![
+                SYS_fsync,
+                SYS_openat [2 with O_CREAT | O_EXCL],
+                SYS_pread64,
+                SYS_rename,
+                SYS_unlink,
+            ],
+        ],
         // The console's socket is removed here if a client connects just as the control thread closes it.
         // Input of a console goes through a pair of sockets.
         MachineThread::Serial => &[

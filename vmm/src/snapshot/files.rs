@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use api::VmConfig;
 use machine::cpu::HostCpu;
-use machine::memory::on_demand::{Faults, OnDemand, OnDemandError};
+use machine::memory::on_demand::{Content, Faults, OnDemand, OnDemandError};
 use machine::memory::{
     ContentFiles, DEFAULT_ZONE_ID, GuestMemory, RestoreError, SavedZone, WrittenPages,
     ZoneContentState, ZoneFile, ZoneFiles,
@@ -19,7 +19,7 @@ use virtio_devices::Unpoisoned;
 
 use super::adapt::set_prefault;
 use super::chain::{self, Admit};
-use super::on_demand::{Filling, Owner, Received, RestoreContext};
+use super::on_demand::{Filling, Received, RestoreContext};
 use super::pass::write_pass;
 use super::saveable::require_content_is_ours;
 use super::saved_files::{CONFIG, STATE, SavedFiles, memory_name};
@@ -336,7 +336,13 @@ impl Snapshot {
             let map = self.pc.memory.read();
             map.and_then(|map| memory.check_state(&map))
                 .map_err(SnapshotError::State)?;
-            return Ok((memory.clone(), None));
+            let Some((faults, content)) = received.postponed.lock().unpoisoned().take() else {
+                return Ok((memory.clone(), None));
+            };
+            let progress = Progress::of_restore(memory, Arc::clone(&context.events));
+            let owner = context.owner(progress, None);
+            let started = context.fill(memory, content, &faults, true, &[], owner);
+            return Ok((memory.clone(), Some(started?)));
         }
         let mut memory = memory_of(config, &self.pc, ZoneFiles::New)?;
         let progress = Progress::of_restore(&memory, Arc::clone(&context.events));
@@ -374,31 +380,15 @@ impl Snapshot {
         let id = self.state.link.as_ref().map(|link| link.id.clone());
         let folder = self.folder.as_deref();
         let order = folder.and_then(|folder| read_order(folder, id.as_deref()));
-        let owner = Owner {
-            record: self
-                .folder
-                .clone()
-                .filter(|_| order.is_none())
-                .map(|it| (it, id)),
-            progress,
-            events: Arc::clone(&context.events),
-            signals: Arc::clone(&context.signals),
-        };
+        let record = self.folder.clone().filter(|_| order.is_none());
+        let owner = context.owner(progress, record.map(|it| (it, id)));
         let files = self.memory.iter().map(SavedZone::try_clone);
         let files: Vec<_> = files
             .collect::<io::Result<_>>()
             .map_err(|error| SnapshotError::OnDemand(OnDemandError::Thread(error)))?;
-        let owner = Box::new(owner);
-        OnDemand::start(
-            memory,
-            files,
-            faults,
-            background,
-            &order.unwrap_or_default(),
-            &context.thread_start,
-            owner,
-        )
-        .map_err(SnapshotError::OnDemand)
+        let first = order.unwrap_or_default();
+        let content = Content::Files(files);
+        context.fill(memory, content, faults, background, &first, owner)
     }
 }
 

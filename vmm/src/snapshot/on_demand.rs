@@ -7,7 +7,7 @@ use api::RestoreConfig;
 use api::config::MemoryRestoreMode;
 use machine::cpu::HostCpu;
 use machine::memory::GuestMemory;
-use machine::memory::on_demand::{Faults, FillError, FillOwner, FillReport};
+use machine::memory::on_demand::{Content, Faults, FillError, FillOwner, FillReport, OnDemand};
 use machine::pc::Pc;
 use machine::signals::VmSignals;
 use machine::threads::MachineThreadStart;
@@ -38,8 +38,10 @@ pub enum Filling {
 /// What the target of a migration has created before the final state came.
 #[derive(Debug)]
 pub struct Received {
-    /// RAM with its content.
+    /// RAM with its content, except for what is postponed.
     pub memory: GuestMemory,
+    /// What comes after the machine, once.
+    pub postponed: Mutex<Option<(Faults, Content)>>,
     /// The machine without devices, until it gets them; none without KVM.
     pub pc: Mutex<Option<Pc>>,
     /// What this host provides to its vCPUs; none without KVM.
@@ -80,13 +82,43 @@ pub struct RestoreContext {
 
 virtio_devices::debug_fields!(RestoreContext { signals });
 
+impl RestoreContext {
+    pub(super) fn owner(
+        &self,
+        progress: Progress,
+        record: Option<(PathBuf, Option<String>)>,
+    ) -> Owner {
+        Owner {
+            progress,
+            events: Arc::clone(&self.events),
+            signals: Arc::clone(&self.signals),
+            record,
+        }
+    }
+
+    /// As [`OnDemand::start`].
+    pub(super) fn fill(
+        &self,
+        memory: &GuestMemory,
+        content: Content,
+        faults: &Faults,
+        background: bool,
+        first: &[u32],
+        owner: Owner,
+    ) -> Result<OnDemand, SnapshotError> {
+        let (start, owner) = (&self.thread_start, Box::new(owner));
+        OnDemand::start(memory, content, faults, background, first, start, owner)
+            .map_err(SnapshotError::OnDemand)
+    }
+}
+
 /// Reports the progress of the fill, and ends the machine if the fill fails.
 pub(super) struct Owner {
-    pub(super) progress: Progress,
-    pub(super) events: EventSink,
-    pub(super) signals: Arc<VmSignals>,
+    progress: Progress,
+    events: EventSink,
+    signals: Arc<VmSignals>,
     /// Where the order of the first demands is recorded, unless it is known: the snapshot's folder, and its id.
-    pub(super) record: Option<(PathBuf, Option<String>)>,
+    record: Option<(PathBuf, Option<String>)>,
 }
 
 impl FillOwner for Owner {

@@ -7,7 +7,9 @@ use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::super::content::{self, CHUNK_BYTES, ContentError, PAGE};
 use super::super::layers::SavedChunk;
-use super::super::{GuestMemory, SavedZone, Zone};
+use super::super::{AbsentPages, GuestMemory, SavedZone};
+use super::error::FillError;
+use super::orders::{Content, PageSource};
 
 /// Maximum number of mappings into which memory may be divided: a process can have 65530.
 const RUNS_MAX: u64 = 8192;
@@ -20,10 +22,12 @@ pub(super) struct Chunk {
     /// Number of its first page in guest memory.
     guest_page: u64,
     zone: usize,
+    /// Its offset in the zone.
+    offset: u64,
     saved: SavedChunk,
     /// The pages that were neither filled in nor discarded.
     left: Vec<u8>,
-    /// The checksums matched.
+    /// Single pages can be read: the checksums matched, or there are none.
     pub(super) is_checked: bool,
 }
 
@@ -34,50 +38,50 @@ struct Source {
     saved: SavedZone,
 }
 
+/// Where the pages come from.
+#[derive(Debug)]
+enum Origin {
+    Files(Vec<Source>),
+    Elsewhere(Box<dyn PageSource>),
+}
+
 /// All chunks, in the order of their addresses.
 #[derive(Debug)]
 pub(super) struct Chunks {
-    zones: Vec<Source>,
+    origin: Origin,
     all: Vec<Chunk>,
 }
 
 impl Chunks {
-    /// No chunks.
-    pub(super) fn new() -> Self {
-        Self {
-            zones: Vec::new(),
-            all: Vec::new(),
-        }
-    }
-
-    /// Adds the chunks of `zone`.
+    /// The chunks of `content`.
     ///
     /// # Errors
-    /// The table or the size of a file does not match the zone.
-    pub(super) fn add(
-        &mut self,
-        memory: &GuestMemory,
-        zone: &Zone,
-        saved: SavedZone,
-    ) -> Result<(), ContentError> {
-        let ram = memory.ram().memory();
-        for (chunk, pages) in saved.chunks(zone)? {
-            let region = ram.find_region(chunk.guest);
-            let region = region.expect("the zones are made of the regions");
-            let host = region.as_ptr() as u64 + (chunk.guest.0 - region.start_addr().0);
-            self.all.push(Chunk {
-                host: host..host + chunk.bytes as u64,
-                guest_page: chunk.guest.0 / PAGE as u64,
-                zone: self.zones.len(),
-                left: pages.pages.clone(),
-                saved: pages,
-                is_checked: false,
-            });
-        }
-        self.all.sort_unstable_by_key(|chunk| chunk.host.start);
-        let id = zone.id.clone();
-        self.zones.push(Source { id, saved });
-        Ok(())
+    /// The table or the size of a file does not match its zone.
+    pub(super) fn new(memory: &GuestMemory, content: Content) -> Result<Self, ContentError> {
+        let mut all = Vec::new();
+        let origin = match content {
+            Content::Files(saved) => {
+                let mut sources = Vec::new();
+                for ((number, zone), saved) in memory.zones().iter().enumerate().zip(saved) {
+                    for (chunk, pages) in saved.chunks(zone)? {
+                        all.push(Chunk::new(memory, number, chunk, pages, false));
+                    }
+                    let id = zone.id.clone();
+                    sources.push(Source { id, saved });
+                }
+                Origin::Files(sources)
+            }
+            Content::Elsewhere(absent, source) => {
+                let chunk = |it: AbsentPages| {
+                    let pages = SavedChunk::outside_files(it.bits);
+                    Chunk::new(memory, it.zone, it.chunk, pages, true)
+                };
+                all.extend(absent.into_iter().map(chunk));
+                Origin::Elsewhere(source)
+            }
+        };
+        all.sort_unstable_by_key(|chunk| chunk.host.start);
+        Ok(Self { origin, all })
     }
 
     pub(super) fn count(&self) -> usize {
@@ -114,15 +118,29 @@ impl Chunks {
         places.collect()
     }
 
-    /// Reads the pages of a chunk to their places in `buffer`, and checks them.
+    /// Reads the pages of a chunk to their places in `buffer`, and checks them. From elsewhere, only missing pages come.
     ///
     /// # Errors
-    /// A file cannot be read, or its checksum does not match.
-    pub(super) fn read(&mut self, at: usize, buffer: &mut [u8]) -> Result<(), ContentError> {
+    /// A file cannot be read, its checksum does not match, or the other process does not send the pages.
+    pub(super) fn read(&mut self, at: usize, buffer: &mut [u8]) -> Result<(), FillError> {
         let chunk = &mut self.all[at];
-        let Source { id, saved } = &self.zones[chunk.zone];
         let buffer = &mut buffer[..chunk.bytes()];
-        saved.read(id, &chunk.saved, buffer)?;
+        match &mut self.origin {
+            Origin::Files(zones) => {
+                let Source { id, saved } = &zones[chunk.zone];
+                let read = saved.read(id, &chunk.saved, buffer);
+                read.map_err(FillError::Content)?;
+            }
+            Origin::Elsewhere(source) => {
+                buffer.fill(0);
+                let mut put = |page: usize, data: &[u8]| {
+                    buffer[page * PAGE..(page + 1) * PAGE].copy_from_slice(data);
+                };
+                let (zone, offset) = (chunk.zone, chunk.offset);
+                let fetched = source.fetch(zone, offset, &chunk.left, &mut put);
+                fetched.map_err(FillError::Elsewhere)?;
+            }
+        }
         chunk.is_checked = true;
         Ok(())
     }
@@ -130,16 +148,36 @@ impl Chunks {
     /// Reads one page of a chunk that has been checked; `buffer` has its size.
     ///
     /// # Errors
-    /// The file cannot be read.
+    /// As for [`Chunks::read`].
     pub(super) fn read_page(
-        &self,
+        &mut self,
         at: usize,
         page: usize,
         buffer: &mut [u8],
-    ) -> Result<(), ContentError> {
+    ) -> Result<(), FillError> {
         let chunk = &self.all[at];
-        let Source { id, saved } = &self.zones[chunk.zone];
-        saved.read_page(id, &chunk.saved, page, buffer)
+        match &mut self.origin {
+            Origin::Files(zones) => {
+                let Source { id, saved } = &zones[chunk.zone];
+                let read = saved.read_page(id, &chunk.saved, page, buffer);
+                read.map_err(FillError::Content)
+            }
+            Origin::Elsewhere(source) => {
+                let mut bits = vec![0; chunk.left.len()];
+                bits[page / 8] = 1 << (page % 8);
+                buffer.fill(0);
+                let mut put = |_page: usize, data: &[u8]| buffer.copy_from_slice(data);
+                let fetched = source.fetch(chunk.zone, chunk.offset, &bits, &mut put);
+                fetched.map_err(FillError::Elsewhere)
+            }
+        }
+    }
+
+    /// No further page is needed.
+    pub(super) fn end(&mut self) {
+        if let Origin::Elsewhere(source) = &mut self.origin {
+            source.end();
+        }
     }
 
     /// Drops the pages in `[start, end)`, which are no longer missing. Only whole pages can be discarded.
@@ -189,6 +227,28 @@ impl Chunks {
 }
 
 impl Chunk {
+    fn new(
+        memory: &GuestMemory,
+        zone: usize,
+        chunk: content::Chunk,
+        saved: SavedChunk,
+        is_checked: bool,
+    ) -> Self {
+        let ram = memory.ram().memory();
+        let region = ram.find_region(chunk.guest);
+        let region = region.expect("the zones are made of the regions");
+        let host = region.as_ptr() as u64 + (chunk.guest.0 - region.start_addr().0);
+        Self {
+            host: host..host + chunk.bytes as u64,
+            guest_page: chunk.guest.0 / PAGE as u64,
+            zone,
+            offset: chunk.offset,
+            left: saved.pages.clone(),
+            saved,
+            is_checked,
+        }
+    }
+
     /// Its size.
     pub(super) fn bytes(&self) -> usize {
         (self.host.end - self.host.start) as usize

@@ -1,5 +1,6 @@
 //! Errors of starting to fill RAM, and of filling it.
 
+use std::error::Error;
 use std::io;
 
 use super::super::ContentError;
@@ -54,6 +55,9 @@ pub enum FillError {
     /// A file cannot be read or is damaged.
     #[error(transparent)]
     Content(ContentError),
+    /// Another process has the pages, and does not send them.
+    #[error("The process with the rest of guest RAM does not send it")]
+    Elsewhere(#[source] Box<dyn Error + Send + Sync>),
     /// The kernel reports an error.
     #[error("Cannot handle page faults of guest RAM")]
     Faults(#[source] io::Error),

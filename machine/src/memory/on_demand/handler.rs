@@ -109,6 +109,7 @@ impl Handler {
                 return drop(guard);
             }
         } else {
+            self.chunks.end();
             self.owner.touched(&self.touched);
         }
         std::mem::forget(guard);
@@ -276,7 +277,7 @@ impl Handler {
         if self.loaded != Some(at) && is_checked {
             let buffer = &mut self.buffer[CHUNK_BYTES..];
             let read = self.chunks.read_page(at, page, buffer);
-            return read.map(|()| CHUNK_BYTES).map_err(FillError::Content);
+            return read.map(|()| CHUNK_BYTES);
         }
         self.load(at)?;
         Ok(page * PAGE)
@@ -286,8 +287,7 @@ impl Handler {
     fn load(&mut self, at: usize) -> Result<(), FillError> {
         if self.loaded != Some(at) {
             self.loaded = None;
-            let read = self.chunks.read(at, &mut self.buffer);
-            read.map_err(FillError::Content)?;
+            self.chunks.read(at, &mut self.buffer)?;
             self.loaded = Some(at);
         }
         Ok(())

@@ -1,4 +1,4 @@
-//! Guest RAM that is filled from files while the guest runs.
+//! Guest RAM that is filled from files, or from another process, while the guest runs.
 //!
 //! ```text
 //!  guest, KVM, device ── missing page ──► waits ─┐              file: checked by 2 MiB, then page by page
@@ -40,11 +40,11 @@ use self::chunks::Chunks;
 use self::handler::Handler;
 use self::orders::{Orders, Outcome};
 use self::uffd::Userfaultfd;
-use super::{GuestMemory, SavedZone};
+use super::GuestMemory;
 use crate::threads::{FILL_THREAD, MachineThread, MachineThreadStart};
 
 pub use self::error::{DEVICE, FillError, OnDemandError};
-pub use self::orders::{FillOwner, FillReport, TOUCHED_MAX};
+pub use self::orders::{Content, FillOwner, FillReport, PageSource, TOUCHED_MAX};
 
 /// The descriptor on which the kernel reports page faults, for one [`OnDemand`].
 #[derive(Debug, Clone)]
@@ -66,29 +66,37 @@ pub struct OnDemand {
 }
 
 impl OnDemand {
-    /// Starts to fill `memory`, which is untouched, from the files of its zones. `fills`: fill in the background, too,
+    /// Whether RAM like `memory` can be filled on demand.
+    ///
+    /// # Errors
+    /// A zone has another kind of memory.
+    pub fn check(memory: &GuestMemory) -> Result<(), OnDemandError> {
+        let mut zones = memory.zones().iter();
+        match zones.find(|zone| zone.backing != super::source::ANONYMOUS) {
+            Some(zone) => Err(OnDemandError::Backing {
+                zone: zone.id.clone(),
+                backing: zone.backing,
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// Starts to fill `memory` with `content`, whose pages are not present. `fills`: fill in the background, too,
     /// beginning with the guest's pages that have the numbers in `first`. Numbers of other pages are ignored.
     ///
     /// # Errors
     /// A zone has another kind of memory, a table or file does not match its zone, or the host rejects a request.
     pub fn start(
         memory: &GuestMemory,
-        saved: impl IntoIterator<Item = SavedZone>,
+        content: Content,
         faults: &Faults,
         fills: bool,
         first: &[u32],
         thread_start: &MachineThreadStart,
         owner: Box<dyn FillOwner>,
     ) -> Result<Self, OnDemandError> {
-        let mut chunks = Chunks::new();
-        for (zone, saved) in memory.zones().iter().zip(saved) {
-            if zone.backing != super::source::ANONYMOUS {
-                let (zone, backing) = (zone.id.clone(), zone.backing);
-                return Err(OnDemandError::Backing { zone, backing });
-            }
-            let added = chunks.add(memory, zone, saved);
-            added.map_err(OnDemandError::Content)?;
-        }
+        Self::check(memory)?;
+        let chunks = Chunks::new(memory, content).map_err(OnDemandError::Content)?;
         let uffd = Arc::clone(&faults.0);
         let watched = chunks.ranges(memory);
         for range in &watched {

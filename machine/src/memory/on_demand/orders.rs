@@ -1,11 +1,14 @@
 //! Requests to the handler thread, and its reports.
 
+use std::error::Error;
+use std::fmt;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Condvar, Mutex};
 
 use virtio_devices::Unpoisoned;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::super::{AbsentPages, SavedZone};
 use super::error::FillError;
 
 /// Counts of a completed fill.
@@ -19,6 +22,34 @@ pub struct FillReport {
 
 /// Maximum number of pages whose order is recorded: 256 MiB of RAM.
 pub const TOUCHED_MAX: usize = 1 << 16;
+
+/// The content with which RAM is filled.
+#[derive(Debug)]
+pub enum Content {
+    /// In the files of each zone.
+    Files(Vec<SavedZone>),
+    /// These pages, in another process.
+    Elsewhere(Vec<AbsentPages>, Box<dyn PageSource>),
+}
+
+/// Another process that has pages. It is called by the handler thread only.
+pub trait PageSource: Send + fmt::Debug {
+    /// Fetches the pages `bits`, one bit each, of the chunk at `offset` of zone number `zone`. Calls `put` with the number in
+    /// the chunk and the data of each page that has any; the others are zeros. Must return within a limited time.
+    ///
+    /// # Errors
+    /// The other process does not answer, or wrongly.
+    fn fetch(
+        &mut self,
+        zone: usize,
+        offset: u64,
+        bits: &[u8],
+        put: &mut dyn FnMut(usize, &[u8]),
+    ) -> Result<(), Box<dyn Error + Send + Sync>>;
+
+    /// No further page is needed.
+    fn end(&mut self);
+}
 
 /// Callbacks of the handler thread.
 pub trait FillOwner: Send {

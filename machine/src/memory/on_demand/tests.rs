@@ -9,10 +9,10 @@ use std::time::Duration;
 use virtio_devices::reclaim::{DiscardEngine, Expected, GuestRange, ResidencyProbe};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
-use super::super::ZoneContentState;
-use super::super::content::PAGE;
+use super::super::content::{CHUNK_BYTES, PAGE, is_set};
 use super::super::layout::{MIB, PAGE_BYTES};
 use super::super::test_memory::{self, address, mark, zones};
+use super::super::{ContentWriter, Pages, SavedZone, ZoneContentState};
 use super::*;
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -91,7 +91,8 @@ fn restored_first(
     let memory = memory(false);
     let start: MachineThreadStart = Arc::new(|_| ());
     let owner = Box::new(Owner(owner));
-    let on_demand = OnDemand::start(&memory, copies(files), &faults, fills, first, &start, owner);
+    let content = Content::Files(copies(files));
+    let on_demand = OnDemand::start(&memory, content, &faults, fills, first, &start, owner);
     Some(Restored {
         on_demand: on_demand.unwrap(),
         memory,
@@ -337,7 +338,7 @@ fn other_memory_than_private_memory_is_refused_by_name() {
     let files = saved(PAGES);
     let refused = OnDemand::start(
         &memory(true),
-        copies(&files),
+        Content::Files(copies(&files)),
         &faults,
         true,
         &[],
@@ -352,10 +353,7 @@ fn other_memory_than_private_memory_is_refused_by_name() {
 fn ranges_are_joined_so_that_there_are_not_too_many() {
     let files = saved(PAGES);
     let memory = memory(false);
-    let mut chunks = Chunks::new();
-    for (zone, saved) in memory.zones().iter().zip(copies(&files)) {
-        chunks.add(&memory, zone, saved).unwrap();
-    }
+    let chunks = Chunks::new(&memory, Content::Files(copies(&files))).unwrap();
     let ram = memory.ram().memory();
     let host = |page: u64| ram.get_host_address(address(page)).unwrap() as u64;
     // Each of the two regions has its own; chunks without data are in none.
@@ -401,4 +399,103 @@ fn pages_touched_first_are_recorded_in_their_order_and_come_first_in_the_next_ru
         assert_eq!(read(&it.memory, page), mark(page));
     }
     assert_eq!(it.resident_pages(), pages);
+}
+
+/// Another process, which has a mark on each page that it is asked for, and answers a limited number of times.
+#[derive(Debug)]
+struct Elsewhere {
+    zones: Vec<(u64, u64)>,
+    answers: usize,
+    ended: Sender<()>,
+}
+
+impl PageSource for Elsewhere {
+    fn fetch(
+        &mut self,
+        zone: usize,
+        offset: u64,
+        bits: &[u8],
+        put: &mut dyn FnMut(usize, &[u8]),
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        self.answers = self.answers.checked_sub(1).ok_or("it has gone")?;
+        let first = (self.zones[zone].0 + offset) / PAGE_BYTES;
+        for page in (0..bits.len() * 8).filter(|page| is_set(bits, *page)) {
+            let mut data = [0; PAGE_BYTES as usize];
+            data[..8].copy_from_slice(&mark(first + page as u64).to_le_bytes());
+            put(page, &data);
+        }
+        Ok(())
+    }
+
+    fn end(&mut self) {
+        self.ended.send(()).unwrap();
+    }
+}
+
+/// The pages 0 to 63 of RAM, which held something else before, come from another process.
+fn from_elsewhere(fills: bool, answers: usize) -> Option<(Restored, Receiver<()>)> {
+    let faults = Faults::open().map_err(test_skip::skip).ok()?;
+    let (owner, told) = channel();
+    let (ended, end) = channel();
+    let memory = memory(false);
+    let mut writer = ContentWriter::new(memory.clone());
+    let mut bits = vec![0; CHUNK_BYTES / PAGE / 8];
+    bits[..8].fill(0xff);
+    let pages = Pages {
+        zone: 0,
+        offset: 0,
+        bits: &bits,
+        data: &vec![9; 64 * PAGE],
+    };
+    writer.write(pages).unwrap();
+    let absent = vec![writer.leave_out(pages).unwrap()];
+    let ranges = memory.zones().iter().map(|zone| zone.ranges[0].clone());
+    let source = Elsewhere {
+        zones: ranges.map(|range| (range.start, range.end)).collect(),
+        answers,
+        ended,
+    };
+    let start: MachineThreadStart = Arc::new(|_| ());
+    let content = Content::Elsewhere(absent, Box::new(source));
+    let owner = Box::new(Owner(owner));
+    let on_demand = OnDemand::start(&memory, content, &faults, fills, &[], &start, owner);
+    let restored = Restored {
+        on_demand: on_demand.unwrap(),
+        memory,
+        told,
+    };
+    Some((restored, end))
+}
+
+#[test]
+fn pages_come_from_another_process_when_they_are_touched() {
+    let Some((it, end)) = from_elsewhere(false, usize::MAX) else {
+        return;
+    };
+    assert_eq!(it.resident_pages(), 0);
+    assert_eq!(read(&it.memory, 5), mark(5));
+    assert_eq!(it.resident_pages(), 1);
+    it.discard(7..9);
+    assert_eq!(read(&it.memory, 8), 0, "it was discarded before it came");
+    assert!(end.try_recv().is_err(), "the others may still be needed");
+    assert!(it.on_demand.finish());
+    end.recv_timeout(DEADLINE).unwrap();
+    for page in (0..64).filter(|page| *page != 7 && *page != 8) {
+        assert_eq!(read(&it.memory, page), mark(page));
+    }
+    assert_eq!(read(&it.memory, 64), 0);
+}
+
+#[test]
+fn process_without_its_pages_is_named_and_nothing_reads_as_zeros() {
+    let Some((it, end)) = from_elsewhere(true, 0) else {
+        return;
+    };
+    let told = it.told.recv_timeout(DEADLINE).unwrap();
+    assert!(
+        matches!(&told, Sent::Failed(text) if text.contains("does not send it: it has gone")),
+        "{told:?}"
+    );
+    assert!(!it.on_demand.finish());
+    assert!(end.try_recv().is_err());
 }

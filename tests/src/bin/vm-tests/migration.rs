@@ -8,13 +8,14 @@
 //! ```
 
 use std::fs::File;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::MIB;
-use integration_tests::linux::Machine;
-use integration_tests::migration::EVENTS;
+use integration_tests::linux::{Guest, Machine};
+use integration_tests::migration::{EVENTS, wait_event};
 use integration_tests::outcome::{Outcome, Test};
 use integration_tests::random::Random;
 use integration_tests::tests;
@@ -32,6 +33,7 @@ use crate::snapshot_cycles::disturb;
 pub(crate) fn tests() -> Vec<Test> {
     tests![
         guest_moved_at_random_moments_loses_no_byte_and_no_packet,
+        guest_that_writes_faster_than_the_connection_moves_before_its_memory,
         guest_that_has_returned_memory_moves_without_it,
     ]
 }
@@ -39,6 +41,7 @@ pub(crate) fn tests() -> Vec<Test> {
 const MIGRATIONS: u64 = 4;
 const RAM_BYTES: u64 = 256 * MIB;
 const PREFIX: &str = "192.168.246";
+const POSTCOPY_PREFIX: &str = "192.168.247";
 const GUEST: &str = "192.168.246.2";
 
 /// A figure of the event `migration-finished`.
@@ -115,15 +118,10 @@ impl Drop for Ping {
     }
 }
 
-/// The guest verifies memory and a disk, inflates its balloon and reports memory while it moves.
-fn guest_moved_at_random_moments_loses_no_byte_and_no_packet() -> Result<Outcome> {
-    let migrations = churn::cycles("MIGRATIONS", MIGRATIONS)?;
-    let seed = churn::seed()?;
-    let mut random = Random(seed);
-    let folder = tempfile::tempdir()?;
-    let hosts = TwoHosts::new("vmmove", PREFIX)?;
+/// A guest on the first of the hosts, with a disk in `folder`.
+fn start_guest(hosts: &TwoHosts, folder: &Path) -> Result<Guest> {
     let (serial, net) = hosts.arguments();
-    let disk = churn::disk(folder.path())?;
+    let disk = churn::disk(folder)?;
     let vmm = Machine {
         vmm: Some(hosts.program(0)),
         cpus: "boot=2",
@@ -146,6 +144,17 @@ fn guest_moved_at_random_moments_loses_no_byte_and_no_packet() -> Result<Outcome
         "ip addr add {GUEST}/24 dev eth0 && ip link set eth0 up"
     ))?;
     forget_complaints(&mut guest)?;
+    Ok(guest)
+}
+
+/// The guest verifies memory and a disk, inflates its balloon and reports memory while it moves.
+fn guest_moved_at_random_moments_loses_no_byte_and_no_packet() -> Result<Outcome> {
+    let migrations = churn::cycles("MIGRATIONS", MIGRATIONS)?;
+    let seed = churn::seed()?;
+    let mut random = Random(seed);
+    let folder = tempfile::tempdir()?;
+    let hosts = TwoHosts::new("vmmove", PREFIX)?;
+    let mut guest = start_guest(&hosts, folder.path())?;
     let mut churn = Churn::start(&mut guest, seed)?;
     let ping = Ping::start()?;
     let (mut downtimes, mut permitted) = (Vec::new(), 0);
@@ -185,6 +194,47 @@ fn guest_moved_at_random_moments_loses_no_byte_and_no_packet() -> Result<Outcome
     println!(
         "     {} steps, {} MiB verified, {answered} of {sent} packets answered, downtimes {downtimes:?} ms",
         churn.steps,
+        churn.verified_bytes / MIB
+    );
+    guest.end_cleanly()?;
+    Ok(Outcome::Passed)
+}
+
+/// A part of RAM follows the guest, which uses and discards memory in the meantime.
+fn guest_that_writes_faster_than_the_connection_moves_before_its_memory() -> Result<Outcome> {
+    let seed = churn::seed()?;
+    let mut random = Random(seed);
+    let folder = tempfile::tempdir()?;
+    let hosts = TwoHosts::new("vmpost", POSTCOPY_PREFIX)?;
+    let mut guest = start_guest(&hosts, folder.path())?;
+    let mut churn = Churn::start(&mut guest, seed)?;
+    let mut followed = Vec::new();
+    for host in [1, 0] {
+        churn.go_on(&mut guest, &mut random)?;
+        let settings = json!({
+            "memory_mode": "Postcopy", "downtime_ms": 1, "bytes_per_second_max": 32 * MIB,
+        });
+        let (moved, report) = hosts.move_to(host, guest, &settings)?;
+        guest = moved;
+        guest.wait_serving()?;
+        let filled = wait_event(&guest.vmm, "memory-filled")?;
+        let pages = ["demanded_pages", "filled_pages"].map(|name| reported(&filled, name));
+        let [demanded, filled] = pages;
+        let (demanded, filled) = (demanded?, filled?);
+        ensure!(
+            demanded + filled > 0,
+            "no memory followed the guest: {report}"
+        );
+        followed.push((demanded, filled, reported(&report, "downtime_ms")?));
+        let action = disturb(&guest, &mut random)?;
+        churn.verify_disk(&mut guest).context(action)?;
+    }
+    resize(&guest, 0)?;
+    churn.wait(&mut guest, 16)?;
+    churn.stop(&mut guest)?;
+    expect_no_complaint(&mut guest)?;
+    println!(
+        "     {} MiB verified; pages on demand, in the background, downtime in ms: {followed:?}",
         churn.verified_bytes / MIB
     );
     guest.end_cleanly()?;

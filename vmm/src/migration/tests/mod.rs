@@ -3,6 +3,7 @@
 
 mod connections;
 mod handed_over;
+mod postponed;
 mod proxy;
 mod tls;
 
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 use api::config::MemoryConfig;
 use api::{ReclaimThresholdsChange, VmConfig};
 use hypervisor::Kvm;
+use machine::memory::on_demand::{Content, OnDemand};
 use machine::memory::{GuestMemory, RamSlots, ZoneFiles};
 use serde_json::json;
 use state::Saved;
@@ -68,6 +70,7 @@ struct FakeSource {
     ends: Sender<SourceEnd>,
     steps: Arc<Mutex<Vec<String>>>,
     refuses_commit: bool,
+    busy_pages: u64,
 }
 
 const LAST_PAGE: u64 = RAM_BYTES - 4096;
@@ -75,6 +78,14 @@ const LAST_PAGE: u64 = RAM_BYTES - 4096;
 impl SourceOwner for FakeSource {
     fn begin_pass(&mut self, pass: u32) {
         self.steps.lock().unwrap().push(format!("pass {pass}"));
+        let ram = self.memory.ram();
+        for page in 1000..1000 + self.busy_pages {
+            let (value, address) = (page << 8 | u64::from(pass), page * 4096);
+            ram.memory()
+                .write_obj(value, GuestAddress(address))
+                .unwrap();
+            ram.writes().record(address, 8);
+        }
     }
 
     fn throttled(&mut self, percent: u8) {
@@ -118,6 +129,7 @@ impl SourceOwner for FakeSource {
 #[derive(Debug, Default)]
 struct Received {
     memory: Option<GuestMemory>,
+    on_demand: Option<OnDemand>,
     runs: bool,
     error: Option<String>,
 }
@@ -153,8 +165,14 @@ impl TargetOwner for FakeTarget {
         memory.map_err(|error| MigrationError::Owner(Box::new(error)))
     }
 
-    fn build(&mut self, _state: SnapshotState, memory: GuestMemory) -> Result<(), MigrationError> {
+    fn build(
+        &mut self,
+        _state: SnapshotState,
+        memory: GuestMemory,
+        postponed: Option<Content>,
+    ) -> Result<(), MigrationError> {
         self.step("build")?;
+        self.received.on_demand = postponed.map(|it| postponed::fill(&memory, it));
         self.received.memory = Some(memory);
         Ok(())
     }
@@ -167,6 +185,10 @@ impl TargetOwner for FakeTarget {
 
     fn end(&mut self, end: Result<(), MigrationError>) {
         self.received.error = end.err().map(|error| api::error_line(&error));
+        if self.received.error.is_some() {
+            // The machine is dropped.
+            self.received.on_demand = None;
+        }
         self.ends.send(std::mem::take(&mut self.received)).unwrap();
     }
 }
@@ -178,9 +200,13 @@ struct Source {
     slots: RamSlots,
     limits: Limits,
     refuses_commit: bool,
+    /// Pages that the guest writes in each pass.
+    busy_pages: u64,
+    downtime: Duration,
     /// Hands over its memory files; otherwise its writes are tracked.
     local: bool,
     connections: u32,
+    postpones: bool,
     bytes_per_second_max: Option<NonZeroU64>,
     tls: Option<SourceTls>,
 }
@@ -205,8 +231,11 @@ impl Source {
             slots,
             limits: LIMITS,
             refuses_commit: false,
+            busy_pages: 0,
+            downtime: Duration::from_millis(300),
             local: false,
             connections: 1,
+            postpones: false,
             bytes_per_second_max: None,
             tls: None,
         }
@@ -221,6 +250,7 @@ impl Source {
             ends,
             steps: Arc::clone(&steps),
             refuses_commit: self.refuses_commit,
+            busy_pages: self.busy_pages,
         };
         let cancel = Cancel::default();
         let outgoing = Outgoing {
@@ -239,8 +269,9 @@ impl Source {
             },
             connections: self.connections,
             bytes_per_second_max: self.bytes_per_second_max,
+            postpones: self.postpones,
             convergence: Convergence {
-                downtime: Duration::from_millis(300),
+                downtime: self.downtime,
                 timeout: Duration::from_secs(30),
                 pauses_at_timeout: false,
             },
@@ -277,6 +308,7 @@ fn receive_with(
     let cancel = Cancel::default();
     let incoming = Incoming {
         listener: Listener::bind(address, tls).unwrap(),
+        postpones: true,
         limits,
         cancel: cancel.clone(),
     };
