@@ -3,7 +3,7 @@
 //! | Offset | Field of `struct virtio_mem_config` | |
 //! | --- | --- | --- |
 //! | 0 | `block_size` | fixed |
-//! | 8 | `node_id` | 0, and not offered |
+//! | 8 | `node_id` | fixed; 0, and not offered, without a NUMA node |
 //! | 16 | `addr` | fixed |
 //! | 24 | `region_size` | fixed |
 //! | 32 | `usable_region_size` | the whole region |
@@ -21,7 +21,9 @@ use super::access::BlockAccess;
 use super::handle::{MemHandle, ResizeError};
 use super::region::MemRegion;
 use super::shared::Shared;
-use super::spec::{VIRTIO_F_VERSION_1, VIRTIO_ID_MEM, VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE};
+use super::spec::{
+    VIRTIO_F_VERSION_1, VIRTIO_ID_MEM, VIRTIO_MEM_F_ACPI_PXM, VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE,
+};
 use super::worker::MemWorker;
 use crate::device::{
     Counters, GuestRam, Interrupt, QueueHandler, VirtioDevice, boxed, read_config_space,
@@ -65,6 +67,8 @@ pub struct MemParams {
     pub access: Arc<dyn BlockAccess>,
     /// Bytes requested initially.
     pub requested_bytes: u64,
+    /// The proximity domain of the region, if the machine has NUMA nodes.
+    pub node: Option<u16>,
 }
 
 crate::debug_fields!(MemParams(it) {
@@ -77,6 +81,7 @@ crate::debug_fields!(MemParams(it) {
 #[derive(Debug)]
 pub struct Mem {
     shared: Arc<Shared>,
+    node: Option<u16>,
     /// Present until the transport takes it.
     worker: Option<MemWorker>,
 }
@@ -96,6 +101,7 @@ impl Mem {
         let worker = MemWorker::new(params.id, Arc::clone(&shared), params.ram, engine);
         let device = Self {
             shared,
+            node: params.node,
             worker: Some(worker),
         };
         Ok((device, handle))
@@ -114,14 +120,15 @@ impl VirtioDevice for Mem {
     /// Unplugged blocks are closed, so the driver must promise not to access them. A driver that does not promise it may
     /// run nevertheless, as the standard allows: it reads all ones.
     fn features(&self) -> u64 {
-        VIRTIO_F_VERSION_1 | VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE
+        let node = self.node.map_or(0, |_| VIRTIO_MEM_F_ACPI_PXM);
+        VIRTIO_F_VERSION_1 | VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE | node
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let region = &self.shared.region;
         let fields: [u64; FIELDS] = [
             region.block_bytes(),
-            0,
+            u64::from(self.node.unwrap_or(0)),
             region.start(),
             region.bytes(),
             region.bytes(),

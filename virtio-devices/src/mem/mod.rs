@@ -41,6 +41,8 @@ pub mod spec {
     pub const VIRTIO_ID_MEM: u32 = 24;
     /// Modern device, from the common feature bits (virtio 1.2 §6).
     pub const VIRTIO_F_VERSION_1: u64 = 1 << 32;
+    /// `node_id` is valid: the ACPI proximity domain of the region.
+    pub const VIRTIO_MEM_F_ACPI_PXM: u64 = 1 << 0;
     /// The driver never accesses unplugged blocks, not even to read.
     pub const VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
 

@@ -7,9 +7,10 @@ use vm_memory::GuestAddress;
 
 use super::request::{ANSWER_BYTES, REQUEST_BYTES};
 use super::spec::{
-    VIRTIO_MEM_REQ_PLUG, VIRTIO_MEM_REQ_STATE, VIRTIO_MEM_REQ_UNPLUG, VIRTIO_MEM_REQ_UNPLUG_ALL,
-    VIRTIO_MEM_RESP_ACK, VIRTIO_MEM_RESP_BUSY, VIRTIO_MEM_RESP_ERROR, VIRTIO_MEM_RESP_NACK,
-    VIRTIO_MEM_STATE_MIXED, VIRTIO_MEM_STATE_PLUGGED, VIRTIO_MEM_STATE_UNPLUGGED,
+    VIRTIO_MEM_F_ACPI_PXM, VIRTIO_MEM_REQ_PLUG, VIRTIO_MEM_REQ_STATE, VIRTIO_MEM_REQ_UNPLUG,
+    VIRTIO_MEM_REQ_UNPLUG_ALL, VIRTIO_MEM_RESP_ACK, VIRTIO_MEM_RESP_BUSY, VIRTIO_MEM_RESP_ERROR,
+    VIRTIO_MEM_RESP_NACK, VIRTIO_MEM_STATE_MIXED, VIRTIO_MEM_STATE_PLUGGED,
+    VIRTIO_MEM_STATE_UNPLUGGED,
 };
 use super::{Mem, MemBlocksState, MemHandle, MemParams, MemRegion, ResizeError, RunState};
 use crate::device::{GuestRam, QueueHandler, VirtioDevice};
@@ -45,6 +46,16 @@ struct Made {
 }
 
 fn device(ram: GuestRam, start: u64, blocks: u64, requested: u64) -> Made {
+    device_of_node(ram, start, blocks, requested, None)
+}
+
+fn device_of_node(
+    ram: GuestRam,
+    start: u64,
+    blocks: u64,
+    requested: u64,
+    node: Option<u16>,
+) -> Made {
     let region = MemRegion::new(start, blocks * BLOCK, BLOCK).unwrap();
     let blocks = Arc::new(TestBlocks::new(BLOCK));
     let (device, handle) = Mem::new(MemParams {
@@ -53,6 +64,7 @@ fn device(ram: GuestRam, start: u64, blocks: u64, requested: u64) -> Made {
         ram,
         access: Arc::clone(&blocks) as _,
         requested_bytes: requested * BLOCK,
+        node,
     })
     .unwrap();
     Made {
@@ -456,6 +468,18 @@ fn saved_blocks_are_open_in_the_restored_device_and_no_others() {
     let mut handler = made.device.take_handlers().remove(0);
     let error = handler.restore(Some(&state)).unwrap_err().to_string();
     assert!(error.contains("cannot be opened on this host"), "{error}");
+}
+
+#[test]
+fn node_is_shown_and_offered_if_there_is_one() {
+    let ram = TestRam::from_regions(&[(0, 4 << 20), (START, (BLOCKS * BLOCK) as usize)]);
+    for (node, offered, shown) in [(None, 0, 0), (Some(0), 1, 0), (Some(255), 1, 255)] {
+        let made = device_of_node(ram.mem(), START, BLOCKS, 0, node);
+        assert_eq!(made.device.features() & VIRTIO_MEM_F_ACPI_PXM, offered);
+        let mut field = [0xff; 8];
+        made.device.read_config(8, &mut field);
+        assert_eq!(field, [shown, 0, 0, 0, 0, 0, 0, 0]);
+    }
 }
 
 #[test]

@@ -214,6 +214,7 @@ pub(super) fn make(choice: u8, ram: &TestRam) -> Made {
                 ram: ram.mem(),
                 access: Arc::new(TestBlocks::new(BLOCK_BYTES)),
                 requested_bytes: BLOCK_BYTES,
+                node: None,
             })
             .expect("descriptors");
             shared(device)

@@ -102,6 +102,7 @@ fn blocks(rounds: u32) -> Duration {
         ram: ram.mem(),
         access: Arc::new(TestBlocks::new(BLOCK_BYTES)),
         requested_bytes: REGION_BYTES,
+        node: None,
     })
     .expect("descriptors");
     let driver = MockPciDriver::new(Arc::new(Mutex::new(device)), &ram);

@@ -227,6 +227,7 @@ pub(super) fn mem(
         ram: memory.ram().clone(),
         access: Arc::clone(hotplug) as _,
         requested_bytes: config.memory.hotplugged_size.unwrap_or(0),
+        node: None,
     })
     .map_err(|source| VmError::device(id, source))?;
     let made = Made::new(id, DeviceKind::Mem, Place::default(), mem);
