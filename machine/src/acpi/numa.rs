@@ -21,6 +21,8 @@ pub struct NumaNode {
     pub apic_ids: Vec<u32>,
     /// Its RAM.
     pub ram: Vec<Range<u64>>,
+    /// Regions in which it gets more RAM.
+    pub hotplug: Vec<Range<u64>>,
     /// Distances to other domains, where known.
     pub distances: Vec<(u32, u8)>,
 }
@@ -29,6 +31,7 @@ const SRAT_REVISION: u8 = 3;
 const SRAT_MEMORY: u8 = 1;
 const SRAT_X2APIC: u8 = 2;
 const SRAT_ENABLED: u32 = 1 << 0;
+const SRAT_HOT_PLUGGABLE: u32 = 1 << 1;
 
 /// System resource affinity table.
 pub(super) fn srat(nodes: &[NumaNode]) -> Vec<u8> {
@@ -44,14 +47,17 @@ pub(super) fn srat(nodes: &[NumaNode]) -> Vec<u8> {
             // Clock domain, reserved.
             entries.extend([0; 8]);
         }
-        for range in &node.ram {
+        let ram = node.ram.iter().map(|range| (range, SRAT_ENABLED));
+        let hotplug = node.hotplug.iter();
+        let hotplug = hotplug.map(|range| (range, SRAT_ENABLED | SRAT_HOT_PLUGGABLE));
+        for (range, flags) in ram.chain(hotplug) {
             entries.extend([SRAT_MEMORY, 40]);
             entries.extend(node.domain.to_le_bytes());
             entries.extend([0; 2]);
             entries.extend(range.start.to_le_bytes());
             entries.extend((range.end - range.start).to_le_bytes());
             entries.extend([0; 4]);
-            entries.extend(SRAT_ENABLED.to_le_bytes());
+            entries.extend(flags.to_le_bytes());
             entries.extend([0; 8]);
         }
     }

@@ -172,6 +172,7 @@ fn srat_and_slit_tell_of_nodes_if_there_are_any() {
         domain,
         apic_ids,
         ram,
+        hotplug: Vec::new(),
         distances,
     };
     let upper = 0x4000_0000..0xc000_0000;
@@ -182,7 +183,10 @@ fn srat_and_slit_tell_of_nodes_if_there_are_any() {
             vec![0..0x4000_0000, 0x1_0000_0000..0x1_8000_0000],
             vec![(2, 30)],
         ),
-        node(2, vec![0x123], vec![upper], vec![]),
+        NumaNode {
+            hotplug: std::iter::once(0x2_0000_0000..0x2_4000_0000).collect(),
+            ..node(2, vec![0x123], vec![upper], vec![])
+        },
     ];
     let with_nodes = AcpiParams { numa, ..params(1) };
     let found = tables(&memory, build(&with_nodes, &memory).unwrap());
@@ -190,7 +194,7 @@ fn srat_and_slit_tell_of_nodes_if_there_are_any() {
     assert_eq!(names, ["FACP", "APIC", "MCFG", "SRAT", "SLIT", "DSDT"]);
 
     let srat = &found[3].1;
-    assert_eq!(srat.len(), 48 + 3 * 40 + 24);
+    assert_eq!(srat.len(), 48 + 4 * 40 + 24);
     assert_eq!(u32_at(srat, 36), 1);
     let memory_of = |at: usize| {
         assert_eq!(srat[at..at + 2], [1, 40]);
@@ -204,6 +208,8 @@ fn srat_and_slit_tell_of_nodes_if_there_are_any() {
     assert_eq!(memory_of(48), (0, 0, 0x4000_0000, 1));
     assert_eq!(memory_of(88), (0, 0x1_0000_0000, 0x8000_0000, 1));
     assert_eq!(memory_of(152), (2, 0x4000_0000, 0x8000_0000, 1));
+    // Enabled and hot-pluggable.
+    assert_eq!(memory_of(192), (2, 0x2_0000_0000, 0x4000_0000, 3));
     let vcpu = &srat[128..152];
     assert_eq!((vcpu[0], vcpu[1]), (2, 24));
     assert_eq!(
@@ -223,6 +229,7 @@ fn slit_of_the_highest_domain_fits() {
         domain: PROXIMITY_DOMAIN_MAX,
         apic_ids: vec![0],
         ram: Vec::new(),
+        hotplug: Vec::new(),
         distances: Vec::new(),
     }];
     build(

@@ -301,6 +301,7 @@ impl Pc {
                     .filter(|zone| names.contains(&zone.id))
                     .flat_map(|zone| zone.ranges.clone())
                     .collect(),
+                hotplug: Vec::new(),
                 distances: distances
                     .map(|distance| (distance.destination, distance.distance))
                     .collect(),
