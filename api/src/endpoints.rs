@@ -130,6 +130,10 @@ endpoints! {
     VmResize = Upstream Put "vm.resize",
         request Some("VmResize"), response None, command "resize",
         failure "The VM could not be resized";
+    /// Change the size of a memory zone.
+    VmResizeZone = Upstream Put "vm.resize-zone",
+        request Some("VmResizeZone"), response None, command "resize-zone",
+        failure "The memory zone could not be resized";
     /// Change the size of a disk of a running VM.
     VmResizeDisk = Upstream Put "vm.resize-disk",
         request Some("VmResizeDisk"), response None, command "resize-disk",

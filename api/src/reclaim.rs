@@ -127,7 +127,7 @@ pub struct ZoneResidency {
     pub backing: String,
     /// Size of its pages, bytes, the smallest unit that can be returned.
     pub page_bytes: u64,
-    /// Its size, bytes; for the zone `mem0-hotplug`, the plugged part.
+    /// Its size, bytes; for the zone in which another grows (`mem0-hotplug`), the plugged part.
     pub configured_bytes: u64,
     /// Part in host memory now, bytes.
     pub resident_bytes: u64,

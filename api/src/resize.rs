@@ -1,4 +1,4 @@
-//! Bodies of `PUT /vm.resize` and `PUT /vm.resize-disk`.
+//! Bodies of `PUT /vm.resize`, `PUT /vm.resize-zone` and `PUT /vm.resize-disk`.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -21,6 +21,16 @@ pub struct VmResize {
     /// Target size of the balloon, bytes. The request does not wait for the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub desired_balloon: Option<u64>,
+}
+
+/// The new size of a memory zone.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[schemars(extend("example" = json!({"id": "big", "desired_ram": 2_u64 << 30})))]
+pub struct VmResizeZone {
+    /// Name of the zone.
+    pub id: String,
+    /// Size in bytes. A running VM can have between `size` and `size` + `hotplug_size` of the zone, in blocks of 2 MiB.
+    pub desired_ram: u64,
 }
 
 /// The new size of a disk. The image file is extended or truncated; a block device must already have the new size.

@@ -44,7 +44,11 @@ pub fn run(bytes: &[u8]) -> bool {
             check(
                 MemoryConfig::parse(zones[0], &zones[1..]).inspect(|memory| {
                     let room = memory.room_bytes(HotplugMethod::VirtioMem);
-                    assert!(room <= memory.hotplug_size.unwrap_or(0));
+                    let zones = memory.zones.iter().flatten();
+                    let most = zones.fold(memory.hotplug_size.unwrap_or(0), |sum, zone| {
+                        sum.saturating_add(zone.hotplug_size.unwrap_or(0))
+                    });
+                    assert!(room <= most);
                     let total = memory.total_bytes();
                     assert!(total.is_none_or(|total| total >= memory.size));
                 }),

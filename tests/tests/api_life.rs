@@ -51,6 +51,7 @@ fn walk(vmm: &Vmm, state: &str, steps: &[Step<'_>]) -> Result<()> {
 
 /// There is no such disk.
 const CORE: &str = r#"{"destination_url": "file:///nonexistent/core"}"#;
+const ZONE_8K: &str = "{\"id\":\"mem0\",\"desired_ram\":8192}";
 const DISK_8K: &str = "{\"id\":\"_disk0\",\"desired_size\":8192}";
 /// As above.
 const LIMIT: &str = "{\"id\":\"_disk0\"}";
@@ -68,6 +69,7 @@ const WITHOUT_CONFIG: &[Step<'_>] = &[
     ("PUT", "vm.power-button", None, 500),
     ("PUT", "vm.nmi", None, 500),
     ("PUT", "vm.coredump", Some(CORE), 500),
+    ("PUT", "vm.resize-zone", Some(ZONE_8K), 404),
     ("PUT", "vm.resize-disk", Some(DISK_8K), 404),
     ("PUT", "vm.update-rate-limiter", Some(LIMIT), 404),
     ("GET", "vm.counters", None, 500),
@@ -129,6 +131,8 @@ const RUNNING: &[Step<'_>] = &[
     ("PUT", "vm.power-button", None, 204),
     ("PUT", "vm.resize-disk", Some(DISK_8K), 404),
     ("PUT", "vm.update-rate-limiter", Some(LIMIT), 404),
+    ("PUT", "vm.resize-zone", Some(ZONE_8K), 404),
+    ("PUT", "vm.resize-zone", Some("{\"id\":\"mem0\"}"), 400),
     ("PUT", "vm.resize-disk", Some("{\"id\":\"_disk0\"}"), 400),
     ("PUT", "vm.update-rate-limiter", Some("{}"), 400),
     ("PUT", "vm.pause", None, 204),

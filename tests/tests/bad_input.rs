@@ -293,7 +293,11 @@ fn bad_zones_end_in_one_chain() -> Result<()> {
         (&zones("size=1G"), &["--memory-zone", "\"id\""]),
         (
             &zones("id=a,size=1G,hotplug_size=1G"),
-            &["hotplug_size of memory zones is not supported"],
+            &[
+                MEMORY,
+                "zone a",
+                "hotplug_size of a zone requires hotplug_method=virtio-mem",
+            ],
         ),
         (
             &zones("id=a,size=1000"),

@@ -131,6 +131,11 @@ fn every_command_steers_a_whole_life() -> Result<()> {
     remote.refused("resize --cpus 2", "InternalServerError", "")?;
 
     remote.refused(
+        "resize-zone --id a --size 1G",
+        "NotFound",
+        "no memory zone a",
+    )?;
+    remote.refused(
         "resize-disk --disk data --size 1G",
         "NotFound",
         "no device data",

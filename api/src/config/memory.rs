@@ -28,7 +28,8 @@ pub struct MemoryConfig {
     /// How RAM is added to a running guest.
     #[key]
     pub hotplug_method: HotplugMethod,
-    /// Maximum number of bytes that can be added to a running guest. With virtio-mem, a multiple of 128 MiB.
+    /// Maximum number of bytes that can be added to a running guest. With virtio-mem, a multiple of 128 MiB. Zones have
+    /// their own.
     #[key("<hotpluggable_memory_size>", read = parse_bytes)]
     pub hotplug_size: Option<u64>,
     /// Target for the part of `hotplug_size` that the guest has, bytes. It follows `vm.resize`. Only with virtio-mem.
@@ -70,10 +71,16 @@ impl MemoryConfig {
         })
     }
 
-    /// The size of what `method` can add to RAM without zones, bytes.
+    /// The size of what `method` can add to RAM, bytes. Zones grow only by virtio-mem.
     pub fn room_bytes(&self, method: HotplugMethod) -> u64 {
-        let own = self.hotplug_method == method && self.size > 0;
-        self.hotplug_size.filter(|_| own).unwrap_or(0)
+        let own = self.hotplug_size.filter(|_| self.size > 0).unwrap_or(0);
+        let zones = self.zones.iter().flatten();
+        let in_zones = zones.filter_map(|zone| zone.hotplug_size);
+        match method {
+            _ if self.hotplug_method != method => 0,
+            HotplugMethod::Acpi => own,
+            HotplugMethod::VirtioMem => in_zones.fold(own, u64::saturating_add),
+        }
     }
 
     /// Reads the values of `--memory` and of every `--memory-zone`.
@@ -116,10 +123,11 @@ pub struct MemoryZoneConfig {
     /// Host NUMA node that provides the zone.
     #[key("<node_id>")]
     pub host_numa_node: Option<u32>,
-    /// Maximum number of bytes that can be added to a running guest. Unsupported.
+    /// Maximum number of bytes that can be added to the zone of a running guest. A multiple of 128 MiB. Only with
+    /// virtio-mem.
     #[key("<hotpluggable_memory_size>", read = parse_bytes)]
     pub hotplug_size: Option<u64>,
-    /// Bytes already added. Unsupported.
+    /// Target for the part of `hotplug_size` that the guest has, bytes. It follows `vm.resize-zone`.
     #[key("<hotplugged_memory_size>", read = parse_bytes)]
     pub hotplugged_size: Option<u64>,
     /// Allocate the zone before the guest starts.

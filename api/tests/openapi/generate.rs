@@ -24,6 +24,7 @@ pub(crate) fn schemas() -> BTreeMap<String, Value> {
     generator.subschema_for::<VmmPingResponse>();
     generator.subschema_for::<VmInfo>();
     generator.subschema_for::<VmResize>();
+    generator.subschema_for::<VmResizeZone>();
     generator.subschema_for::<VmResizeDisk>();
     generator.subschema_for::<VmUpdateRateLimiter>();
     generator.subschema_for::<VmRemoveDevice>();

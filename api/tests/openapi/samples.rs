@@ -52,6 +52,7 @@ samples![
     SnapshotProgress,
     MigrationProgress,
     VmResize,
+    VmResizeZone,
     VmResizeDisk,
     VmUpdateRateLimiter,
     VmRemoveDevice,

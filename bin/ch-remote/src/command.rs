@@ -15,8 +15,8 @@ use api::options::{OptionError, parse_bytes};
 use api::{
     Endpoint, HintingAction, ReclaimThresholdsChange, ReportingAction, RestoreConfig,
     VmBalloonHinting, VmBalloonReporting, VmCoredumpData, VmReceiveMigrationData, VmRemoveDevice,
-    VmResize, VmResizeDisk, VmSendMigrationData, VmSnapshotConfig, VmSnapshotMergeConfig,
-    VmUpdateRateLimiter, to_ascii_json,
+    VmResize, VmResizeDisk, VmResizeZone, VmSendMigrationData, VmSnapshotConfig,
+    VmSnapshotMergeConfig, VmUpdateRateLimiter, to_ascii_json,
 };
 use clap::error::ErrorKind;
 use clap::{Arg, ArgGroup, ArgMatches, Args, FromArgMatches, Subcommand, ValueEnum};
@@ -103,6 +103,7 @@ impl Arguments {
         Some(match endpoint {
             Endpoint::VmCreate => Self::derived::<CreateArguments>(),
             Endpoint::VmResize => Self::derived::<ResizeArguments>(),
+            Endpoint::VmResizeZone => Self::derived::<ResizeZoneArguments>(),
             Endpoint::VmResizeDisk => Self::derived::<ResizeDiskArguments>(),
             Endpoint::VmUpdateRateLimiter => section!(VmUpdateRateLimiter, "limit", "LIMIT"),
             Endpoint::VmAddDisk => section!(DiskConfig, "disk", "DISK"),
@@ -419,6 +420,27 @@ impl From<SnapshotArguments> for Command {
             base_url: snapshot.base,
         };
         call(Endpoint::VmSnapshot, &body)
+    }
+}
+
+#[derive(Debug, Args)]
+struct ResizeZoneArguments {
+    /// Name of the memory zone
+    #[arg(long, value_name = "ID")]
+    id: String,
+
+    /// Its new size; accepts a suffix such as M or GiB
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    size: u64,
+}
+
+impl From<ResizeZoneArguments> for Command {
+    fn from(resize: ResizeZoneArguments) -> Self {
+        let body = VmResizeZone {
+            id: resize.id,
+            desired_ram: resize.size,
+        };
+        call(Endpoint::VmResizeZone, &body)
     }
 }
 

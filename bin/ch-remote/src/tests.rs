@@ -131,6 +131,7 @@ fn every_command_calls_its_endpoint() {
     for &endpoint in Endpoint::ALL {
         let arguments = match endpoint {
             Endpoint::VmResize => " --balloon 0",
+            Endpoint::VmResizeZone => " --id mem0 --size 1G",
             Endpoint::VmResizeDisk => " --disk _disk0 --size 1G",
             Endpoint::VmUpdateRateLimiter => " id=_disk0,ops_size=10,ops_refill_time=1000",
             Endpoint::VmSetReclaimThresholds => " --remove a",

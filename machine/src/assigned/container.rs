@@ -83,13 +83,13 @@ impl Container {
         if *has_ram {
             return Ok(());
         }
-        let hotplug = memory.hotplug_ram();
-        let is_hotplug = |start: u64| hotplug.is_some_and(|it| it.range().contains(&start));
         let ram = memory.ram().memory();
-        for region in ram.iter().filter(|it| !is_hotplug(it.start_addr().0)) {
-            self.map_region(region)?;
+        for region in ram.iter() {
+            if !memory.is_in_blocks(region.start_addr()) {
+                self.map_region(region)?;
+            }
         }
-        if let Some(hotplug) = hotplug {
+        for hotplug in memory.hotplug_ram() {
             let blocks = Arc::clone(self) as Arc<dyn PinnedBlocks>;
             hotplug.pin_with(&blocks).map_err(AssignError::MapRam)?;
         }

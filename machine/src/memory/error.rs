@@ -41,6 +41,12 @@ pub enum MemoryError {
         /// Another one.
         second: String,
     },
+    /// Memory that is added to a zone must be other pages than those of its file.
+    #[error("Memory zone {id} cannot grow, because it is a file: use a directory")]
+    GrowsInFile {
+        /// The zone.
+        id: String,
+    },
     /// One zone.
     #[error("Cannot create memory zone {id}")]
     Zone {
@@ -81,6 +87,7 @@ impl MemoryError {
                 | Self::AddressSpace { .. }
                 | Self::SizeOverflow
                 | Self::FileOfTwoZones { .. }
+                | Self::GrowsInFile { .. }
         )
     }
 }

@@ -16,10 +16,10 @@ use super::backing::{self, Backing};
 use super::faults::MemoryFaults;
 use super::hugetlb_limit::{self, Counts};
 use super::layout::AddressMap;
-use super::plugged::{HotplugRam, hotplug_block_bytes};
+use super::plugged::{DeviceView, HotplugRam, hotplug_block_bytes};
 use super::source::Source;
 use super::zone_files::ZoneFiles;
-use super::zones::{Zone, ZoneKind, hotplug_zone_of, place, zones_of};
+use super::zones::{Zone, ZoneKind, hotplug_zones_of, place, zones_of};
 use super::{E820Entry, MemoryError, ZoneError, e820_map};
 use crate::signals::VmSignals;
 
@@ -27,7 +27,8 @@ use crate::signals::VmSignals;
 #[derive(Debug, Clone)]
 pub struct GuestMemory {
     pub(super) ram: GuestRam,
-    hotplug: Option<Arc<HotplugRam>>,
+    /// One for each zone that grows.
+    hotplug: Vec<Arc<HotplugRam>>,
     map: AddressMap,
     pub(super) zones: Vec<Zone>,
     /// Where it shows the files of a snapshot.
@@ -99,13 +100,25 @@ impl GuestMemory {
         let mmap = GuestMemoryMmap::from_arc_regions(regions.clone())
             .expect("the address map has at least one range, in order and without overlap");
         let ram = GuestRam::new(mmap);
-        let last = made.last();
-        let last = last.filter(|zone| zone.kind == ZoneKind::VirtioMem);
-        let hotplug = last.and_then(|zone| {
-            let whole = regions.pop()?;
-            let block_bytes = hotplug_block_bytes(zone.bytes(), zone.page_bytes);
-            Some(Arc::new(HotplugRam::new(&ram, regions, whole, block_bytes)))
+        let growing: Vec<_> = made
+            .iter()
+            .filter(|zone| zone.kind == ZoneKind::VirtioMem)
+            .collect();
+        // Each of these zones is one region, behind those of other RAM.
+        let wholes = regions.split_off(regions.len() - growing.len());
+        let view = Arc::new(DeviceView::new(&ram, regions));
+        let room_bytes = growing.iter().map(|zone| zone.bytes()).sum();
+        let hotplug = growing.into_iter().zip(wholes).map(|(zone, whole)| {
+            let block_bytes = hotplug_block_bytes(room_bytes, zone.page_bytes);
+            let view = Arc::clone(&view);
+            Arc::new(HotplugRam::new(
+                zone.configured_id(),
+                view,
+                whole,
+                block_bytes,
+            ))
         });
+        let hotplug = hotplug.collect();
         Ok(Self {
             ram,
             hotplug,
@@ -172,11 +185,13 @@ impl GuestMemory {
         for (zone, ranges) in zones.into_iter().zip(ranges) {
             plans.push(ZonePlan::new(zone, config.thp, ranges)?);
         }
-        if let Some(zone) = hotplug_zone_of(config) {
+        let room_bytes = config.room_bytes(HotplugMethod::VirtioMem);
+        for zone in hotplug_zones_of(config) {
             let mut plan = ZonePlan::new(zone, config.thp, Vec::new())?;
-            let block_bytes = hotplug_block_bytes(plan.bytes, plan.backing.page_bytes());
+            let block_bytes = hotplug_block_bytes(room_bytes, plan.backing.page_bytes());
             map = map.with_hotplug(plan.bytes, block_bytes, phys_bits)?;
-            plan.ranges.push(map.hotplug.clone());
+            plan.ranges
+                .push(map.hotplug.end - plan.bytes..map.hotplug.end);
             plan.kind = ZoneKind::VirtioMem;
             plans.push(plan);
         }
@@ -243,12 +258,18 @@ impl GuestMemory {
 
     /// RAM as the guest has it now: of memory hot-plug, the blocks that are plugged.
     pub fn device_ram(&self) -> &GuestRam {
-        self.hotplug.as_ref().map_or(&self.ram, |it| it.view())
+        self.hotplug.first().map_or(&self.ram, |it| it.view())
     }
 
-    /// The region for memory hot-plug, if configured.
-    pub fn hotplug_ram(&self) -> Option<&Arc<HotplugRam>> {
-        self.hotplug.as_ref()
+    /// The regions for memory hot-plug, one for each zone that grows, in the order of their addresses.
+    pub fn hotplug_ram(&self) -> &[Arc<HotplugRam>] {
+        &self.hotplug
+    }
+
+    /// Whether an address is in a region for memory hot-plug, of which the guest has only open blocks.
+    pub(crate) fn is_in_blocks(&self, address: GuestAddress) -> bool {
+        let mut regions = self.hotplug.iter();
+        regions.any(|it| it.range().contains(&address.0))
     }
 
     /// Where it shows the files of a snapshot, if it does.
@@ -304,6 +325,12 @@ fn open(zones: &[ZonePlan], files: &mut ZoneFiles) -> Result<Vec<Source>, Memory
     for zone in zones {
         let source = files.open(&zone.backing, zone.bytes);
         let source = source.map_err(|source| zone.error(source))?;
+        if zone.kind == ZoneKind::VirtioMem
+            && let Some(other) = sources.iter().position(|other| source.is_same_file(other))
+        {
+            let id = zones[other].id.clone();
+            return Err(MemoryError::GrowsInFile { id });
+        }
         if let Some(other) = sources.iter().position(|other| source.conflicts(other)) {
             return Err(MemoryError::FileOfTwoZones {
                 first: zones[other].id.clone(),
@@ -480,6 +507,70 @@ mod tests {
             GuestMemory::new(&config, 46),
             Err(MemoryError::Zone { id, source: ZoneError::Open { .. } }) if id == "b"
         ));
+    }
+
+    #[test]
+    fn ram_of_zones_that_grow_has_blocks_sized_for_all_of_them() {
+        let growing = |id: &str, hotplug_bytes| MemoryZoneConfig {
+            hotplug_size: Some(hotplug_bytes),
+            ..zone(id, 64 * MIB, None, false)
+        };
+        let config = MemoryConfig {
+            hotplug_method: HotplugMethod::VirtioMem,
+            ..zoned(vec![
+                growing("a", 20 * GIB),
+                zone("b", 64 * MIB, None, false),
+                growing("c", 20 * GIB),
+            ])
+        };
+        let memory = GuestMemory::new(&config, 46).unwrap();
+        let ids: Vec<_> = memory
+            .zones()
+            .iter()
+            .map(|zone| (zone.id.as_str(), zone.configured_id()))
+            .collect();
+        let expected = [
+            ("a", "a"),
+            ("b", "b"),
+            ("c", "c"),
+            ("a-hotplug", "a"),
+            ("c-hotplug", "c"),
+        ];
+        assert_eq!(ids, expected);
+        let regions = memory.hotplug_ram().iter();
+        let regions: Vec<_> = regions.map(|it| (it.range(), it.block_bytes())).collect();
+        let (first, second) = (4 * GIB..24 * GIB, 24 * GIB..44 * GIB);
+        // With blocks of 2 MiB, both together would have more than 16,384.
+        assert_eq!(regions, [(first, 4 * MIB), (second, 4 * MIB)]);
+        assert_eq!(memory.map().hotplug, 4 * GIB..44 * GIB);
+        assert_eq!(memory.map().devices_64bit.start, 44 * GIB);
+    }
+
+    #[test]
+    fn ram_that_is_a_file_cannot_grow_but_files_of_a_directory_can() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("ram");
+        File::create_new(&path).unwrap().set_len(GIB).unwrap();
+        let memory = |path: &Path, shared| {
+            let growing = MemoryZoneConfig {
+                hotplug_size: Some(GIB),
+                ..zone("a", 64 * MIB, Some(path), shared)
+            };
+            let config = MemoryConfig {
+                hotplug_method: HotplugMethod::VirtioMem,
+                ..zoned(vec![growing])
+            };
+            GuestMemory::new(&config, 46)
+        };
+        for shared in [false, true] {
+            let refused = memory(&path, shared).unwrap_err();
+            assert!(
+                matches!(&refused, MemoryError::GrowsInFile { id } if id == "a"),
+                "{refused}"
+            );
+            assert!(refused.is_of_configuration());
+            memory(folder.path(), shared).unwrap();
+        }
     }
 
     #[test]

@@ -182,8 +182,8 @@ impl AddressMap {
         })
     }
 
-    /// The same map with space for `bytes` of memory after RAM, aligned to `align_bytes`, a power of two. `phys_bits`
-    /// is the width that the map was created with.
+    /// The same map with space for `bytes` more of memory after RAM, aligned to `align_bytes`, a power of two. They are
+    /// the last in [`AddressMap::hotplug`]. `phys_bits` is the width that the map was created with.
     ///
     /// # Errors
     /// [`MemoryError::AddressSpace`].
@@ -202,7 +202,10 @@ impl AddressMap {
         let fits = |start: &u64| *start <= devices_end.saturating_sub(DEVICE_AREA_MIN_BYTES);
         match hotplug.as_ref().and_then(devices_start).filter(fits) {
             Some(devices_start) => Ok(Self {
-                hotplug: hotplug.expect("the devices are behind it"),
+                hotplug: match (hotplug.expect("the devices are behind it"), &self.hotplug) {
+                    (first, before) if before.is_empty() => first,
+                    (next, before) => before.start..next.end,
+                },
                 devices_64bit: devices_start..devices_end,
                 ..self
             }),

@@ -5,7 +5,7 @@
 //!                                 │
 //!                                 ├─ attach ─► RamSlots (KVM's view, removed on drop)
 //!                                 ├─ map_dimm ─► Dimm, added while the guest runs
-//!                                 └─ HotplugRam (opens and closes blocks of virtio-mem for KVM and devices)
+//!                                 └─ HotplugRam (opens and closes blocks of a virtio-mem device for KVM and devices)
 //! ```
 
 mod backing;
@@ -59,4 +59,4 @@ pub use state::{MemoryRangeState, MemoryState, ZoneState};
 pub use transfer::{AbsentPages, Chunks, ContentWriter, PageReader, PageRun, Pages};
 pub use write_tracker::{WriteTracker, WrittenPages};
 pub use zone_files::ZoneFiles;
-pub use zones::{DEFAULT_ZONE_ID, HOTPLUG_ZONE_ID, Zone, ZoneKind, all_shared};
+pub use zones::{DEFAULT_ZONE_ID, Zone, ZoneKind, all_shared, growing_zones, hotplug_zone_id};

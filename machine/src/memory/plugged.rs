@@ -1,4 +1,4 @@
-//! The region for memory hot-plug: guest and devices can access only its open blocks.
+//! A region for memory hot-plug: guest and devices can access only its open blocks. Each zone that grows has one.
 //!
 //! ```text
 //!                 block    0     1     2     3     …
@@ -40,7 +40,7 @@ const BLOCKS_MAX: u64 = 16 << 10;
 /// Slots to be left for devices on a host with fewer slots.
 const DEVICE_SLOTS_MIN: u64 = 256;
 
-/// Size of the blocks of a region of `bytes`, made of pages of `page_bytes`.
+/// Size of the blocks of a region, made of pages of `page_bytes`. All regions together have `bytes`.
 pub fn hotplug_block_bytes(bytes: u64, page_bytes: u64) -> u64 {
     let for_slots = bytes.div_ceil(BLOCKS_MAX).checked_next_power_of_two();
     let for_slots = for_slots.unwrap_or(1 << 63);
@@ -62,16 +62,47 @@ pub(crate) trait PinnedBlocks: Send + Sync {
     fn unpin(&self, guest_address: u64, bytes: u64) -> io::Result<()>;
 }
 
+/// RAM as devices access it: the RAM that the guest has from the start, and the open blocks of all regions.
+#[derive(Debug)]
+pub(super) struct DeviceView {
+    ram: GuestRam,
+    boot: Vec<Arc<GuestRegionMmap>>,
+    /// Runs of open blocks, by the start of their region.
+    open: Mutex<BTreeMap<u64, Vec<Arc<GuestRegionMmap>>>>,
+}
+
+impl DeviceView {
+    /// A view without open blocks. `all` has all of RAM.
+    pub(super) fn new(all: &GuestRam, boot: Vec<Arc<GuestRegionMmap>>) -> Self {
+        let map = GuestMemoryMmap::from_arc_regions(boot.clone());
+        let map = map.expect("they are in order, and there is at least one");
+        Self {
+            ram: all.other_map(map),
+            boot,
+            open: Mutex::default(),
+        }
+    }
+
+    /// Replaces the runs of the region at `start`.
+    fn show(&self, start: u64, runs: Vec<Arc<GuestRegionMmap>>) {
+        let mut open = self.open.lock().unpoisoned();
+        open.insert(start, runs);
+        let regions = self.boot.iter().chain(open.values().flatten()).cloned();
+        let map = GuestMemoryMmap::from_arc_regions(regions.collect());
+        let map = map.expect("regions are behind other RAM, and they and their runs are in order");
+        self.ram.lock().unpoisoned().replace(map);
+    }
+}
+
 /// The region.
 #[derive(Debug)]
 pub struct HotplugRam {
+    /// The name of the zone that grows.
+    zone_id: String,
     block_bytes: u64,
     /// All of the region.
     whole: Arc<GuestRegionMmap>,
-    /// The RAM that the guest has from the start.
-    boot: Vec<Arc<GuestRegionMmap>>,
-    /// RAM as devices access it.
-    view: GuestRam,
+    view: Arc<DeviceView>,
     blocks: Mutex<Blocks>,
     refused: AtomicU64,
     bypassed: AtomicBool,
@@ -112,20 +143,18 @@ struct Slots {
 }
 
 impl HotplugRam {
-    /// All blocks of `whole` are closed. `ram` is all RAM.
+    /// All blocks of `whole` are closed.
     pub(super) fn new(
-        ram: &GuestRam,
-        boot: Vec<Arc<GuestRegionMmap>>,
+        zone_id: &str,
+        view: Arc<DeviceView>,
         whole: Arc<GuestRegionMmap>,
         block_bytes: u64,
     ) -> Self {
-        let view = GuestMemoryMmap::from_arc_regions(boot.clone());
-        let view = view.expect("they are in order, and there is at least one");
         Self {
+            zone_id: zone_id.to_owned(),
             block_bytes,
             whole,
-            boot,
-            view: ram.other_map(view),
+            view,
             blocks: Mutex::default(),
             refused: AtomicU64::default(),
             bypassed: AtomicBool::default(),
@@ -134,7 +163,12 @@ impl HotplugRam {
 
     /// RAM as devices access it.
     pub(super) fn view(&self) -> &GuestRam {
-        &self.view
+        &self.view.ram
+    }
+
+    /// The name of the zone that grows.
+    pub fn zone_id(&self) -> &str {
+        &self.zone_id
     }
 
     /// Lets another process map the whole region from now on.
@@ -323,10 +357,8 @@ impl HotplugRam {
             blocks.regions.insert(run.start, region);
         }
         drop(before);
-        let regions = self.boot.iter().chain(blocks.regions.values()).cloned();
-        let map = GuestMemoryMmap::from_arc_regions(regions.collect());
-        let map = map.expect("hot-plugged memory is behind other RAM, and runs are in order");
-        self.view.lock().unpoisoned().replace(map);
+        let open = blocks.regions.values().cloned().collect();
+        self.view.show(self.range().start, open);
         blocks.handed.retain(|mapping| mapping.strong_count() > 0);
     }
 
@@ -452,7 +484,7 @@ fn runs(numbers: &BTreeSet<u64>) -> Vec<Range<u64>> {
 
 #[cfg(test)]
 mod tests {
-    use api::config::{HotplugMethod, MemoryConfig};
+    use api::config::{HotplugMethod, MemoryConfig, MemoryZoneConfig};
     use hypervisor::Kvm;
     use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryBackend};
 
@@ -479,7 +511,7 @@ mod tests {
             start: START + blocks.start * BLOCK,
             bytes: (blocks.end - blocks.start) * BLOCK,
         };
-        memory.hotplug_ram().unwrap().set(range, open)
+        memory.hotplug_ram()[0].set(range, open)
     }
 
     /// The numbers of the blocks that devices can write to.
@@ -492,7 +524,7 @@ mod tests {
                     .write_obj(7_u8, GuestAddress(start.0 + BLOCK - 1))
                     .is_ok()
         };
-        (0..64).filter(writes).collect()
+        (0..128).filter(writes).collect()
     }
 
     /// The IOMMU in front of assigned devices: the pinned blocks.
@@ -541,7 +573,7 @@ mod tests {
         set(&memory, 1..3, true).unwrap();
         let iommu = Arc::new(Iommu::default());
         let pinned = iommu.clone() as Arc<dyn PinnedBlocks>;
-        memory.hotplug_ram().unwrap().pin_with(&pinned).unwrap();
+        memory.hotplug_ram()[0].pin_with(&pinned).unwrap();
         assert_eq!(iommu.blocks(), [1, 2]);
         set(&memory, 0..6, true).unwrap();
         assert_eq!(iommu.blocks(), [0, 1, 2, 3, 4, 5]);
@@ -560,7 +592,7 @@ mod tests {
         set(&memory, 0..1, false).unwrap();
         let iommu = Arc::new(Iommu::default());
         let pinned = iommu.clone() as Arc<dyn PinnedBlocks>;
-        memory.hotplug_ram().unwrap().pin_with(&pinned).unwrap();
+        memory.hotplug_ram()[0].pin_with(&pinned).unwrap();
         assert_eq!(iommu.blocks(), [1, 4, 5]);
     }
 
@@ -595,9 +627,81 @@ mod tests {
     }
 
     #[test]
+    fn regions_of_two_zones_open_and_close_apart_and_devices_see_both() {
+        let zone = |id: &str, shared| MemoryZoneConfig {
+            id: id.to_owned(),
+            size: 64 * MIB,
+            shared,
+            hotplug_size: Some(128 * MIB),
+            ..MemoryZoneConfig::default()
+        };
+        let config = MemoryConfig {
+            size: 0,
+            hotplug_method: HotplugMethod::VirtioMem,
+            zones: Some(vec![zone("a", false), zone("b", true)]),
+            ..MemoryConfig::default()
+        };
+        let memory = GuestMemory::new(&config, 46).unwrap();
+        let regions = memory.hotplug_ram();
+        let found = regions.iter().map(|it| (it.zone_id(), it.range()));
+        let second = START + 128 * MIB;
+        let expected = [("a", START..second), ("b", second..second + 128 * MIB)];
+        assert_eq!(found.collect::<Vec<_>>(), expected);
+        let set = |index: usize, start, open| {
+            let bytes = BLOCK;
+            regions[index].set(GuestRange { start, bytes }, open)
+        };
+        // The last block of one and the first of the other: two mappings.
+        set(1, second, true).unwrap();
+        set(0, second - BLOCK, true).unwrap();
+        set(0, second, true).unwrap_err();
+        assert_eq!(reachable(&memory), [63, 64]);
+        let ram = memory.device_ram().memory();
+        assert_eq!(ram.num_regions(), 4);
+        ram.write_slice(b"abcd", GuestAddress(second - 2)).unwrap();
+        drop(ram);
+        set(0, second - BLOCK, false).unwrap();
+        assert_eq!(reachable(&memory), [64]);
+        set(1, second, false).unwrap();
+        assert_eq!(reachable(&memory), [0; 0]);
+        assert_eq!(memory.own_bytes(), 128 * MIB);
+    }
+
+    #[test]
+    fn two_regions_have_slots_one_behind_the_other() {
+        let Ok(kvm) = Kvm::open().map_err(test_skip::skip) else {
+            return;
+        };
+        let vm = Arc::new(kvm.create_vm().unwrap());
+        let zone = |id: &str| MemoryZoneConfig {
+            id: id.to_owned(),
+            size: 64 * MIB,
+            hotplug_size: Some(128 * MIB),
+            ..MemoryZoneConfig::default()
+        };
+        let config = MemoryConfig {
+            size: 0,
+            hotplug_method: HotplugMethod::VirtioMem,
+            zones: Some(vec![zone("a"), zone("b")]),
+            ..MemoryConfig::default()
+        };
+        let memory = GuestMemory::new(&config, 46).unwrap();
+        let slots = memory.attach(&vm).unwrap();
+        assert_eq!(slots.end(), 2 + 2 * 64);
+        for region in memory.hotplug_ram() {
+            let Range { start, end } = region.range();
+            let bytes = end - start;
+            region.set(GuestRange { start, bytes }, true).unwrap();
+        }
+        drop(slots);
+        // Neither has left a slot behind.
+        memory.attach(&vm).unwrap();
+    }
+
+    #[test]
     fn ranges_that_are_no_blocks_are_refused() {
         let memory = memory(false);
-        let hotplug = memory.hotplug_ram().unwrap();
+        let hotplug = &memory.hotplug_ram()[0];
         for (start, bytes) in [
             (START - BLOCK, BLOCK),
             (START + 4096, BLOCK),

@@ -25,21 +25,21 @@ impl GuestMemory {
             vm: Arc::clone(vm),
             ram: self.ram().memory().into_inner(),
             set: Vec::new(),
-            hotplug: None,
+            hotplug: Vec::new(),
             end: 0,
         };
         let regions = Arc::clone(&slots.ram);
-        let in_blocks = |region: &GuestRegionMmap| {
-            let hotplug = self.hotplug_ram();
-            hotplug.is_some_and(|it| it.range().contains(&region.start_addr().0))
-        };
+        let in_blocks = |region: &&GuestRegionMmap| self.is_in_blocks(region.start_addr());
         for region in regions.iter().filter(|region| !in_blocks(region)) {
             slots.set(region)?;
         }
-        slots.end = slots.next() + DIMMS_MAX as u32;
-        if let Some(hotplug) = self.hotplug_ram() {
-            slots.end = hotplug.attach(vm, slots.next())?;
-            slots.hotplug = Some(Arc::clone(hotplug));
+        slots.end = match self.hotplug_ram() {
+            [] => slots.next() + DIMMS_MAX as u32,
+            _ => slots.next(),
+        };
+        for hotplug in self.hotplug_ram() {
+            slots.end = hotplug.attach(vm, slots.end)?;
+            slots.hotplug.push(Arc::clone(hotplug));
         }
         Ok(slots)
     }
@@ -53,8 +53,8 @@ pub struct RamSlots {
     ram: Arc<GuestMemoryMmap<()>>,
     /// Slots 0 to their number, for RAM that the guest has as a whole.
     set: Vec<MemorySlot>,
-    /// Has the slots behind them, up to `end`.
-    hotplug: Option<Arc<HotplugRam>>,
+    /// Have the slots behind them, up to `end`.
+    hotplug: Vec<Arc<HotplugRam>>,
     end: u32,
 }
 
@@ -71,7 +71,7 @@ impl RamSlots {
     /// KVM cannot record writes.
     pub fn track_writes(&self, memory: &GuestMemory) -> Result<WriteTracker, MemoryError> {
         let mut slots = self.set.clone();
-        if let Some(hotplug) = &self.hotplug {
+        for hotplug in &self.hotplug {
             slots.extend(hotplug.freeze());
         }
         WriteTracker::start(&self.vm, slots, memory)
@@ -117,7 +117,7 @@ impl RamSlots {
 
 impl Drop for RamSlots {
     fn drop(&mut self) {
-        if let Some(hotplug) = &self.hotplug {
+        for hotplug in &self.hotplug {
             hotplug.detach();
         }
         for MemorySlot { slot, .. } in self.set.drain(..) {

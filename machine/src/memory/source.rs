@@ -73,10 +73,15 @@ impl Source {
 
     /// Whether both use the same file and one of them writes to it.
     pub(super) fn conflicts(&self, other: &Self) -> bool {
+        self.is_same_file(other) && (self.shared || other.shared)
+    }
+
+    /// Whether both use the same file.
+    pub(super) fn is_same_file(&self, other: &Self) -> bool {
         let file = |source: &Self| source.file.as_ref().and_then(|file| file.metadata().ok());
         let (Some(first), Some(second)) = (file(self), file(other)) else {
             return false;
         };
-        (first.dev(), first.ino()) == (second.dev(), second.ino()) && (self.shared || other.shared)
+        (first.dev(), first.ino()) == (second.dev(), second.ino())
     }
 }

@@ -86,7 +86,7 @@ impl Drop for WriteTracker {
             log::warn!("Cannot stop recording the guest's writes: {error}");
         }
         self.memory.ram().writes().stop();
-        if let Some(hotplug) = self.memory.hotplug_ram() {
+        for hotplug in self.memory.hotplug_ram() {
             hotplug.thaw();
         }
     }

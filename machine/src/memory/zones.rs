@@ -17,8 +17,8 @@ use super::source::{ANONYMOUS, MEMFD};
 
 /// Name of the only zone if RAM is not divided.
 pub const DEFAULT_ZONE_ID: &str = "mem0";
-/// Name of the zone for virtio-mem.
-pub const HOTPLUG_ZONE_ID: &str = "mem0-hotplug";
+/// Suffix of the name of a zone for virtio-mem.
+const HOTPLUG_SUFFIX: &str = "-hotplug";
 
 /// When the guest has the RAM of a zone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,6 +62,15 @@ impl Zone {
         self.backing != ANONYMOUS && self.backing != MEMFD
     }
 
+    /// The name of the configured zone that it is, or that it lets grow.
+    pub fn configured_id(&self) -> &str {
+        let name = match self.kind {
+            ZoneKind::VirtioMem => self.id.strip_suffix(HOTPLUG_SUFFIX),
+            ZoneKind::Boot | ZoneKind::Dimm => None,
+        };
+        name.unwrap_or(&self.id)
+    }
+
     /// Whether the zone contains a guest physical address.
     pub fn holds(&self, address: u64) -> bool {
         self.ranges.iter().any(|range| range.contains(&address))
@@ -82,6 +91,8 @@ pub(super) fn zones_of(config: &MemoryConfig) -> Vec<MemoryZoneConfig> {
             prefault: config.prefault,
             reserve: config.reserve,
             mergeable: config.mergeable,
+            hotplug_size: config.hotplug_size,
+            hotplugged_size: config.hotplugged_size,
             ..MemoryZoneConfig::default()
         }];
     }
@@ -100,17 +111,32 @@ pub fn all_shared(config: &MemoryConfig) -> bool {
     zones_of(config).iter().all(shared)
 }
 
-/// The zone for virtio-mem, at its maximum size, with the backing of undivided RAM. None of its pages exists before the
-/// guest plugs and touches it.
-pub(super) fn hotplug_zone_of(config: &MemoryConfig) -> Option<MemoryZoneConfig> {
-    let size = config.room_bytes(HotplugMethod::VirtioMem);
-    let boot = zones_of(config).into_iter().next()?;
-    (size > 0).then(|| MemoryZoneConfig {
-        id: HOTPLUG_ZONE_ID.to_owned(),
-        size,
+/// The zones that grow by virtio-mem, in the order of the configuration. Each has a device of its name.
+pub fn growing_zones(config: &MemoryConfig) -> Vec<MemoryZoneConfig> {
+    if config.hotplug_method != HotplugMethod::VirtioMem {
+        return Vec::new();
+    }
+    let mut zones = zones_of(config);
+    zones.retain(|zone| zone.hotplug_size.is_some_and(|bytes| bytes > 0));
+    zones
+}
+
+/// The name of the zone for virtio-mem by which the zone `id` grows.
+pub fn hotplug_zone_id(id: &str) -> String {
+    format!("{id}{HOTPLUG_SUFFIX}")
+}
+
+/// The zones for virtio-mem, at their maximum sizes, with the backings of the zones that grow. None of their pages exists
+/// before the guest plugs and touches it.
+pub(super) fn hotplug_zones_of(config: &MemoryConfig) -> Vec<MemoryZoneConfig> {
+    let zones = growing_zones(config).into_iter();
+    let zones = zones.map(|zone| MemoryZoneConfig {
+        id: hotplug_zone_id(&zone.id),
+        size: zone.hotplug_size.unwrap_or(0),
         prefault: false,
-        ..boot
-    })
+        ..zone
+    });
+    zones.collect()
 }
 
 /// Assigns the ranges of `ram` to zones of these sizes, in order. The sum of the sizes is at most the size of `ram`.

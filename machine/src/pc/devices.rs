@@ -183,7 +183,7 @@ impl Pc {
         let device = plug.device.lock().unpoisoned();
         let count = vectors_needed(&*device);
         let ram = if device.ram_is_mapped_elsewhere() {
-            self.memory.hotplug_ram().inspect(|it| it.bypass());
+            self.memory.hotplug_ram().iter().for_each(|it| it.bypass());
             self.memory.ram()
         } else {
             self.memory.device_ram()

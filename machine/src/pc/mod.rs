@@ -36,7 +36,7 @@ use crate::cpu::{GuestEvent, VcpuBrake, Vcpus, VcpusContext};
 use crate::events::DeviceEventSink;
 use crate::interrupt::IOAPIC_PIN_COUNT;
 use crate::legacy::DebugConsole;
-use crate::memory::{GuestMemory, MemoryFault, MemoryFaults, RamSlots, WriteTracker};
+use crate::memory::{GuestMemory, MemoryFault, MemoryFaults, RamSlots, WriteTracker, ZoneKind};
 use crate::pci::{Bdf, PciBus, Place};
 use crate::serial::{Endpoint, Output, SERIAL_IRQ, SERIAL_PORTS, Uart};
 use crate::signals::VmSignals;
@@ -112,7 +112,7 @@ impl Pc {
         let slots = memory.attach(&vm).map_err(PcError::Memory)?;
         let device_slots = DeviceSlots::new(Arc::clone(&vm), slots.end());
         let chassis = Chassis::new(&vm, &memory, &params, &context.signals)?;
-        if let Some(hotplug) = memory.hotplug_ram() {
+        for hotplug in memory.hotplug_ram() {
             let Range { start, end } = hotplug.range();
             let closed = Arc::clone(hotplug) as Arc<dyn BusDevice>;
             let inserted = chassis.mmio.insert(start, end - start, closed);
@@ -287,7 +287,15 @@ impl Pc {
         let topology = self.vcpus.topology();
         let nodes = self.params.numa.iter().map(|node| {
             let names = node.memory_zones.as_deref().unwrap_or_default();
-            let zones = self.memory.zones().iter();
+            let ranges = |is_of: fn(ZoneKind) -> bool| {
+                let zones = self.memory.zones().iter();
+                zones
+                    .filter(|zone| {
+                        is_of(zone.kind) && names.iter().any(|it| it == zone.configured_id())
+                    })
+                    .flat_map(|zone| zone.ranges.clone())
+                    .collect()
+            };
             let distances = node.distances.iter().flatten();
             NumaNode {
                 domain: node.guest_numa_id,
@@ -297,11 +305,8 @@ impl Pc {
                     .flatten()
                     .map(|vcpu| topology.apic_id(*vcpu))
                     .collect(),
-                ram: zones
-                    .filter(|zone| names.contains(&zone.id))
-                    .flat_map(|zone| zone.ranges.clone())
-                    .collect(),
-                hotplug: Vec::new(),
+                ram: ranges(|kind| kind != ZoneKind::VirtioMem),
+                hotplug: ranges(|kind| kind == ZoneKind::VirtioMem),
                 distances: distances
                     .map(|distance| (distance.destination, distance.distance))
                     .collect(),

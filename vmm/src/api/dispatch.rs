@@ -144,6 +144,7 @@ impl Dispatcher {
                     Ok(())
                 })
             }),
+            Endpoint::VmResizeZone => self.change_to(call, |vm, resize| vm.resize_zone(&resize)),
             Endpoint::VmResizeDisk => self.change_to(call, |vm, resize| vm.resize_disk(&resize)),
             Endpoint::VmUpdateRateLimiter => {
                 self.change_to(call, |vm, update| vm.update_rate_limiter(&update));

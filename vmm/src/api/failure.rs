@@ -37,7 +37,9 @@ fn deciding(cause: &LifecycleError) -> &LifecycleError {
 pub(super) fn request_failed(error: RequestError) -> Answer {
     let names_device = error.endpoint.adds_device() || error.endpoint == Endpoint::VmRestore;
     let status = match deciding(&error.cause) {
-        LifecycleError::VmNotCreated | LifecycleError::VmMissingConfig => Status::NotFound,
+        LifecycleError::VmNotCreated
+        | LifecycleError::VmMissingConfig
+        | LifecycleError::NoSuchZone { .. } => Status::NotFound,
         LifecycleError::ConfigValidation(
             ValidationError::IdentifierNotUnique { .. }
             | ValidationError::DuplicateDiskPath { .. }
@@ -52,6 +54,7 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
         )
         | LifecycleError::Thresholds(_)
         | LifecycleError::MemoryOutOfRange { .. }
+        | LifecycleError::ZoneOutOfRange { .. }
         | LifecycleError::Machine(VmError::MemoryResize(_))
         | LifecycleError::Machine(VmError::Reporting(_)) => Status::BadRequest,
         LifecycleError::Machine(VmError::DiskResize(error)) if error.is_of_request() => {

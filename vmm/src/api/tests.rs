@@ -266,9 +266,9 @@ impl Machine for FakeMachine {
         Ok(())
     }
 
-    fn resize_memory(&self, hotplugged_bytes: u64) -> Result<(), VmError> {
+    fn resize_memory(&self, zone_id: &str, hotplugged_bytes: u64) -> Result<(), VmError> {
         let mut steered = self.observer.steered.lock().unwrap();
-        steered.push(format!("memory {hotplugged_bytes}"));
+        steered.push(format!("memory of {zone_id} {hotplugged_bytes}"));
         Ok(())
     }
 
@@ -587,6 +587,7 @@ fn body_of(endpoint: Endpoint) -> Option<&'static str> {
     match endpoint {
         Endpoint::VmCreate => Some(CONFIG),
         Endpoint::VmResize => Some(RESIZE),
+        Endpoint::VmResizeZone => Some(r#"{"id": "a", "desired_ram": 4096}"#),
         Endpoint::VmResizeDisk => Some(r#"{"id": "_disk0", "desired_size": 4096}"#),
         // The disk gets its name at boot.
         Endpoint::VmUpdateRateLimiter => Some(r#"{"id": "_disk0"}"#),
@@ -632,6 +633,8 @@ fn expected(endpoint: Endpoint) -> [u16; 4] {
         | Endpoint::VmPowerButton
         | Endpoint::VmNmi
         | Endpoint::VmBalloonHinting => [500, 500, 204, 204],
+        // It has no zones.
+        Endpoint::VmResizeZone => [404; 4],
         Endpoint::VmResizeDisk => [404, 500, 204, 204],
         Endpoint::VmUpdateRateLimiter => [404, 404, 204, 204],
         Endpoint::VmCounters | Endpoint::VmReclaimStats | Endpoint::VmBalloonReporting => {
@@ -1573,6 +1576,69 @@ fn ram_grows_by_memory_devices_and_shrinks_with_a_reboot() {
     assert_eq!(sizes(), [600, 768]);
     vmm.ok(Endpoint::VmReboot, None);
     assert_eq!(sizes(), [600, 600]);
+}
+
+#[test]
+fn zone_is_resized_within_its_room_and_others_stay() {
+    let vmm = vmm();
+    let zones = json!([
+        {"id": "a", "size": 512 << 20},
+        {"id": "b", "size": 256 << 20, "hotplug_size": 1 << 30},
+    ]);
+    let config = json!({
+        "payload": {"kernel": "/k"},
+        "memory": {"size": 0, "hotplug_method": "VirtioMem", "zones": zones},
+    });
+    vmm.ok(Endpoint::VmCreate, Some(&config.to_string()));
+    let resize = |id: &str, bytes: u64| {
+        let body = json!({"id": id, "desired_ram": bytes}).to_string();
+        vmm.call(Endpoint::VmResizeZone, Some(&body)).status
+    };
+    let sizes = || {
+        let zones = &vmm.ok(Endpoint::VmInfo, None)["config"]["memory"]["zones"];
+        let of = |at: usize| {
+            let mib = |key: &str| zones[at][key].as_u64().unwrap_or(0) >> 20;
+            [mib("size"), mib("hotplugged_size")]
+        };
+        [of(0), of(1)]
+    };
+    // Before the boot, a zone that cannot grow gets another size.
+    assert_eq!(resize("a", 384 << 20), 204);
+    assert_eq!(resize("b", 512 << 20), 204);
+    assert_eq!(sizes(), [[384, 0], [256, 256]]);
+    vmm.ok(Endpoint::VmBoot, None);
+    for (id, bytes, status) in [
+        ("mem0", 1 << 30, 404),
+        ("a", 512 << 20, 400),
+        ("a", 256 << 20, 400),
+        ("b", 128 << 20, 400),
+        ("b", 2 << 30, 400),
+        ("b", (300 << 20) + 1, 400),
+        ("b", u64::MAX, 400),
+    ] {
+        assert_eq!(resize(id, bytes), status, "{id} {bytes}");
+        assert_eq!(sizes(), [[384, 0], [256, 256]]);
+    }
+    for body in ["{}", r#"{"id": "b"}"#, r#"{"id": "b", "desired_ram": -1}"#] {
+        assert_eq!(vmm.call(Endpoint::VmResizeZone, Some(body)).status, 400);
+    }
+    // What it has.
+    assert_eq!(resize("a", 384 << 20), 204);
+    assert_eq!(resize("b", 1280 << 20), 204);
+    assert_eq!(sizes(), [[384, 0], [256, 1024]]);
+    assert_eq!(resize("b", 256 << 20), 204);
+    assert_eq!(sizes(), [[384, 0], [256, 0]]);
+    let reporting = vmm.ok(
+        Endpoint::VmBalloonReporting,
+        Some(r#"{"action": "resume"}"#),
+    );
+    let steered = reporting["reason"].as_str().unwrap();
+    assert!(
+        steered.starts_with("memory of b 1073741824, memory of b 0"),
+        "{steered}"
+    );
+    let body = json!({"desired_ram": 1 << 30}).to_string();
+    assert_eq!(vmm.call(Endpoint::VmResize, Some(&body)).status, 500);
 }
 
 #[test]

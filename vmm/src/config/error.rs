@@ -225,6 +225,12 @@ pub enum MemoryFault {
     /// Only virtio-mem has a target.
     #[error("hotplugged_size requires hotplug_method=virtio-mem")]
     HotpluggedByAcpi,
+    /// Memory devices extend only RAM that is not divided.
+    #[error("hotplug_size of a zone requires hotplug_method=virtio-mem")]
+    ZoneGrowsByAcpi,
+    /// Each zone grows on its own.
+    #[error("hotplug_size and hotplugged_size must be settings of the zones, not of all of memory")]
+    HotplugBesideZones,
     /// More hot-plugged memory than the maximum.
     #[error("hotplugged_size ({added_bytes}) must not exceed hotplug_size ({room_bytes})")]
     HotpluggedBeyondRoom {

@@ -3,14 +3,13 @@
 use std::collections::BTreeSet;
 
 use api::VmConfig;
-use api::config::HotplugMethod;
 use state::{StateError, parts, require};
 
 use super::device_list::{GENERATED_PREFIXES, name_devices};
 use super::error::ValidationError;
 use super::pci_devices::pci_devices;
 use crate::device_ids::RESERVED_PREFIX;
-use machine::memory::DEFAULT_ZONE_ID;
+use machine::memory::{growing_zones, hotplug_zone_id};
 
 /// Every name that the user specified.
 fn given(config: &VmConfig) -> impl Iterator<Item = &String> {
@@ -20,11 +19,14 @@ fn given(config: &VmConfig) -> impl Iterator<Item = &String> {
 }
 
 pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
-    let hotplug_device = DEFAULT_ZONE_ID.to_owned();
-    let mut seen = BTreeSet::new();
-    if config.memory.room_bytes(HotplugMethod::VirtioMem) > 0 {
-        seen.insert(&hotplug_device);
+    // RAM that grows is two zones, and has a device with the name of the first.
+    let growing = growing_zones(&config.memory);
+    let names = growing.iter().map(|zone| hotplug_zone_id(&zone.id));
+    let mut names: Vec<String> = names.collect();
+    if config.memory.zones.iter().flatten().next().is_none() {
+        names.extend(growing.into_iter().map(|zone| zone.id));
     }
+    let mut seen: BTreeSet<&String> = names.iter().collect();
     for id in given(config) {
         if id.is_empty() || id.starts_with(RESERVED_PREFIX) || id.chars().any(char::is_control) {
             return Err(ValidationError::InvalidIdentifier { id: id.clone() });

@@ -28,9 +28,9 @@ pub(super) fn check(memory: &MemoryConfig, address_bits: u8) -> Result<(), Memor
         return Err(MemoryFault::MergeableShared);
     }
     let bytes = memory.total_bytes().ok_or_else(|| beyond(u64::MAX))?;
-    let added_bytes = memory.hotplugged_size.unwrap_or(0);
+    let in_zones = zones.iter().filter_map(|zone| zone.hotplugged_size);
     // `bytes` includes hot-plugged memory; the difference is RAM at boot.
-    let bytes = bytes - added_bytes;
+    let bytes = bytes - memory.hotplugged_size.unwrap_or(0) - in_zones.sum::<u64>();
     if bytes < MIN_RAM_BYTES {
         return Err(MemoryFault::TooSmall {
             bytes,
@@ -40,7 +40,7 @@ pub(super) fn check(memory: &MemoryConfig, address_bits: u8) -> Result<(), Memor
     if zones.is_empty() {
         pages(bytes, memory.hugepages, memory.hugepage_size)?;
     }
-    let hotplug_bytes = hotplug(memory, added_bytes)?;
+    let hotplug_bytes = hotplug(memory, zones)?;
     let bytes = bytes.saturating_add(hotplug_bytes);
     let room = 1u64.checked_shl(address_bits.into()).unwrap_or(u64::MAX);
     if bytes > room.saturating_sub(RESERVED_BYTES) {
@@ -58,12 +58,16 @@ fn check_zones(memory: &MemoryConfig, zones: &[MemoryZoneConfig]) -> Result<(), 
         {
             return Err(MemoryFault::KindBesideZones);
         }
-        zone_of(zone).map_err(|fault| MemoryFault::Zone {
-            id: zone.id.clone(),
-            fault: Box::new(fault),
-        })?;
+        zone_of(zone).map_err(|fault| in_zone(zone, fault))?;
     }
     Ok(())
+}
+
+fn in_zone(zone: &MemoryZoneConfig, fault: MemoryFault) -> MemoryFault {
+    MemoryFault::Zone {
+        id: zone.id.clone(),
+        fault: Box::new(fault),
+    }
 }
 
 fn zone_of(zone: &MemoryZoneConfig) -> Result<(), MemoryFault> {
@@ -80,18 +84,46 @@ fn zone_of(zone: &MemoryZoneConfig) -> Result<(), MemoryFault> {
 }
 
 /// Checks the maximum of hot-plugged memory and its amount at boot, and returns the maximum.
-fn hotplug(memory: &MemoryConfig, added_bytes: u64) -> Result<u64, MemoryFault> {
+fn hotplug(memory: &MemoryConfig, zones: &[MemoryZoneConfig]) -> Result<u64, MemoryFault> {
     let bytes = memory.hotplug_size.unwrap_or(0);
+    let added_bytes = memory.hotplugged_size.unwrap_or(0);
     if memory.hotplug_method == HotplugMethod::Acpi {
+        let grows = |zone: &&MemoryZoneConfig| zone.hotplug_size.is_some_and(|bytes| bytes > 0);
+        if let Some(zone) = zones.iter().find(grows) {
+            return Err(in_zone(zone, MemoryFault::ZoneGrowsByAcpi));
+        }
+        let mut in_zones = zones.iter().filter_map(|zone| zone.hotplugged_size);
         // Memory devices become part of `size`. As upstream, only their sizes must be whole.
-        return match added_bytes {
-            0 => Ok(bytes),
-            _ => Err(MemoryFault::HotpluggedByAcpi),
+        return match added_bytes > 0 || in_zones.any(|bytes| bytes > 0) {
+            false => Ok(bytes),
+            true => Err(MemoryFault::HotpluggedByAcpi),
         };
     }
-    let huge_page_bytes = memory.hugepage_size.filter(|_| memory.hugepages);
-    let page_bytes = huge_page_bytes.unwrap_or(PAGE_BYTES);
-    let block_bytes = hotplug_block_bytes(bytes, page_bytes);
+    let all_bytes = memory.room_bytes(HotplugMethod::VirtioMem);
+    if zones.is_empty() {
+        let huge_page_bytes = memory.hugepage_size.filter(|_| memory.hugepages);
+        region(bytes, added_bytes, huge_page_bytes, all_bytes)?;
+    } else if bytes > 0 || added_bytes > 0 {
+        return Err(MemoryFault::HotplugBesideZones);
+    }
+    for zone in zones {
+        let bytes = zone.hotplug_size.unwrap_or(0);
+        let added_bytes = zone.hotplugged_size.unwrap_or(0);
+        let huge_page_bytes = zone.hugepage_size.filter(|_| zone.hugepages);
+        let checked = region(bytes, added_bytes, huge_page_bytes, all_bytes);
+        checked.map_err(|fault| in_zone(zone, fault))?;
+    }
+    Ok(all_bytes)
+}
+
+/// Checks the region of virtio-mem by which RAM or a zone grows. All regions together have `all_bytes`.
+fn region(
+    bytes: u64,
+    added_bytes: u64,
+    huge_page_bytes: Option<u64>,
+    all_bytes: u64,
+) -> Result<(), MemoryFault> {
+    let block_bytes = hotplug_block_bytes(all_bytes, huge_page_bytes.unwrap_or(PAGE_BYTES));
     let whole = |field, bytes: u64, unit_bytes| match bytes.is_multiple_of(unit_bytes) {
         true => Ok(()),
         false => Err(MemoryFault::HotplugNotWhole {
@@ -108,7 +140,7 @@ fn hotplug(memory: &MemoryConfig, added_bytes: u64) -> Result<u64, MemoryFault> 
             room_bytes: bytes,
         });
     }
-    Ok(bytes)
+    Ok(())
 }
 
 /// Whether `bytes` is a multiple of the configured page size.

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use api::VmConfig;
-use api::config::{ConsoleOutputMode, DEFAULT_NUM_PCI_SEGMENTS, HotplugMethod};
+use api::config::{ConsoleOutputMode, DEFAULT_NUM_PCI_SEGMENTS};
+use machine::memory::growing_zones;
 use machine::pci::{Bdf, SEGMENT_COUNT_MAX, SLOT_COUNT, SegmentWeights};
 
 use super::error::{DeviceFault, SegmentFault, ValidationError};
@@ -172,13 +173,9 @@ const HOST_BRIDGE: Bdf = Bdf {
 
 fn slot_counts(config: &VmConfig) -> Result<(), ValidationError> {
     // These devices are always on segment 0.
-    let singles = [
-        config.memory.room_bytes(HotplugMethod::VirtioMem) > 0,
-        config.watchdog,
-        config.pvpanic,
-        has_iommu(config),
-    ];
+    let singles = [config.watchdog, config.pvpanic, has_iommu(config)];
     let singles = singles.iter().filter(|there| **there).count();
+    let singles = singles + growing_zones(&config.memory).len();
     let mut counts = BTreeMap::from([(HOST_BRIDGE.segment, 1 + singles)]);
     let console_off = config.console.mode == ConsoleOutputMode::Off;
     for device in pci_devices(config).filter(|it| !(console_off && it.section == CONSOLE)) {

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::needless_pass_by_value)]
 
+use api::config::HotplugMethod;
 use machine::pci::Bdf;
 use serde_json::{Value, json};
 
@@ -246,6 +247,90 @@ fn validate_memory_to_be_plugged_in_is_whole_and_fits() {
         id: "mem0".to_owned(),
     };
     assert_eq!(validate(&named), Err(taken));
+}
+
+#[test]
+fn validate_zones_grow_only_by_virtio_mem_each_by_itself() {
+    let config = |memory: Value, zone: Value| {
+        let mut a = json!({"id": "a", "size": 1 << 30});
+        a.as_object_mut()
+            .unwrap()
+            .append(&mut zone.as_object().unwrap().clone());
+        let mut all = json!({"size": 0, "hotplug_method": "VirtioMem", "zones": [a,
+            {"id": "b", "size": 64 << 20, "hotplug_size": 128 << 20}]});
+        all.as_object_mut()
+            .unwrap()
+            .append(&mut memory.as_object().unwrap().clone());
+        with("memory", all)
+    };
+    let of_zone = |memory, zone| match validate(&config(memory, zone)) {
+        Err(ValidationError::Memory(MemoryFault::Zone { id, fault })) => (id, *fault),
+        other => panic!("{other:?}"),
+    };
+    let of_a = |zone| {
+        let (id, fault) = of_zone(json!({}), zone);
+        assert_eq!(id, "a");
+        fault
+    };
+    let none = json!({});
+    assert_eq!(validate(&config(none.clone(), none.clone())), Ok(()));
+    let growing = json!({"hotplug_size": 1 << 30, "hotplugged_size": 512 << 20});
+    let memory = config(none.clone(), growing);
+    assert_eq!(validate(&memory), Ok(()));
+    assert_eq!(memory.memory.total_bytes(), Some((1 << 30) + (576 << 20)));
+    assert_eq!(
+        memory.memory.room_bytes(HotplugMethod::VirtioMem),
+        (1 << 30) + (128 << 20)
+    );
+    let not_whole = |field, bytes, unit_bytes| MemoryFault::HotplugNotWhole {
+        field,
+        bytes,
+        unit_bytes,
+    };
+    assert_eq!(
+        of_a(json!({"hotplug_size": 64 << 20})),
+        not_whole("hotplug_size", 64 << 20, 128 << 20)
+    );
+    assert_eq!(
+        of_a(json!({"hotplug_size": 128 << 20, "hotplugged_size": 1 << 20})),
+        not_whole("hotplugged_size", 1 << 20, 2 << 20)
+    );
+    assert_eq!(
+        of_a(json!({"hotplugged_size": 2 << 20})),
+        MemoryFault::HotpluggedBeyondRoom {
+            added_bytes: 2 << 20,
+            room_bytes: 0
+        }
+    );
+    // The regions of both zones need blocks of 4 MiB.
+    assert_eq!(
+        of_a(json!({"hotplug_size": 32_u64 << 30, "hotplugged_size": 2 << 20})),
+        not_whole("hotplugged_size", 2 << 20, 4 << 20)
+    );
+    let acpi = json!({"hotplug_method": "Acpi"});
+    let fault = of_zone(acpi, none.clone());
+    assert_eq!(fault, ("b".to_owned(), MemoryFault::ZoneGrowsByAcpi));
+    for beside in [
+        json!({"hotplug_size": 128 << 20}),
+        json!({"hotplugged_size": 2 << 20}),
+    ] {
+        assert_eq!(
+            validate(&config(beside, none.clone())),
+            Err(ValidationError::Memory(MemoryFault::HotplugBesideZones))
+        );
+    }
+    assert!(matches!(
+        validate(&config(none.clone(), json!({"size": 1_u64 << 46}))),
+        Err(ValidationError::Memory(
+            MemoryFault::BeyondAddressSpace { .. }
+        ))
+    ));
+    // Names: the device has the zone's, and the region its own.
+    for (id, status) in [("b-hotplug", false), ("a-hotplug", true)] {
+        let mut named = config(none.clone(), none.clone());
+        named.disks = parse(json!({"payload": {}, "disks": [{"path": "/d", "id": id}]})).disks;
+        assert_eq!(validate(&named).is_ok(), status, "{id}");
+    }
 }
 
 #[test]
@@ -1102,17 +1187,6 @@ fn validate_what_is_not_built_is_refused_by_name() {
             "numa",
             json!([{"guest_numa_id": 0, "device_id": "x"}]),
             "device_id of NUMA nodes",
-        ),
-        (
-            "memory",
-            json!({"size": 0, "zones": [{"id": "a", "size": 4096, "hotplug_size": 4096}]}),
-            "hotplug_size of memory zones",
-        ),
-        (
-            "memory",
-            json!({"size": 0, "zones": [{"id": "a", "size": 4096}], "hotplug_size": 4096,
-                "hotplug_method": "VirtioMem"}),
-            "virtio-mem together with memory zones",
         ),
         (
             "disks",

@@ -1,10 +1,7 @@
 //! Rejects, by name, settings that upstream has and this VMM does not support, so that no setting is silently ignored.
 
 use api::VmConfig;
-use api::config::{
-    ConsoleOutputMode, DiskConfig, HotplugMethod, ImageType, MemoryConfig, NumaConfig,
-    PlatformConfig,
-};
+use api::config::{ConsoleOutputMode, DiskConfig, ImageType, NumaConfig, PlatformConfig};
 
 use super::error::ValidationError;
 
@@ -18,7 +15,6 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
         "a debug console on a socket",
         config.debug_console.mode == ConsoleOutputMode::Socket,
     ));
-    wanted.extend(memory(&config.memory));
     wanted.extend(config.numa.iter().flatten().filter_map(numa));
     wanted.extend(config.disks.iter().flatten().filter_map(disk));
     wanted.extend(config.platform.iter().flat_map(platform));
@@ -34,26 +30,6 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
 
 fn asked(name: &str, wanted: bool) -> Option<String> {
     wanted.then(|| name.to_owned())
-}
-
-fn memory(memory: &MemoryConfig) -> Vec<String> {
-    let wanted = |sizes: [Option<u64>; 2]| sizes.into_iter().flatten().any(|bytes| bytes > 0);
-    let mut zones = memory.zones.iter().flatten();
-    let hotplug = wanted([memory.hotplug_size, memory.hotplugged_size]);
-    let with_virtio_mem = memory.hotplug_method == HotplugMethod::VirtioMem;
-    [
-        asked(
-            "hotplug_size of memory zones",
-            zones.any(|zone| wanted([zone.hotplug_size, zone.hotplugged_size])),
-        ),
-        asked(
-            "virtio-mem together with memory zones",
-            hotplug && with_virtio_mem && memory.size == 0,
-        ),
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
 }
 
 fn numa(node: &NumaConfig) -> Option<String> {

@@ -86,6 +86,24 @@ pub enum LifecycleError {
         /// RAM at boot plus the maximum of hot-plugged memory.
         most: u64,
     },
+    /// RAM has no such zone.
+    #[error("There is no memory zone {id}")]
+    NoSuchZone {
+        /// The requested name.
+        id: String,
+    },
+    /// A smaller zone than at boot, or a larger one than the maximum.
+    #[error("Memory zone {id} must have between {least} and {most} bytes; got {desired}")]
+    ZoneOutOfRange {
+        /// Its name.
+        id: String,
+        /// The requested value.
+        desired: u64,
+        /// Its size at boot.
+        least: u64,
+        /// Its size at boot plus the maximum of hot-plugged memory.
+        most: u64,
+    },
     /// A device that cannot be removed, or one that prevents adding another.
     #[error(transparent)]
     Device(HotplugError),

@@ -1,7 +1,8 @@
 //! Requests that change sizes and rate limits.
 
 use api::config::{HotplugMethod, MemoryConfig};
-use api::{VmConfig, VmResize, VmResizeDisk, VmUpdateRateLimiter};
+use api::{VmConfig, VmResize, VmResizeDisk, VmResizeZone, VmUpdateRateLimiter};
+use machine::memory::DEFAULT_ZONE_ID;
 
 use super::error::LifecycleError;
 use super::lifecycle::Lifecycle;
@@ -37,7 +38,8 @@ impl Lifecycle {
                 }
                 HotplugMethod::Acpi => machine.grow_memory(wanted.memory.size),
                 HotplugMethod::VirtioMem => {
-                    machine.resize_memory(wanted.memory.hotplugged_size.unwrap_or(0))
+                    let added = wanted.memory.hotplugged_size.unwrap_or(0);
+                    machine.resize_memory(DEFAULT_ZONE_ID, added)
                 }
             }
             .map_err(LifecycleError::Machine)?;
@@ -61,6 +63,26 @@ impl Lifecycle {
             config.balloon = wanted.balloon;
         }
         (self.context.events)(&EventKind::Resized.into());
+        Ok(())
+    }
+
+    /// `vm.resize-zone`: as [`Lifecycle::resize`], for one zone of RAM.
+    ///
+    /// # Errors
+    /// There is no VM, no such zone, or the zone cannot have this size; in this case nothing has changed.
+    pub fn resize_zone(&mut self, resize: &VmResizeZone) -> Result<(), LifecycleError> {
+        let config = self.config.as_mut().ok_or(LifecycleError::VmNotCreated)?;
+        let mut wanted = config.clone();
+        let added = resize_zone(&mut wanted.memory, resize, self.machine.is_some())?;
+        config::validate_sizes(&wanted).map_err(LifecycleError::ConfigValidation)?;
+        if wanted.memory == config.memory {
+            return Ok(());
+        }
+        if let Some(machine) = &self.machine {
+            let resized = machine.resize_memory(&resize.id, added);
+            resized.map_err(LifecycleError::Machine)?;
+        }
+        config.memory = wanted.memory;
         Ok(())
     }
 
@@ -135,7 +157,7 @@ fn resized_memory(
     let has_zones = memory.zones.iter().flatten().next().is_some();
     let room = memory.room_bytes(HotplugMethod::VirtioMem);
     let mut resized = memory.clone();
-    if room > 0 {
+    if room > 0 && !has_zones {
         let added = desired.checked_sub(memory.size);
         let added = added.filter(|added| *added <= room);
         let added = added.ok_or(LifecycleError::MemoryOutOfRange {
@@ -152,4 +174,38 @@ fn resized_memory(
         return Err(LifecycleError::MemoryHotplug { current, desired });
     }
     Ok(resized)
+}
+
+/// Gives a zone `desired_ram` bytes, and returns how many it plugs in.
+fn resize_zone(
+    memory: &mut MemoryConfig,
+    resize: &VmResizeZone,
+    is_running: bool,
+) -> Result<u64, LifecycleError> {
+    let method = memory.hotplug_method;
+    let mut zones = memory.zones.iter_mut().flatten();
+    let zone = zones.find(|zone| zone.id == resize.id);
+    let zone = zone.ok_or_else(|| LifecycleError::NoSuchZone {
+        id: resize.id.clone(),
+    })?;
+    let desired = resize.desired_ram;
+    let room = zone.hotplug_size;
+    let room = room.filter(|_| method == HotplugMethod::VirtioMem);
+    let room = room.unwrap_or(0);
+    if room == 0 && !is_running {
+        zone.size = desired;
+        return Ok(0);
+    }
+    let added = desired.checked_sub(zone.size);
+    let added = added.filter(|added| *added <= room);
+    let added = added.ok_or_else(|| LifecycleError::ZoneOutOfRange {
+        id: resize.id.clone(),
+        desired,
+        least: zone.size,
+        most: zone.size.saturating_add(room),
+    })?;
+    if zone.hotplugged_size.unwrap_or(0) != added {
+        zone.hotplugged_size = (added > 0).then_some(added);
+    }
+    Ok(added)
 }

@@ -1,6 +1,7 @@
 //! Maximum sizes of a snapshot's files, derived from its configuration before they are read.
 
 use api::VmConfig;
+use api::config::HotplugMethod;
 use virtio_devices::dma::MAPPINGS_MAX;
 
 use crate::config::has_iommu;
@@ -44,10 +45,12 @@ pub fn state_bytes_max(config: &VmConfig) -> u64 {
 impl Bounds {
     pub(super) fn of(config: &VmConfig) -> Self {
         let memory = &config.memory;
-        let zones = memory.zones.iter().flatten().count().max(1) as u64 + 1;
+        // Each can have a region in which it grows.
+        let zones = 2 * memory.zones.iter().flatten().count().max(1) as u64;
         // Invalid sizes are rejected later, with an error that names them.
         let ram = memory.total_bytes().unwrap_or(0);
-        let ram = ram.saturating_add(memory.hotplug_size.unwrap_or(0));
+        let room = [HotplugMethod::Acpi, HotplugMethod::VirtioMem].map(|it| memory.room_bytes(it));
+        let ram = room.into_iter().fold(ram, u64::saturating_add);
         // The guest may not have released vCPUs whose removal was requested.
         let vcpus = config.cpus.max_vcpus.max(config.cpus.boot_vcpus);
         let vcpus = u64::from(vcpus).min(VCPUS_MAX);

@@ -430,6 +430,9 @@ fn require_plain_zones(config: &VmConfig) -> Result<(), SnapshotError> {
         if zone.host_numa_node.is_some() {
             return refused(&zone.id, "host_numa_node");
         }
+        if zone.hotplug_size.is_some_and(|bytes| bytes > 0) {
+            return refused(&zone.id, "hotplug_size");
+        }
     }
     Ok(())
 }

@@ -87,11 +87,8 @@ pub fn require_steady_disks(config: &VmConfig) -> Result<(), SnapshotError> {
 /// A device or memory prevents it.
 pub fn require_recordable(config: &VmConfig) -> Result<(), SnapshotError> {
     require_recorded(config)?;
-    let memory = &config.memory;
-    let hotplugs = memory.hotplug_method == HotplugMethod::VirtioMem
-        && memory.hotplug_size.is_some_and(|bytes| bytes > 0);
-    match hotplugs {
-        true => Err(SnapshotError::VirtioMem),
-        false => Ok(()),
+    match config.memory.room_bytes(HotplugMethod::VirtioMem) {
+        0 => Ok(()),
+        _ => Err(SnapshotError::VirtioMem),
     }
 }

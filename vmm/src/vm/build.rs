@@ -10,6 +10,7 @@
 //! When a snapshot is restored, RAM gets the saved content instead of a payload, after the host's processor has been
 //! checked. Each device gets its state when it is plugged into the bus.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use api::VmConfig;
@@ -47,7 +48,8 @@ pub(super) struct Parts {
     /// In the order in which slots are assigned.
     devices: Vec<Made>,
     balloon: Option<BalloonHandle>,
-    mem: Option<MemHandle>,
+    /// By the zone that grows.
+    mems: BTreeMap<String, MemHandle>,
     iommu: Option<IommuHandle>,
     assigned: Vec<Assignment>,
     handles: Handles,
@@ -116,7 +118,12 @@ impl Parts {
         let balloon = config.balloon.as_ref();
         let balloon = balloon.map(|balloon| devices::balloon(balloon, &memory));
         let (balloon, balloon_handle) = balloon.transpose()?.unzip();
-        let (mem, mem_handle) = devices::mem(config, &memory)?.unzip();
+        let mems = devices::mems(config, &memory)?.into_iter();
+        let mems = mems.map(|(made, handle)| {
+            let id = made.plug.id.clone();
+            (made, (id, handle))
+        });
+        let (mems, mem_handles): (Vec<_>, BTreeMap<_, _>) = mems.unzip();
         // Last, because an output file is emptied and an old socket replaced.
         let serial = consoles::open_serial(config, context)?;
         let console = consoles::open_console(config, context)?;
@@ -143,14 +150,14 @@ impl Parts {
                 .chain(pmems)
                 .chain(vsock)
                 .chain(balloon)
-                .chain(mem)
+                .chain(mems)
                 .chain(watchdog)
                 .chain(rtc)
                 .map(|made| made.connect(iommu_handle.as_ref()))
                 .chain(iommu)
                 .collect(),
             balloon: balloon_handle,
-            mem: mem_handle,
+            mems: mem_handles,
             iommu: iommu_handle,
             assigned,
             handles,
@@ -220,7 +227,7 @@ impl Parts {
             zones,
             residency,
             balloon: self.balloon.clone(),
-            mem: self.mem.clone(),
+            mems: self.mems.clone(),
             outputs,
         };
         let pvpanic = pvpanic.zip(pc.pvpanic_view());
@@ -230,7 +237,7 @@ impl Parts {
             payload: self.payload,
             platform: config.platform.clone(),
             balloon: self.balloon,
-            mem: self.mem,
+            mems: self.mems,
             iommu: self.iommu,
             pin,
             handles: self.handles,

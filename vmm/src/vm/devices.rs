@@ -11,9 +11,9 @@ use std::time::Duration;
 use api::VmConfig;
 use api::config::{
     BalloonConfig, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, ImageType,
-    PmemConfig, RtcConfig, VsockConfig,
+    NumaConfig, PmemConfig, RtcConfig, VsockConfig,
 };
-use machine::memory::{DEFAULT_ZONE_ID, GuestMemory};
+use machine::memory::{GuestMemory, HotplugRam, growing_zones};
 use machine::pc::{Assignment, Plug};
 use machine::pci::Place;
 use machine::serial::Output;
@@ -209,15 +209,34 @@ pub(super) fn balloon(
     Ok((made, handle))
 }
 
-/// The memory hot-plug device, if configured. It has the name of the zone that grows, as in upstream.
-pub(super) fn mem(
+/// The memory hot-plug devices. Each has the name of the zone that grows, as in upstream.
+pub(super) fn mems(
     config: &VmConfig,
     memory: &GuestMemory,
-) -> Result<Option<(Made, MemHandle)>, VmError> {
-    let Some(hotplug) = memory.hotplug_ram() else {
-        return Ok(None);
+) -> Result<Vec<(Made, MemHandle)>, VmError> {
+    let zones = growing_zones(&config.memory);
+    let hotplugs = memory.hotplug_ram().iter();
+    let made = hotplugs.map(|hotplug| {
+        let mut zones = zones.iter();
+        let zone = zones.find(|zone| zone.id == hotplug.zone_id());
+        let requested_bytes = zone.and_then(|zone| zone.hotplugged_size).unwrap_or(0);
+        mem(config, memory, hotplug, requested_bytes)
+    });
+    made.collect()
+}
+
+fn mem(
+    config: &VmConfig,
+    memory: &GuestMemory,
+    hotplug: &Arc<HotplugRam>,
+    requested_bytes: u64,
+) -> Result<(Made, MemHandle), VmError> {
+    let id = hotplug.zone_id();
+    let is_of = |node: &&NumaConfig| {
+        let mut zones = node.memory_zones.iter().flatten();
+        zones.any(|zone| zone == id)
     };
-    let id = DEFAULT_ZONE_ID;
+    let node = config.numa.iter().flatten().find(is_of);
     let Range { start, end } = hotplug.range();
     let region = MemRegion::new(start, end - start, hotplug.block_bytes())
         .map_err(|source| VmError::device(id, source))?;
@@ -226,12 +245,12 @@ pub(super) fn mem(
         region,
         ram: memory.ram().clone(),
         access: Arc::clone(hotplug) as _,
-        requested_bytes: config.memory.hotplugged_size.unwrap_or(0),
-        node: None,
+        requested_bytes,
+        node: node.and_then(|node| u16::try_from(node.guest_numa_id).ok()),
     })
     .map_err(|source| VmError::device(id, source))?;
     let made = Made::new(id, DeviceKind::Mem, Place::default(), mem);
-    Ok(Some((made, handle)))
+    Ok((made, handle))
 }
 
 /// The virtual IOMMU, if a device or a segment is behind it.

@@ -18,6 +18,7 @@ mod reclaim_report;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::Arc;
 
@@ -161,11 +162,11 @@ pub trait Machine {
     /// There is no room for it, or the host does not have it.
     fn grow_memory(&mut self, total_bytes: u64) -> Result<(), VmError>;
 
-    /// Sets how much memory the guest should plug in beyond what it booted with, and returns immediately.
+    /// Sets how much memory the guest should plug in beyond what a zone had at boot, and returns immediately.
     ///
     /// # Errors
     /// [`VmError::MissingMem`], or [`VmError::MemoryResize`] with the reason.
-    fn resize_memory(&self, hotplugged_bytes: u64) -> Result<(), VmError>;
+    fn resize_memory(&self, zone_id: &str, hotplugged_bytes: u64) -> Result<(), VmError>;
 
     /// Starts or ends a run of free page hinting and returns immediately.
     ///
@@ -233,8 +234,8 @@ pub struct Vm {
     payload: Option<Payload>,
     platform: Option<PlatformConfig>,
     balloon: Option<BalloonHandle>,
-    /// Hot-plugs memory, if configured.
-    mem: Option<MemHandle>,
+    /// Hot-plug memory, by the zone that grows.
+    mems: BTreeMap<String, MemHandle>,
     /// Translates the addresses of devices, if configured.
     iommu: Option<IommuHandle>,
     /// Keeps the balloon from discarding while devices have RAM pinned.
@@ -391,8 +392,8 @@ impl Machine for Vm {
         self.pc.announce_memory().map_err(VmError::Pc)
     }
 
-    fn resize_memory(&self, hotplugged_bytes: u64) -> Result<(), VmError> {
-        let mem = self.mem.as_ref().ok_or(VmError::MissingMem)?;
+    fn resize_memory(&self, zone_id: &str, hotplugged_bytes: u64) -> Result<(), VmError> {
+        let mem = self.mems.get(zone_id).ok_or(VmError::MissingMem)?;
         mem.set_requested_bytes(hotplugged_bytes)
             .map_err(VmError::MemoryResize)
     }

@@ -48,7 +48,8 @@ pub(super) struct Observed {
     pub(super) zones: Vec<Zone>,
     pub(super) residency: ResidencyProbe,
     pub(super) balloon: Option<BalloonHandle>,
-    pub(super) mem: Option<MemHandle>,
+    /// By the zone that grows.
+    pub(super) mems: BTreeMap<String, MemHandle>,
     /// The part behind the queue of a console, or a device without a queue, by the device's identifier.
     pub(super) outputs: Vec<(String, Output)>,
 }
@@ -57,8 +58,12 @@ impl Observed {
     fn ram(&self) -> ConfiguredRam<'_> {
         ConfiguredRam {
             zones: &self.zones,
-            plugged_bytes: self.mem.as_ref().map_or(0, MemHandle::plugged_bytes),
-            obtainable_bytes: self.mem.as_ref().map_or(0, MemHandle::obtainable_bytes),
+            plugged_bytes: {
+                let mems = self.mems.iter();
+                mems.map(|(id, mem)| (id.as_str(), mem.plugged_bytes()))
+                    .collect()
+            },
+            obtainable_bytes: self.mems.values().map(MemHandle::obtainable_bytes).sum(),
         }
     }
 }
@@ -73,7 +78,7 @@ struct Published {
     /// By the name of the node that has their BARs.
     functions: BTreeMap<String, FunctionView>,
     balloon: Option<BalloonHandle>,
-    mem: Option<MemHandle>,
+    mems: BTreeMap<String, MemHandle>,
 }
 
 fn function_id(id: &str) -> String {
@@ -208,7 +213,7 @@ impl OwnObserver {
                     .collect(),
                 functions: functions.chain(others).collect(),
                 balloon: observed.balloon.clone(),
-                mem: observed.mem.clone(),
+                mems: observed.mems.clone(),
             })),
             observed: Arc::new(RwLock::new(Some(observed))),
         })
@@ -278,7 +283,7 @@ impl Drop for OwnObserver {
         let mut observed = self.0.observed.write().unpoisoned();
         drop(observed.take());
         let mut published = self.0.write_published();
-        (published.balloon, published.mem) = (None, None);
+        (published.balloon, published.mems) = (None, BTreeMap::new());
     }
 }
 
@@ -299,8 +304,8 @@ impl MachineObserver for VmObserver {
         let published = self.published.read().unpoisoned();
         let balloon = published.balloon.as_ref();
         let ballooned_bytes = balloon.map_or(0, BalloonHandle::actual_bytes);
-        let plugged_bytes = published.mem.as_ref().map_or(0, MemHandle::plugged_bytes);
-        let ram_bytes = published.ram_bytes.saturating_add(plugged_bytes);
+        let plugged_bytes = published.mems.values().map(MemHandle::plugged_bytes);
+        let ram_bytes = plugged_bytes.fold(published.ram_bytes, u64::saturating_add);
         ram_bytes.saturating_sub(ballooned_bytes)
     }
 
@@ -492,7 +497,7 @@ mod tests {
             zones: Vec::new(),
             residency: ResidencyProbe::new(GuestRam::new(ram)).unwrap(),
             balloon: None,
-            mem: None,
+            mems: BTreeMap::new(),
             outputs: vec![("__serial".to_owned(), endpoint.output())],
         };
         let weak = Arc::downgrade(function);

@@ -2,6 +2,7 @@
 //!
 //! The device's types are not wire types; only this file converts between them.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use api::{
@@ -21,16 +22,19 @@ use crate::reporting_policy::requests;
 /// RAM that the guest has.
 pub(super) struct ConfiguredRam<'a> {
     pub(super) zones: &'a [Zone],
-    /// The plugged part of the zone for memory hot-plug.
-    pub(super) plugged_bytes: u64,
-    /// Memory that the guest can take beyond it.
+    /// The plugged part of each zone for memory hot-plug, by the zone that grows.
+    pub(super) plugged_bytes: BTreeMap<&'a str, u64>,
+    /// Memory that the guest can take beyond them.
     pub(super) obtainable_bytes: u64,
 }
 
 impl ConfiguredRam<'_> {
     fn bytes_of(&self, zone: &Zone) -> u64 {
         match zone.kind {
-            ZoneKind::VirtioMem => self.plugged_bytes,
+            ZoneKind::VirtioMem => {
+                let plugged = self.plugged_bytes.get(zone.configured_id());
+                plugged.copied().unwrap_or(0)
+            }
             ZoneKind::Boot | ZoneKind::Dimm => zone.bytes(),
         }
     }
@@ -252,12 +256,12 @@ mod tests {
                 .map(|(start, resident)| region(start, resident))
                 .into(),
         };
-        let ram = |plugged_bytes| ConfiguredRam {
+        let ram = ConfiguredRam {
             zones: &zones,
-            plugged_bytes,
+            plugged_bytes: BTreeMap::new(),
             obtainable_bytes: 7,
         };
-        let stats = reclaim_stats(Some(&residency), None, &ram(0), None);
+        let stats = reclaim_stats(Some(&residency), None, &ram, None);
         let figures: Vec<_> = stats
             .zones
             .iter()
@@ -275,7 +279,7 @@ mod tests {
         let reason = |at: usize| stats.zones[at].reporting.reason.clone().unwrap();
         assert!(reason(0).contains("no balloon"), "{}", reason(0));
         assert!(reason(1).contains("1073741824"), "{}", reason(1));
-        assert!(reclaim_stats(None, None, &ram(0), None).zones.is_empty());
+        assert!(reclaim_stats(None, None, &ram, None).zones.is_empty());
     }
 
     #[test]
@@ -289,7 +293,8 @@ mod tests {
         };
         let zones = [
             zone("a", 0..100, ZoneKind::Boot),
-            zone("b", 1000..1400, ZoneKind::VirtioMem),
+            zone("b-hotplug", 1000..1400, ZoneKind::VirtioMem),
+            zone("a-hotplug", 1400..1800, ZoneKind::VirtioMem),
         ];
         let figures = |plugged_bytes, resident_bytes| {
             let region = |guest_start, bytes, resident_bytes| RegionResidency {
@@ -299,17 +304,22 @@ mod tests {
                 swapped_bytes: 0,
             };
             let residency = ResidencySample {
-                configured_bytes: 500,
+                configured_bytes: 900,
                 resident_bytes: 60 + resident_bytes,
                 swapped_bytes: 0,
                 taken: Instant::now(),
                 cost_us: 1,
                 method: virtio_devices::reclaim::ResidencyMethod::PagemapScan,
-                regions: [region(0, 100, 60), region(1000, 400, resident_bytes)].into(),
+                regions: [
+                    region(0, 100, 60),
+                    region(1000, 400, resident_bytes),
+                    region(1400, 400, 0),
+                ]
+                .into(),
             };
             let ram = ConfiguredRam {
                 zones: &zones,
-                plugged_bytes,
+                plugged_bytes: BTreeMap::from([("a", 0), ("b", plugged_bytes)]),
                 obtainable_bytes: 0,
             };
             let own = OwnMemory {

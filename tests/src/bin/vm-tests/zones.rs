@@ -21,9 +21,12 @@ use virtio_devices::reclaim::{DiscardEngine, Expected, GuestRange};
 
 use integration_tests::huge_pages::ReservedHugePages;
 
+use crate::snapshot;
+
 pub(crate) fn tests() -> Vec<Test> {
     tests![
         zones_of_two_kinds_and_nodes_give_memory_back,
+        zone_of_a_node_grows_is_saved_and_shrinks,
         private_file_gives_back_what_the_guest_wrote,
         huge_pages_come_back_to_the_pool,
         huge_pages_that_are_gone_pause_the_guest_until_they_are_back,
@@ -167,6 +170,121 @@ fn zones_of_two_kinds_and_nodes_give_memory_back() -> Result<Outcome> {
     guest.command("verify")?;
     guest.end_cleanly()?;
     Ok(Outcome::Passed)
+}
+
+/// Two nodes, of which the second grows. It is saved and continued with plugged blocks, and then shrinks.
+fn zone_of_a_node_grows_is_saved_and_shrinks() -> Result<Outcome> {
+    const PLUGGED: usize = 2;
+    let mut guest = Machine {
+        cpus: "boot=2",
+        memory: "size=0,hotplug_method=virtio-mem",
+        arguments: &[
+            "--memory-zone",
+            "id=a,size=160M",
+            "id=b,size=96M,hotplug_size=256M",
+            "--numa",
+            "guest_numa_id=0,cpus=[0],memory_zones=[a]",
+            "guest_numa_id=1,cpus=[1],memory_zones=[b]",
+            "--balloon",
+            "size=0,free_page_reporting=on",
+        ],
+        command_line: "memhp_default_state=online_movable",
+        ..Machine::default()
+    }
+    .serve()?;
+    let before = [node_kib(&mut guest, 0)?, node_kib(&mut guest, 1)?];
+    let resize = |guest: &Guest, id: &str, mib: u64| -> Result<u16> {
+        let body = format!("{{\"id\":\"{id}\",\"desired_ram\":{}}}", mib * MIB);
+        Ok(guest
+            .vmm
+            .request("PUT", "vm.resize-zone", Some(&body))?
+            .status)
+    };
+    for (id, mib, status) in [
+        ("c", 96, 404),
+        ("a", 192, 400),
+        ("b", 512, 400),
+        ("b", 224, 204),
+    ] {
+        let found = resize(&guest, id, mib)?;
+        ensure!(found == status, "{id} {mib}: {found}");
+    }
+    wait_configured(&guest, PLUGGED, 128 * MIB)?;
+    let info = guest.vmm.get("vm.info")?;
+    ensure!(info["memory_actual_size"] == 384 * MIB, "{info:#}");
+    wait_for("the memory of node 1", RECLAIM_DEADLINE, || {
+        let grown = node_kib(&mut guest, 1)?;
+        Ok((grown >= before[1] + 120 * 1024).then_some(()))
+    })?;
+    let first = node_kib(&mut guest, 0)?;
+    ensure!(
+        first.abs_diff(before[0]) < 1024,
+        "node 0 has {first} KiB, before {}",
+        before[0]
+    );
+    guest.command("alloc 200M seed=21")?;
+    guest.command("verify")?;
+    let (_, touched) = resident(&guest)?;
+    ensure!(
+        touched.len() == 3 && touched[PLUGGED] > 60 * MIB,
+        "{touched:?}"
+    );
+
+    guest.vmm.put("vm.pause", None)?;
+    let folder = guest.vmm.folder().join("saved");
+    let url = snapshot::save(&guest, &folder)?;
+    snapshot::end_vmm(&mut guest)?;
+    let mut guest = snapshot::restore(&guest, &url)?;
+    let info = guest.vmm.get("vm.info")?;
+    ensure!(info["memory_actual_size"] == 384 * MIB, "{info:#}");
+    guest.vmm.put("vm.resume", None)?;
+    guest.command("verify")?;
+    guest.command("free")?;
+    guest.command("alloc 100M seed=22")?;
+    let found = resize(&guest, "b", 96)?;
+    ensure!(found == 204, "{found}");
+    wait_configured(&guest, PLUGGED, 0)?;
+    wait_resident(&guest, "memory that was unplugged", |zones| {
+        zones[PLUGGED] == 0
+    })?;
+    guest.command("verify")?;
+    let shrunk = node_kib(&mut guest, 1)?;
+    ensure!(
+        shrunk.abs_diff(before[1]) < 1024,
+        "node 1 has {shrunk} KiB, before {}",
+        before[1]
+    );
+    let counters = guest.vmm.get("vm.counters")?;
+    let figure = |name: &str| counters["b"][name].as_u64();
+    ensure!(
+        figure("plugged_bytes") == Some(0)
+            && figure("requests_wrong") == Some(0)
+            && figure("unplugged_accesses") == Some(0),
+        "{counters:#}"
+    );
+    ensure!(counters["a"].is_null(), "{counters:#}");
+    guest.end_cleanly()?;
+    Ok(Outcome::Passed)
+}
+
+/// Memory of a node in the guest, KiB.
+fn node_kib(guest: &mut Guest, node: u32) -> Result<u64> {
+    let file = format!("/sys/devices/system/node/node{node}/meminfo");
+    let text = guest.shell(&format!("grep MemTotal {file}"))?;
+    let kib = text.lines().find_map(|line| {
+        let rest = line.trim().strip_suffix("kB")?;
+        rest.split_whitespace().last()?.parse().ok()
+    });
+    kib.with_context(|| format!("{file} has {text}"))
+}
+
+/// Waits until a zone has this size.
+fn wait_configured(guest: &Guest, zone: usize, bytes: u64) -> Result<()> {
+    wait_for("the size of the zone", RECLAIM_DEADLINE, || {
+        let stats = stats(guest)?;
+        Ok((stats["zones"][zone]["configured_bytes"] == bytes).then_some(()))
+    })
+    .with_context(|| format!("{:#}", stats(guest).unwrap_or_default()))
 }
 
 /// The file is a template: the guest's pages are discarded, and the file is unchanged.
