@@ -23,6 +23,8 @@ pub(crate) fn tests() -> Vec<Test> {
 
 /// Debian's kernel with drivers of all devices of [`Kind`], and VFIO for programs of the guest.
 pub(crate) const GENERIC_KERNEL: &str = "debian-generic/vmlinuz";
+/// The address of the host's end of the network.
+pub(crate) const PEER_MAC: &str = "52:54:00:00:00:02";
 const DISK_NAME: &str = "nvme0n1";
 /// Memory that the guest uses and frees, in MiB. `ASSIGNED_FREED_MIB` replaces it, and makes the guest larger by as
 /// much.
@@ -37,6 +39,8 @@ pub(crate) const GUEST_DEADLINE: Duration = Duration::from_secs(180);
 pub(crate) enum Kind {
     /// A disk that is alone in its group.
     Nvme,
+    /// A network interface, at the other end of which is the host's interface with the address [`PEER_MAC`].
+    Igb,
     /// QEMU's educational device, which accesses any address that it is told.
     Edu,
 }
@@ -46,6 +50,7 @@ impl Kind {
     fn mark(self) -> (&'static str, &'static str) {
         match self {
             Self::Nvme => ("class", "0x010802"),
+            Self::Igb => ("device", "0x10c9"),
             Self::Edu => ("device", "0x11e8"),
         }
     }
@@ -61,6 +66,7 @@ impl Kind {
     pub(crate) fn id(self) -> &'static str {
         match self {
             Self::Nvme => "nvme",
+            Self::Igb => "nic",
             Self::Edu => "edu",
         }
     }

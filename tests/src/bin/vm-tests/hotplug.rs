@@ -40,7 +40,11 @@ pub(crate) fn expect(guest: &Guest, endpoint: &str, body: &Value, status: u16) -
 }
 
 /// Waits until a figure of `vm.reclaim-stats` is as wanted.
-fn wait_figure(guest: &Guest, pointer: &str, wanted: impl Fn(u64) -> bool) -> Result<()> {
+pub(crate) fn wait_figure(
+    guest: &Guest,
+    pointer: &str,
+    wanted: impl Fn(u64) -> bool,
+) -> Result<()> {
     wait_for(pointer, GUEST_DEADLINE, || {
         let stats = guest.vmm.get("vm.reclaim-stats")?;
         let figure = stats.pointer(pointer).and_then(Value::as_u64);
@@ -198,7 +202,7 @@ fn disk_added_to_a_running_guest_keeps_data_and_goes() -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-fn resize(guest: &Guest, field: &str, mib: u64) -> Result<()> {
+pub(crate) fn resize(guest: &Guest, field: &str, mib: u64) -> Result<()> {
     expect(guest, "vm.resize", &json!({ field: mib * MIB }), 204).map(drop)
 }
 

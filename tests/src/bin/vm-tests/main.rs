@@ -8,6 +8,7 @@ mod api;
 mod assigned;
 mod assigned_dma;
 mod assigned_group;
+mod assigned_load;
 mod balloon;
 mod boot;
 mod chaos;
@@ -86,6 +87,7 @@ fn main() -> ExitCode {
         assigned::tests(),
         assigned_dma::tests(),
         assigned_group::tests(),
+        assigned_load::tests(),
         balloon::tests(),
         stress::tests(),
         chaos::tests(),

@@ -29,9 +29,9 @@ const TRANSFER_BYTES: usize = 4 << 20;
 const ACCEPT_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Bytes whose period is not a power of two, so that a lost or duplicated packet is detected.
-fn noise() -> Vec<u8> {
+fn noise(bytes: usize) -> Vec<u8> {
     let mut state = 0x2545_f491u32;
-    (0..TRANSFER_BYTES)
+    (0..bytes)
         .map(|_| {
             state ^= state << 13;
             state ^= state >> 17;
@@ -62,15 +62,36 @@ fn carries_data(tap: &str, network: u8, options: &str) -> Result<Outcome> {
 /// Sends data to the guest, which returns it. The host's end of the network is `prefix`.1, and the guest's card has the
 /// address [`MAC`].
 pub(crate) fn exchange(guest: &mut Guest, prefix: &str) -> Result<()> {
+    set_up(guest, prefix, MAC)?;
+    carry(guest, prefix, TRANSFER_BYTES)?;
+    let counters = guest.vmm.get("vm.counters")?;
+    let net = counters
+        .as_object()
+        .and_then(|devices| devices.iter().find(|(name, _)| name.starts_with("_net")))
+        .map(|(_, net)| net)
+        .with_context(|| format!("{counters:#}"))?;
+    for name in ["rx_bytes", "tx_bytes"] {
+        let bytes = net.get(name).and_then(serde_json::Value::as_u64);
+        ensure!(bytes >= Some(TRANSFER_BYTES as u64), "{name}: {counters:#}");
+    }
+    Ok(())
+}
+
+/// Sets up the guest's only card.
+pub(crate) fn set_up(guest: &mut Guest, prefix: &str, mac: &str) -> Result<()> {
     guest.shell(&format!(
         "ip addr add {prefix}.2/24 dev eth0 && ip link set eth0 up"
     ))?;
     let text = guest.shell(&format!(
         "cat /sys/class/net/eth0/address; ping -c 3 -W 20 {prefix}.1"
     ))?;
-    ensure!(text.contains(MAC), "{text}");
+    ensure!(text.contains(mac), "{text}");
+    Ok(())
+}
 
-    let data = noise();
+/// Sends this number of bytes to the guest, which returns them, through a network that is set up.
+pub(crate) fn carry(guest: &mut Guest, prefix: &str, bytes: usize) -> Result<()> {
+    let data = noise(bytes);
     let listener = TcpListener::bind(format!("{prefix}.1:0"))?;
     listener.set_nonblocking(true)?;
     let port = listener.local_addr()?.port();
@@ -88,19 +109,7 @@ pub(crate) fn exchange(guest: &mut Guest, prefix: &str) -> Result<()> {
         data.len()
     );
     ensure!(back == data, "the data changed on its way");
-    guest.serial.expect("ok sh 0", ACCEPT_DEADLINE)?;
-
-    let counters = guest.vmm.get("vm.counters")?;
-    let net = counters
-        .as_object()
-        .and_then(|devices| devices.iter().find(|(name, _)| name.starts_with("_net")))
-        .map(|(_, net)| net)
-        .with_context(|| format!("{counters:#}"))?;
-    for name in ["rx_bytes", "tx_bytes"] {
-        let bytes = net.get(name).and_then(serde_json::Value::as_u64);
-        ensure!(bytes >= Some(TRANSFER_BYTES as u64), "{name}: {counters:#}");
-    }
-    Ok(())
+    guest.serial.expect("ok sh 0", ACCEPT_DEADLINE).map(drop)
 }
 
 fn accept(listener: &TcpListener) -> Result<std::net::TcpStream> {
