@@ -54,7 +54,7 @@ parts! {
     /// Clock device.
     RTC = "rtc", 1..=1;
     /// Device whose features and configuration space come from a vhost-user back end.
-    VHOST_USER = "vhost-user", 1..=1;
+    VHOST_USER = "vhost-user", 1..=2;
     /// Socket device.
     VSOCK = "vsock", 1..=1;
     /// Connections of a socket device.

@@ -46,7 +46,7 @@ const fn set(bits: &[u32]) -> u64 {
 }
 
 /// Whether a set of features contains a bit.
-pub(super) fn has(features: u64, bit: u32) -> bool {
+pub(crate) fn has(features: u64, bit: u32) -> bool {
     features & (1 << bit) != 0
 }
 

@@ -1,5 +1,5 @@
 //! The control queue (virtio 1.2 §5.1.6.5): sets the number of pairs that the driver uses, and the offloads that it
-//! accepts.
+//! accepts. Devices whose other queues a back end serves use it too.
 
 use std::sync::Arc;
 
@@ -10,21 +10,35 @@ use virtio_bindings::bindings::virtio_net::{
 };
 
 use super::config_space::{GUEST_OFFLOADS, has};
-use super::shared::NetShared;
 use crate::queue::{ChainBuffers, ChainError, Driver, Reply, SingleQueueDevice};
 use crate::worker::Turn;
 
 /// Class, command, and the longest data of a known command.
 const COMMAND_BYTES_MAX: usize = 2 + 8;
 
-/// Serves the control queue.
-pub(super) struct ControlQueue {
-    name: String,
-    net: Arc<NetShared>,
+/// What the driver controls. Called by the control queue's worker, and so must not wait.
+pub(crate) trait Controlled: Send + Sync {
+    /// A driver has accepted these features.
+    fn activated(&self, features: u64);
+
+    /// Uses this number of pairs. False if there are fewer, or if it is 0.
+    fn enable_pairs(&self, count: u16) -> bool;
+
+    /// Sets the guest's offloads, which were negotiated. False if they cannot be set.
+    fn set_offloads(&self, features: u64) -> bool;
+
+    /// Counts a bad request.
+    fn count_bad(&self);
 }
 
-impl ControlQueue {
-    pub(super) fn new(name: String, net: Arc<NetShared>) -> Self {
+/// Serves the control queue.
+pub(crate) struct ControlQueue<C> {
+    name: String,
+    net: Arc<C>,
+}
+
+impl<C: Controlled> ControlQueue<C> {
+    pub(crate) fn new(name: String, net: Arc<C>) -> Self {
         Self { name, net }
     }
 
@@ -38,14 +52,14 @@ impl ControlQueue {
             Some((readable, writable.split_last_byte()?))
         });
         let Some((readable, ack)) = parts else {
-            self.net.counters().bad_requests.count();
+            self.net.count_bad();
             return 0;
         };
         let mut command = [0; COMMAND_BYTES_MAX];
         let len = readable.copy_out(&mut command);
         let obeyed = readable.bytes() <= COMMAND_BYTES_MAX && self.obey(features, &command[..len]);
         if !obeyed {
-            self.net.counters().bad_requests.count();
+            self.net.count_bad();
         }
         let status = if obeyed {
             VIRTIO_NET_OK
@@ -80,13 +94,13 @@ impl ControlQueue {
     }
 }
 
-impl SingleQueueDevice for ControlQueue {
+impl<C: Controlled> SingleQueueDevice for ControlQueue<C> {
     fn name(&self) -> String {
         self.name.clone()
     }
 
     fn activated(&mut self, features: u64) {
-        self.net.set_first_offloads(features);
+        self.net.activated(features);
     }
 
     fn answer(

@@ -32,6 +32,8 @@ mod tap_watch;
 mod tests;
 mod transmit;
 
+pub(crate) use config_space::has;
+pub(crate) use control::{ControlQueue, Controlled};
 pub use device::{Net, NetDeviceState};
 pub use params::{Backend, NetError, NetLimiters, NetParams, PAIRS_MAX, QUEUE_SIZE_MAX};
 pub use tap::{Tap, TapError};

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::config_space::{GUEST_OFFLOADS, tun_offloads};
+use super::control::Controlled;
 use super::counters::NetCounters;
 use super::params::NetError;
 use super::tap::Tap;
@@ -140,5 +141,23 @@ impl NetShared {
     pub(super) fn restore_offloads(&self, features: u64) {
         self.restored_offloads
             .store(features | RESTORED, Ordering::Release);
+    }
+}
+
+impl Controlled for NetShared {
+    fn activated(&self, features: u64) {
+        self.set_first_offloads(features);
+    }
+
+    fn enable_pairs(&self, count: u16) -> bool {
+        Self::enable_pairs(self, count)
+    }
+
+    fn set_offloads(&self, features: u64) -> bool {
+        Self::set_offloads(self, features)
+    }
+
+    fn count_bad(&self) {
+        self.counters.bad_requests.count();
     }
 }

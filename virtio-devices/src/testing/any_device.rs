@@ -288,6 +288,7 @@ pub(super) fn make(choice: u8, ram: &TestRam) -> Made {
             };
             let state = VhostUserState {
                 identity: Some(identity),
+                enabled_pairs: None,
             };
             let restored = device.restore(&Saved::of(&state));
             restored.expect("a sound state");

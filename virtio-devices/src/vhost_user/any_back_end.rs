@@ -17,6 +17,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use super::gate::ALL_PAIRS;
 use super::profile::Profile;
 use super::rings::Rings;
 use super::session::Session;
@@ -112,7 +113,9 @@ fn front_end(stream: UnixStream, profile: &Profile, starts: u8, stopped: &mut u8
     let rings = rings.expect("descriptors");
     for _ in 0..starts {
         driver[0].push(&[Segment::Writable(8)]);
-        let outcome = session.start(&rings, 0).and_then(|()| session.stop(&rings));
+        let outcome = session
+            .start(&rings, 0, ALL_PAIRS)
+            .and_then(|()| session.stop(&rings));
         if outcome.is_err() {
             rings.continue_after_loss();
         }

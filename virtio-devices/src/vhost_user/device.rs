@@ -5,18 +5,26 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use state::{Part, Saved, State, StateError, parts, require};
+use state::{Fields, Part, Saved, State, StateError, parts, require};
+use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ};
 
 use super::identity::{Identity, Learned};
+use super::pairs::Pairs;
 use super::profile::Profile;
 use super::{Endpoint, Link, Shared, handlers};
 use crate::device::{
     Counters, DeviceIdentity, Interrupt, QueueHandler, VirtioDevice, read_config_space,
 };
+use crate::net::{ControlQueue, Controlled, has};
+use crate::queue::SingleQueue;
+use crate::thread_name::thread_name;
 
 /// Maximum time that a driver waits for a device whose back end has never connected. Linux probes devices one after
 /// another, so the guest may not boot earlier.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Position of the control queue's handler, behind those of every device.
+const CONTROL: usize = 2;
 
 /// Parameters of the device.
 #[derive(Debug)]
@@ -27,7 +35,7 @@ pub struct VhostUserParams {
     pub profile: Profile,
     /// How the connection to the back end is established.
     pub endpoint: Endpoint,
-    /// Entries of each queue.
+    /// Entries of each queue, without a control queue.
     pub queue_sizes: Vec<u16>,
 }
 
@@ -37,6 +45,8 @@ pub struct VhostUserParams {
 pub struct VhostUserState {
     /// Features and configuration space.
     pub identity: Option<IdentityState>,
+    /// Number of pairs of queues that the driver of a network interface with several uses.
+    pub enabled_pairs: Option<u16>,
 }
 
 /// Features and configuration space.
@@ -51,6 +61,12 @@ pub struct IdentityState {
 
 impl State for VhostUserState {
     const PART: Part = parts::VHOST_USER;
+
+    fn upgrade(_from: u32, fields: &mut Fields) -> Result<(), StateError> {
+        // Version 1 had no interface with several pairs.
+        fields.insert("enabled_pairs".to_owned(), ().into());
+        Ok(())
+    }
 }
 
 /// The configuration half.
@@ -59,6 +75,8 @@ pub struct VhostUser {
     queue_sizes: Vec<u16>,
     handlers: Vec<Box<dyn QueueHandler>>,
     learned: Arc<Learned>,
+    /// Of a network interface with several pairs.
+    pairs: Option<Arc<Pairs>>,
     shared: Arc<Shared>,
 }
 
@@ -82,17 +100,30 @@ impl VhostUser {
             id,
             profile,
             endpoint,
-            queue_sizes,
+            mut queue_sizes,
         } = params;
         let shared = Arc::new(Shared::default());
         let learned = Arc::new(Learned::new(patience));
         let link = Link::new(&id, endpoint, queue_sizes.len(), Arc::clone(&shared))?;
         let link = link.learning(profile, queue_sizes.clone(), Arc::clone(&learned));
+        let pairs = profile.has_several_pairs().then(|| {
+            let gate = Arc::clone(link.gate());
+            Arc::new(Pairs::new(gate, Arc::clone(&shared), profile.pairs()))
+        });
+        let name = thread_name(&id, "_ctrl");
+        let mut handlers = handlers(id, link, &shared);
+        if let Some(pairs) = &pairs {
+            let control = ControlQueue::new(name, Arc::clone(pairs));
+            handlers.push(Box::new(SingleQueue::new(control)));
+            // One additional queue for control.
+            queue_sizes.extend(queue_sizes.last().copied());
+        }
         Ok(Self {
             profile,
-            handlers: handlers(id, link, &shared),
+            handlers,
             queue_sizes,
             learned,
+            pairs,
             shared,
         })
     }
@@ -128,6 +159,23 @@ impl VirtioDevice for VhostUser {
         std::mem::take(&mut self.handlers)
     }
 
+    /// As for a network interface without a back end (virtio 1.2 §5.1.2).
+    fn handler_of_queue(&self, queue_index: u16, features: u64) -> Option<usize> {
+        if self.pairs.is_none() {
+            return Some(0);
+        }
+        let control = has(features, VIRTIO_NET_F_CTRL_VQ);
+        let pairs = match control && has(features, VIRTIO_NET_F_MQ) {
+            true => self.profile.pairs(),
+            false => 1,
+        };
+        match queue_index {
+            index if index < 2 * pairs => Some(0),
+            index if control && index == 2 * pairs => Some(CONTROL),
+            _ => None,
+        }
+    }
+
     fn set_interrupt(&mut self, interrupt: Arc<dyn Interrupt>) {
         self.learned.interrupt.attach(&interrupt);
     }
@@ -145,6 +193,7 @@ impl VirtioDevice for VhostUser {
         Saved::of(&VhostUserState {
             identity: identity
                 .map(|Identity { features, config }| IdentityState { features, config }),
+            enabled_pairs: self.pairs.as_ref().map(|pairs| pairs.enabled()),
         })
     }
 
@@ -160,6 +209,14 @@ impl VirtioDevice for VhostUser {
                 format!("cannot have {bytes} bytes")
             })?;
         }
+        let enabled = match (&self.pairs, state.enabled_pairs) {
+            (Some(pairs), Some(count)) => pairs.enable_pairs(count),
+            (pairs, count) => pairs.is_none() && count.is_none(),
+        };
+        require(enabled, parts::VHOST_USER, "enabled_pairs", || {
+            let pairs = self.profile.pairs();
+            format!("is {:?}, there are {pairs}", state.enabled_pairs)
+        })?;
         self.learned.restore(identity);
         Ok(())
     }

@@ -15,6 +15,9 @@ use crate::Unpoisoned;
 /// Maximum time for a back end to return the rings.
 const GRACE: Duration = Duration::from_secs(1);
 
+/// Every ring is in use.
+pub(super) const ALL_PAIRS: u16 = u16::MAX;
+
 /// Reason why the back end must not have the rings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Reason {
@@ -28,7 +31,10 @@ pub(super) enum Reason {
 #[derive(Debug)]
 pub(super) enum Step {
     Connect,
-    Start(Arc<Rings>),
+    /// The back end gets the rings, of which it may use those of this number of pairs.
+    Start(Arc<Rings>, u16),
+    /// The driver uses another number of pairs. The previous one is the second.
+    SetPairs(Arc<Rings>, u16, u16),
     Stop(Arc<Rings>),
     Rest,
 }
@@ -39,6 +45,10 @@ struct State {
     offered: Option<Arc<Rings>>,
     /// The rings that the back end may access.
     served: Option<Arc<Rings>>,
+    /// Number of pairs of queues that the driver uses; [`ALL_PAIRS`] for a device without pairs.
+    pairs: u16,
+    /// The number that the back end knows.
+    served_pairs: u16,
     paused: bool,
     /// Number of resets seen by the queues' thread and by the link. Either may be first; a reset is complete when both
     /// have seen it.
@@ -71,7 +81,10 @@ impl Gate {
         let wake = EventFd::new(EFD_NONBLOCK)?;
         wake.write(1)?;
         Ok(Self {
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                pairs: ALL_PAIRS,
+                ..State::default()
+            }),
             changed: Condvar::new(),
             wake,
         })
@@ -101,6 +114,17 @@ impl Gate {
     pub(super) fn offer(&self, rings: Arc<Rings>) {
         self.lock().offered = Some(rings);
         self.wake();
+    }
+
+    /// The driver uses this number of pairs. The back end learns it later.
+    pub(super) fn set_pairs(&self, pairs: u16) {
+        self.lock().pairs = pairs;
+        self.wake();
+    }
+
+    /// The number of pairs that the driver uses.
+    pub(super) fn pairs(&self) -> u16 {
+        self.lock().pairs
     }
 
     /// Takes the rings away from the back end. Returns when the back end has returned them or its connection has been
@@ -169,11 +193,16 @@ impl Gate {
                 .offered
                 .as_ref()
                 .is_some_and(|it| Arc::ptr_eq(it, served));
-            if open && still_offered {
+            if open && still_offered && state.pairs == state.served_pairs {
                 return Step::Rest;
             }
             let served = Arc::clone(served);
             state.talking = true;
+            if open && still_offered {
+                let pairs = state.pairs;
+                let before = std::mem::replace(&mut state.served_pairs, pairs);
+                return Step::SetPairs(served, pairs, before);
+            }
             return Step::Stop(served);
         }
         match &state.offered {
@@ -183,7 +212,8 @@ impl Gate {
                 let offered = Arc::clone(offered);
                 state.served = Some(Arc::clone(&offered));
                 state.talking = true;
-                Step::Start(offered)
+                state.served_pairs = state.pairs;
+                Step::Start(offered, state.pairs)
             }
             None => Step::Rest,
         }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_net::VIRTIO_NET_F_MQ;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -180,13 +181,13 @@ impl Link {
                         return Ok(());
                     }
                 }
-                Step::Start(rings) => {
+                Step::Start(rings, pairs) => {
                     let own = self.lesson.as_ref();
                     let own = own.map_or(0, |lesson| lesson.profile.own_features);
                     let started = self
                         .session
                         .as_mut()
-                        .map(|session| session.start(&rings, own));
+                        .map(|session| session.start(&rings, own, pairs));
                     match started {
                         Some(Ok(())) => {
                             self.shared.serving.set(1);
@@ -197,6 +198,13 @@ impl Link {
                             }
                             self.gate.end_talk(true);
                         }
+                        failed => self.refused(failed.and_then(Result::err))?,
+                    }
+                }
+                Step::SetPairs(rings, pairs, before) => {
+                    let session = self.session.as_mut();
+                    match session.map(|session| session.set_pairs(&rings, pairs, before)) {
+                        Some(Ok(())) => self.gate.end_talk(true),
                         failed => self.refused(failed.and_then(Result::err))?,
                     }
                 }
@@ -258,6 +266,10 @@ impl Link {
             let missing = 1 << VIRTIO_F_VERSION_1 & !features;
             if missing != 0 {
                 return Err(SessionError::Features { missing });
+            }
+            if lesson.profile.has_several_pairs() && features & 1 << VIRTIO_NET_F_MQ == 0 {
+                let wanted = self.queues;
+                return Err(SessionError::OnePair { wanted });
             }
             let config = session.config(lesson.profile.config_size())?;
             let config = lesson.profile.complete(config, &lesson.queue_sizes);

@@ -13,6 +13,7 @@
 //!   config   reads the configuration space of the back end
 //!   rings    the queues in the form that the back end needs
 //!   ledger   the requests in flight of a back end that does not record them
+//!   pairs    the control queue of a network interface: how many pairs of queues the driver uses
 //!   device   the configuration half of a device; that of a shared folder is in `fs`
 //!   identity features and configuration space, as the link has read them from the back end
 //!   profile  the features and the configuration space that a driver may see
@@ -40,6 +41,7 @@ mod gate;
 mod identity;
 mod ledger;
 mod link;
+mod pairs;
 mod profile;
 mod queues;
 mod rings;

@@ -7,10 +7,11 @@ use virtio_bindings::bindings::virtio_blk::{
 };
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
-    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4,
-    VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
-    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
+    VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO,
+    VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO,
+    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
@@ -67,6 +68,8 @@ pub struct Profile {
     /// Feature bits of the front end, which are not passed to the back end.
     pub(super) own_features: u64,
     config: ConfigSpace,
+    /// Number of pairs of queues of a network interface.
+    pairs: u16,
 }
 
 /// Settings of a network interface that the front end decides.
@@ -76,6 +79,8 @@ pub struct NetProfile {
     pub mac: [u8; 6],
     /// The largest packet, bytes.
     pub mtu: Option<u16>,
+    /// Number of pairs of queues. With several, there is a control queue, which the front end serves.
+    pub pairs: u16,
     /// Offer TCP segmentation offload, if the back end has it.
     pub offload_tso: bool,
     /// Offer UDP fragmentation offload, if the back end has it.
@@ -105,10 +110,11 @@ impl Profile {
             features: RING_FEATURES | mask(&bits),
             own_features: 0,
             config: ConfigSpace::Block,
+            pairs: 0,
         }
     }
 
-    /// A network interface with one pair of queues, because without a control queue the driver cannot request more.
+    /// A network interface. Several pairs need a back end that has them.
     #[must_use]
     pub fn net(net: &NetProfile) -> Self {
         let mut bits = vec![VIRTIO_NET_F_MRG_RXBUF];
@@ -129,18 +135,23 @@ impl Profile {
             bits.extend([VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_GUEST_UFO]);
         }
         let mut own = vec![VIRTIO_NET_F_MAC, VIRTIO_NET_F_STATUS];
+        if net.pairs > 1 {
+            bits.push(VIRTIO_NET_F_MQ);
+            own.push(VIRTIO_NET_F_CTRL_VQ);
+        }
         own.extend(net.mtu.map(|_| VIRTIO_NET_F_MTU));
         // mac, status, max_virtqueue_pairs, mtu (virtio 1.2 §5.1.4).
         let mut config = [0; NET_CONFIG_BYTES];
         config[..6].copy_from_slice(&net.mac);
         config[6] = VIRTIO_NET_S_LINK_UP as u8;
-        config[8] = 1;
+        config[8..10].copy_from_slice(&net.pairs.to_le_bytes());
         config[10..].copy_from_slice(&net.mtu.unwrap_or(0).to_le_bytes());
         Self {
             device_type: VIRTIO_ID_NET,
             features: RING_FEATURES | mask(&bits),
             own_features: mask(&own),
             config: ConfigSpace::Net(config),
+            pairs: net.pairs,
         }
     }
 
@@ -152,7 +163,17 @@ impl Profile {
             features: RING_FEATURES | DEVICE_FEATURES,
             own_features: 0,
             config: ConfigSpace::AsItIs,
+            pairs: 0,
         }
+    }
+
+    /// Whether it is a network interface with several pairs of queues, and so with a control queue.
+    pub(super) fn has_several_pairs(&self) -> bool {
+        self.pairs > 1
+    }
+
+    pub(super) fn pairs(&self) -> u16 {
+        self.pairs
     }
 
     /// The configuration space that the front end reads from the back end.

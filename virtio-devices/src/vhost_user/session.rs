@@ -43,12 +43,21 @@ pub(super) enum SessionError {
     Duplicate(#[source] io::Error),
     #[error("the back end supports only {queues} queues; the device has {wanted}")]
     Queues { queues: u64, wanted: usize },
+    #[error(
+        "the back end has one pair of queues (no feature VIRTIO_NET_F_MQ); the device has {wanted} queues"
+    )]
+    OnePair { wanted: usize },
     #[error("the back end accepts {max} memory regions; the guest has {regions}")]
     Regions { max: u64, regions: usize },
     #[error("guest memory is not shared")]
     PrivateMemory(#[source] vhost::Error),
     #[error("the rings are not in guest RAM")]
     RingsOutsideRam,
+}
+
+/// Whether a ring belongs to one of the first `pairs` pairs.
+fn is_used(ring: &Ring, pairs: u16) -> bool {
+    ring.index / 2 < pairs
 }
 
 fn in_call(what: &'static str) -> impl FnOnce(vhost::Error) -> SessionError {
@@ -146,8 +155,14 @@ impl Session {
         self.protocol.contains(feature)
     }
 
-    /// Passes the rings to the back end. `own`: features of the driver that concern the front end alone.
-    pub(super) fn start(&mut self, rings: &Rings, own: u64) -> Result<(), SessionError> {
+    /// Passes the rings to the back end, which may use those of `pairs` pairs. `own`: features of the driver that concern
+    /// the front end alone.
+    pub(super) fn start(
+        &mut self,
+        rings: &Rings,
+        own: u64,
+        pairs: u16,
+    ) -> Result<(), SessionError> {
         let features = rings.features & !own;
         let missing = features & !self.features;
         if missing != 0 {
@@ -170,9 +185,7 @@ impl Session {
         // Without protocol features, starting a ring also enables it.
         if protocol != 0 {
             for ring in &rings.rings {
-                self.frontend
-                    .set_vring_enable(ring.index.into(), true)
-                    .map_err(in_call("SET_VRING_ENABLE"))?;
+                self.enable(ring, is_used(ring, pairs))?;
             }
         }
         for ring in &rings.rings {
@@ -180,6 +193,28 @@ impl Session {
             ring.doorbell.write(1).ok();
         }
         Ok(())
+    }
+
+    /// The driver uses another number of pairs than `before`.
+    pub(super) fn set_pairs(
+        &mut self,
+        rings: &Rings,
+        pairs: u16,
+        before: u16,
+    ) -> Result<(), SessionError> {
+        let changed = |ring: &&Ring| is_used(ring, pairs) != is_used(ring, before);
+        for ring in rings.rings.iter().filter(changed) {
+            self.enable(ring, is_used(ring, pairs))?;
+            // What the guest has put into a ring that the back end did not use.
+            ring.doorbell.write(1).ok();
+        }
+        Ok(())
+    }
+
+    fn enable(&mut self, ring: &Ring, enable: bool) -> Result<(), SessionError> {
+        self.frontend
+            .set_vring_enable(ring.index.into(), enable)
+            .map_err(in_call("SET_VRING_ENABLE"))
     }
 
     /// Shares memory that the back end does not have yet. What virtio-mem plugs in later is part of guest RAM from the

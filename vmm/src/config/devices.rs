@@ -31,8 +31,6 @@ const ANY_CID: u32 = u32::MAX;
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// Maximum number of request queues of a shared folder. Each queue needs an interrupt vector and two descriptors.
 const FS_QUEUES_MAX: usize = 64;
-/// One pair.
-const VHOST_USER_NET_QUEUES: usize = 2;
 /// The most queues of a device of any type.
 const GENERIC_QUEUES_MAX: usize = 64;
 /// PCI device ids of virtio devices have six bits for it (virtio 1.2 §4.1.2).
@@ -232,12 +230,6 @@ fn check_vhost_user_net(net: &NetConfig, memory_shared: bool) -> Result<(), Devi
     if !memory_shared {
         return Err(DeviceFault::MemoryPrivate);
     }
-    // More pairs need a control queue, which the back end does not serve.
-    queue_count(
-        net.num_queues,
-        VHOST_USER_NET_QUEUES..=VHOST_USER_NET_QUEUES,
-        "",
-    )?;
     let socket = net.vhost_socket.as_deref();
     socket_path(socket.ok_or(DeviceFault::SocketMissing)?)
 }

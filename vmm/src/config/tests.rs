@@ -1049,7 +1049,7 @@ fn validate_vhost_user_disk_needs_shared_memory_and_a_socket_and_has_no_image() 
 }
 
 #[test]
-fn validate_vhost_user_net_needs_shared_memory_a_socket_and_one_pair_of_queues() {
+fn validate_vhost_user_net_needs_shared_memory_and_a_socket() {
     let fault_of = |net: &Value, shared: bool| {
         let mut config = with("net", json!([net]));
         config.memory.shared = shared;
@@ -1072,10 +1072,13 @@ fn validate_vhost_user_net_needs_shared_memory_a_socket_and_one_pair_of_queues()
         wrong[key] = value;
         assert_eq!(fault_of(&wrong, true), Some(DeviceFault::OfBackEnd { key }));
     }
-    let mut wrong = net;
-    wrong["num_queues"] = json!(4);
+    // At most one pair per vCPU, and a control queue.
+    let mut pairs = net;
+    pairs["num_queues"] = json!(3);
+    assert_eq!(fault_of(&pairs, true), None);
+    pairs["num_queues"] = json!(4);
     assert!(matches!(
-        fault_of(&wrong, true),
+        fault_of(&pairs, true),
         Some(DeviceFault::QueueCount { count: 4, .. })
     ));
     assert_eq!(

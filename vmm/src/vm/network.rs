@@ -82,7 +82,10 @@ pub(super) fn vhost_user_net(config: &NetConfig, socket: &Path) -> Result<Made, 
             Endpoint::Listen(bound)
         }
     };
+    // An odd number includes the control queue, which exists in any case.
+    let pairs = config.num_queues / 2;
     let profile = Profile::net(&NetProfile {
+        pairs: u16::try_from(pairs).map_err(|source| VmError::device(id, source))?,
         mac: config.mac.0,
         mtu: config.mtu,
         offload_tso: config.offload_tso,
@@ -93,7 +96,7 @@ pub(super) fn vhost_user_net(config: &NetConfig, socket: &Path) -> Result<Made, 
         id: id.to_owned(),
         profile,
         endpoint,
-        queue_sizes: vec![config.queue_size; config.num_queues],
+        queue_sizes: vec![config.queue_size; 2 * pairs],
     })
     .map_err(|source| VmError::device(id, source))?;
     Ok(Made::new(id, DeviceKind::VhostUser, place!(config), device))
