@@ -69,6 +69,13 @@ impl Chunks {
 }
 
 impl GuestMemory {
+    /// Has the kernel use transparent huge pages from now on.
+    pub fn use_huge_pages(&self) {
+        for zone in self.zones() {
+            self.advise_huge_pages(zone, true);
+        }
+    }
+
     /// Passes the pages in `written` to `visit`, without data.
     ///
     /// # Errors
@@ -338,10 +345,11 @@ impl ContentWriter {
         outcome.discarded.bytes == range.bytes
     }
 
-    /// The RAM with its content. `thp`: whether it uses transparent huge pages from now on.
+    /// The RAM with its content. `thp`: whether it uses transparent huge pages from now on. If pages were left out, the
+    /// kernel must not: it would fill the gaps of a huge page with zeros.
     pub fn finish(self, thp: bool) -> GuestMemory {
-        for zone in self.memory.zones().iter().filter(|_| thp) {
-            self.memory.advise_huge_pages(zone, true);
+        if thp {
+            self.memory.use_huge_pages();
         }
         self.memory
     }

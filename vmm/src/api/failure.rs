@@ -117,6 +117,7 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
         | LifecycleError::MemoryIncomplete
         | LifecycleError::NotMigrating
         | LifecycleError::Committed
+        | LifecycleError::HasRunElsewhere
         | LifecycleError::Migration(_)
         | LifecycleError::Snapshot(_)
         | LifecycleError::VcpusOutOfRange { .. }

@@ -139,6 +139,9 @@ pub enum LifecycleError {
     /// The target may have the machine.
     #[error("The migration can no longer be cancelled")]
     Committed,
+    /// Its disks are newer than its memory.
+    #[error("The VM has run in another process: delete or reboot it")]
+    HasRunElsewhere,
     /// One merge at a time.
     #[error("Snapshots are being merged: wait until that has ended")]
     Merging,

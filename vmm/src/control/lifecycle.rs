@@ -66,6 +66,8 @@ pub struct Lifecycle {
     pub(super) merging: Option<Done>,
     /// The paused machine does not hold the locks of its disks.
     pub(super) disks_released: bool,
+    /// The machine is older than its disks, which it has used in another process.
+    pub(super) has_run_elsewhere: bool,
 }
 
 virtio_devices::debug_fields!(Lifecycle {});
@@ -99,6 +101,7 @@ impl Lifecycle {
             recorder: None,
             merging: None,
             disks_released: false,
+            has_run_elsewhere: false,
         }
     }
 
@@ -299,6 +302,7 @@ impl Lifecycle {
         }
         self.recorder = None;
         self.disks_released = false;
+        self.has_run_elsewhere = false;
         self.paused = false;
         self.reset_requested = false;
         let stopped = machine.shutdown().map_err(LifecycleError::Machine);
@@ -384,6 +388,9 @@ impl Lifecycle {
     /// The machine is not paused, another process uses its disks, or a vCPU could not be resumed.
     pub fn resume(&mut self) -> Result<(), LifecycleError> {
         self.machine_in(VmState::Paused, VmState::Running)?;
+        if self.has_run_elsewhere {
+            return Err(LifecycleError::HasRunElsewhere);
+        }
         self.hold_disks_again()?;
         self.emit(EventKind::Resuming);
         self.on_machine(|machine| machine.resume())?;

@@ -290,6 +290,7 @@ impl Lifecycle {
 
     fn end_unconfirmed(&mut self, error: &MigrationError) {
         self.migration = None;
+        self.has_run_elsewhere = matches!(error, MigrationError::Incomplete(_));
         let error = api::error_line(error);
         log::error!("{error}");
         self.emit(EventKind::MigrationUnconfirmed { error });

@@ -122,9 +122,9 @@ pub enum MigrationError {
     /// The owner of the machine refused or failed a step.
     #[error(transparent)]
     Owner(Box<dyn Error + Send + Sync>),
-    /// The target has the VM, and no longer needs or reaches the rest of its RAM.
+    /// The target has the VM, and has not confirmed that it has all of its RAM.
     #[error(
-        "The VM has moved, but the target has not received all of its memory and ends it; it stays paused here as it was before"
+        "The VM has moved, but the target has not confirmed that it has all of its memory; without it, the target ends the VM, which cannot be resumed here because it has run there"
     )]
     Incomplete(#[source] Box<MigrationError>),
     /// The other side may run the VM.

@@ -137,6 +137,8 @@ impl Incoming {
                 if hello.transfer == Transfer::Postponed {
                     // A machine that is dropped asks no more.
                     other.ignore_cancel();
+                    // The control thread may wait for a page, also before the commit.
+                    other.set_limit(self.limits.paused);
                     let reader = Reader::new(other.clone());
                     joined.fetches = Some(Box::new(Fetches::new(reader, Writer::new(other))));
                 } else {
@@ -376,7 +378,10 @@ fn receive_content<R: Read + Channel + Send>(
         };
         let message = reader.next(expected, "a pass over memory or the final state")?;
         if message.kind == Kind::State {
-            return Ok((read_state(message.text()?)?, content.finish(thp), absent));
+            let state = read_state(message.text()?)?;
+            // Otherwise, the owner decides when it waits for the pages that were left out.
+            let memory = content.finish(thp && absent.is_empty());
+            return Ok((state, memory, absent));
         }
         if message.kind == Kind::Absent {
             let pages = content.leave_out(message.pages()?)?;

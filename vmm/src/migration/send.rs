@@ -584,11 +584,12 @@ impl Connection {
     fn refuse(&mut self, error: MigrationError) -> MigrationError {
         self.reader.get_mut().ignore_cancel();
         self.writer.get_mut().ignore_cancel();
-        self.abandon();
         // The machine is paused in the meantime.
         self.set_end(Some(Instant::now() + FAREWELL));
         let error = self.reason_of_peer(error);
         self.writer.refuse(&api::error_line(&error)).ok();
+        // Afterwards: a target that waits for a page takes the end of that connection for a failure.
+        self.abandon();
         error
     }
 

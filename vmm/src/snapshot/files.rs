@@ -341,8 +341,12 @@ impl Snapshot {
             };
             let progress = Progress::of_restore(memory, Arc::clone(&context.events));
             let owner = context.owner(progress, None);
-            let started = context.fill(memory, content, &faults, true, &[], owner);
-            return Ok((memory.clone(), Some(started?)));
+            let on_demand = context.fill(memory, content, &faults, true, &[], owner)?;
+            // Only now: the kernel leaves the gaps alone in which threads wait for pages.
+            if config.memory.thp {
+                memory.use_huge_pages();
+            }
+            return Ok((memory.clone(), Some(on_demand)));
         }
         let mut memory = memory_of(config, &self.pc, ZoneFiles::New)?;
         let progress = Progress::of_restore(&memory, Arc::clone(&context.events));

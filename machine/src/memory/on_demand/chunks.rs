@@ -118,7 +118,8 @@ impl Chunks {
         places.collect()
     }
 
-    /// Reads the pages of a chunk to their places in `buffer`, and checks them. From elsewhere, only missing pages come.
+    /// Reads the pages of a chunk to their places in `buffer`, and checks them. From elsewhere, only missing pages with data
+    /// come; the others are no longer missing then.
     ///
     /// # Errors
     /// A file cannot be read, its checksum does not match, or the other process does not send the pages.
@@ -132,13 +133,16 @@ impl Chunks {
                 read.map_err(FillError::Content)?;
             }
             Origin::Elsewhere(source) => {
-                buffer.fill(0);
+                let mut come = vec![0; chunk.left.len()];
                 let mut put = |page: usize, data: &[u8]| {
                     buffer[page * PAGE..(page + 1) * PAGE].copy_from_slice(data);
+                    come[page / 8] |= 1 << (page % 8);
                 };
                 let (zone, offset) = (chunk.zone, chunk.offset);
                 let fetched = source.fetch(zone, offset, &chunk.left, &mut put);
                 fetched.map_err(FillError::Elsewhere)?;
+                // The others read as zeros without being filled in.
+                chunk.left = come;
             }
         }
         chunk.is_checked = true;

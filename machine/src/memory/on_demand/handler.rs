@@ -296,8 +296,11 @@ impl Handler {
     /// Fills in the rest of the next chunk, which becomes ordinary memory.
     fn fill_next(&mut self) -> Result<(), FillError> {
         let at = self.next;
-        while let Some(pages) = self.chunks.get(at).next_left(0) {
+        while self.chunks.get(at).next_left(0).is_some() {
             self.load(at)?;
+            let Some(pages) = self.chunks.get(at).next_left(0) else {
+                break;
+            };
             let start = self.chunks.get(at).host.start + (pages.start * PAGE) as u64;
             let data = &self.buffer[pages.start * PAGE..pages.end * PAGE];
             match self.uffd.copy(start, data).map_err(FillError::Faults)? {

@@ -50,8 +50,9 @@ fn target_that_refuses_leaves_the_machine_and_its_memory_to_the_source() {
     let Some(kvm) = open_kvm() else {
         return;
     };
-    let folder = tempfile::tempdir().unwrap();
     for step in ["prepare", "build", "commit"] {
+        // Its own for each run: the last target may still listen.
+        let folder = tempfile::tempdir().unwrap();
         let source = source(&kvm);
         let (received, address, _) = receive(&socket(folder.path()), step);
         let (sent, ..) = source.send(address);
