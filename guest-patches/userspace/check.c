@@ -29,14 +29,11 @@ static void check_block(struct page *head, const struct mem_section_usage *usage
 {
 	unsigned long bits = usage->reporting_old | atomic_long_read(&usage->reporting_young);
 
-	must(head->reported || !head->zeroed, "page %#lx counts as zero and not as reported",
-	     head->pfn);
 	for (unsigned long i = 0; i < 1UL << head->order; i++) {
 		struct page *page = pfn_to_page(head->pfn + i);
 		unsigned long bit = (page->pfn & (PAGES_PER_SECTION - 1)) >> PRB_GRANULE_ORDER;
 
 		must(page->state == PAGE_FREE, "the model lost page %#lx", page->pfn);
-		must(page->zero || !head->zeroed, "page %#lx counts as zero and is not", page->pfn);
 		must(page->told || !head->reported || is_below_flags(head->order),
 		     "page %#lx counts as reported and the host does not know it", page->pfn);
 		must(!tracking || head->order < page_reporting_order || page->told || bits & BIT(bit) ||

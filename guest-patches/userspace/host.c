@@ -68,7 +68,6 @@ void host_sees_change(unsigned long pfn, unsigned int order)
 
 		must(!page->in_flight, "page %#lx is used while the device discards it", page->pfn);
 		page->told = false;
-		page->zero = false;
 	}
 }
 
@@ -112,12 +111,6 @@ static bool has_news(unsigned long granule, unsigned long from, unsigned long to
 	return false;
 }
 
-/* The core may keep a number above the order. */
-static unsigned int isolated_order(unsigned long pfn)
-{
-	return page_private(pfn_to_page(pfn)) & 0xff;
-}
-
 /* After a failed report, all of its blocks are reported again. */
 static void doubt_block_of(unsigned long pfn)
 {
@@ -125,7 +118,7 @@ static void doubt_block_of(unsigned long pfn)
 
 	while (!page_private(pfn_to_page(head)))
 		head--;
-	host_doubts(head, 1UL << isolated_order(head));
+	host_doubts(head, 1UL << page_private(pfn_to_page(head)));
 }
 
 /* Memory without a recorded free has no age: it is reported in any pass. */
@@ -167,7 +160,7 @@ static void check_whole_block(unsigned long from, unsigned long to)
 {
 	bool news = false;
 
-	must(page_private(pfn_to_page(from)) && to - from == 1UL << isolated_order(from),
+	must(page_private(pfn_to_page(from)) && to - from == 1UL << page_private(pfn_to_page(from)),
 	     "the entry at page %#lx is not one block", from);
 	for (unsigned long granule = round_down(from, PRB_GRANULE_PAGES); granule < to;
 	     granule += PRB_GRANULE_PAGES)
@@ -260,35 +253,17 @@ static struct batch *accept(struct scatterlist *sg, unsigned int count, void *to
 	return batch;
 }
 
-/* How many of the first pages of a batch the device discards: often all of them. */
-static unsigned long discarded_pages(const struct batch *batch)
-{
-	unsigned long pages = 0;
-
-	for (unsigned int i = 0; i < batch->count; i++)
-		pages += batch->ranges[i].pages;
-	return one_in(2) ? pages : chance(pages + 1);
-}
-
 /* The device completes a batch; unless it rejects it, the host knows the pages. */
 static void *answer(unsigned int index, bool taken)
 {
 	struct batch *batch = &batches[index];
 	void *token = batch->token;
-	unsigned long discarded = discarded_pages(batch);
-
-	/* A wrong length, which no batch can have, counts as none. */
-	device.zeroed = one_in(8) ? SIZE_MAX : discarded << PAGE_SHIFT;
 
 	for (unsigned int i = 0; i < batch->count; i++)
 		for (unsigned long n = 0; n < batch->ranges[i].pages; n++) {
 			struct page *page = pfn_to_page(batch->ranges[i].pfn + n);
 
 			page->in_flight = false;
-			if (discarded) {
-				discarded--;
-				page->zero = true;
-			}
 			if (taken)
 				page->told = true;
 			else

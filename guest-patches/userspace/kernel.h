@@ -319,14 +319,12 @@ struct page {
 	/* As in the kernel, on the first page of a free block. */
 	bool buddy;
 	bool reported;
-	bool zeroed;
 	unsigned int order;
 	/* The model's records. */
 	enum { PAGE_OFFLINE, PAGE_USED, PAGE_FREE, PAGE_LENT } state;
 	bool told;		/* reported to the host as free */
 	bool news;		/* its granule has changed since then */
 	bool in_flight;		/* the device works on it */
-	bool zero;		/* the host has discarded it, and nobody has written to it */
 	/* Its last free that left a reportable block: passes begun, and whether in one. */
 	unsigned long freed_in;
 	bool freed_in_pass;
@@ -389,22 +387,6 @@ static inline struct page *pfn_to_online_page(unsigned long pfn)
 #endif
 #define PageReported(page)		((page)->reported)
 
-static inline void page_reporting_set_marks(struct page *page, bool zeroed)
-{
-	page->reported = true;
-#ifdef BUG_ZEROED
-	/* Planted: the length in the device's answer does not count. */
-	zeroed = true;
-#endif
-	page->zeroed |= zeroed;
-}
-
-static inline void page_reporting_clear_marks(struct page *page)
-{
-	page->reported = false;
-	page->zeroed = false;
-}
-
 static inline unsigned int buddy_order(const struct page *page)
 {
 	must(page->zone->lock.held, "the order of page %#lx is read without its zone's lock", page->pfn);
@@ -465,7 +447,6 @@ struct page_reporting_dev_info {
 	unsigned int entries;
 	unsigned int batches;
 	unsigned int order;
-	size_t zeroed;
 };
 
 #define prb_capacity(prdev)	PAGE_REPORTING_CAPACITY

@@ -17,7 +17,6 @@ unsigned long jiffies = 1000000;
 unsigned int page_reporting_order = PAGEBLOCK_ORDER;
 bool tracking;
 bool memory_is_scarce;
-unsigned long zeroed_pages;
 
 static bool isolated[SECTIONS][PAGES_PER_SECTION >> PAGEBLOCK_ORDER];
 
@@ -105,7 +104,7 @@ static void unlist_block(struct page *page)
 	page->zone->free_pages -= memory_is_isolated(page->pfn) ? 0 : 1UL << page->order;
 	page->zone->free_area[page->order].nr_free--;
 	page->buddy = false;
-	page_reporting_clear_marks(page);
+	page->reported = false;
 	list_del(&page->lru);
 }
 
@@ -245,14 +244,6 @@ static void hold(unsigned long pfn, unsigned int order)
 	used[used_count++].order = order;
 }
 
-/* Its user gets such a block as it is. */
-void must_be_zero(unsigned long pfn, unsigned int order)
-{
-	for (unsigned long i = 0; i < 1UL << order; i++)
-		must(pfn_to_page(pfn + i)->zero, "page %#lx counts as zero and is not", pfn + i);
-	zeroed_pages += 1UL << order;
-}
-
 /* Allocates a block of a random order, often of the smallest. */
 bool memory_alloc(void)
 {
@@ -277,7 +268,6 @@ bool memory_alloc(void)
 		unsigned long pfn = page->pfn;
 		/* expand(): the remainder stays reported. */
 		bool reported = page->reported && KEEPS_REPORTED;
-		bool zeroed = page->zeroed;
 
 		unlist_block(page);
 		while (size > order) {
@@ -291,10 +281,7 @@ bool memory_alloc(void)
 				rest += 1UL << size;
 			list_block(pfn_to_page(rest), size, false);
 			pfn_to_page(rest)->reported = reported;
-			pfn_to_page(rest)->zeroed = zeroed;
 		}
-		if (zeroed)
-			must_be_zero(pfn, order);
 		set_state(pfn, order, PAGE_USED);
 		pfn_to_page(pfn)->order = order;
 		host_sees_change(pfn, order);

@@ -38,9 +38,6 @@ bool memory_offline(unsigned int index);
 void memory_online(unsigned int index);
 bool memory_is_isolated(unsigned long pfn);
 unsigned long memory_lent_pages(void);
-/* Pages that programs got without clearing, and the check of such a block. */
-extern unsigned long zeroed_pages;
-void must_be_zero(unsigned long pfn, unsigned int order);
 /* Whether the granule of a page begins in another zone, and it is in a block smaller than one. */
 bool memory_is_out_of_reach(unsigned long pfn, unsigned int order);
 

@@ -21,7 +21,7 @@ static void renew(unsigned long nr)
 
 	host_forgets(nr);
 	for (unsigned long i = 0; i < PAGES_PER_SECTION; i++)
-		page_reporting_clear_marks(pfn_to_page(start + i));
+		pfn_to_page(start + i)->reported = false;
 	mutex_lock(&prb_index.index_lock);
 	prb_online_section(nr);
 	mutex_unlock(&prb_index.index_lock);

@@ -36,7 +36,6 @@ mod snapshot_cycles;
 mod stress;
 mod vhost_user_disk;
 mod vsock;
-mod zeroed;
 mod zones;
 
 use std::process::ExitCode;
@@ -99,7 +98,6 @@ fn main() -> ExitCode {
         snapshot_cycles::tests(),
         fleet::tests(),
         patched::tests(),
-        zeroed::tests(),
         debian::tests(),
         readme::tests(),
         shared_folder::tests(),
