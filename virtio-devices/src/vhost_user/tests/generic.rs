@@ -1,19 +1,22 @@
 //! Tests a device whose type is all that the front end knows about it.
 
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Arc, Mutex};
-
-use test_skip::skip;
 
 use super::super::{Endpoint, Profile, RING_FEATURES, VhostUser, VhostUserParams};
 use super::Rig;
 use super::back_end::{About, BackEnd};
-use super::storage_daemon::{self, Daemon, IMAGE_BYTES, SECTOR_BYTES};
+use super::process::{Process, program};
+use super::storage_daemon::{self, IMAGE_BYTES, SECTOR_BYTES};
 use crate::device::VirtioDevice;
+use crate::testing::{Chain, Segment};
 
 const QUEUES: usize = 3;
 const SOUND: u32 = 25;
 const BLOCK: u32 = 2;
+const ENTROPY: u32 = 4;
 
 fn device(device_type: u32, queues: usize, socket: &Path) -> Arc<Mutex<dyn VirtioDevice>> {
     let device = VhostUser::new(VhostUserParams {
@@ -53,14 +56,13 @@ fn device_has_the_features_and_the_configuration_of_its_back_end() {
 /// QEMU's daemon has a larger configuration space than the front end knows of a disk.
 #[test]
 fn disk_of_the_storage_daemon_works_as_a_device_of_any_type() {
-    let Some(program) = storage_daemon::program() else {
-        skip("qemu-storage-daemon is not installed");
+    let Some(program) = program(storage_daemon::PROGRAM) else {
         return;
     };
     let queues = usize::from(storage_daemon::QUEUES);
     let mut rig = Rig::idle(|socket| device(BLOCK, queues, socket));
     let image = storage_daemon::image(&rig);
-    let _daemon = Daemon::start(&program, &rig, &image, true);
+    let _daemon = storage_daemon::start(&program, &rig, &image, true);
     rig.driver.start(u64::MAX);
     rig.wait_until_served();
     let mut capacity = [0; 8];
@@ -69,4 +71,53 @@ fn disk_of_the_storage_daemon_works_as_a_device_of_any_type() {
     assert_eq!(u64::from_le_bytes(capacity), sectors);
     storage_daemon::writes_and_reads(&mut rig);
     assert_eq!(rig.count("protocol_errors"), 0);
+}
+
+/// vhost-device-rng appends a number to the path of its socket.
+fn numbered(socket: &Path) -> PathBuf {
+    PathBuf::from(format!("{}0", socket.display()))
+}
+
+fn ask(rig: &mut Rig, bytes: u32) -> Chain {
+    let chain = rig.driver.queue(0).push(&[Segment::Writable(bytes)]);
+    rig.driver.kick(0);
+    chain
+}
+
+fn answer(rig: &mut Rig, chain: &Chain) -> Vec<u8> {
+    let queue = rig.driver.queue(0);
+    let used = queue.wait_used();
+    let buffer = chain.buffers[0];
+    assert_eq!((used.head, used.len), (chain.head.into(), buffer.len));
+    queue.read_buffer(buffer)
+}
+
+/// A back end without acknowledgements, without a configuration space and without a record of its requests.
+#[test]
+fn entropy_daemon_is_killed_and_its_successor_answers_what_waits() {
+    const KILLS: u64 = 5;
+    let Some(program) = program("vhost-device-rng") else {
+        return;
+    };
+    let mut rig = Rig::idle(|socket| device(ENTROPY, 1, &numbered(socket)));
+    let socket = rig.socket();
+    let start = || Process::start(Command::new(&program).arg("--socket-path").arg(&socket));
+    let mut daemon = start();
+    rig.driver.start(u64::MAX);
+    let mut seen = BTreeSet::new();
+    for kills in 1..=KILLS {
+        for bytes in [16, 64, 4096] {
+            let chain = ask(&mut rig, bytes);
+            assert!(seen.insert(answer(&mut rig, &chain)));
+        }
+        drop(daemon);
+        rig.wait_for("connections_lost", kills);
+        let waiting = [ask(&mut rig, 64), ask(&mut rig, 64)];
+        daemon = start();
+        for chain in waiting {
+            assert!(seen.insert(answer(&mut rig, &chain)));
+        }
+    }
+    assert_eq!(rig.count("uncertain_requests"), 0);
+    assert!(!rig.driver.needs_reset());
 }

@@ -6,6 +6,7 @@ mod disk;
 mod generic;
 mod hostile;
 mod net;
+mod process;
 mod serving;
 mod storage_daemon;
 mod virtiofsd;

@@ -1,19 +1,18 @@
 //! Tests QEMU's storage daemon, a real back end of disks that completes requests in any order and does not record them.
-//! `cargo xtask test-tools` installs it.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-
-use test_skip::skip;
+use std::process::Command;
 
 use super::Rig;
 use super::disk::disk;
+use super::process::{Process, program};
 use crate::pci::PciFunction;
 use crate::testing::{Buffer, Segment};
 
+pub(super) const PROGRAM: &str = "qemu-storage-daemon";
 pub(super) const SECTOR_BYTES: usize = 512;
 pub(super) const IMAGE_BYTES: u64 = 8 << 20;
 pub(super) const QUEUES: u16 = 2;
@@ -28,43 +27,18 @@ const FLUSH: u32 = 4;
 const OK: u8 = 0;
 const IOERR: u8 = 1;
 
-pub(super) fn program() -> Option<PathBuf> {
-    let folders = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&folders)
-        .map(|folder| folder.join("qemu-storage-daemon"))
-        .find(|path| path.is_file())
-}
-
-/// One process; killed when it is dropped.
-pub(super) struct Daemon(Child);
-
-impl Daemon {
-    pub(super) fn start(program: &Path, rig: &Rig, image: &Path, writable: bool) -> Self {
-        let writable = if writable { "on" } else { "off" };
-        let child = Command::new(program)
-            .arg("--blockdev")
-            .arg(format!(
-                "driver=file,node-name=disk,read-only=off,discard=unmap,filename={}",
-                image.display()
-            ))
-            .arg("--export")
-            .arg(format!(
-                "type=vhost-user-blk,id=disk,node-name=disk,writable={writable},num-queues={QUEUES},\
-                 addr.type=unix,addr.path={}",
-                rig.socket().display()
-            ))
-            .stderr(Stdio::null())
-            .spawn();
-        Self(child.unwrap())
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        // SIGKILL.
-        self.0.kill().ok();
-        self.0.wait().ok();
-    }
+pub(super) fn start(program: &Path, rig: &Rig, image: &Path, writable: bool) -> Process {
+    let writable = if writable { "on" } else { "off" };
+    let blockdev = format!(
+        "driver=file,node-name=disk,read-only=off,discard=unmap,filename={}",
+        image.display()
+    );
+    let export = format!(
+        "type=vhost-user-blk,id=disk,node-name=disk,writable={writable},num-queues={QUEUES},\
+         addr.type=unix,addr.path={}",
+        rig.socket().display()
+    );
+    Process::start(Command::new(program).args(["--blockdev", &blockdev, "--export", &export]))
 }
 
 /// A request in flight.
@@ -139,13 +113,12 @@ pub(super) fn writes_and_reads(rig: &mut Rig) {
 
 #[test]
 fn requests_of_a_killed_daemon_are_made_again_by_the_next() {
-    let Some(program) = program() else {
-        skip("qemu-storage-daemon is not installed");
+    let Some(program) = program(PROGRAM) else {
         return;
     };
     let mut rig = Rig::idle(disk);
     let image = image(&rig);
-    let mut daemon = Daemon::start(&program, &rig, &image, true);
+    let mut daemon = start(&program, &rig, &image, true);
     rig.driver.start(u64::MAX);
     let mut capacity = [0; 8];
     rig.driver.device_config(0, &mut capacity);
@@ -177,7 +150,7 @@ fn requests_of_a_killed_daemon_are_made_again_by_the_next() {
         }
         drop(daemon);
         rig.wait_for("connections_lost", round.into());
-        daemon = Daemon::start(&program, &rig, &image, true);
+        daemon = start(&program, &rig, &image, true);
         for (queue, mut requests) in open {
             while !requests.is_empty() {
                 assert_eq!(complete(&mut rig, queue, &mut requests).0, OK);
@@ -208,13 +181,12 @@ fn requests_of_a_killed_daemon_are_made_again_by_the_next() {
 
 #[test]
 fn daemon_returns_the_rings_at_a_pause_and_continues() {
-    let Some(program) = program() else {
-        skip("qemu-storage-daemon is not installed");
+    let Some(program) = program(PROGRAM) else {
         return;
     };
     let mut rig = Rig::idle(disk);
     let image = image(&rig);
-    let _daemon = Daemon::start(&program, &rig, &image, true);
+    let _daemon = start(&program, &rig, &image, true);
     rig.driver.start(u64::MAX);
     for round in 1..=ROUNDS {
         let mut open = BTreeMap::new();
@@ -239,13 +211,12 @@ fn daemon_returns_the_rings_at_a_pause_and_continues() {
 #[test]
 fn disk_that_the_daemon_exports_read_only_is_read_only() {
     const RO: u64 = 1 << 5;
-    let Some(program) = program() else {
-        skip("qemu-storage-daemon is not installed");
+    let Some(program) = program(PROGRAM) else {
         return;
     };
     let mut rig = Rig::idle(disk);
     let image = image(&rig);
-    let _daemon = Daemon::start(&program, &rig, &image, false);
+    let _daemon = start(&program, &rig, &image, false);
     rig.driver.start(u64::MAX);
     assert_ne!(rig.driver.offered() & RO, 0);
     let data = content(1, 0, 0);

@@ -1,12 +1,10 @@
-//! Tests with virtiofsd, the real back end of shared folders, driven as Linux drives it. `cargo xtask test-tools`
-//! installs it.
+//! Tests with virtiofsd, the real back end of shared folders, driven as Linux drives it.
 
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 
-use test_skip::skip;
-
+use super::process::{Process, program};
 use super::{REQUESTS, Rig};
 use crate::reclaim::{DiscardEngine, Expected, GuestRange};
 use crate::testing::{Buffer, Segment};
@@ -23,39 +21,12 @@ const ROOT: u64 = 1;
 const HEADER_BYTES: usize = 40;
 const REPLY_BYTES: usize = 16;
 
-fn program() -> Option<PathBuf> {
-    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/virtiofsd/bin/virtiofsd");
-    let installed = std::env::var_os("PATH").unwrap_or_default();
-    let installed = std::env::split_paths(&installed).map(|folder| folder.join("virtiofsd"));
-    [own]
-        .into_iter()
-        .chain(installed)
-        .find(|path| path.is_file())
-}
-
-/// One virtiofsd process; killed on drop.
-struct Virtiofsd(Child);
-
-impl Virtiofsd {
-    fn start(program: &Path, rig: &Rig, folder: &Path) -> Self {
-        let child = Command::new(program)
-            .arg("--socket-path")
-            .arg(rig.socket())
-            .arg("--shared-dir")
-            .arg(folder)
-            .args(["--sandbox", "none", "--seccomp", "none", "--cache", "never"])
-            .stderr(Stdio::null())
-            .spawn();
-        Self(child.unwrap())
-    }
-}
-
-impl Drop for Virtiofsd {
-    fn drop(&mut self) {
-        // Sends SIGKILL.
-        self.0.kill().ok();
-        self.0.wait().ok();
-    }
+fn start(program: &Path, rig: &Rig, folder: &Path) -> Process {
+    let mut command = Command::new(program);
+    command.arg("--socket-path").arg(rig.socket());
+    command.arg("--shared-dir").arg(folder);
+    command.args(["--sandbox", "none", "--seccomp", "none", "--cache", "never"]);
+    Process::start(&mut command)
 }
 
 /// Sends a request with `room` for the response, and returns the response without its header.
@@ -122,15 +93,14 @@ fn read_file(rig: &mut Rig) {
 
 #[test]
 fn virtiofsd_serves_a_folder_is_killed_and_serves_it_again() {
-    let Some(program) = program() else {
-        skip("virtiofsd is not installed");
+    let Some(program) = program("virtiofsd") else {
         return;
     };
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("file"), CONTENT).unwrap();
     let mut rig = Rig::new();
     for round in 1..=3 {
-        let process = Virtiofsd::start(&program, &rig, folder.path());
+        let process = start(&program, &rig, folder.path());
         rig.wait_for("connections", round);
         rig.wait_until_served();
         read_file(&mut rig);
