@@ -85,16 +85,26 @@ const FOR_TESTS: [Tool; 3] = [
 ];
 
 /// Programs of the distribution that tests use.
-const PACKAGES: [Need; 1] = [Need {
-    package: "qemu-utils",
-    why: "qemu-img and qemu-storage-daemon, which make and serve disks of guests",
-}];
+const PACKAGES: [Need; 2] = [
+    Need {
+        package: "qemu-utils",
+        why: "qemu-img and qemu-storage-daemon, which make and serve disks of guests",
+    },
+    Need {
+        package: "dpdk-dev",
+        why: "dpdk-testpmd, which serves network interfaces of guests",
+    },
+];
 
 /// Installs the missing programs that tests use.
 pub(crate) fn run(options: &Options) -> Result<()> {
-    match apt::ensure(&PACKAGES) {
-        Err(error) if options.if_possible => println!("packages are not available: {error:#}"),
-        result => result?,
+    for need in PACKAGES {
+        match apt::ensure(&[need]) {
+            Err(error) if options.if_possible => {
+                println!("{} is not available: {error:#}", need.package);
+            }
+            result => result?,
+        }
     }
     for tool in &FOR_TESTS {
         match tool.install().and_then(|place| tool.link(&place)) {

@@ -9,6 +9,7 @@ mod net;
 mod process;
 mod serving;
 mod storage_daemon;
+mod testpmd;
 mod virtiofsd;
 
 use std::path::{Path, PathBuf};

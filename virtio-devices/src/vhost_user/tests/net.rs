@@ -16,8 +16,9 @@ use crate::pci::PciFunction;
 use crate::testing::Segment;
 
 const QUEUES: usize = 2;
-/// Of an interface with several pairs, without the control queue.
-const QUEUES_OF_PAIRS: u16 = 6;
+pub(super) const PAIRS: u16 = 3;
+/// Without the control queue.
+const QUEUES_OF_PAIRS: u16 = 2 * PAIRS;
 const CTRL: u16 = QUEUES_OF_PAIRS;
 const TX: u16 = 1;
 const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
@@ -121,7 +122,12 @@ fn back_ends_that_connect_are_served_one_after_the_other() {
     drop(folder);
 }
 
-fn with_pairs(socket: &Path) -> Arc<Mutex<dyn VirtioDevice>> {
+pub(super) fn listening_with_pairs(socket: &Path) -> Arc<Mutex<dyn VirtioDevice>> {
+    let bound = ListeningSocket::bind(socket).unwrap();
+    net_with(Endpoint::Listen(bound), QUEUES_OF_PAIRS.into(), None, true)
+}
+
+pub(super) fn with_pairs(socket: &Path) -> Arc<Mutex<dyn VirtioDevice>> {
     let endpoint = Endpoint::Connect(socket.to_owned());
     net_with(endpoint, QUEUES_OF_PAIRS.into(), None, true)
 }
@@ -140,7 +146,7 @@ fn command(rig: &mut Rig, command: &[u8]) -> u8 {
     rig.driver.queue(CTRL).read_buffer(chain.buffers[1])[0]
 }
 
-fn set_pairs(rig: &mut Rig, pairs: u16) -> u8 {
+pub(super) fn set_pairs(rig: &mut Rig, pairs: u16) -> u8 {
     let [low, high] = pairs.to_le_bytes();
     command(rig, &[4, 0, low, high])
 }
