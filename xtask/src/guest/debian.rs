@@ -45,7 +45,7 @@ pub(crate) const CLOUD_6_12: &[&str] = &["linux-image-6.12-cloud-amd64", "linux-
 pub(crate) const GENERIC: &[&str] = &["linux-image-6.12-amd64", "linux-image-amd64"];
 
 /// Modules of a guest: every device that our VMM has, the power button, a file system for disks.
-pub(crate) const GUEST_MODULES: [&str; 11] = [
+pub(crate) const GUEST_MODULES: [&str; 12] = [
     "virtio_pci",
     "virtio_balloon",
     "virtio_blk",
@@ -54,6 +54,7 @@ pub(crate) const GUEST_MODULES: [&str; 11] = [
     "virtio_rng",
     "virtio_mem",
     "virtiofs",
+    "vmw_vsock_virtio_transport",
     "evdev",
     "button",
     "ext4",
