@@ -4,9 +4,10 @@ use std::cell::OnceCell;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -36,6 +37,7 @@ pub(crate) fn tests() -> Vec<Test> {
         kuasar_boots_from_persistent_memory,
         libvirt_boots_with_events_in_a_fifo,
         microvm_nix_boots_from_its_command_line,
+        microvm_nix_shares_a_folder_and_is_notified,
         cocoon_boots_with_a_balloon_of_a_quarter,
         ubicloud_boots_with_an_odd_number_of_queues,
         ubicloud_boots_firmware_and_vhost_user_disks,
@@ -579,6 +581,37 @@ fn libvirt_boots_with_events_in_a_fifo() -> Result<Outcome> {
         .shell("cat /sys/block/vda/ro; dd if=/dev/vda of=/dev/null bs=1M && echo read")?;
     ensure!(text.contains('1') && text.contains("read"), "{text}");
     booted.add_balloon()?;
+    booted.reclaim_and_end()
+}
+
+fn microvm_nix_shares_a_folder_and_is_notified() -> Result<Outcome> {
+    const NOTIFIED: &str = "guest-mem vsock connect 8888 --bytes 4K --seed 1";
+    let adopter = Adopter {
+        conversation: include_str!("../../../adopters/microvm-nix-shares"),
+        agent: Agent::Terminal,
+        files: &[],
+        shared_folder: Some("vm-virtiofs-ro-store.sock"),
+    };
+    let place = tempfile::tempdir()?;
+    // The unit that starts the VM listens where the guest's service manager reports that it is ready.
+    let listener = UnixListener::bind(place.path().join("notify.vsock_8888"))?;
+    let notified = thread::spawn(move || -> std::io::Result<usize> {
+        let (mut stream, _) = listener.accept()?;
+        let mut text = Vec::new();
+        stream.read_to_end(&mut text)?;
+        stream.write_all(&text)?;
+        Ok(text.len())
+    });
+    let mut booted = adopter.boot_in(place, None, |_, _| Ok(()))?;
+    let guest = &mut booted.guest;
+    let text = guest.shell(NOTIFIED)?;
+    ensure!(text.contains("ok vsock 4096 bytes"), "{text}");
+    let count = notified.join().ok().context("the listener panicked")??;
+    ensure!(count == 4096, "{count} bytes came");
+    // Linux has no driver for this watchdog, but shows the device: 0x1040 and type 35.
+    let text = guest.shell("cat /sys/bus/pci/devices/*/device")?;
+    ensure!(text.contains("0x1063"), "{text}");
+    booted.check_shared_folder("ro-store")?;
     booted.reclaim_and_end()
 }
 

@@ -1,4 +1,4 @@
-//! Tests a folder of the host in a Linux guest, shared by virtiofsd. Debian's kernels have the driver; ours do not.
+//! Tests a folder of the host in a Linux guest, shared by virtiofsd. The kernel is one of Debian's.
 
 use std::fs;
 use std::path::{Path, PathBuf};
