@@ -64,14 +64,14 @@ pub struct DiskConfig {
     /// Host CPUs each queue's worker may run on.
     #[key]
     pub queue_affinity: Option<Vec<VirtQueueAffinity>>,
-    /// Allow the image to refer to other image files (qcow2).
+    /// Allow the image to refer to other files (qcow2, vmdk).
     #[key]
     pub backing_files: bool,
     /// Return space the guest discards to the file system.
     #[key(default = true)]
     pub sparse: bool,
-    /// Format of the image; vmdk and vhdx are unsupported. When absent, qcow2 is detected, and any other supported image is
-    /// raw; the guest then cannot write the signature of another format.
+    /// Format of the image; vhdx is unsupported, and vmdk can only be read. When absent, qcow2 and vmdk are detected, and any
+    /// other supported image is raw; the guest then cannot write the signature of another format.
     #[key]
     pub image_type: Option<ImageType>,
     /// How the image is locked against a second user.
@@ -88,7 +88,7 @@ pub struct DiskConfig {
 /// Format of a disk image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema, Words)]
 pub enum ImageType {
-    /// VMware flat disk. Unsupported.
+    /// VMware flat disk, only read.
     #[word("vmdk")]
     FlatVmdk,
     /// Fixed-size VHD.

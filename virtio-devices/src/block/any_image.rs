@@ -1,6 +1,7 @@
 //! Arbitrary disk images, for the fuzz target `image` and for ordinary tests with random bytes.
 //!
-//! The bytes describe the files: one of any bytes, a fixed VHD, or a chain of qcow2 images, with or without damage.
+//! The bytes describe the files: one of any bytes, a fixed VHD, a flat VMDK, or a chain of qcow2 images, with or without
+//! damage.
 //! Then they describe operations that a guest can cause. Afterwards, these invariants are checked:
 //!
 //! * memory around the guest's buffer is unchanged;
@@ -88,6 +89,8 @@ struct Made {
     /// Its files, the first one at the front.
     layers: Vec<Vec<u8>>,
     format: Option<ImageFormat>,
+    /// The format can only be read.
+    only_readable: bool,
     /// The disk's content, if nothing is damaged.
     content: Option<Vec<u8>>,
 }
@@ -97,6 +100,7 @@ fn play(files: &[File], mut input: Input<'_>) -> Seen {
     let made = match choice % 8 {
         0 => any_bytes(choice, &mut input),
         1 | 2 => vhd(&mut input),
+        7 => vmdk(files, &mut input),
         _ => qcow2(files, choice, &mut input),
     };
     for (file, bytes) in files.iter().zip(&made.layers) {
@@ -104,7 +108,7 @@ fn play(files: &[File], mut input: Input<'_>) -> Seen {
     }
     let params = BlockParams {
         path: path(&files[0]).into(),
-        readonly: choice >= 0xf0,
+        readonly: choice >= 0xf0 || made.only_readable,
         sparse: true,
         backing_files: made.layers.len() > 1 || choice & 0x40 != 0,
         format: made.format,
@@ -151,6 +155,7 @@ fn any_bytes(choice: u8, input: &mut Input<'_>) -> Made {
         1 => Some(ImageFormat::Qcow2),
         2 => Some(ImageFormat::Vhd),
         3 => Some(ImageFormat::Vhdx),
+        4 => Some(ImageFormat::Vmdk),
         _ => None,
     };
     let length = usize::from(input.word()).min(input.0.len());
@@ -159,6 +164,7 @@ fn any_bytes(choice: u8, input: &mut Input<'_>) -> Made {
     Made {
         layers: vec![file.to_vec()],
         format,
+        only_readable: false,
         content: None,
     }
 }
@@ -201,7 +207,51 @@ fn vhd(input: &mut Input<'_>) -> Made {
     Made {
         layers: vec![file],
         format,
+        only_readable: false,
         content,
+    }
+}
+
+/// A VMDK whose extents are zeroes and parts of two files, and damage to its descriptor.
+fn vmdk(files: &[File], input: &mut Input<'_>) -> Made {
+    let mut descriptor = String::from("# Disk DescriptorFile\nversion=1\nparentCID=ffffffff\n");
+    let mut layers = vec![Vec::new()];
+    layers.extend((1..LAYERS_MAX).map(|_| sectors(usize::from(input.byte() % 64))));
+    let shape = input.byte();
+    let mut content = Vec::new();
+    for _ in 0..=shape % 4 {
+        let index = usize::from(input.byte()) % LAYERS_MAX;
+        let file = &layers[index];
+        let start = usize::from(input.byte() % 64).min(file.len() / SECTOR);
+        let count = usize::from(input.byte() % 16) + 1;
+        if index == 0 {
+            descriptor += &format!("RW {count} ZERO\n");
+            content.resize(content.len() + count * SECTOR, 0);
+            continue;
+        }
+        let count = count.min(file.len() / SECTOR - start);
+        if count > 0 {
+            let name = files[index].as_raw_fd();
+            descriptor += &format!("RW {count} FLAT \"{name}\" {start}\n");
+            content.extend_from_slice(&file[start * SECTOR..][..count * SECTOR]);
+        }
+    }
+    let sound = descriptor.into_bytes();
+    layers[0].clone_from(&sound);
+    let changes = input.byte();
+    // Half of the images are sound.
+    if changes >= 0x80 {
+        for _ in 0..=changes % DAMAGE_MAX {
+            let at = usize::from(input.byte()) % sound.len();
+            layers[0][at] = input.byte();
+        }
+    }
+    let is_sound = layers[0] == sound && !content.is_empty();
+    Made {
+        layers,
+        format: [None, Some(ImageFormat::Vmdk)][usize::from(shape >> 7)],
+        only_readable: true,
+        content: is_sound.then_some(content),
     }
 }
 
@@ -255,6 +305,7 @@ fn qcow2(files: &[File], choice: u8, input: &mut Input<'_>) -> Made {
     Made {
         layers,
         format: [None, Some(ImageFormat::Qcow2)][usize::from(choice >> 7)],
+        only_readable: false,
         content: is_sound.then_some(content),
     }
 }

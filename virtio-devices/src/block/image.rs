@@ -92,7 +92,7 @@ impl Image {
         let file = open_file(params)?;
         lock(&file, params)?;
         let container = match format {
-            ImageFormat::Qcow2 => Some(Container::open(params, &file)?),
+            ImageFormat::Qcow2 | ImageFormat::Vmdk => Some(Container::open(params, format, &file)?),
             _ => None,
         };
         let bytes = match (&container, bytes_of_format) {
@@ -311,9 +311,9 @@ fn format_of(
             );
             Ok((format, None))
         }
-        ImageFormat::Vhdx | ImageFormat::Vmdk => Err(rejected(ContainerError::Unsupported(format))),
+        ImageFormat::Vhdx => Err(rejected(ContainerError::Unsupported(format))),
         _ if block_device => Err(rejected(ContainerError::NotAFile)),
-        ImageFormat::Qcow2 if found == format => Ok((format, None)),
+        ImageFormat::Qcow2 | ImageFormat::Vmdk if found == format => Ok((format, None)),
         // The signature of a dynamic one is at the front.
         ImageFormat::Vhd if params.format.is_none() => Err(rejected(VhdError::NotFixed.into())),
         ImageFormat::Vhd if found == format || has_footer => {
@@ -321,7 +321,9 @@ fn format_of(
             let disk_bytes = disk_bytes.map_err(|error| rejected(error.into()))?;
             Ok((format, Some(disk_bytes)))
         }
-        ImageFormat::Qcow2 | ImageFormat::Vhd => Err(rejected(ContainerError::OtherFormat(format))),
+        ImageFormat::Qcow2 | ImageFormat::Vhd | ImageFormat::Vmdk => {
+            Err(rejected(ContainerError::OtherFormat(format)))
+        }
     }
 }
 

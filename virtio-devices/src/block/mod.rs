@@ -8,7 +8,7 @@
 //!   flights    jobs in the I/O engine, bounded in number and cost
 //!   engine     io_uring, or system calls on the worker thread
 //!   image      sizes, format    image_file   opening, locking    format   signatures
-//!   container  qcow2 images and what they refer to
+//!   container  qcow2 images and flat VMDKs, and what they refer to
 //!   resize     a new size, from the VMM
 //!   config_space   what the guest reads       counters the disk's counters
 //! ```
@@ -43,7 +43,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-pub use container::{ContainerError, Qcow2Error, VhdError, backing_files};
+pub use container::{ContainerError, Qcow2Error, VhdError, VmdkError, backing_files};
 pub use device::{Block, BlockState};
 pub use device_facts::LockGranularity;
 pub use format::ImageFormat;

@@ -1194,7 +1194,7 @@ fn validate_what_is_not_built_is_refused_by_name() {
         (
             "disks",
             json!([{"path": "/d", "image_type": "Vhdx"}]),
-            "image_type vmdk or vhdx",
+            "image_type vhdx",
         ),
         (
             "balloon",

@@ -37,8 +37,7 @@ fn numa(node: &NumaConfig) -> Option<String> {
 }
 
 fn disk(disk: &DiskConfig) -> Option<String> {
-    let unreadable = matches!(disk.image_type, Some(ImageType::FlatVmdk | ImageType::Vhdx));
-    asked("image_type vmdk or vhdx", unreadable)
+    asked("image_type vhdx", disk.image_type == Some(ImageType::Vhdx))
 }
 
 fn platform(platform: &PlatformConfig) -> Vec<String> {

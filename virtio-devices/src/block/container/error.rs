@@ -23,6 +23,9 @@ pub enum ContainerError {
     /// The VHD footer is rejected.
     #[error(transparent)]
     Vhd(#[from] VhdError),
+    /// The VMDK is rejected.
+    #[error(transparent)]
+    Vmdk(#[from] VmdkError),
     /// The image refers to another one.
     #[error("the image refers to {}; to allow that, set backing_files=on", .0.display())]
     BackingNotAllowed(PathBuf),
@@ -168,6 +171,61 @@ pub enum VhdError {
         /// In the footer.
         stated: u64,
         /// The file without the footer.
+        actual: u64,
+    },
+}
+
+/// Reasons why a VMDK is rejected.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum VmdkError {
+    /// Sparse, compressed or on a device.
+    #[error("only flat VMDKs are supported; convert it with \"qemu-img convert -O qcow2\"")]
+    NotFlat,
+    /// It would be written.
+    #[error(
+        "VMDKs can only be read; set readonly=on, or convert it with \"qemu-img convert -O qcow2\""
+    )]
+    Writable,
+    /// The difference to another image.
+    #[error("the VMDK is a snapshot of another image, which is not supported")]
+    Parent,
+    /// A file of this size is no descriptor.
+    #[error("a VMDK descriptor of {bytes} bytes is larger than supported ({max} bytes)")]
+    TooLong {
+        /// Its size.
+        bytes: u64,
+        /// The limit.
+        max: u64,
+    },
+    /// Not UTF-8.
+    #[error("the VMDK descriptor is not UTF-8 text")]
+    NotText,
+    /// A line, from 1 on, that has no meaning.
+    #[error("line {0} of the VMDK descriptor is damaged")]
+    Line(usize),
+    /// Another version than 1 to 3; 0 if absent.
+    #[error("VMDK version {0} is not supported (only 1 to 3 are)")]
+    Version(u32),
+    /// The disk has no part.
+    #[error("the VMDK descriptor has no extents")]
+    NoExtents,
+    /// Too many files.
+    #[error("the VMDK has more than {max} extents")]
+    TooManyExtents {
+        /// The limit.
+        max: usize,
+    },
+    /// A descriptor could name any file of the host.
+    #[error("the VMDK extent {0:?} is not a file name; extents must be in the folder of the image")]
+    ExtentName(String),
+    /// The file has not the size that the descriptor states.
+    #[error(
+        "the file is too short for a VMDK extent: it has {actual} bytes, and its descriptor needs {needed}"
+    )]
+    ExtentTooShort {
+        /// Bytes according to the descriptor.
+        needed: u64,
+        /// Bytes of the file.
         actual: u64,
     },
 }

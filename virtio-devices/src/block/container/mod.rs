@@ -1,4 +1,4 @@
-//! qcow2 images, whose guest data is located through tables. The crate imago reads and writes them.
+//! qcow2 images, whose guest data is located through tables, and flat VMDKs. The crate imago reads and writes them.
 //!
 //! Everything that a header states is checked before imago sees the image (`qcow2`). The files that the image refers to
 //! are opened here, not by imago: only if the configuration allows it, only for reading, and locked (`chain`).
@@ -13,6 +13,7 @@ mod error;
 mod layer_file;
 mod qcow2;
 mod vhd;
+mod vmdk;
 mod zstd;
 
 use std::fs::File;
@@ -33,13 +34,14 @@ use imago::{
 use super::engine::{IoOperation, zeroes};
 use super::format::ImageFormat;
 use super::image_file::{file_bytes, is_disk, lock, open_file};
-use super::{BlockError, BlockParams};
+use super::{BlockError, BlockParams, SECTOR_BYTES};
 use crate::Unpoisoned;
 use crate::counters::Count;
-pub use error::{ContainerError, Qcow2Error, VhdError};
+pub use error::{ContainerError, Qcow2Error, VhdError, VmdkError};
 use layer_file::LayerFile;
 use qcow2::Header;
 pub(super) use vhd::fixed_disk_bytes;
+use vmdk::FlatVmdk;
 use zstd::ZstdImage;
 
 /// The content of an image, wherever it is.
@@ -62,8 +64,8 @@ pub(super) struct Container {
     access: RwLock<Access>,
     /// The image's own file, which `access` uses.
     top: Arc<LayerFile>,
-    /// The same file without direct I/O, to check its tables.
-    tables: File,
+    /// The same file without direct I/O, to check its tables; `None` of a VMDK, which has none.
+    tables: Option<File>,
     writable: bool,
     flushing: Mutex<()>,
     cluster_bytes: u64,
@@ -76,8 +78,62 @@ pub(super) struct Container {
 }
 
 impl Container {
-    /// Opens the qcow2 image whose file, opened and locked, is `top`.
-    pub(super) fn open(params: &BlockParams, top: &File) -> Result<Self, BlockError> {
+    /// Opens the image whose file, opened and locked, is `top`.
+    pub(super) fn open(
+        params: &BlockParams,
+        format: ImageFormat,
+        top: &File,
+    ) -> Result<Self, BlockError> {
+        match format {
+            ImageFormat::Vmdk => Self::open_vmdk(params, top),
+            _ => Self::open_qcow2(params, top),
+        }
+    }
+
+    fn open_vmdk(params: &BlockParams, top: &File) -> Result<Self, BlockError> {
+        let rejected = |path: &Path, source: ContainerError| BlockError::Container {
+            path: path.to_path_buf(),
+            source,
+        };
+        let extents = vmdk::extents(&params.path)?;
+        if !params.readonly {
+            return Err(rejected(&params.path, VmdkError::Writable.into()));
+        }
+        let options = || StorageOpenOptions::new().direct(params.direct);
+        let (mut files, mut backing) = (Vec::new(), Vec::new());
+        for extent in &extents {
+            let Some(path) = extent.path() else { continue };
+            if !params.backing_files {
+                let error = ContainerError::BackingNotAllowed(path.to_path_buf());
+                return Err(rejected(&params.path, error));
+            }
+            let file = open_backing(params, path, &mut backing)?;
+            extent.check(&file)?;
+            let file = ImagoFile::from_open_file(file, options());
+            files.push(file.map_err(|error| rejected(path, ContainerError::Imago(error)))?);
+        }
+        let disk: Arc<dyn DynStorage> = Arc::new(FlatVmdk::new(extents, files));
+        let disk = Raw::builder(disk).open(DenyImplicitOpenGate::default());
+        let disk = disk.map_err(|error| rejected(&params.path, ContainerError::Imago(error)))?;
+        let descriptor = top
+            .try_clone()
+            .and_then(|file| ImagoFile::from_open_file(file, options()))
+            .map_err(|error| rejected(&params.path, ContainerError::Imago(error)))?;
+        Ok(Self {
+            path: params.path.clone(),
+            access: RwLock::new(FormatAccess::new(disk)),
+            top: Arc::new(LayerFile::new(descriptor, 0..0, false)),
+            tables: None,
+            writable: false,
+            flushing: Mutex::default(),
+            cluster_bytes: SECTOR_BYTES,
+            l2_covers: u64::MAX,
+            backing,
+            errors: Count::default(),
+        })
+    }
+
+    fn open_qcow2(params: &BlockParams, top: &File) -> Result<Self, BlockError> {
         let layers = chain::of(&params.path, params.backing_files, !params.readonly)?;
         let tables = File::open(&params.path).map_err(|source| BlockError::Open {
             path: params.path.clone(),
@@ -106,7 +162,7 @@ impl Container {
             path: params.path.clone(),
             access: RwLock::new(access),
             top,
-            tables,
+            tables: Some(tables),
             writable: !params.readonly,
             flushing: Mutex::default(),
             cluster_bytes: layers[0].cluster_bytes,
@@ -143,9 +199,11 @@ impl Container {
     /// was checked when it was opened is therefore checked again: imago would recurse until its stack is full.
     pub(super) fn reload(&self) -> io::Result<()> {
         let access = self.access.write().unpoisoned();
-        let bytes = file_bytes(&self.tables)?;
-        let header = Header::read(&self.tables, bytes, self.writable)?;
-        header.map_err(io::Error::other)?;
+        if let Some(tables) = &self.tables {
+            let bytes = file_bytes(tables)?;
+            let header = Header::read(tables, bytes, self.writable)?;
+            header.map_err(io::Error::other)?;
+        }
         // SAFETY: the lock excludes all other operations, and everything was flushed before the image was released.
         unsafe { access.invalidate_cache() }
     }
@@ -317,6 +375,10 @@ impl Drop for Container {
 
 /// The files that the image at `path` refers to. None if one of them cannot be read: opening the image reports that.
 pub fn backing_files(path: &Path) -> Vec<PathBuf> {
+    if let Ok(extents) = vmdk::extents(path) {
+        let paths = extents.iter().filter_map(|extent| extent.path());
+        return paths.map(Path::to_path_buf).collect();
+    }
     let layers = chain::of(path, true, false).unwrap_or_default();
     layers.into_iter().skip(1).map(|layer| layer.path).collect()
 }

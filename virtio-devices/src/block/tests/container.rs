@@ -292,7 +292,11 @@ fn images_that_cannot_be_used_are_named_with_the_reason() {
     };
     for (format, reason) in [
         ("vhdx", "vhdx images are not supported"),
-        ("vmdk", "vmdk images are not supported"),
+        ("vmdk", "only flat VMDKs are supported"),
+        (
+            "vmdk -o subformat=twoGbMaxExtentSparse",
+            "only flat VMDKs are supported",
+        ),
         ("vpc", "only fixed VHDs are supported"),
         (
             "qcow2 -o compression_type=zstd",
@@ -323,6 +327,132 @@ fn images_that_cannot_be_used_are_named_with_the_reason() {
         });
         assert!(error.contains("the file is not a"), "{error}");
     }
+}
+
+/// Extents of 2 GiB and of the rest, so that a read crosses their border.
+const EXTENT_SECTORS: u64 = (2 << 30) / 512;
+
+#[test]
+fn flat_vmdks_are_read_as_qemu_does() {
+    let Some(images) = Images::new(SECTORS) else {
+        return;
+    };
+    images.qemu_img("convert -O vmdk -o subformat=monolithicFlat base.raw one.vmdk");
+    // QEMU's split images have a multiple of these sectors, and numbered ones are around the border.
+    let sparse = std::fs::File::create(images.path("large.raw")).unwrap();
+    sparse
+        .set_len((EXTENT_SECTORS + SECTORS / 2) * 512)
+        .unwrap();
+    let base = std::fs::read(images.path("base.raw")).unwrap();
+    let around = EXTENT_SECTORS - SECTORS / 2;
+    images.patch("large.raw", around * 512, &base);
+    images.qemu_img("convert -O vmdk -o subformat=twoGbMaxExtentFlat large.raw two.vmdk");
+    for (name, first, extents) in [
+        ("one.vmdk", 0, &["one-flat.vmdk"][..]),
+        ("two.vmdk", around, &["two-f001.vmdk", "two-f002.vmdk"]),
+    ] {
+        for direct in [false, true] {
+            for format in [None, Some(ImageFormat::Vmdk)] {
+                let block = Block::new(BlockParams {
+                    readonly: true,
+                    direct,
+                    format,
+                    ..images.params(name)
+                });
+                if let Err(BlockError::NoDirectIo { .. }) = block {
+                    test_skip::skip("the temporary directory has no direct I/O");
+                    continue;
+                }
+                let block = block.expect(name);
+                let features = block.features();
+                let mut rig = Rig::with_features(block, features);
+                assert_eq!(rig.block.size_bytes(), (first + SECTORS) * 512);
+                let (status, data) = rig.read(first, SECTORS as u32 * 512);
+                assert!(status == S_OK && data == base, "{name}");
+                assert_eq!(rig.read(first + SECTORS, 512).0, S_IOERR);
+                assert_eq!(rig.write(first, &[1; 512]), S_IOERR);
+                assert_eq!(rig.flush(), S_OK);
+                assert_eq!(rig.counter("io_errors"), 0);
+            }
+        }
+        let paths: Vec<_> = extents.iter().map(|name| images.path(name)).collect();
+        assert_eq!(backing_files(&images.path(name)), paths);
+    }
+}
+
+#[test]
+fn vmdks_that_cannot_be_used_are_named_with_the_reason() {
+    let Some(images) = Images::new(SECTORS) else {
+        return;
+    };
+    images.qemu_img("convert -O vmdk -o subformat=monolithicFlat base.raw a.vmdk");
+    let params = || BlockParams {
+        readonly: true,
+        ..images.params("a.vmdk")
+    };
+    let denied = images.refused(BlockParams {
+        backing_files: false,
+        ..params()
+    });
+    assert!(
+        denied.contains("a-flat.vmdk; to allow that, set backing_files=on"),
+        "{denied}"
+    );
+    let written = images.refused(images.params("a.vmdk"));
+    assert!(
+        written.contains("a.vmdk: VMDKs can only be read; set readonly=on"),
+        "{written}"
+    );
+    // Another disk uses the extent.
+    let writer = Block::new(images.params("a-flat.vmdk")).unwrap();
+    let locked = images.refused(params());
+    assert!(locked.contains("a-flat.vmdk for reading"), "{locked}");
+    drop(writer);
+    let reader = Block::new(params()).unwrap();
+    let locked = images.refused(images.params("a-flat.vmdk"));
+    assert!(locked.contains("a-flat.vmdk for writing"), "{locked}");
+    drop(reader);
+
+    let short = std::fs::File::options()
+        .write(true)
+        .open(images.path("a-flat.vmdk"))
+        .unwrap();
+    short.set_len((SECTORS - 1) * 512).unwrap();
+    let error = images.refused(params());
+    let wanted = format!(
+        "a-flat.vmdk: the file is too short for a VMDK extent: it has {} bytes, and its descriptor needs {}",
+        (SECTORS - 1) * 512,
+        SECTORS * 512
+    );
+    assert!(error.contains(&wanted), "{error}");
+
+    let descriptor = std::fs::read_to_string(images.path("a.vmdk")).unwrap();
+    let named = |name: &str| {
+        let text = descriptor.replace("a-flat.vmdk", name);
+        std::fs::write(images.path("a.vmdk"), text).unwrap();
+        images.refused(params())
+    };
+    let outside = images.path("base.raw").display().to_string();
+    for name in [outside.as_str(), "../base.raw"] {
+        let error = named(name);
+        assert!(error.contains("must be in the folder"), "{error}");
+    }
+    let missing = named("missing.vmdk");
+    assert!(
+        missing.contains("cannot open disk image") && missing.contains("missing.vmdk"),
+        "{missing}"
+    );
+    std::fs::create_dir(images.path("folder")).unwrap();
+    let folder = named("folder");
+    assert!(folder.contains("neither a regular file"), "{folder}");
+    images.patch("a.vmdk", 30, b"\xff");
+    let error = images.refused(params());
+    assert!(error.contains("not UTF-8"), "{error}");
+    let raw = images.refused(BlockParams {
+        format: Some(ImageFormat::Vmdk),
+        ..images.params("base.raw")
+    });
+    assert!(raw.contains("the file is not a vmdk image"), "{raw}");
 }
 
 #[test]
