@@ -15,6 +15,7 @@ use api::Client;
 use integration_tests::MIB;
 use integration_tests::adopters::{Conversation, Request};
 use integration_tests::descriptors::{inherit, open_tap, open_terminal};
+use integration_tests::huge_pages::ReservedHugePages;
 use integration_tests::linux::{BOOT_DEADLINE, Guest, Machine};
 use integration_tests::literal_client::{Answer, read_answer};
 use integration_tests::outcome::{Outcome, Test};
@@ -28,6 +29,7 @@ use tempfile::TempDir;
 use crate::debian::reporting_gives_back;
 use crate::pmem::root_image;
 use crate::shared_folder::Virtiofsd;
+use crate::vhost_user_disk::Daemon;
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
@@ -39,8 +41,8 @@ pub(crate) fn tests() -> Vec<Test> {
         microvm_nix_boots_from_its_command_line,
         microvm_nix_shares_a_folder_and_is_notified,
         cocoon_boots_with_a_balloon_of_a_quarter,
-        ubicloud_boots_with_an_odd_number_of_queues,
-        ubicloud_boots_firmware_and_vhost_user_disks,
+        ubicloud_boots_with_a_vhost_user_disk,
+        ubicloud_boots_on_huge_pages_of_1_gib,
         cocoon_boots_qcow2_with_backing_files,
         cubesandbox_boots_with_both_consoles_on_one_terminal,
     ]
@@ -659,32 +661,106 @@ fn cocoon_boots_with_a_balloon_of_a_quarter() -> Result<Outcome> {
     booted.reclaim_and_end()
 }
 
-/// Without what the test below names.
-fn ubicloud_boots_with_an_odd_number_of_queues() -> Result<Outcome> {
-    // Its serial port is a file, so the guest does what is to be seen, and ends.
+fn ubicloud_boots_with_a_vhost_user_disk() -> Result<Outcome> {
+    ubicloud_boots(include_str!("../../../adopters/ubicloud"), |guest| {
+        reporting_gives_back(guest).map(drop)
+    })
+}
+
+/// The guest cannot return parts of such a page, so nothing is discarded.
+fn ubicloud_boots_on_huge_pages_of_1_gib() -> Result<Outcome> {
+    let Some(_pool) = ReservedHugePages::of(1024 * MIB, 1)? else {
+        let reason = "the host has no huge page of 1 GiB to give";
+        return Ok(Outcome::Skipped(reason.into()));
+    };
+    let conversation = include_str!("../../../adopters/ubicloud-huge-pages");
+    ubicloud_boots(conversation, |guest| {
+        guest.command("alloc 200M seed=9")?;
+        guest.command("verify")?;
+        guest.command("free")?;
+        let stats = guest.vmm.get("vm.reclaim-stats")?;
+        let zone = &stats["zones"][0]["reporting"];
+        ensure!(
+            stats["report"]["discarded_bytes"] == 0
+                && zone["reason"]
+                    .as_str()
+                    .is_some_and(|it| it.contains("1073741824")),
+            "{stats:#}"
+        );
+        Ok(())
+    })
+}
+
+/// Its serial port is a file, so the test talks to the guest through a vsock device, which it adds as it does the balloon.
+fn ubicloud_boots(
+    conversation: &str,
+    reclaim: impl FnOnce(&mut Guest) -> Result<()>,
+) -> Result<Outcome> {
+    const SCRIPT: &str = "until guest-mem serve vsock 1024; do sleep 0.2; done";
+    let Some(program) = Daemon::program() else {
+        let reason = "qemu-storage-daemon is not installed: run `cargo xtask test-tools`";
+        return Ok(Outcome::Skipped(reason.into()));
+    };
     let place = tempfile::tempdir()?;
-    File::create_new(place.path().join("cloudinit.img"))?.set_len(16 * MIB)?;
-    let script = "cat /sys/class/net/eth0/address; ls /sys/class/net/eth0/queues; \
-                  guest-mem fill-verify /dev/vda --bytes 8M --seed 3; \
-                  guest-mem touch --bytes 200M --pattern 9";
-    let ubicloud = include_str!("../../../adopters/ubicloud");
-    let conversation = read(ubicloud, script, place.path(), None)?;
+    let folder = place.path().to_owned();
+    for name in ["cloudinit.img", "disk"] {
+        File::create_new(folder.join(name))?.set_len(16 * MIB)?;
+    }
+    let daemon = Daemon::start(
+        &program,
+        &folder.join("disk"),
+        &folder.join("vhost.sock"),
+        2,
+    )?;
+    let conversation = read(conversation, SCRIPT, &folder, None)?;
     let arguments: Vec<&str> = conversation.arguments.iter().map(String::as_str).collect();
     shared::end_idle();
     let mut vmm = Vmm::spawn_with(&arguments, |_| ())?;
-    vmm.expect_clean_exit(BOOT_DEADLINE)?;
-    let log = fs::read_to_string(place.path().join("serial.log"))?;
-    for wanted in ["02:00:00:00:00:04", "rx-1", "ok fill-verify", "ok touch"] {
-        ensure!(log.contains(wanted), "no {wanted}: {log}");
-    }
-    ensure!(!log.contains("rx-2"), "{log}");
-    Ok(Outcome::Passed)
-}
+    vmm.wait_api()?;
+    let vsock = json!({"cid": 3, "socket": folder.join("vsock.sock")});
+    wait_for("a running guest", PROCESS_DEADLINE, || {
+        Ok((state(&vmm)? == "Running").then_some(()))
+    })?;
+    vmm.put("vm.add-vsock", Some(&vsock.to_string()))?;
+    let stream = wait_for("agent in the guest", BOOT_DEADLINE, || {
+        connect(&folder.join("vsock.sock"))
+    })
+    .with_context(|| vmm.last_words())?;
+    let serial = Serial::over(OwnedFd::from(stream).into());
+    let mut guest = Guest { vmm, serial };
+    guest.wait_serving()?;
 
-/// `--kernel CLOUDHV.fd`, `--disk vhost_user=true`, huge pages of 1 GiB, `--device`.
-fn ubicloud_boots_firmware_and_vhost_user_disks() -> Result<Outcome> {
-    let reason = "there is no PCI device to assign here, and no CLOUDHV.fd among Debian's packages";
-    Ok(Outcome::Skipped(reason.into()))
+    let text = guest.shell(
+        "cat /sys/class/net/eth0/address; ls /sys/class/net/eth0/queues; ls /sys/block/vda/mq",
+    )?;
+    for wanted in ["02:00:00:00:00:04", "rx-1"] {
+        ensure!(text.contains(wanted), "no {wanted}: {text}");
+    }
+    ensure!(!text.contains("rx-2"), "{text}");
+    for disk in ["/dev/vda", "/dev/vdb"] {
+        guest.command(&format!("disk-fill {disk} 8M 3"))?;
+        guest.shell("echo 3 > /proc/sys/vm/drop_caches")?;
+        guest.command(&format!("disk-verify {disk} 8M 3"))?;
+    }
+    let mut booted = Booted {
+        guest,
+        place,
+        virtiofsd: None,
+        folder_unread: false,
+        _tap: None,
+    };
+    put(
+        &booted.guest,
+        "vm.add-balloon",
+        &json!({"size": 0, "free_page_reporting": true}),
+    )?;
+    booted
+        .guest
+        .shell_until("[ -e /sys/bus/virtio/drivers/virtio_balloon/virtio* ]")?;
+    reclaim(&mut booted.guest)?;
+    let outcome = booted.end();
+    drop(daemon);
+    outcome
 }
 
 /// Runs `qemu-img` in the folder.

@@ -21,6 +21,7 @@ pub(crate) fn tests() -> Vec<Test> {
 
 const DISK_BYTES: u64 = 64 << 20;
 const KILLS: u64 = 6;
+const QUEUES: usize = 2;
 const GUEST_DEADLINE: Duration = Duration::from_secs(240);
 
 /// Each writer has a part of the disk. It writes 2 MiB, reads them back past the page cache, and leaves `/tmp/bad` if
@@ -35,16 +36,28 @@ const LOAD: &str = "dd if=/dev/urandom of=/tmp/base.$w bs=64k count=32 2> /dev/n
 const WRITERS: u32 = 3;
 
 /// The back end; killed when it is dropped.
-struct Daemon(Child);
+pub(crate) struct Daemon(Child);
 
 impl Daemon {
-    fn start(program: &Path, image: &Path, socket: &Path) -> Result<Self> {
+    /// The program, if it is installed.
+    pub(crate) fn program() -> Option<PathBuf> {
+        let program = PathBuf::from("/usr/bin/qemu-storage-daemon");
+        program.is_file().then_some(program)
+    }
+
+    /// Serves `image` through this many queues.
+    pub(crate) fn start(
+        program: &Path,
+        image: &Path,
+        socket: &Path,
+        queues: usize,
+    ) -> Result<Self> {
         let blockdev = format!(
             "driver=file,node-name=disk,discard=unmap,filename={}",
             image.display()
         );
         let export = format!(
-            "type=vhost-user-blk,id=disk,node-name=disk,writable=on,num-queues=2,addr.type=unix,addr.path={}",
+            "type=vhost-user-blk,id=disk,node-name=disk,writable=on,num-queues={queues},addr.type=unix,addr.path={}",
             socket.display()
         );
         let child = Command::new(program)
@@ -62,11 +75,6 @@ impl Drop for Daemon {
         self.0.kill().ok();
         self.0.wait().ok();
     }
-}
-
-fn program() -> Option<PathBuf> {
-    let program = PathBuf::from("/usr/bin/qemu-storage-daemon");
-    program.is_file().then_some(program)
 }
 
 fn counter(guest: &Guest, name: &str) -> Result<u64> {
@@ -88,7 +96,7 @@ fn rounds(guest: &mut Guest, more: u64) -> Result<()> {
 }
 
 fn vhost_user_disk_keeps_data_while_its_back_end_is_killed() -> Result<Outcome> {
-    let Some(program) = program() else {
+    let Some(program) = Daemon::program() else {
         let reason = "qemu-storage-daemon is not installed: run `cargo xtask test-tools`";
         return Ok(Outcome::Skipped(reason.into()));
     };
@@ -97,7 +105,7 @@ fn vhost_user_disk_keeps_data_while_its_back_end_is_killed() -> Result<Outcome> 
     let image = place.path().join("image");
     File::create(&image)?.set_len(DISK_BYTES)?;
     let option = format!(
-        "vhost_user=on,socket={},num_queues=2,id=data",
+        "vhost_user=on,socket={},num_queues={QUEUES},id=data",
         socket.display()
     );
     let machine = Machine {
@@ -113,7 +121,7 @@ fn vhost_user_disk_keeps_data_while_its_back_end_is_killed() -> Result<Outcome> 
     };
     // The guest waits for the back end when it probes the disk.
     let starting = machine.start()?;
-    let mut daemon = Daemon::start(&program, &image, &socket)?;
+    let mut daemon = Daemon::start(&program, &image, &socket, QUEUES)?;
     let mut guest = Guest::on_socket(starting, "serial.sock")?;
     guest.wait_init()?;
     guest.wait_serving()?;
@@ -131,7 +139,7 @@ fn vhost_user_disk_keeps_data_while_its_back_end_is_killed() -> Result<Outcome> 
         wait_for("the end of the connection", GUEST_DEADLINE, || {
             Ok((counter(&guest, "connections_lost")? == kills).then_some(()))
         })?;
-        daemon = Daemon::start(&program, &image, &socket)?;
+        daemon = Daemon::start(&program, &image, &socket, QUEUES)?;
         rounds(&mut guest, 1).with_context(|| format!("after kill {kills}"))?;
     }
     reporting_goes_on_under_load(&mut guest).context("reporting under load")?;
@@ -147,7 +155,8 @@ fn vhost_user_disk_keeps_data_while_its_back_end_is_killed() -> Result<Outcome> 
     guest.command("disk-fill /dev/vda 8M 9")?;
     expect(&guest, "vm.remove-device", &json!({"id": "data"}), 204)?;
     wait_gone(&guest, "data")?;
-    let disk = json!({"vhost_user": true, "vhost_socket": socket, "num_queues": 2, "id": "data"});
+    let disk =
+        json!({"vhost_user": true, "vhost_socket": socket, "num_queues": QUEUES, "id": "data"});
     expect(&guest, "vm.add-disk", &disk, 200)?;
     wait_disk(&mut guest)?;
     guest.command("disk-verify /dev/vda 8M 9")?;
