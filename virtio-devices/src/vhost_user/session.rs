@@ -188,6 +188,7 @@ impl Session {
                 self.enable(ring, is_used(ring, pairs))?;
             }
         }
+        self.wait_until_handled()?;
         for ring in &rings.rings {
             // The guest may have signalled the doorbell for a back end that is gone.
             ring.doorbell.write(1).ok();
@@ -205,8 +206,22 @@ impl Session {
         let changed = |ring: &&Ring| is_used(ring, pairs) != is_used(ring, before);
         for ring in rings.rings.iter().filter(changed) {
             self.enable(ring, is_used(ring, pairs))?;
+        }
+        self.wait_until_handled()?;
+        for ring in rings.rings.iter().filter(changed) {
             // What the guest has put into a ring that the back end did not use.
             ring.doorbell.write(1).ok();
+        }
+        Ok(())
+    }
+
+    /// Waits until the back end has handled all messages. Without acknowledgements, the response to any later message shows
+    /// that. Back ends of rust-vmm lose a doorbell that is signalled before they have enabled its ring.
+    fn wait_until_handled(&mut self) -> Result<(), SessionError> {
+        if !self.has(VhostUserProtocolFeatures::REPLY_ACK) {
+            self.frontend
+                .get_features()
+                .map_err(in_call("GET_FEATURES"))?;
         }
         Ok(())
     }

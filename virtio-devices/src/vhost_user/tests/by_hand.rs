@@ -16,6 +16,7 @@ pub(super) const GET_VRING_BASE: u32 = 11;
 pub(super) const SET_VRING_KICK: u32 = 12;
 pub(super) const GET_PROTOCOL_FEATURES: u32 = 15;
 pub(super) const GET_QUEUE_NUM: u32 = 17;
+pub(super) const SET_VRING_ENABLE: u32 = 18;
 pub(super) const GET_CONFIG: u32 = 24;
 pub(super) const GET_INFLIGHT_FD: u32 = 31;
 pub(super) const SET_INFLIGHT_FD: u32 = 32;

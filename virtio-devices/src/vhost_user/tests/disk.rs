@@ -1,5 +1,6 @@
 //! Tests of disks, whose properties depend on the back end.
 
+use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::path::Path;
 use std::sync::atomic::Ordering;
@@ -11,7 +12,8 @@ use super::super::{Endpoint, Profile, RING_FEATURES, VhostUserParams};
 use super::Rig;
 use super::back_end::{About, BackEnd};
 use super::by_hand::{
-    self, ByHand, GET_INFLIGHT_FD, SET_INFLIGHT_FD, SET_VRING_BASE, SET_VRING_KICK,
+    self, ByHand, GET_INFLIGHT_FD, SET_INFLIGHT_FD, SET_VRING_BASE, SET_VRING_ENABLE,
+    SET_VRING_KICK,
 };
 use crate::device::VirtioDevice;
 use crate::pci::PciFunction;
@@ -229,13 +231,15 @@ fn request_that_was_overtaken_is_served_by_the_successor_and_no_other_twice() {
     assert_eq!(rig.count("uncertain_requests"), 0);
 }
 
+/// A file for requests in flight.
+fn record() -> File {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(4096).unwrap();
+    file
+}
+
 #[test]
 fn record_of_requests_in_flight_passes_to_the_successor() {
-    let record = || {
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(4096).unwrap();
-        file
-    };
     let mut rig = Rig::idle(disk);
     let mut accept = ByHand::listen(&rig.socket());
     let mut first_record = record();
@@ -270,6 +274,38 @@ fn record_of_requests_in_flight_passes_to_the_successor() {
     passed.read_exact(&mut content).unwrap();
     assert_eq!(&content, b"in flight");
     assert_eq!(of(SET_VRING_BASE).unwrap().body, [0; 8]);
+}
+
+/// A back end that is not ready for a doorbell may lose it.
+#[test]
+fn doorbells_wait_for_a_back_end_that_acknowledges_nothing() {
+    let mut rig = Rig::idle(disk);
+    let mut accept = ByHand::listen(&rig.socket());
+    let back_end = std::thread::spawn(move || {
+        let mut back_end = accept();
+        let mut messages = Vec::new();
+        for _ in 0..QUEUES {
+            messages.extend(back_end.serve(&config(7), &record(), SET_VRING_ENABLE));
+        }
+        let kicks = messages.into_iter();
+        let kicks = kicks.filter(|message| message.request == SET_VRING_KICK);
+        let mut doorbells: Vec<_> = kicks.map(|message| message.file.unwrap()).collect();
+        assert_eq!(doorbells.len(), QUEUES);
+        let last = back_end.read().unwrap().request;
+        assert_eq!(last, by_hand::GET_FEATURES);
+        let mut count = [0; 8];
+        for doorbell in &mut doorbells {
+            let too_early = doorbell.read(&mut count).unwrap_err();
+            assert_eq!(too_early.kind(), std::io::ErrorKind::WouldBlock);
+        }
+        let features = RING_FEATURES | by_hand::PROTOCOL_FEATURES;
+        back_end.reply(last, &features.to_le_bytes(), None);
+        for doorbell in &mut doorbells {
+            wait_until("the doorbell", || doorbell.read(&mut count).is_ok());
+        }
+    });
+    rig.driver.start(u64::MAX);
+    back_end.join().unwrap();
 }
 
 #[test]
