@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -27,13 +28,13 @@ use crate::reclaim::guarded_ram::{GuardedRam, Kind, PAGE, RamArea};
 use crate::rng::Rng;
 use crate::rtc::Rtc;
 use crate::vhost_user::{
-    Endpoint, IdentityState, Profile, VhostUser, VhostUserParams, VhostUserState,
+    Endpoint, IdentityState, NetProfile, Profile, VhostUser, VhostUserParams, VhostUserState,
 };
 use crate::vsock::{Vsock, VsockParams};
 use crate::watchdog::Watchdog;
 
 /// The devices that [`make`] creates, by choice.
-pub(super) const NAMES: [&str; 16] = [
+pub(super) const NAMES: [&str; 17] = [
     "block-sync",
     "block",
     "console",
@@ -50,6 +51,7 @@ pub(super) const NAMES: [&str; 16] = [
     "block-direct",
     "block-qcow2",
     "rtc",
+    "vhost-user-net",
 ];
 
 const DISK_BYTES: u64 = 1 << 20;
@@ -60,6 +62,9 @@ const BLOCK_BYTES: u64 = 2 << 20;
 const BLOCKS: u64 = 2;
 /// First page of virtio-mem's region.
 const MEM_PAGE: u64 = 1 << 20;
+
+/// Of the network interface of a vhost-user back end.
+pub(super) const NET_PAIRS: u16 = 3;
 
 /// Mappings of a device of the host behind the virtual IOMMU.
 const HOST_MAPPINGS_MAX: usize = 16;
@@ -93,7 +98,7 @@ pub(super) fn name(choice: u8) -> &'static str {
 pub(super) fn uses_dma(choice: u8) -> bool {
     !matches!(
         name(choice),
-        "balloon" | "fs" | "iommu" | "mem" | "vhost-user"
+        "balloon" | "fs" | "iommu" | "mem" | "vhost-user" | "vhost-user-net"
     )
 }
 
@@ -125,6 +130,32 @@ fn datagrams() -> (UnixDatagram, UnixDatagram) {
         end.set_nonblocking(true).expect("sockets can be so");
     }
     (near, far)
+}
+
+/// A device whose back end is gone. Without one that it has had, every driver would wait for the first one.
+fn unserved(
+    profile: Profile,
+    queues: u16,
+    config_bytes: usize,
+    socket: PathBuf,
+) -> Arc<Mutex<dyn VirtioDevice>> {
+    let mut device = VhostUser::new(VhostUserParams {
+        id: "_unserved0".into(),
+        profile,
+        endpoint: Endpoint::Connect(socket),
+        queue_sizes: vec![64; queues.into()],
+    })
+    .expect("descriptors");
+    let state = VhostUserState {
+        identity: Some(IdentityState {
+            features: u64::MAX,
+            config: vec![0; config_bytes],
+        }),
+        enabled_pairs: profile.has_several_pairs().then_some(1),
+    };
+    let restored = device.restore(&Saved::of(&state));
+    restored.expect("a sound state");
+    shared(device)
 }
 
 /// A disk whose image is the file.
@@ -273,26 +304,17 @@ pub(super) fn make(choice: u8, ram: &TestRam) -> Made {
             device.set_memory_start(PMEM_START);
             shared(device)
         }
-        "vhost-user" => {
-            let mut device = VhostUser::new(VhostUserParams {
-                id: "_disk1".into(),
-                profile: Profile::block(),
-                endpoint: Endpoint::Connect(in_folder("nobody")),
-                queue_sizes: vec![64; 2],
-            })
-            .expect("descriptors");
-            // Its back end is gone; otherwise every driver would wait for the first one.
-            let identity = IdentityState {
-                features: u64::MAX,
-                config: vec![0; 60],
-            };
-            let state = VhostUserState {
-                identity: Some(identity),
-                enabled_pairs: None,
-            };
-            let restored = device.restore(&Saved::of(&state));
-            restored.expect("a sound state");
-            shared(device)
+        "vhost-user" => unserved(Profile::block(), 2, 60, in_folder("nobody")),
+        "vhost-user-net" => {
+            let profile = Profile::net(&NetProfile {
+                mac: [2, 0, 0, 0, 0, 1],
+                mtu: None,
+                pairs: NET_PAIRS,
+                offload_tso: true,
+                offload_ufo: true,
+                offload_csum: true,
+            });
+            unserved(profile, 2 * NET_PAIRS, 12, in_folder("nobody"))
         }
         "iommu" => {
             let (device, handle) = Iommu::new(IommuParams {

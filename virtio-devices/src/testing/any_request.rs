@@ -1,7 +1,7 @@
 //! Requests of a device's driver with arbitrary values but valid lengths, which random bytes rarely have. Used by the
 //! guest with arbitrary behaviour.
 
-use super::any_device::mem_block;
+use super::any_device::{NET_PAIRS, mem_block};
 use super::fuzz_input::Input;
 use crate::reclaim::guarded_ram::PAGE;
 
@@ -55,6 +55,7 @@ pub(super) fn request(device: &str, queue: u16, input: &mut Input<'_>) -> Option
         "iommu" if queue == 0 => iommu(input),
         "mem" => mem(input),
         "net" if queue == NET_CONTROL_QUEUE => net_control(input),
+        "vhost-user-net" if queue == 2 * NET_PAIRS => net_control(input),
         "net" if !queue.is_multiple_of(2) => Request {
             head: vec![0; NET_HEADER_BYTES],
             data_bytes: u32::from(input.byte()) * 8,

@@ -114,7 +114,10 @@ fn front_end(stream: UnixStream, profile: &Profile, starts: u8, stopped: &mut u8
     for _ in 0..starts {
         driver[0].push(&[Segment::Writable(8)]);
         let outcome = session
-            .start(&rings, 0, ALL_PAIRS)
+            .start(&rings, 0, 1)
+            // The driver of a network interface uses fewer pairs, then more.
+            .and_then(|()| session.set_pairs(&rings, 0, 1))
+            .and_then(|()| session.set_pairs(&rings, ALL_PAIRS, 0))
             .and_then(|()| session.stop(&rings));
         if outcome.is_err() {
             rings.continue_after_loss();

@@ -168,7 +168,7 @@ impl Profile {
     }
 
     /// Whether it is a network interface with several pairs of queues, and so with a control queue.
-    pub(super) fn has_several_pairs(&self) -> bool {
+    pub(crate) fn has_several_pairs(&self) -> bool {
         self.pairs > 1
     }
 
