@@ -119,6 +119,59 @@ fn affinity_pins_each_vcpu_and_nothing_else() -> Result<()> {
     end(vmm)
 }
 
+/// As cocoon: the disk that is written has its queues pinned, the other one has not.
+#[test]
+fn queue_affinity_pins_each_queue_of_its_disk_and_nothing_else() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let free = start_spinning(&[])?;
+    let everywhere = of_named_threads(&free, "Cpus_allowed_list", &["vcpu0"])?["vcpu0"].clone();
+    end(free)?;
+    if everywhere == "0" {
+        test_skip::skip("this host has one CPU");
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let file = |name: &str| -> Result<String> {
+        let path = folder.path().join(name);
+        File::create(&path)?.set_len(1 << 20)?;
+        Ok(path.display().to_string())
+    };
+    let layer = format!(
+        "path={},readonly=on,image_type=raw,num_queues=2",
+        file("l")?
+    );
+    let cow = format!(
+        "path={},image_type=raw,num_queues=3,queue_size=512,queue_affinity=[0@[1],1@[0]],serial=cow",
+        file("cow")?
+    );
+    let vmm = start_spinning(&["--cpus", "boot=3", "--disk", &layer, &cow])?;
+    let added = json!({
+        "path": file("added")?, "image_type": "Raw", "num_queues": 2,
+        "queue_affinity": [{"queue_index": 1, "host_cpus": [0]}],
+    });
+    vmm.put("vm.add-disk", Some(&added.to_string()))?;
+    for _ in 0..2 {
+        let pinned = [
+            ("_disk0_q0", everywhere.as_str()),
+            ("_disk0_q1", &everywhere),
+            ("_disk1_q0", "1"),
+            ("_disk1_q1", "0"),
+            ("_disk1_q2", &everywhere),
+            ("_disk2_q0", &everywhere),
+            ("_disk2_q1", "0"),
+            ("vmm", &everywhere),
+        ];
+        let threads = of_named_threads(&vmm, "Cpus_allowed_list", &pinned.map(|(name, _)| name))?;
+        for (name, expected) in pinned {
+            ensure!(threads[name] == expected, "{name}: {threads:?}");
+        }
+        vmm.put("vm.reboot", None)?;
+    }
+    end(vmm)
+}
+
 #[test]
 fn signals_end_a_running_machine_in_good_order() -> Result<()> {
     if !kvm_opens() {
