@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use integration_tests::bare_metal::{self, SCENARIO_DEADLINE, expect_all_passed, kvm_opens, start};
 use integration_tests::descriptors::inherit;
+use integration_tests::guest_at_work::{expect_nothing_lost, wait_rounds};
 use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
 use integration_tests::wait::wait_for;
 use serde_json::{Value, json};
@@ -170,6 +171,55 @@ fn queue_affinity_pins_each_queue_of_its_disk_and_nothing_else() -> Result<()> {
         vmm.put("vm.reboot", None)?;
     }
     end(vmm)
+}
+
+/// Linux AIO serves a guest that writes and verifies its disk, under the filters.
+#[test]
+fn disks_use_the_best_engine_that_is_not_disabled() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    for (keys, ring, aio) in [
+        ("direct=on", true, false),
+        ("direct=on,_disable_aio=on", true, false),
+        ("direct=on,_disable_io_uring=on", false, true),
+        (
+            "direct=on,_disable_io_uring=on,_disable_aio=on",
+            false,
+            false,
+        ),
+        ("_disable_io_uring=on", false, false),
+    ] {
+        let image = tempfile::NamedTempFile::new()?;
+        image.as_file().set_len(1 << 20)?;
+        let disk = format!("path={},image_type=raw,{keys}", image.path().display());
+        let balloon = ["--balloon", "size=0,free_page_reporting=on"];
+        let mut vmm = start("chaos", &[&["--disk", &disk][..], &balloon].concat())?;
+        if vmm.has_ended()? && vmm.stderr().contains("does not support direct I/O") {
+            test_skip::skip("the temporary directory has no direct I/O");
+            return Ok(());
+        }
+        vmm.wait_api()?;
+        wait_rounds(&vmm, "serial", 0)?;
+        let rings = fs::read_dir(format!("/proc/{}/fd", vmm.pid()))?
+            .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
+            .filter(|link| link.to_string_lossy().contains("[io_uring]"));
+        let has_ring = rings.count() > 0;
+        // The kernel maps the completions of Linux AIO into the process.
+        let has_aio = fs::read_to_string(format!("/proc/{}/maps", vmm.pid()))?.contains("[aio]");
+        ensure!(
+            (has_ring, has_aio) == (ring, aio),
+            "{keys}: {has_ring}, {has_aio}"
+        );
+        // Other tests verify the data of the other engines.
+        if aio {
+            expect_nothing_lost(&vmm, "serial", &vmm)?;
+            vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+        } else {
+            end(vmm)?;
+        }
+    }
+    Ok(())
 }
 
 #[test]

@@ -77,10 +77,10 @@ pub struct DiskConfig {
     /// How the image is locked against a second user.
     #[key]
     pub lock_granularity: LockGranularity,
-    /// Do not use io_uring, for tests: a thread of each queue makes system calls instead.
+    /// Do not use io_uring, for tests: Linux AIO serves direct I/O instead, and system calls serve the rest.
     #[key(name = "_disable_io_uring", hidden, omit_false)]
     pub disable_io_uring: bool,
-    /// Accepted for tests that are written for upstream. Linux AIO is not used.
+    /// Do not use Linux AIO, for tests: system calls take its place.
     #[key(name = "_disable_aio", hidden, omit_false)]
     pub disable_aio: bool,
 }

@@ -6,7 +6,7 @@
 //!   request    parses and checks a descriptor chain as a request
 //!   job        a request as a sequence of I/O operations
 //!   flights    jobs in the I/O engine, bounded in number and cost
-//!   engine     io_uring, or system calls on the worker thread
+//!   engine     io_uring, Linux AIO, or system calls on the worker thread
 //!   image      sizes, format    image_file   opening, locking    format   signatures
 //!   container  qcow2 images and flat VMDKs, and what they refer to
 //!   resize     a new size, from the VMM
@@ -71,11 +71,15 @@ const DATA_BYTES_MAX: u64 = 64 << 20;
 /// The engine that serves a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum EngineChoice {
-    /// io_uring if the kernel supports and allows it, otherwise system calls.
+    /// io_uring if the kernel supports and allows it, otherwise as [`EngineChoice::Aio`].
     #[default]
     Auto,
+    /// io_uring if the kernel supports and allows it, otherwise system calls.
+    WithoutAio,
     /// io_uring; an error if it is not available.
     IoUring,
+    /// Linux AIO for direct I/O if the kernel supports and allows it, otherwise system calls.
+    Aio,
     /// System calls on the worker thread, one at a time.
     Sync,
 }

@@ -214,7 +214,7 @@ const READ_FILES: &[Call] = calls![
     SYS_openat [2 without O_WRONLY | O_RDWR | O_CREAT | O_TRUNC],
 ];
 
-/// Reads and writes a disk image, by io_uring or by plain calls.
+/// Reads and writes a disk image, by io_uring, Linux AIO or plain calls.
 const DISK_IO: &[Call] = calls![
     SYS_fallocate,
     SYS_fdatasync,
@@ -222,6 +222,9 @@ const DISK_IO: &[Call] = calls![
     SYS_fsync,
     // An image of another format than raw grows.
     SYS_ftruncate,
+    SYS_io_destroy,
+    SYS_io_getevents,
+    SYS_io_submit,
     SYS_io_uring_enter,
     SYS_pread64,
     SYS_preadv,
@@ -255,6 +258,7 @@ const MACHINE: &[Call] = calls![
     // Checks whether this process may change its terminal.
     SYS_getpgrp,
     SYS_getuid,
+    SYS_io_setup,
     SYS_io_uring_register,
     SYS_io_uring_setup,
     SYS_listen,

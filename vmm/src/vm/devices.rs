@@ -137,9 +137,11 @@ pub(super) fn disk(
         format: disk.image_type.and_then(image_format),
         backing_files: disk.backing_files,
         lock_granularity: disk.lock_granularity,
-        engine: match disk.disable_io_uring {
-            true => EngineChoice::Sync,
-            false => EngineChoice::Auto,
+        engine: match (disk.disable_io_uring, disk.disable_aio) {
+            (false, false) => EngineChoice::Auto,
+            (false, true) => EngineChoice::WithoutAio,
+            (true, false) => EngineChoice::Aio,
+            (true, true) => EngineChoice::Sync,
         },
         queue_affinity: disk
             .queue_affinity

@@ -1,6 +1,7 @@
-//! I/O on an image: by io_uring, or by system calls on the worker thread. `docs/decisions/0004-block-io-engine.md`
-//! states the default and the reasons.
+//! I/O on an image: by io_uring, by Linux AIO, or by system calls on the worker thread.
+//! `docs/decisions/0004-block-io-engine.md` states the default and the reasons.
 
+mod aio;
 mod bounce;
 mod calls;
 mod io_uring;
@@ -13,6 +14,7 @@ use std::sync::Arc;
 
 use super::EngineChoice;
 use super::image::Image;
+use aio::AioEngine;
 use io_uring::IoUringEngine;
 use sync::SyncEngine;
 
@@ -28,18 +30,22 @@ pub(super) fn new_engine(
     image: &Arc<Image>,
     depth: u16,
 ) -> io::Result<Box<dyn IoEngine>> {
+    let tries_ring = !matches!(choice, EngineChoice::Aio | EngineChoice::Sync);
+    let tries_aio = matches!(choice, EngineChoice::Auto | EngineChoice::Aio);
     // The crate that reads containers has plain calls only.
-    if choice == EngineChoice::Sync || image.container().is_some() {
-        return Ok(Box::new(SyncEngine::new(Arc::clone(image))));
-    }
-    match IoUringEngine::new(Arc::clone(image), depth) {
-        Ok(engine) => Ok(Box::new(engine)),
-        Err(error) if choice == EngineChoice::Auto => {
-            log::info!(
-                "restricted io_uring is not available ({error}); disk I/O uses system calls"
-            );
-            Ok(Box::new(SyncEngine::new(Arc::clone(image))))
+    let is_container = image.container().is_some();
+    if tries_ring && !is_container {
+        match IoUringEngine::new(Arc::clone(image), depth) {
+            Ok(engine) => return Ok(Box::new(engine)),
+            Err(error) if choice == EngineChoice::IoUring => return Err(error),
+            Err(error) => log::info!("restricted io_uring is not available for disks: {error}"),
         }
-        Err(error) => Err(error),
     }
+    if tries_aio && !is_container && image.dio().is_some() {
+        match AioEngine::new(Arc::clone(image), depth) {
+            Ok(engine) => return Ok(Box::new(engine)),
+            Err(error) => log::info!("Linux AIO is not available for disks: {error}"),
+        }
+    }
+    Ok(Box::new(SyncEngine::new(Arc::clone(image))))
 }

@@ -19,7 +19,9 @@ use super::{Block, BlockError, BlockParams, EngineChoice, ImageFormat, LockGranu
 use crate::QueueHandler;
 use crate::testing::{Chain, DEADLINE, HandlerHarness, Segment, Used};
 
-pub(super) const ENGINES: [EngineChoice; 2] = [EngineChoice::Sync, EngineChoice::Auto];
+/// The second one is for direct I/O.
+pub(super) const ENGINES: [EngineChoice; 3] =
+    [EngineChoice::Sync, EngineChoice::Aio, EngineChoice::Auto];
 
 pub(super) const S_OK: u8 = 0;
 pub(super) const S_IOERR: u8 = 1;

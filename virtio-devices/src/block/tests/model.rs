@@ -173,6 +173,7 @@ proptest! {
         play(&actions, EngineChoice::Auto, false);
         // The mock driver's buffers are misaligned for direct I/O, so the bounce buffer is used.
         play(&actions, EngineChoice::Auto, true);
+        play(&actions, EngineChoice::Aio, true);
         // Clusters smaller or larger than the disk.
         match actions.len() % 2 {
             0 => play_on_qcow2(&actions, false, 4096),
