@@ -49,7 +49,7 @@ pub struct NetConfig {
     /// Entries in each queue, a power of two.
     #[key("<size_of_each_queue>", default = DEFAULT_NET_QUEUE_SIZE)]
     pub queue_size: u16,
-    /// Served by a vhost-user back end at `socket`, which has the host's side. Needs shared memory, and two queues.
+    /// Served by a vhost-user back end at `socket`, which has the host's side. Needs shared memory.
     #[key]
     pub vhost_user: bool,
     /// Socket of the vhost-user back end.
