@@ -12,13 +12,14 @@ mod sigsys;
 mod tests;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use hypervisor::kick;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
 };
+use virtio_devices::Unpoisoned;
 
 use crate::threads::{ThreadKind, ThreadStart};
 use calls::{Condition, Test};
@@ -63,48 +64,61 @@ pub enum SeccompError {
     Handler(#[source] vmm_sys_util::errno::Error),
 }
 
-/// The filters of all kinds.
+/// The filters of all kinds. Each is created when a thread needs it for the first time, because most processes have few
+/// kinds of threads.
 #[derive(Debug)]
 pub struct Seccomp {
-    filters: BTreeMap<ThreadKind, BpfProgram>,
+    /// The effect of a forbidden call; none if no filters are installed.
+    on_mismatch: Option<SeccompAction>,
+    filters: Mutex<BTreeMap<ThreadKind, Arc<BpfProgram>>>,
 }
 
 impl Seccomp {
-    /// Creates the filters. Nothing is installed yet except, with [`SeccompMode::Trap`], the handler that logs a
-    /// forbidden call.
+    /// Nothing is installed yet except, with [`SeccompMode::Trap`], the handler that logs a forbidden call.
     ///
     /// # Errors
-    /// A filter cannot be created, or the handler cannot be installed.
+    /// The handler cannot be installed.
     pub fn new(mode: SeccompMode) -> Result<Self, SeccompError> {
-        let on_mismatch = match mode {
-            SeccompMode::Off => {
-                return Ok(Self {
-                    filters: BTreeMap::new(),
-                });
-            }
-            SeccompMode::Trap => SeccompAction::Trap,
-            SeccompMode::Log => SeccompAction::Log,
-            SeccompMode::Errno => SeccompAction::Errno(libc::EPERM.unsigned_abs()),
-        };
         if mode == SeccompMode::Trap {
             sigsys::install().map_err(SeccompError::Handler)?;
         }
-        let filters = ThreadKind::all()
-            .map(|kind| Ok((kind, compile(kind, on_mismatch.clone())?)))
-            .collect::<Result<_, _>>()?;
-        Ok(Self { filters })
+        Ok(Self {
+            on_mismatch: match mode {
+                SeccompMode::Off => None,
+                SeccompMode::Trap => Some(SeccompAction::Trap),
+                SeccompMode::Log => Some(SeccompAction::Log),
+                SeccompMode::Errno => Some(SeccompAction::Errno(libc::EPERM.unsigned_abs())),
+            },
+            filters: Mutex::default(),
+        })
     }
 
     /// Installs the filter of `kind` on the calling thread, irrevocably.
     ///
     /// # Errors
-    /// The kernel rejects the filter.
+    /// The filter cannot be created, or the kernel rejects it.
     pub fn apply(&self, kind: ThreadKind) -> Result<(), SeccompError> {
-        match self.filters.get(&kind) {
-            Some(filter) => seccompiler::apply_filter(filter)
+        match &self.on_mismatch {
+            Some(on_mismatch) => seccompiler::apply_filter(&self.filter(kind, on_mismatch)?)
                 .map_err(|source| SeccompError::Apply { kind, source }),
             None => Ok(()),
         }
+    }
+
+    fn filter(
+        &self,
+        kind: ThreadKind,
+        on_mismatch: &SeccompAction,
+    ) -> Result<Arc<BpfProgram>, SeccompError> {
+        let known = self.filters.lock().unpoisoned().get(&kind).cloned();
+        if let Some(filter) = known {
+            return Ok(filter);
+        }
+        // Threads of the same kind that start at the same time create the same filter.
+        let filter = Arc::new(compile(kind, on_mismatch.clone())?);
+        let mut filters = self.filters.lock().unpoisoned();
+        filters.insert(kind, Arc::clone(&filter));
+        Ok(filter)
     }
 
     /// The first call of every thread. A thread that cannot be confined must not run, and the process must not continue

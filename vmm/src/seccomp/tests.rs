@@ -18,16 +18,28 @@ const BPF_INSTRUCTIONS_MAX: usize = 4096;
 
 #[test]
 fn filters_of_every_kind_fit_the_kernels_limit() {
-    let seccomp = Seccomp::new(SeccompMode::Errno).unwrap();
-    assert_eq!(seccomp.filters.len(), ThreadKind::all().count());
-    for (kind, filter) in &seccomp.filters {
-        assert!(
-            (50..BPF_INSTRUCTIONS_MAX).contains(&filter.len()),
-            "{kind:?}: {}",
-            filter.len()
-        );
+    for kind in ThreadKind::all() {
+        for action in [SeccompAction::Trap, SeccompAction::Log] {
+            let filter = compile(kind, action).unwrap();
+            assert!(
+                (50..BPF_INSTRUCTIONS_MAX).contains(&filter.len()),
+                "{kind:?}: {}",
+                filter.len()
+            );
+        }
     }
-    assert!(Seccomp::new(SeccompMode::Off).unwrap().filters.is_empty());
+}
+
+#[test]
+fn filter_is_created_once_when_its_thread_starts() {
+    let seccomp = Seccomp::new(SeccompMode::Log).unwrap();
+    let created = || seccomp.filters.lock().unpoisoned().len();
+    assert_eq!(created(), 0);
+    let filter = |kind| seccomp.filter(kind, &SeccompAction::Log).unwrap();
+    let first = filter(ThreadKind::Main);
+    assert!(Arc::ptr_eq(&first, &filter(ThreadKind::Main)));
+    filter(ThreadKind::Control);
+    assert_eq!(created(), 2);
 }
 
 #[test]
