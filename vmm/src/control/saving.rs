@@ -261,10 +261,11 @@ impl Lifecycle {
             self.emit(EventKind::RestoreFailed { error });
         }
         restored?;
-        match request.resume {
-            true => self.resume(),
-            false => Ok(()),
+        if request.resume {
+            return self.resume();
         }
+        self.complete_machine();
+        Ok(())
     }
 
     fn admit_base(&self, base: &Path) -> Result<(), SnapshotError> {

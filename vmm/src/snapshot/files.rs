@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use api::VmConfig;
 use machine::cpu::HostCpu;
-use machine::memory::on_demand::{Content, Faults, OnDemand, OnDemandError};
+use machine::memory::on_demand::{Background, Content, Faults, OnDemand, OnDemandError};
 use machine::memory::{
     ContentFiles, DEFAULT_ZONE_ID, GuestMemory, RestoreError, SavedZone, WrittenPages,
     ZoneContentState, ZoneFile, ZoneFiles,
@@ -341,7 +341,8 @@ impl Snapshot {
             };
             let progress = Progress::of_restore(memory, Arc::clone(&context.events));
             let owner = context.owner(progress, None);
-            let on_demand = context.fill(memory, content, &faults, true, &[], owner)?;
+            let at_once = Background::AtOnce;
+            let on_demand = context.fill(memory, content, &faults, at_once, &[], owner)?;
             // Only now: the kernel leaves the gaps alone in which threads wait for pages.
             if config.memory.thp {
                 memory.use_huge_pages();
@@ -392,6 +393,10 @@ impl Snapshot {
             .map_err(|error| SnapshotError::OnDemand(OnDemandError::Thread(error)))?;
         let first = order.unwrap_or_default();
         let content = Content::Files(files);
+        let background = match background {
+            true => Background::Later,
+            false => Background::Never,
+        };
         context.fill(memory, content, faults, background, &first, owner)
     }
 }

@@ -7,7 +7,9 @@ use api::RestoreConfig;
 use api::config::MemoryRestoreMode;
 use machine::cpu::HostCpu;
 use machine::memory::GuestMemory;
-use machine::memory::on_demand::{Content, Faults, FillError, FillOwner, FillReport, OnDemand};
+use machine::memory::on_demand::{
+    Background, Content, Faults, FillError, FillOwner, FillReport, OnDemand,
+};
 use machine::pc::Pc;
 use machine::signals::VmSignals;
 use machine::threads::MachineThreadStart;
@@ -102,7 +104,7 @@ impl RestoreContext {
         memory: &GuestMemory,
         content: Content,
         faults: &Faults,
-        background: bool,
+        background: Background,
         first: &[u32],
         owner: Owner,
     ) -> Result<OnDemand, SnapshotError> {

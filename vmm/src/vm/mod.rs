@@ -69,7 +69,7 @@ pub trait Machine {
     /// A vCPU could not be resumed.
     fn resume(&mut self) -> Result<(), VmError>;
 
-    /// Completes a restored machine, which runs already, with what only makes it faster.
+    /// Completes a restored machine, which may run already, with what only makes it faster.
     fn complete(&self) {}
 
     /// Stops everything and releases all resources.
@@ -319,6 +319,9 @@ impl Machine for Vm {
 
     fn complete(&self) {
         self.pc.register_doorbells();
+        if let Some(on_demand) = &self.on_demand {
+            on_demand.begin();
+        }
     }
 
     fn shutdown(mut self: Box<Self>) -> Result<(), VmError> {

@@ -58,10 +58,22 @@ impl Faults {
     }
 }
 
+/// When the pages are filled in that no thread waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Background {
+    /// From the start.
+    AtOnce,
+    /// From [`OnDemand::begin`] on: until then, the machine that is being restored has the host's processors.
+    Later,
+    /// Only if all pages are needed.
+    Never,
+}
+
 /// RAM that is being filled. Drop it after everything that accesses the RAM.
 #[derive(Debug)]
 pub struct OnDemand {
     orders: Arc<Orders>,
+    background: Background,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -81,8 +93,8 @@ impl OnDemand {
         }
     }
 
-    /// Starts to fill `memory` with `content`, whose pages are not present. `fills`: fill in the background, too,
-    /// beginning with the guest's pages that have the numbers in `first`. Numbers of other pages are ignored.
+    /// Starts to fill `memory` with `content`, whose pages are not present. The fill in the background begins with the
+    /// guest's pages that have the numbers in `first`. Numbers of other pages are ignored.
     ///
     /// # Errors
     /// A zone has another kind of memory, a table or file does not match its zone, or the host rejects a request.
@@ -90,7 +102,7 @@ impl OnDemand {
         memory: &GuestMemory,
         content: Content,
         faults: &Faults,
-        fills: bool,
+        background: Background,
         first: &[u32],
         thread_start: &MachineThreadStart,
         owner: Box<dyn FillOwner>,
@@ -104,7 +116,7 @@ impl OnDemand {
         }
         let orders = Arc::new(Orders {
             ends: AtomicBool::new(false),
-            fills: AtomicBool::new(fills),
+            fills: AtomicBool::new(background == Background::AtOnce),
             changed: EventFd::new(EFD_NONBLOCK).map_err(OnDemandError::Thread)?,
             outcome: Mutex::new(None),
             over: Condvar::new(),
@@ -122,8 +134,16 @@ impl OnDemand {
         });
         Ok(Self {
             orders,
+            background,
             thread: Some(thread.map_err(OnDemandError::Thread)?),
         })
+    }
+
+    /// The machine has been restored: starts the fill in the background, unless it was to start at another time.
+    pub fn begin(&self) {
+        if self.background == Background::Later {
+            self.order(&self.orders.fills);
+        }
     }
 
     /// Whether no page is missing. If one is, all are filled in the background from now on.

@@ -78,12 +78,19 @@ struct Restored {
 }
 
 fn restored(files: &[(File, ZoneContentState)], fills: bool) -> Option<Restored> {
-    restored_first(files, fills, &[])
+    restored_first(files, background(fills), &[])
+}
+
+fn background(fills: bool) -> Background {
+    match fills {
+        true => Background::AtOnce,
+        false => Background::Never,
+    }
 }
 
 fn restored_first(
     files: &[(File, ZoneContentState)],
-    fills: bool,
+    background: Background,
     first: &[u32],
 ) -> Option<Restored> {
     let faults = Faults::open().map_err(test_skip::skip).ok()?;
@@ -92,7 +99,7 @@ fn restored_first(
     let start: MachineThreadStart = Arc::new(|_| ());
     let owner = Box::new(Owner(owner));
     let content = Content::Files(copies(files));
-    let on_demand = OnDemand::start(&memory, content, &faults, fills, first, &start, owner);
+    let on_demand = OnDemand::start(&memory, content, &faults, background, first, &start, owner);
     Some(Restored {
         on_demand: on_demand.unwrap(),
         memory,
@@ -152,6 +159,32 @@ fn question_whether_ram_is_complete_fills_it_without_waiting() {
     assert!(matches!(told, Ok(Sent::Filled(_))), "{told:?}");
     assert!(it.on_demand.finish());
     assert!(it.on_demand.is_complete());
+}
+
+#[test]
+fn fill_in_the_background_waits_for_its_beginning() {
+    let Some(it) = restored_first(&saved(PAGES), Background::Later, &[]) else {
+        return;
+    };
+    assert_eq!(read(&it.memory, PAGES[0]), mark(PAGES[0]));
+    assert_eq!((it.resident_pages(), it.told.try_recv().ok()), (1, None));
+    it.on_demand.begin();
+    let told = it.told.recv_timeout(DEADLINE).unwrap();
+    let report = FillReport {
+        demanded_pages: 1,
+        filled_pages: PAGES.len() as u64 - 1,
+    };
+    assert_eq!(told, Sent::Filled(report));
+}
+
+#[test]
+fn fill_in_the_background_that_is_off_does_not_begin() {
+    let Some(it) = restored(&saved(PAGES), false) else {
+        return;
+    };
+    it.on_demand.begin();
+    assert_eq!(read(&it.memory, PAGES[0]), mark(PAGES[0]));
+    assert_eq!((it.resident_pages(), it.told.try_recv().ok()), (1, None));
 }
 
 #[test]
@@ -340,7 +373,7 @@ fn other_memory_than_private_memory_is_refused_by_name() {
         &memory(true),
         Content::Files(copies(&files)),
         &faults,
-        true,
+        Background::AtOnce,
         &[],
         &start,
         owner,
@@ -386,7 +419,7 @@ fn pages_touched_first_are_recorded_in_their_order_and_come_first_in_the_next_ru
 
     // Numbers of no page do no harm.
     let first = [&recorded[..], &[3, 9999, u32::MAX, 1792]].concat();
-    let Some(it) = restored_first(&files, true, &first) else {
+    let Some(it) = restored_first(&files, Background::AtOnce, &first) else {
         return;
     };
     let told = it.told.recv_timeout(DEADLINE).unwrap();
@@ -462,6 +495,7 @@ fn from_elsewhere(fills: bool, answers: usize) -> Option<(Restored, Receiver<()>
     let start: MachineThreadStart = Arc::new(|_| ());
     let content = Content::Elsewhere(absent, Box::new(source));
     let owner = Box::new(Owner(owner));
+    let fills = background(fills);
     let on_demand = OnDemand::start(&memory, content, &faults, fills, &[], &start, owner);
     let restored = Restored {
         on_demand: on_demand.unwrap(),

@@ -1,6 +1,6 @@
 //! Tests migrations in which the rest of RAM follows the machine.
 
-use machine::memory::on_demand::{Faults, FillError, FillOwner, FillReport};
+use machine::memory::on_demand::{Background, Faults, FillError, FillOwner, FillReport};
 
 use super::super::postponed::Fetches;
 use super::super::wire::{Kind, Reader, Writer};
@@ -24,7 +24,17 @@ impl FillOwner for Owner {
 pub(super) fn fill(memory: &GuestMemory, content: Content) -> OnDemand {
     let faults = Faults::open().unwrap();
     let start: machine::threads::MachineThreadStart = Arc::new(|_| ());
-    OnDemand::start(memory, content, &faults, true, &[], &start, Box::new(Owner)).unwrap()
+    let at_once = Background::AtOnce;
+    OnDemand::start(
+        memory,
+        content,
+        &faults,
+        at_once,
+        &[],
+        &start,
+        Box::new(Owner),
+    )
+    .unwrap()
 }
 
 /// Its guest writes so many pages in each pass that no pass is short enough.
