@@ -16,12 +16,12 @@ use std::time::{Duration, Instant};
 use api::config::{CpusConfig, HotplugMethod, MemoryConfig, PayloadConfig};
 use hypervisor::{ClockState, Kvm, VcpuState};
 use machine::boot::PayloadFiles;
-use machine::cpu::{CpuHotplugState, HostCpu, VcpusState, guest_phys_bits};
+use machine::cpu::{CpuHotplugState, VcpusState, guest_phys_bits};
 use machine::interrupt::IoapicState;
 use machine::legacy::{CmosState, GED_GENERATION, GedState, PmTimerState};
 use machine::memory::layout::GENERATION_ID_START;
 use machine::memory::{GuestMemory, MemoryHotplugState, MemoryState};
-use machine::pc::{Pc, PcContext, PcError, PcParams, PcState, Plug};
+use machine::pc::{BarePc, Pc, PcContext, PcError, PcParams, PcState, Plug};
 use machine::pci::{Bdf, HotplugState, PciBusState, Place, SegmentWeights};
 use machine::serial::{Endpoint, EndpointMode, SerialManager, UartState};
 use machine::signals::VmSignals;
@@ -485,9 +485,9 @@ fn vcpus_that_this_host_cannot_continue_are_refused_with_what_it_lacks() {
     wait_for_bytes(&output, 50);
     pc.pause().unwrap();
     let state = pc.state().unwrap();
-    let cpus = CpusConfig::default();
-    let host = HostCpu::probe(&rig.kvm, &cpus).unwrap();
-    state.check_host(&host).unwrap();
+    let new = rig.pc(rig.memory(), &rig.folder.path().join("unused"));
+    let new = BarePc::new(&rig.kvm, new).unwrap();
+    new.check(&state).unwrap();
 
     let mut vcpus: VcpusState = state.vcpus.read().unwrap();
     let mut vcpu: VcpuState = vcpus.vcpus[0].state.read().unwrap();
@@ -504,7 +504,7 @@ fn vcpus_that_this_host_cannot_continue_are_refused_with_what_it_lacks() {
         vcpus: Saved::of(&vcpus),
         ..state
     };
-    let told = other.check_host(&host).unwrap_err().to_string();
+    let told = new.check(&other).unwrap_err().to_string();
     for expected in ["CPUID 0x0.0 ebx", "CPUID 0x1.0 edx: bits 0x400 are missing"] {
         assert!(told.contains(expected), "{told}");
     }

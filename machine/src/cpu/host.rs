@@ -1,16 +1,14 @@
-//! Checks whether this host can continue saved vCPUs, before anything is created.
+//! Checks whether this host can continue saved vCPUs, before RAM gets its content.
 //!
 //! KVM accepts nearly every CPUID, and a guest that uses a feature the processor lacks crashes later. Leaf numbers and
 //! bits are explained in `cpuid.rs`.
 
 use ::state::{Part, StateError, parts};
-use api::config::CpusConfig;
 use hypervisor::bindings::kvm_cpuid_entry2;
 use hypervisor::{Kvm, VcpuState};
 
-use super::cpuid::{CpuidOptions, GuestCpuid, msr_indices, supported_cpuid};
 use super::state::VcpusState;
-use super::{CpuError, Topology};
+use super::vcpus::Vcpus;
 
 const PART: Part = parts::VCPUS;
 
@@ -89,7 +87,7 @@ const WITHOUT_TILES: &[(u32, u32, Register, u32)] = &[(7, 1, Eax, 1 << 21), (7, 
 
 /// The features that this host provides to the vCPUs of one configuration.
 #[derive(Debug, Clone)]
-pub struct HostCpu {
+pub(crate) struct HostCpu {
     cpuid: Vec<kvm_cpuid_entry2>,
     /// Whether the configuration gives AMX to the guest.
     has_amx: bool,
@@ -100,13 +98,21 @@ pub struct HostCpu {
 }
 
 impl HostCpu {
-    /// Finds out what this host provides to vCPUs of the configuration `config`. Everything it creates is temporary, but
-    /// takes KVM some milliseconds.
+    /// Finds out what this host provides to `vcpus`, none of which has run or been restored.
     ///
     /// # Errors
     /// KVM fails.
-    pub fn probe(kvm: &Kvm, config: &CpusConfig) -> Result<Self, StateError> {
-        Self::try_probe(kvm, config).map_err(|error| StateError::host(PART, error))
+    pub(crate) fn examine(kvm: &Kvm, vcpus: &Vcpus) -> Result<Self, StateError> {
+        let cpuid = vcpus.provided_cpuid();
+        let (cpuid, tsc_khz) = cpuid.map_err(|error| StateError::host(PART, error))?;
+        Ok(Self {
+            cpuid: cpuid.as_slice().to_vec(),
+            has_amx: vcpus.config().features.amx,
+            msr_indices: vcpus.msr_indices.clone(),
+            arch_capabilities: kvm.feature_msr(MSR_ARCH_CAPABILITIES),
+            tsc_khz,
+            scales_tsc: kvm.supports_tsc_scaling(),
+        })
     }
 
     /// Checks whether this host can continue the vCPUs of `state`.
@@ -132,26 +138,6 @@ impl HostCpu {
         }
         let reason = format!("cannot run on the processor of this host: {listed}");
         Err(StateError::invalid(PART, "vcpus", reason))
-    }
-
-    fn try_probe(kvm: &Kvm, config: &CpusConfig) -> Result<Self, CpuError> {
-        let supported = supported_cpuid(kvm, config)?;
-        // The frequency, and KVM's changes to a CPUID, are visible only on a vCPU.
-        let vm = kvm.create_vm().map_err(CpuError::Prepare)?;
-        let vcpu = vm.create_vcpu(0).map_err(CpuError::Prepare)?;
-        let tsc_khz = vcpu.tsc_khz().ok();
-        let options = CpuidOptions::of(config, Topology::new(config)?, &supported, tsc_khz);
-        let offered = GuestCpuid::new(supported.as_slice(), &options).of_vcpu(0)?;
-        let cpuid = vcpu.set_cpuid(&offered).and_then(|()| vcpu.cpuid());
-        let cpuid = cpuid.map_err(CpuError::Prepare)?;
-        Ok(Self {
-            cpuid: cpuid.as_slice().to_vec(),
-            has_amx: config.features.amx,
-            msr_indices: msr_indices(kvm, config)?,
-            arch_capabilities: kvm.feature_msr(MSR_ARCH_CAPABILITIES),
-            tsc_khz,
-            scales_tsc: kvm.supports_tsc_scaling(),
-        })
     }
 
     /// Features that `saved` has and this host lacks.

@@ -32,7 +32,7 @@ pub use brake::VcpuBrake;
 pub use counters::{ExitCounters, ExitCounts};
 pub use cpuid::guest_phys_bits;
 pub use exception_path::ExceptionPath;
-pub use host::HostCpu;
+pub(crate) use host::HostCpu;
 pub use hotplug::{CPU_HOTPLUG_BYTES, CpuHotplug, CpuHotplugState};
 pub use run::VcpusContext;
 pub use stall::STALL_CHECK_INTERVAL;

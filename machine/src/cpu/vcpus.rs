@@ -9,6 +9,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use api::config::CpusConfig;
+use hypervisor::bindings::CpuId;
 use hypervisor::{Kvm, Vm, kick};
 use virtio_devices::worker::{HOST_CPUS_MAX, pin};
 
@@ -142,6 +143,21 @@ impl Vcpus {
             }
         }
         stalled
+    }
+
+    pub(super) fn config(&self) -> &CpusConfig {
+        &self.config
+    }
+
+    /// The CPUID that KVM makes of what the first vCPU is offered, and the frequency of its time stamp counter. Both are
+    /// visible only on a vCPU, which gets this CPUID.
+    pub(super) fn provided_cpuid(&self) -> Result<(CpuId, Option<u32>), CpuError> {
+        let cell = &self.cells[0];
+        let offered = self.cpuid.of_vcpu(cell.apic_id)?;
+        let vcpu = cell.lock();
+        let cpuid = vcpu.set_cpuid(&offered).and_then(|()| vcpu.cpuid());
+        let cpuid = cpuid.map_err(vcpu_error(cell.index, "examine"))?;
+        Ok((cpuid, vcpu.tsc_khz().ok()))
     }
 
     /// The topology that the guest sees; the MADT lists the same APIC ids.

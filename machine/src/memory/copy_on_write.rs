@@ -64,7 +64,7 @@ impl GuestMemory {
     /// A zone has another kind of memory or several files, a table or file does not match its zone, or a file cannot be
     /// mapped.
     pub fn show_files(
-        &mut self,
+        &self,
         saved: &[SavedZone],
         thp: bool,
         mut done: impl FnMut(u64),
@@ -107,7 +107,8 @@ impl GuestMemory {
                 done(chunk.bytes as u64);
             }
         }
-        self.overlay = Some(overlay);
+        // RAM was untouched, so it shows no other files.
+        self.overlay.set(overlay).ok();
         Ok(())
     }
 }

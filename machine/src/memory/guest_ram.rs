@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use api::config::{HotplugMethod, MemoryConfig, MemoryZoneConfig};
 use virtio_devices::GuestRam;
@@ -31,8 +31,8 @@ pub struct GuestMemory {
     hotplug: Vec<Arc<HotplugRam>>,
     map: AddressMap,
     pub(super) zones: Vec<Zone>,
-    /// Where it shows the files of a snapshot.
-    pub(super) overlay: Option<Arc<Overlay>>,
+    /// Where it shows the files of a snapshot, if it does. Set after the machine has been created.
+    pub(super) overlay: Arc<OnceLock<Arc<Overlay>>>,
     /// Of memory devices that are added later; none if there is no room for them.
     pub(super) dimm_backing: Option<Backing>,
     /// Once there is a machine for it.
@@ -124,7 +124,7 @@ impl GuestMemory {
             hotplug,
             map,
             zones: made,
-            overlay: None,
+            overlay: Arc::default(),
             dimm_backing,
             faults: None,
         })
@@ -161,7 +161,7 @@ impl GuestMemory {
     /// Whether the host may fail to provide a page while the guest runs.
     pub fn may_run_out(&self) -> bool {
         // A copy-on-write restore maps the files of the snapshot.
-        self.overlay.is_some() || self.zones.iter().any(Zone::may_run_out)
+        self.overlay.get().is_some() || self.zones.iter().any(Zone::may_run_out)
     }
 
     /// Checks the configuration and creates nothing.
@@ -274,7 +274,7 @@ impl GuestMemory {
 
     /// Where it shows the files of a snapshot, if it does.
     pub fn overlay(&self) -> Option<&Arc<Overlay>> {
-        self.overlay.as_ref()
+        self.overlay.get()
     }
 
     /// The address map.

@@ -54,7 +54,7 @@ pub use plugged::{FunctionView, Plug, Plugged};
 pub use pvpanic::PVPANIC_ID;
 #[cfg(any(test, fuzzing))]
 pub(crate) use pvpanic::Pvpanic as PvpanicFunction;
-pub use state::PcState;
+pub use state::{BarePc, PcState};
 
 /// The environment of a machine.
 #[derive(Clone)]

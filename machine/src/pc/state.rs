@@ -3,13 +3,14 @@
 //! ```text
 //!  pause ─► state()
 //!
-//!  Pc::new ─► serial port ─► plug_restored(each device) ─► restore_pvpanic ─► restore() ─► resume
-//!             (guest RAM has its content)                                    chips, vCPUs last
+//!  Pc::new ─► BarePc::check ─► serial port ─► plug_restored(each device) ─► restore_pvpanic ─► restore() ─► resume
+//!                              (guest RAM has its content)                                    chips, vCPUs last
 //! ```
 
 use std::collections::BTreeMap;
 
 use ::state::{Fields, Part, Saved, State, StateError, parts, require};
+use hypervisor::Kvm;
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddressSpace;
 
@@ -70,16 +71,40 @@ impl State for PcState {
     }
 }
 
-impl PcState {
+/// A machine that is to be restored: it has no devices, and its vCPUs have not run.
+#[derive(Debug)]
+pub struct BarePc {
+    pc: Pc,
+    /// What this host provides to its vCPUs.
+    host: HostCpu,
+}
+
+impl BarePc {
+    /// Examines the vCPUs of the new machine `pc`.
+    ///
+    /// # Errors
+    /// KVM fails.
+    pub fn new(kvm: &Kvm, pc: Pc) -> Result<Self, StateError> {
+        let host = HostCpu::examine(kvm, &pc.vcpus)?;
+        Ok(Self { pc, host })
+    }
+
     /// Checks whether this host can continue the saved vCPUs. Call it before RAM gets its content: the check is quick,
     /// and the vCPUs themselves are restored last.
     ///
     /// # Errors
     /// The list of what this host lacks.
-    pub fn check_host(&self, host: &HostCpu) -> Result<(), StateError> {
-        host.check(&self.vcpus.read()?)
+    pub fn check(&self, state: &PcState) -> Result<(), StateError> {
+        self.host.check(&state.vcpus.read()?)
     }
 
+    /// The machine.
+    pub fn into_pc(self) -> Pc {
+        self.pc
+    }
+}
+
+impl PcState {
     /// The saved slot of the function `id`, and its segment.
     fn slot(&self, id: &str) -> Result<(u16, SlotState), StateError> {
         let bus: PciBusState = self.pci_bus.read()?;

@@ -3,9 +3,8 @@
 use std::sync::Arc;
 
 use api::VmConfig;
-use machine::cpu::HostCpu;
 use machine::memory::on_demand::Faults;
-use machine::pc::Pc;
+use machine::pc::BarePc;
 
 use super::error::Done;
 use crate::migration::{Cancel, SendProgress};
@@ -38,9 +37,7 @@ pub(super) enum Role {
 pub(super) struct Prepared {
     pub(super) config: VmConfig,
     /// Without devices; none without KVM.
-    pub(super) pc: Option<Pc>,
-    /// What this host provides to its vCPUs; none without KVM.
-    pub(super) host: Option<HostCpu>,
+    pub(super) pc: Option<BarePc>,
 }
 
 impl Migration {

@@ -371,14 +371,12 @@ impl Lifecycle {
         self.emit(EventKind::Restoring);
         config::validate(&config).map_err(LifecycleError::ConfigValidation)?;
         movable(&config).map_err(LifecycleError::Migration)?;
-        let pc = state.pc.read();
-        let pc = pc.map_err(|error| LifecycleError::Snapshot(SnapshotError::State(error)))?;
-        let host = vm::probe_host(&config).map_err(LifecycleError::Machine)?;
-        vm::check_host(&pc, host.as_ref()).map_err(LifecycleError::Machine)?;
+        let state = state.pc.read();
+        let state = state.map_err(|error| LifecycleError::Snapshot(SnapshotError::State(error)))?;
         self.confinement
             .admit(&config)
             .map_err(LifecycleError::Landlock)?;
-        let memory = snapshot::memory_of(&config, &pc, files);
+        let memory = snapshot::memory_of(&config, &state, files);
         let mut memory = memory.map_err(LifecycleError::Snapshot)?;
         if postpones {
             let checked = OnDemand::check(&memory).map_err(SnapshotError::OnDemand);
@@ -386,8 +384,12 @@ impl Lifecycle {
         }
         let pc = vm::prepare(&config, &self.context, &mut memory);
         let pc = pc.map_err(LifecycleError::Machine)?;
+        if let Some(pc) = &pc {
+            let checked = pc.check(&state).map_err(SnapshotError::State);
+            checked.map_err(LifecycleError::Snapshot)?;
+        }
         let (prepared, _) = self.received()?;
-        *prepared = Some(Box::new(Prepared { config, pc, host }));
+        *prepared = Some(Box::new(Prepared { config, pc }));
         Ok(memory)
     }
 
@@ -399,12 +401,11 @@ impl Lifecycle {
     ) -> Result<(), LifecycleError> {
         let (prepared, faults) = self.received()?;
         let (prepared, faults) = (prepared.take(), faults.take());
-        let Prepared { config, pc, host } = *prepared.ok_or(LifecycleError::VmMissingConfig)?;
+        let Prepared { config, pc } = *prepared.ok_or(LifecycleError::VmMissingConfig)?;
         let received = Received {
             memory,
             postponed: Mutex::new(faults.zip(postponed)),
             pc: Mutex::new(pc),
-            host,
         };
         let snapshot = Snapshot::received(config, state, received);
         let snapshot = snapshot.map_err(LifecycleError::Snapshot)?;

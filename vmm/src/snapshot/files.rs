@@ -7,13 +7,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use api::VmConfig;
-use machine::cpu::HostCpu;
 use machine::memory::on_demand::{Background, Content, Faults, OnDemand, OnDemandError};
 use machine::memory::{
     ContentFiles, DEFAULT_ZONE_ID, GuestMemory, RestoreError, SavedZone, WrittenPages,
     ZoneContentState, ZoneFile, ZoneFiles,
 };
-use machine::pc::{Pc, PcState};
+use machine::pc::{BarePc, PcState};
 use state::Saved;
 use virtio_devices::Unpoisoned;
 
@@ -301,17 +300,9 @@ impl Snapshot {
     }
 
     /// The machine without devices that was created for this state, once.
-    pub fn take_pc(&self) -> Option<Pc> {
+    pub fn take_pc(&self) -> Option<BarePc> {
         match &self.filling {
             Filling::Done(received) => received.pc.lock().unpoisoned().take(),
-            _ => None,
-        }
-    }
-
-    /// What this host provides to its vCPUs, if that is known already.
-    pub fn host(&self) -> Option<&HostCpu> {
-        match &self.filling {
-            Filling::Done(received) => received.host.as_ref(),
             _ => None,
         }
     }
@@ -321,57 +312,72 @@ impl Snapshot {
         matches!(self.filling, Filling::Done(_))
     }
 
-    /// Creates the RAM of `config` with the saved content, and reports the progress. If RAM is filled on demand, the
-    /// caller must keep the second value as long as RAM is in use.
+    /// The RAM of `config`, without content unless a migration has brought it.
     ///
     /// # Errors
-    /// RAM cannot be created or filled on demand, its zones differ from the saved ones, or a memory file is damaged.
-    pub fn memory(
+    /// RAM cannot be created, or its zones differ from the saved ones.
+    pub fn new_memory(&self, config: &VmConfig) -> Result<GuestMemory, SnapshotError> {
+        let Filling::Done(received) = &self.filling else {
+            return memory_of(config, &self.pc, ZoneFiles::New);
+        };
+        let memory = &received.memory;
+        let map = self.pc.memory.read();
+        map.and_then(|map| memory.check_state(&map))
+            .map_err(SnapshotError::State)?;
+        Ok(memory.clone())
+    }
+
+    /// Fills the new `memory` of `config` with the saved content, and reports the progress. If it is filled on demand,
+    /// the caller must keep the result as long as RAM is in use.
+    ///
+    /// # Errors
+    /// RAM cannot be filled in this way, or a memory file is damaged.
+    pub fn fill(
         &self,
+        memory: &GuestMemory,
         config: &VmConfig,
         context: &RestoreContext,
-    ) -> Result<(GuestMemory, Option<OnDemand>), SnapshotError> {
-        if let Filling::Done(received) = &self.filling {
-            let memory = &received.memory;
-            let map = self.pc.memory.read();
-            map.and_then(|map| memory.check_state(&map))
-                .map_err(SnapshotError::State)?;
-            let Some((faults, content)) = received.postponed.lock().unpoisoned().take() else {
-                return Ok((memory.clone(), None));
-            };
-            let progress = Progress::of_restore(memory, Arc::clone(&context.events));
-            let owner = context.owner(progress, None);
-            let at_once = Background::AtOnce;
-            let on_demand = context.fill(memory, content, &faults, at_once, &[], owner)?;
-            // Only now: the kernel leaves the gaps alone in which threads wait for pages.
-            if config.memory.thp {
-                memory.use_huge_pages();
+    ) -> Result<Option<OnDemand>, SnapshotError> {
+        let thp = config.memory.thp;
+        let progress = || Progress::of_restore(memory, Arc::clone(&context.events));
+        match &self.filling {
+            Filling::Done(received) => {
+                let postponed = received.postponed.lock().unpoisoned().take();
+                let Some((faults, content)) = postponed else {
+                    return Ok(None);
+                };
+                let owner = context.owner(progress(), None);
+                let at_once = Background::AtOnce;
+                let on_demand = context.fill(memory, content, &faults, at_once, &[], owner)?;
+                // Only now: the kernel leaves the gaps alone in which threads wait for pages.
+                if thp {
+                    memory.use_huge_pages();
+                }
+                Ok(Some(on_demand))
             }
-            return Ok((memory.clone(), Some(on_demand)));
+            Filling::CopyOnWrite => {
+                require_plain_zones(config)?;
+                let progress = progress();
+                memory
+                    .show_files(&self.memory, thp, |bytes| progress.add(bytes))
+                    .map_err(SnapshotError::CopyOnWrite)?;
+                Ok(None)
+            }
+            Filling::OnDemand { faults, background } => self
+                .on_demand(memory, faults, *background, progress(), context)
+                .map(Some),
+            Filling::Before => {
+                let progress = progress();
+                for (zone, saved) in memory.zones().iter().zip(&self.memory) {
+                    let loaded = memory.load_zone(zone, saved, thp, |bytes| progress.add(bytes));
+                    loaded.map_err(SnapshotError::Content)?;
+                }
+                if config.memory.prefault {
+                    memory.populate().map_err(SnapshotError::Memory)?;
+                }
+                Ok(None)
+            }
         }
-        let mut memory = memory_of(config, &self.pc, ZoneFiles::New)?;
-        let progress = Progress::of_restore(&memory, Arc::clone(&context.events));
-        if let Filling::CopyOnWrite = self.filling {
-            require_plain_zones(config)?;
-            let done = |bytes| progress.add(bytes);
-            memory
-                .show_files(&self.memory, config.memory.thp, done)
-                .map_err(SnapshotError::CopyOnWrite)?;
-            return Ok((memory, None));
-        }
-        if let Filling::OnDemand { faults, background } = &self.filling {
-            let on_demand = self.on_demand(&memory, faults, *background, progress, context)?;
-            return Ok((memory, Some(on_demand)));
-        }
-        for (zone, saved) in memory.zones().iter().zip(&self.memory) {
-            let thp = config.memory.thp;
-            let loaded = memory.load_zone(zone, saved, thp, |bytes| progress.add(bytes));
-            loaded.map_err(SnapshotError::Content)?;
-        }
-        if config.memory.prefault {
-            memory.populate().map_err(SnapshotError::Memory)?;
-        }
-        Ok((memory, None))
     }
 
     fn on_demand(

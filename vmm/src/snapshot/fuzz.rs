@@ -100,7 +100,8 @@ fn load(folder: &Path, filling: Filling) -> Option<Vec<u8>> {
     };
     let mut snapshot = Snapshot::open(folder, &|_| Ok(())).ok()?;
     snapshot.filling = filling;
-    let (memory, _) = snapshot.memory(&snapshot.config, &context).ok()?;
+    let memory = snapshot.new_memory(&snapshot.config).ok()?;
+    snapshot.fill(&memory, &snapshot.config, &context).ok()?;
     let mut ram = vec![0; RAM_BYTES as usize];
     memory
         .ram()

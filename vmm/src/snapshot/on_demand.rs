@@ -5,12 +5,11 @@ use std::sync::{Arc, Mutex};
 
 use api::RestoreConfig;
 use api::config::MemoryRestoreMode;
-use machine::cpu::HostCpu;
 use machine::memory::GuestMemory;
 use machine::memory::on_demand::{
     Background, Content, Faults, FillError, FillOwner, FillReport, OnDemand,
 };
-use machine::pc::Pc;
+use machine::pc::BarePc;
 use machine::signals::VmSignals;
 use machine::threads::MachineThreadStart;
 
@@ -45,9 +44,7 @@ pub struct Received {
     /// What comes after the machine, once.
     pub postponed: Mutex<Option<(Faults, Content)>>,
     /// The machine without devices, until it gets them; none without KVM.
-    pub pc: Mutex<Option<Pc>>,
-    /// What this host provides to its vCPUs; none without KVM.
-    pub host: Option<HostCpu>,
+    pub pc: Mutex<Option<BarePc>>,
 }
 
 impl Filling {

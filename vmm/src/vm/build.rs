@@ -7,8 +7,8 @@
 //! disks, entropy source, taps, payload ─► guest RAM ─► payload loaded ─► consoles ─► KVM ─► devices on the bus
 //! (read, not changed)                                                    (files emptied, sockets made)
 //! ```
-//! When a snapshot is restored, RAM gets the saved content instead of a payload, after the host's processor has been
-//! checked. Each device gets its state when it is plugged into the bus.
+//! When a snapshot is restored, the machine without devices is created first, with KVM. RAM gets the saved content instead
+//! of a payload, after the machine's vCPUs have been compared with the saved ones. Each device gets its state when it is plugged into the bus.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,10 +16,10 @@ use std::sync::Arc;
 use api::VmConfig;
 use hypervisor::Kvm;
 use machine::boot::{Payload, PayloadFiles};
-use machine::cpu::{CpuError, HostCpu, Vcpus, guest_phys_bits};
+use machine::cpu::{CpuError, Vcpus, guest_phys_bits};
 use machine::memory::GuestMemory;
 use machine::memory::on_demand::OnDemand;
-use machine::pc::{Assignment, Pc, PcError, PcParams, PcState};
+use machine::pc::{Assignment, BarePc, Pc, PcError, PcParams};
 use machine::serial::Endpoint;
 use machine::threads::DeviceKind;
 use state::StateError;
@@ -53,7 +53,9 @@ pub(super) struct Parts {
     iommu: Option<IommuHandle>,
     assigned: Vec<Assignment>,
     handles: Handles,
-    /// Fills `memory`.
+    /// The machine that is restored, without devices; none without KVM.
+    bare: Option<BarePc>,
+    /// Fills `memory`. Behind the machine, which may have to be stopped first.
     on_demand: Option<OnDemand>,
 }
 
@@ -95,15 +97,20 @@ impl Parts {
             }
         };
 
+        let mut bare = None;
         let (memory, on_demand) = match snapshot {
             Some(snapshot) => {
-                let probed = match snapshot.host() {
-                    Some(_) => None,
-                    None => probe_host(config)?,
+                let memory = snapshot.new_memory(config);
+                let mut memory = memory.map_err(VmError::Snapshot)?;
+                bare = match snapshot.take_pc() {
+                    None => prepare(config, context, &mut memory)?,
+                    received => received,
                 };
-                check_host(&snapshot.pc, snapshot.host().or(probed.as_ref()))?;
-                let memory = snapshot.memory(config, &context.of_restore());
-                memory.map_err(VmError::Snapshot)?
+                if let Some(bare) = &bare {
+                    bare.check(&snapshot.pc).map_err(in_state)?;
+                }
+                let filled = snapshot.fill(&memory, config, &context.of_restore());
+                (memory, filled.map_err(VmError::Snapshot)?)
             }
             None => {
                 let memory = GuestMemory::new(&config.memory, config.cpus.max_phys_bits);
@@ -161,6 +168,7 @@ impl Parts {
             iommu: iommu_handle,
             assigned,
             handles,
+            bare,
             on_demand,
         })
     }
@@ -179,8 +187,8 @@ impl Parts {
             ResidencyProbe::new(self.memory.ram().clone()).map_err(VmError::Residency)?;
         let zones = self.memory.zones().to_vec();
         let ram_bytes = self.memory.own_bytes();
-        let mut pc = match snapshot.and_then(Snapshot::take_pc) {
-            Some(pc) => pc,
+        let mut pc = match self.bare.take() {
+            Some(bare) => bare.into_pc(),
             None => new_pc(&open_kvm()?, config, context, self.memory)?,
         };
         let mut outputs = Vec::new();
@@ -277,12 +285,13 @@ pub fn prepare(
     config: &VmConfig,
     context: &VmContext,
     memory: &mut GuestMemory,
-) -> Result<Option<Pc>, VmError> {
+) -> Result<Option<BarePc>, VmError> {
     let Ok(kvm) = open_kvm() else {
         return Ok(None);
     };
     memory.watch(&context.signals);
-    new_pc(&kvm, config, context, memory.clone()).map(Some)
+    let pc = new_pc(&kvm, config, context, memory.clone())?;
+    BarePc::new(&kvm, pc).map(Some).map_err(in_state)
 }
 
 fn new_pc(
@@ -301,28 +310,6 @@ fn new_pc(
         iommu_segments: iommu_segments(config).to_vec(),
     };
     Pc::new(kvm, memory, params, context.of_machine()).map_err(VmError::Pc)
-}
-
-/// What the processor of this host provides to the vCPUs of a machine. Without KVM, no machine is created either, and the
-/// errors about paths come first.
-///
-/// # Errors
-/// KVM fails.
-pub fn probe_host(config: &VmConfig) -> Result<Option<HostCpu>, VmError> {
-    let Ok(kvm) = open_kvm() else {
-        return Ok(None);
-    };
-    HostCpu::probe(&kvm, &config.cpus)
-        .map(Some)
-        .map_err(in_state)
-}
-
-/// Checks whether that is enough to continue the machine.
-///
-/// # Errors
-/// The list of what this host lacks.
-pub fn check_host(pc: &PcState, host: Option<&HostCpu>) -> Result<(), VmError> {
-    host.map_or(Ok(()), |host| pc.check_host(host).map_err(in_state))
 }
 
 fn open_kvm() -> Result<Kvm, VmError> {

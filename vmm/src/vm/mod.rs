@@ -36,7 +36,7 @@ use virtio_devices::iommu::IommuHandle;
 use virtio_devices::mem::MemHandle;
 use virtio_devices::reclaim::InhibitGuard;
 
-pub use build::{check_host, prepare, probe_host};
+pub use build::prepare;
 pub use context::{Consoles, VmContext};
 pub use error::{HotplugError, VmError};
 use handles::Handles;

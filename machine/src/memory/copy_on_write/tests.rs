@@ -37,7 +37,7 @@ fn saved() -> Vec<SavedZone> {
 }
 
 fn shown(files: &[SavedZone]) -> GuestMemory {
-    let mut memory = memory(false);
+    let memory = memory(false);
     memory.show_files(files, true, |_| ()).unwrap();
     memory
 }

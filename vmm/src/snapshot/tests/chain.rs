@@ -93,7 +93,7 @@ fn values(memory: &GuestMemory) -> Vec<u64> {
 pub(super) fn restored(folder: &Path, filling: Filling) -> Result<Vec<u64>, SnapshotError> {
     let mut snapshot = Snapshot::open(folder, &|_| Ok(()))?;
     snapshot.filling = filling;
-    let (memory, on_demand) = snapshot.memory(&snapshot.config, &context())?;
+    let (memory, on_demand) = memory_with_content(&snapshot, &snapshot.config)?;
     let values = values(&memory);
     drop(on_demand);
     Ok(values)

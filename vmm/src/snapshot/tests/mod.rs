@@ -8,6 +8,7 @@ use api::config::{
 };
 use api::{RestoreConfig, VmConfig, error_line};
 use machine::memory::GuestMemory;
+use machine::memory::on_demand::OnDemand;
 use serde_json::json;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
@@ -83,9 +84,19 @@ fn names(folder: &tempfile::TempDir) -> Vec<String> {
     names
 }
 
+/// The RAM of `config` with the content of the snapshot.
+fn memory_with_content(
+    snapshot: &Snapshot,
+    config: &VmConfig,
+) -> Result<(GuestMemory, Option<OnDemand>), SnapshotError> {
+    let memory = snapshot.new_memory(config)?;
+    let on_demand = snapshot.fill(&memory, config, &context())?;
+    Ok((memory, on_demand))
+}
+
 fn load(folder: &tempfile::TempDir) -> Result<GuestMemory, SnapshotError> {
     let snapshot = Snapshot::open(folder.path(), &|_| Ok(()))?;
-    let loaded = snapshot.memory(&snapshot.config, &context());
+    let loaded = memory_with_content(&snapshot, &snapshot.config);
     loaded.map(|(memory, _)| memory)
 }
 
@@ -131,7 +142,7 @@ fn snapshot_comes_back_on_demand() {
     };
     let mut snapshot = Snapshot::open(folder.path(), &|_| Ok(())).unwrap();
     snapshot.filling = filling;
-    let (memory, on_demand) = snapshot.memory(&snapshot.config, &context()).unwrap();
+    let (memory, on_demand) = memory_with_content(&snapshot, &snapshot.config).unwrap();
     let mut bytes = [0; 5001];
     let ram = memory.ram().memory();
     ram.read_slice(&mut bytes, GuestAddress(4 << 20)).unwrap();
@@ -384,12 +395,12 @@ fn memory_is_populated_only_if_the_snapshot_fits_it() {
     let snapshot = Snapshot::open(folder.path(), &|_| Ok(())).unwrap();
     let mut config = config();
     config.memory.prefault = true;
-    let (memory, _) = snapshot.memory(&config, &context()).unwrap();
+    let (memory, _) = memory_with_content(&snapshot, &config).unwrap();
     let probe = virtio_devices::reclaim::ResidencyProbe::new(memory.ram().clone()).unwrap();
     assert_eq!(probe.measure().unwrap().resident_bytes, 8 << 20);
     // More RAM than any host has.
     config.memory.size = 1 << 42;
-    let error = snapshot.memory(&config, &context()).unwrap_err();
+    let error = memory_with_content(&snapshot, &config).unwrap_err();
     assert!(error_line(&error).contains("memory-map"), "{error}");
 }
 
