@@ -176,6 +176,8 @@ fn read(text: &str, script: &str, place: &Path, tap: Option<&File>) -> Result<Co
     let tap = tap.map(inherit).transpose()?.map(|fd| fd.to_string());
     let machine = Machine {
         script,
+        // Adopters' kernels use added memory at once; Debian's wait for a program of the guest.
+        command_line: "memhp_default_state=online",
         ..Machine::default()
     };
     let replacements = [
