@@ -19,6 +19,7 @@ pub mod dma;
 mod dma_mapped;
 mod empty_state;
 pub mod file_lock;
+pub mod file_system;
 pub mod fs;
 pub mod iommu;
 pub mod listening_socket;

@@ -6,7 +6,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use vfio_ioctls::{VfioContainer, VfioDeviceFd};
-use virtio_devices::Unpoisoned;
+use virtio_devices::{Unpoisoned, file_system};
 use vm_memory::{
     GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
     MemoryRegionAddress, Permissions, VolatileSlice,
@@ -15,7 +15,7 @@ use vm_memory::{
 use super::claims::{Claims, Occupancy};
 use super::error::AssignError;
 use super::iommu_calls::{PAGE_BYTES, map, unmap};
-use crate::memory::{GuestMemory, PinnedBlocks, is_in_memory};
+use crate::memory::{GuestMemory, PinnedBlocks};
 
 /// A container. It exists while any of its devices exists.
 pub(crate) struct Container {
@@ -153,7 +153,7 @@ fn is_in_ordinary_file(region: &GuestRegionMmap<()>) -> bool {
     let file = region
         .file_offset()
         .filter(|_| region.flags() & libc::MAP_SHARED != 0);
-    file.is_some_and(|file| !is_in_memory(file.file()))
+    file.is_some_and(|file| !file_system::is_in_memory(file.file()))
 }
 
 /// Why a region was not mapped.
@@ -191,7 +191,7 @@ mod tests {
         };
         // The program that runs: on a disk, if this is not a folder in memory.
         let program = || File::open("/proc/self/exe").unwrap();
-        if is_in_memory(&program()) {
+        if file_system::is_in_memory(&program()) {
             test_skip::skip("the programs are in memory");
             return;
         }

@@ -17,11 +17,12 @@ use std::ptr;
 use std::sync::Arc;
 
 use api::config::MemoryZoneConfig;
+use virtio_devices::file_system;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, MmapRegion};
 
 use super::error::ZoneError;
-use super::file::{ZoneFile, huge_page_bytes_of};
+use super::file::ZoneFile;
 use super::hugetlb_limit::{self, Counts};
 use super::layout::{MIB, PAGE_BYTES};
 use super::numa_policy;
@@ -273,7 +274,7 @@ fn memfd(bytes: u64, flags: libc::c_uint) -> Result<Source, ZoneError> {
     }
     // SAFETY: the descriptor is open and has no other owner.
     let file = unsafe { File::from_raw_fd(fd) };
-    let huge_page_bytes = huge_page_bytes_of(&file);
+    let huge_page_bytes = file_system::huge_page_bytes(&file);
     let page_bytes = huge_page_bytes.unwrap_or(PAGE_BYTES);
     if !bytes.is_multiple_of(page_bytes) {
         return Err(ZoneError::NotPageMultiple { bytes, page_bytes });

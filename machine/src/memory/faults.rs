@@ -12,11 +12,10 @@
 use std::io;
 use std::sync::{Arc, Mutex, Weak};
 
-use virtio_devices::Unpoisoned;
+use virtio_devices::{Unpoisoned, file_system};
 use vm_memory::{GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 use super::bus_error::Cover;
-use super::file::huge_page_bytes_of;
 use super::layout::PAGE_BYTES;
 use super::zones::Zone;
 use crate::signals::VmSignals;
@@ -116,7 +115,7 @@ impl MemoryFaults {
     ) -> io::Result<Arc<DeviceCover>> {
         let event = Arc::clone(&self.signals.memory);
         let file = mapping.file_offset();
-        let huge_page_bytes = file.and_then(|file| huge_page_bytes_of(file.file()));
+        let huge_page_bytes = file.and_then(|file| file_system::huge_page_bytes(file.file()));
         let page_bytes = huge_page_bytes.unwrap_or(PAGE_BYTES);
         let cover = Cover::new(mapping, guest_address, page_bytes, event)?;
         let device = Arc::new(DeviceCover {

@@ -8,16 +8,14 @@
 //!
 //! No other process can open a file without a name. A private mapping of such a file would behave like private
 //! anonymous memory, but cost more, because its zeros come from the file system.
-#![allow(unsafe_code)]
-// UNSAFETY: `fstatfs` has no safe wrapper among our dependencies.
 
 use std::fs::{self, File, OpenOptions};
 use std::hash::{BuildHasher, RandomState};
 use std::io;
-use std::mem::MaybeUninit;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+
+use virtio_devices::file_system;
 
 use super::error::ZoneError;
 use super::layout::PAGE_BYTES;
@@ -46,7 +44,7 @@ impl ZoneFile {
         } else {
             return Err(self.not_a_file());
         };
-        let page_bytes = file.as_ref().and_then(huge_page_bytes_of);
+        let page_bytes = file.as_ref().and_then(file_system::huge_page_bytes);
         self.check_huge_pages(page_bytes)?;
         Ok(match file {
             None => Source::anonymous(),
@@ -78,7 +76,7 @@ impl ZoneFile {
     /// A new file of `bytes` without a name, unless private anonymous memory suffices; always shared.
     fn open_directory(&self, bytes: u64) -> Result<(Option<File>, bool), ZoneError> {
         let directory = File::open(&self.path).map_err(|source| self.open_error(source))?;
-        let page_bytes = huge_page_bytes_of(&directory);
+        let page_bytes = file_system::huge_page_bytes(&directory);
         if !self.shared && page_bytes.is_none() {
             return Ok((None, false));
         }
@@ -147,27 +145,6 @@ fn nameless_file(directory: &Path) -> io::Result<File> {
         }
     }
     Err(io::ErrorKind::AlreadyExists.into())
-}
-
-/// Page size of a file or directory on hugetlbfs; `None` on any other file system.
-pub(super) fn huge_page_bytes_of(file: &File) -> Option<u64> {
-    let stat = file_system_of(file)?;
-    (stat.f_type == libc::HUGETLBFS_MAGIC).then(|| u64::try_from(stat.f_bsize).ok())?
-}
-
-/// Whether the pages of a file are memory alone, so that the kernel lets devices write to them at any time. It tracks
-/// changes of all other files, and since Linux 6.5 refuses to pin their pages.
-pub(crate) fn is_in_memory(file: &File) -> bool {
-    let kind = file_system_of(file).map(|stat| stat.f_type);
-    matches!(kind, Some(libc::TMPFS_MAGIC | libc::HUGETLBFS_MAGIC))
-}
-
-fn file_system_of(file: &File) -> Option<libc::statfs> {
-    let mut stat = MaybeUninit::<libc::statfs>::uninit();
-    // SAFETY: the descriptor is open and `stat` is large enough for what the kernel writes.
-    let ret = unsafe { libc::fstatfs(file.as_raw_fd(), stat.as_mut_ptr()) };
-    // SAFETY: the kernel has filled it, because it returned zero.
-    (ret == 0).then(|| unsafe { stat.assume_init() })
 }
 
 #[cfg(test)]

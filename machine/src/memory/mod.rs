@@ -45,7 +45,6 @@ pub use e820::{E820Entry, E820Kind, e820_map};
 pub use error::{MemoryError, ZoneError};
 pub(crate) use faults::DeviceCover;
 pub use faults::{MemoryFailure, MemoryFault, MemoryFaults};
-pub(crate) use file::is_in_memory;
 pub use guest_ram::GuestMemory;
 pub use handed_over::PrivateZone;
 pub use hotplug::{MEMORY_HOTPLUG_BYTES, MemoryHotplug, MemoryHotplugState};

@@ -5,9 +5,10 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 
+use virtio_devices::file_system;
+
 use super::backing::{self, Backing};
 use super::error::ZoneError;
-use super::file::huge_page_bytes_of;
 use super::layout::PAGE_BYTES;
 use super::source::Source;
 
@@ -59,7 +60,7 @@ fn adopt(backing: &Backing, file: File, bytes: u64) -> Result<Source, ZoneError>
     if size != bytes {
         return Err(ZoneError::Foreign("it has another size than the zone"));
     }
-    let huge_page_bytes = huge_page_bytes_of(&file);
+    let huge_page_bytes = file_system::huge_page_bytes(&file);
     let page_bytes = huge_page_bytes.unwrap_or(PAGE_BYTES);
     if expected.is_some_and(|expected| expected != page_bytes) {
         return Err(ZoneError::Foreign("it has pages of another size"));

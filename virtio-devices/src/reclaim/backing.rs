@@ -1,14 +1,13 @@
 //! The backing of each region of guest RAM, which determines how its pages are discarded.
 #![allow(unsafe_code)]
-// UNSAFETY: `fstatfs` and `sysconf` have no safe wrapper among our dependencies.
+// UNSAFETY: `sysconf` has no safe wrapper among our dependencies.
 
-use std::fs::File;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, RawFd};
 
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
 use super::sys;
+use crate::file_system;
 
 /// The content that the guest relies on in discarded memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +69,7 @@ impl RegionLayout {
             _ => Backing::Unsupported,
         };
         let huge_bytes = match file {
-            Some(file) => hugetlbfs_page_bytes(file.file()),
+            Some(file) => file_system::huge_page_bytes(file.file()),
             None => anonymous_huge_page_bytes(flags),
         };
         Self {
@@ -100,27 +99,6 @@ impl RegionLayout {
 /// The regions of a memory map in ascending order.
 pub(super) fn layout_of(mem: &GuestMemoryMmap<()>) -> Vec<RegionLayout> {
     mem.iter().map(RegionLayout::of).collect()
-}
-
-/// Page size of a file on hugetlbfs; `None` on any other file system.
-fn hugetlbfs_page_bytes(file: &File) -> Option<u64> {
-    let stat = file_system(file)?;
-    (stat.f_type == libc::HUGETLBFS_MAGIC).then(|| u64::try_from(stat.f_bsize).ok())?
-}
-
-/// Whether the file is in memory, so that its blocks are pages.
-pub(super) fn is_memory_file(file: &File) -> bool {
-    file_system(file)
-        .is_some_and(|s| s.f_type == libc::TMPFS_MAGIC || s.f_type == libc::HUGETLBFS_MAGIC)
-}
-
-fn file_system(file: &File) -> Option<libc::statfs> {
-    let mut stat = MaybeUninit::<libc::statfs>::uninit();
-    // SAFETY: the descriptor is open for the whole call and `stat` is large
-    // enough for what the kernel writes.
-    let ret = unsafe { libc::fstatfs(file.as_raw_fd(), stat.as_mut_ptr()) };
-    // SAFETY: the kernel fills the structure whenever it returns zero.
-    (ret == 0).then(|| unsafe { stat.assume_init() })
 }
 
 /// Page size of an anonymous `MAP_HUGETLB` mapping, from its flags.

@@ -20,10 +20,10 @@ use vm_memory::{
     Address, GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
 };
 
-use super::backing::{base_page_bytes, is_memory_file};
+use super::backing::base_page_bytes;
 use super::pagemap::{MappedBytes, Pagemap};
-use crate::Unpoisoned;
 use crate::device::GuestRam;
+use crate::{Unpoisoned, file_system};
 
 /// A sample up to this age is always reused.
 const SAMPLE_AGE_MIN: Duration = Duration::from_millis(100);
@@ -181,7 +181,7 @@ impl ResidencyProbe {
             let memory_file = region
                 .file_offset()
                 .map(vm_memory::FileOffset::file)
-                .filter(|file| shared && is_memory_file(file));
+                .filter(|file| shared && file_system::is_in_memory(file));
             let held = match memory_file {
                 Some(file) => {
                     let cached = if swap_in_use {
