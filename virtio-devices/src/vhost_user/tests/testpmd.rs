@@ -23,6 +23,8 @@ const THEIR_IP: [u8; 4] = [192, 0, 2, 2];
 /// `connects`: it connects to the socket, instead of listening on it.
 fn start(program: &Path, socket: &Path, connects: bool) -> Process {
     let mut command = Command::new(program);
+    // Its thread that polls shares a processor with the other one.
+    command.arg("--lcores=(0,1)@0");
     // Uses no huge pages and no devices of the host, and shares no files with other processes of DPDK.
     command.args([
         "--no-huge",
