@@ -26,10 +26,11 @@ use integration_tests::{paths, shared, tests};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::back_end::{self, BackEnd};
 use crate::debian::reporting_gives_back;
 use crate::pmem::root_image;
-use crate::shared_folder::Virtiofsd;
-use crate::vhost_user_disk::Daemon;
+use crate::shared_folder::{self, VIRTIOFSD};
+use crate::vhost_user_disk::{self, STORAGE_DAEMON};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
@@ -88,7 +89,7 @@ struct Adopter {
 struct Booted {
     guest: Guest,
     place: TempDir,
-    virtiofsd: Option<Virtiofsd>,
+    virtiofsd: Option<BackEnd>,
     /// The guest could not read the shared folder.
     folder_unread: bool,
     _tap: Option<File>,
@@ -157,14 +158,15 @@ impl Adopter {
         })
     }
 
-    fn start_virtiofsd(&self, place: &Path) -> Result<Option<Virtiofsd>> {
-        let (Some(socket), Some(program)) = (self.shared_folder, Virtiofsd::program()) else {
+    fn start_virtiofsd(&self, place: &Path) -> Result<Option<BackEnd>> {
+        let (Some(socket), Some(program)) = (self.shared_folder, back_end::program(VIRTIOFSD))
+        else {
             return Ok(None);
         };
         let folder = place.join("shared");
         fs::create_dir(&folder)?;
         fs::write(folder.join("greeting"), "from the host")?;
-        Virtiofsd::start(&program, &place.join(socket), &folder).map(Some)
+        shared_folder::start(&program, &place.join(socket), &folder).map(Some)
     }
 }
 
@@ -699,16 +701,15 @@ fn ubicloud_boots(
     reclaim: impl FnOnce(&mut Guest) -> Result<()>,
 ) -> Result<Outcome> {
     const SCRIPT: &str = "until guest-mem serve vsock 1024; do sleep 0.2; done";
-    let Some(program) = Daemon::program() else {
-        let reason = "qemu-storage-daemon is not installed: run `cargo xtask test-tools`";
-        return Ok(Outcome::Skipped(reason.into()));
+    let Some(program) = back_end::program(STORAGE_DAEMON) else {
+        return Ok(back_end::not_installed(STORAGE_DAEMON));
     };
     let place = tempfile::tempdir()?;
     let folder = place.path().to_owned();
     for name in ["cloudinit.img", "disk"] {
         File::create_new(folder.join(name))?.set_len(16 * MIB)?;
     }
-    let daemon = Daemon::start(
+    let daemon = vhost_user_disk::start(
         &program,
         &folder.join("disk"),
         &folder.join("vhost.sock"),

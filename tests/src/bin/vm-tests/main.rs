@@ -9,6 +9,7 @@ mod assigned;
 mod assigned_dma;
 mod assigned_group;
 mod assigned_load;
+mod back_end;
 mod balloon;
 mod boot;
 mod chaos;
@@ -34,6 +35,7 @@ mod shared_folder;
 mod snapshot;
 mod snapshot_cycles;
 mod stress;
+mod vhost_user_devices;
 mod vhost_user_disk;
 mod vsock;
 mod zones;
@@ -102,6 +104,7 @@ fn main() -> ExitCode {
         readme::tests(),
         shared_folder::tests(),
         vhost_user_disk::tests(),
+        vhost_user_devices::tests(),
         adopters::tests(),
     ];
     outcome::main(all.into_iter().flatten().collect())

@@ -1,8 +1,8 @@
 //! Tests a folder of the host in a Linux guest, shared by virtiofsd. The kernel is one of Debian's.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -12,6 +12,7 @@ use integration_tests::paths;
 use integration_tests::tests;
 use integration_tests::wait::wait_for;
 
+use crate::back_end::{self, BackEnd, counter, not_installed, wait_counter};
 use crate::debian::{
     DISTRIBUTION_DEADLINE, balloon_inflates_and_deflates, reporting_goes_on_under_load,
 };
@@ -32,49 +33,14 @@ const LOAD: &str = "dd if=/dev/urandom of=/tmp/base bs=64k count=4 2> /dev/null;
     mv /mnt/new /mnt/load.$n && cmp /tmp/source /mnt/load.$n || { touch /tmp/bad; break; }; \
     [ $n -lt 3 ] || rm /mnt/load.$((n-2)); echo $n > /tmp/rounds; sleep 2; done; touch /tmp/stopped";
 
-/// The back end; killed when it is dropped.
-pub(crate) struct Virtiofsd(Child);
+pub(crate) const VIRTIOFSD: &str = "virtiofsd";
 
-impl Virtiofsd {
-    /// The program, if it is installed.
-    pub(crate) fn program() -> Option<PathBuf> {
-        let program = paths::workspace().join("target/virtiofsd/bin/virtiofsd");
-        program.is_file().then_some(program)
-    }
-
-    pub(crate) fn start(program: &Path, socket: &Path, folder: &Path) -> Result<Self> {
-        let child = Command::new(program)
-            .arg("--socket-path")
-            .arg(socket)
-            .arg("--shared-dir")
-            .arg(folder)
-            // The emulated host has no other users, and its kernel lacks features that the sandbox needs.
-            .args(["--sandbox", "none", "--seccomp", "none"])
-            .stderr(Stdio::null())
-            .spawn()
-            .with_context(|| format!("starting {}", program.display()))?;
-        Ok(Self(child))
-    }
-}
-
-impl Drop for Virtiofsd {
-    fn drop(&mut self) {
-        // SIGKILL.
-        self.0.kill().ok();
-        self.0.wait().ok();
-    }
-}
-
-fn counter(guest: &Guest, name: &str) -> Result<u64> {
-    let counters = guest.vmm.get("vm.counters")?;
-    let found = counters["work"][name].as_u64();
-    found.with_context(|| format!("no {name} in {counters:#}"))
-}
-
-fn wait_counter(guest: &Guest, name: &str, value: u64) -> Result<()> {
-    wait_for(name, GUEST_DEADLINE, || {
-        Ok((counter(guest, name)? == value).then_some(()))
-    })
+pub(crate) fn start(program: &Path, socket: &Path, folder: &Path) -> Result<BackEnd> {
+    let mut command = Command::new(program);
+    command.arg("--socket-path").arg(socket);
+    command.arg("--shared-dir").arg(folder);
+    // The emulated host has no other users, and its kernel lacks features that the sandbox needs.
+    BackEnd::start(command.args(["--sandbox", "none", "--seccomp", "none"]))
 }
 
 fn wait_file(guest: &mut Guest, name: &str) -> Result<()> {
@@ -115,9 +81,8 @@ fn exchange(guest: &mut Guest, folder: &Path, round: usize) -> Result<()> {
 }
 
 fn debian_guest_shares_a_folder_while_memory_goes_and_the_back_end_is_killed() -> Result<Outcome> {
-    let Some(program) = Virtiofsd::program() else {
-        let reason = "virtiofsd is not installed: run `cargo xtask test-tools`";
-        return Ok(Outcome::Skipped(reason.into()));
+    let Some(program) = back_end::program(VIRTIOFSD) else {
+        return Ok(not_installed(VIRTIOFSD));
     };
     let Some(kernel) = ["debian-6.12/vmlinuz", "debian-6.1/vmlinuz"]
         .into_iter()
@@ -129,7 +94,7 @@ fn debian_guest_shares_a_folder_while_memory_goes_and_the_back_end_is_killed() -
     let socket = place.path().join("work.sock");
     let folder = place.path().join("work");
     fs::create_dir(&folder)?;
-    let mut back_end = Virtiofsd::start(&program, &socket, &folder)?;
+    let mut back_end = start(&program, &socket, &folder)?;
     let option = format!("tag=work,id=work,socket={}", socket.display());
     let machine = Machine {
         kernel,
@@ -161,18 +126,18 @@ fn debian_guest_shares_a_folder_while_memory_goes_and_the_back_end_is_killed() -
 
     for round in 2..4 {
         drop(back_end);
-        wait_counter(&guest, "connected", 0)?;
+        wait_counter(&guest, "work", "connected", 0)?;
         // A new virtiofsd does not know the previous mount. Until there is one, the guest waits.
         guest.shell(
             "rm -f /tmp/again; (umount /mnt; mount -t virtiofs work /mnt && touch /tmp/again) \
              > /tmp/mount 2>&1 < /dev/null &",
         )?;
-        back_end = Virtiofsd::start(&program, &socket, &folder)?;
+        back_end = start(&program, &socket, &folder)?;
         wait_file(&mut guest, "/tmp/again")?;
         exchange(&mut guest, &folder, round).context("after a restart of the back end")?;
     }
-    ensure!(counter(&guest, "connections_lost")? == 2);
-    ensure!(counter(&guest, "protocol_errors")? == 0);
+    ensure!(counter(&guest, "work", "connections_lost")? == 2);
+    ensure!(counter(&guest, "work", "protocol_errors")? == 0);
     guest.shell("umount /mnt")?;
     guest.end_cleanly()?;
     drop(back_end);

@@ -1,17 +1,16 @@
 //! Tests a disk that QEMU's storage daemon serves, in a Linux guest.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::linux::{Guest, Machine};
 use integration_tests::outcome::{Outcome, Test};
 use integration_tests::tests;
-use integration_tests::wait::wait_for;
 use serde_json::json;
 
+use crate::back_end::{self, BackEnd, counter, not_installed, wait_counter};
 use crate::debian::reporting_goes_on_under_load;
 use crate::hotplug::{expect, wait_disk, wait_gone};
 
@@ -22,7 +21,6 @@ pub(crate) fn tests() -> Vec<Test> {
 const DISK_BYTES: u64 = 64 << 20;
 const KILLS: u64 = 6;
 const QUEUES: usize = 2;
-const GUEST_DEADLINE: Duration = Duration::from_secs(240);
 
 /// Each writer has a part of the disk. It writes 2 MiB, reads them back past the page cache, and leaves `/tmp/bad` if
 /// they differ.
@@ -35,52 +33,19 @@ const LOAD: &str = "dd if=/dev/urandom of=/tmp/base.$w bs=64k count=32 2> /dev/n
     echo $n > /tmp/rounds.$w; done; touch /tmp/stopped.$w";
 const WRITERS: u32 = 3;
 
-/// The back end; killed when it is dropped.
-pub(crate) struct Daemon(Child);
+pub(crate) const STORAGE_DAEMON: &str = "qemu-storage-daemon";
 
-impl Daemon {
-    /// The program, if it is installed.
-    pub(crate) fn program() -> Option<PathBuf> {
-        let program = PathBuf::from("/usr/bin/qemu-storage-daemon");
-        program.is_file().then_some(program)
-    }
-
-    /// Serves `image` through this many queues.
-    pub(crate) fn start(
-        program: &Path,
-        image: &Path,
-        socket: &Path,
-        queues: usize,
-    ) -> Result<Self> {
-        let blockdev = format!(
-            "driver=file,node-name=disk,discard=unmap,filename={}",
-            image.display()
-        );
-        let export = format!(
-            "type=vhost-user-blk,id=disk,node-name=disk,writable=on,num-queues={queues},addr.type=unix,addr.path={}",
-            socket.display()
-        );
-        let child = Command::new(program)
-            .args(["--blockdev", &blockdev, "--export", &export])
-            .stderr(Stdio::null())
-            .spawn()
-            .with_context(|| format!("starting {}", program.display()))?;
-        Ok(Self(child))
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        // SIGKILL.
-        self.0.kill().ok();
-        self.0.wait().ok();
-    }
-}
-
-fn counter(guest: &Guest, name: &str) -> Result<u64> {
-    let counters = guest.vmm.get("vm.counters")?;
-    let found = counters["data"][name].as_u64();
-    found.with_context(|| format!("no {name} in {counters:#}"))
+/// Serves `image` through this many queues.
+pub(crate) fn start(program: &Path, image: &Path, socket: &Path, queues: usize) -> Result<BackEnd> {
+    let blockdev = format!(
+        "driver=file,node-name=disk,discard=unmap,filename={}",
+        image.display()
+    );
+    let export = format!(
+        "type=vhost-user-blk,id=disk,node-name=disk,writable=on,num-queues={queues},addr.type=unix,addr.path={}",
+        socket.display()
+    );
+    BackEnd::start(Command::new(program).args(["--blockdev", &blockdev, "--export", &export]))
 }
 
 /// Waits until every writer has done this many more rounds.
@@ -96,9 +61,8 @@ fn rounds(guest: &mut Guest, more: u64) -> Result<()> {
 }
 
 fn vhost_user_disk_keeps_data_while_its_back_end_is_killed() -> Result<Outcome> {
-    let Some(program) = Daemon::program() else {
-        let reason = "qemu-storage-daemon is not installed: run `cargo xtask test-tools`";
-        return Ok(Outcome::Skipped(reason.into()));
+    let Some(program) = back_end::program(STORAGE_DAEMON) else {
+        return Ok(not_installed(STORAGE_DAEMON));
     };
     let place = tempfile::tempdir()?;
     let socket = place.path().join("disk.sock");
@@ -121,7 +85,7 @@ fn vhost_user_disk_keeps_data_while_its_back_end_is_killed() -> Result<Outcome> 
     };
     // The guest waits for the back end when it probes the disk.
     let starting = machine.start()?;
-    let mut daemon = Daemon::start(&program, &image, &socket, QUEUES)?;
+    let mut daemon = start(&program, &image, &socket, QUEUES)?;
     let mut guest = Guest::on_socket(starting, "serial.sock")?;
     guest.wait_init()?;
     guest.wait_serving()?;
@@ -136,10 +100,8 @@ fn vhost_user_disk_keeps_data_while_its_back_end_is_killed() -> Result<Outcome> 
     rounds(&mut guest, 1)?;
     for kills in 1..=KILLS {
         drop(daemon);
-        wait_for("the end of the connection", GUEST_DEADLINE, || {
-            Ok((counter(&guest, "connections_lost")? == kills).then_some(()))
-        })?;
-        daemon = Daemon::start(&program, &image, &socket, QUEUES)?;
+        wait_counter(&guest, "data", "connections_lost", kills)?;
+        daemon = start(&program, &image, &socket, QUEUES)?;
         rounds(&mut guest, 1).with_context(|| format!("after kill {kills}"))?;
     }
     reporting_goes_on_under_load(&mut guest).context("reporting under load")?;
@@ -149,8 +111,8 @@ fn vhost_user_disk_keeps_data_while_its_back_end_is_killed() -> Result<Outcome> 
     guest
         .shell("cat /tmp/rounds.* /tmp/load.*; test ! -e /tmp/bad")
         .context("a block differs")?;
-    ensure!(counter(&guest, "uncertain_requests")? == 0);
-    ensure!(counter(&guest, "protocol_errors")? == 0);
+    ensure!(counter(&guest, "data", "uncertain_requests")? == 0);
+    ensure!(counter(&guest, "data", "protocol_errors")? == 0);
 
     guest.command("disk-fill /dev/vda 8M 9")?;
     expect(&guest, "vm.remove-device", &json!({"id": "data"}), 204)?;
