@@ -13,7 +13,8 @@ pub fn huge_page_bytes(file: &File) -> Option<u64> {
     (stat.f_type == libc::HUGETLBFS_MAGIC).then(|| u64::try_from(stat.f_bsize).ok())?
 }
 
-/// Whether the file exists in memory alone, so that its blocks are pages: on tmpfs, hugetlbfs, or a memfd.
+/// Whether a regular file exists in memory alone, so that its blocks are pages: on tmpfs, hugetlbfs, or a memfd. Of a device,
+/// this is where its node is, which is usually in memory.
 #[must_use]
 pub fn is_in_memory(file: &File) -> bool {
     let kind = statfs(file).map(|stat| stat.f_type);

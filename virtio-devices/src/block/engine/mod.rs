@@ -35,7 +35,9 @@ pub(super) fn new_engine(
     let tries_aio = matches!(choice, EngineChoice::Auto | EngineChoice::Aio);
     // The crate that reads containers has plain calls only. From a file in memory, the kernel reads nothing without the
     // right to wait: it would pass each request to a thread of its own, for what is a copy.
-    let in_memory = choice != EngineChoice::IoUring && file_system::is_in_memory(image.file());
+    let in_memory = choice != EngineChoice::IoUring
+        && !image.is_block_device()
+        && file_system::is_in_memory(image.file());
     if image.container().is_some() || in_memory {
         return Ok(Box::new(SyncEngine::new(Arc::clone(image))));
     }

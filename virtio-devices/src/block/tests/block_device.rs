@@ -2,9 +2,12 @@
 
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::Arc;
 
 use super::*;
 use crate::VirtioDevice;
+use crate::block::engine::new_engine;
+use crate::block::image::Image;
 
 /// A loop device, detached when dropped.
 struct Loop {
@@ -48,6 +51,22 @@ impl Drop for Loop {
             .arg(&self.path)
             .status();
         assert!(detached.unwrap().success(), "loop device is left behind");
+    }
+}
+
+#[test]
+fn device_is_used_through_the_ring_wherever_its_node_is() {
+    let Some(device) = Loop::new(8, 512) else {
+        return;
+    };
+    let image = Arc::new(Image::open(&device.params()).unwrap());
+    let has_ring = |choice| {
+        let engine = new_engine(choice, &image, 8);
+        engine.map(|engine| engine.completion_fd().is_some())
+    };
+    match has_ring(EngineChoice::IoUring) {
+        Ok(has) => assert!(has && has_ring(EngineChoice::Auto).unwrap()),
+        Err(error) => test_skip::skip(format!("no io_uring here: {error}")),
     }
 }
 
