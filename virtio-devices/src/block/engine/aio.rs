@@ -207,6 +207,8 @@ impl IoEngine for AioEngine {
                     let id = self.started.remove(0).aio_data as u16;
                     let result = -error.raw_os_error().unwrap_or(libc::EIO);
                     self.done.push(Completion { id, result });
+                    // The kernel does not signal what it rejects. Fails only if the descriptor is readable anyway.
+                    self.ready.write(1).ok();
                 }
             }
         }
@@ -272,6 +274,12 @@ mod tests {
         }
         engine.started[0].aio_lio_opcode = 999;
         assert_eq!(results(&mut engine, 2), [-libc::EINVAL, 0]);
+        drop(engine.ready.read());
+        // SAFETY: as above.
+        unsafe { engine.submit(1, &IoOperation::Sync) }.expect("there is room");
+        engine.started[0].aio_lio_opcode = 999;
+        engine.flush().expect("the kernel takes others");
+        assert!(engine.ready.read().is_ok(), "a worker would sleep for ever");
     }
 
     #[test]
