@@ -501,3 +501,10 @@ fn check_queues(queue_sizes: &[u16]) -> Result<(), TransportError> {
 pub(super) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unpoisoned()
 }
+
+/// All workers stop at the same time: a disk's may wait for the kernel to end its requests.
+impl Drop for VirtioPciFunction {
+    fn drop(&mut self) {
+        self.begin_stop();
+    }
+}
