@@ -373,9 +373,8 @@ impl Lifecycle {
         movable(&config).map_err(LifecycleError::Migration)?;
         let state = state.pc.read();
         let state = state.map_err(|error| LifecycleError::Snapshot(SnapshotError::State(error)))?;
-        self.confinement
-            .admit(&config)
-            .map_err(LifecycleError::Landlock)?;
+        let admitted = self.confinement.check_config(&config);
+        admitted.map_err(LifecycleError::Landlock)?;
         let memory = snapshot::memory_of(&config, &state, files);
         let mut memory = memory.map_err(LifecycleError::Snapshot)?;
         if postpones {
@@ -388,6 +387,9 @@ impl Lifecycle {
             let checked = pc.check(&state).map_err(SnapshotError::State);
             checked.map_err(LifecycleError::Snapshot)?;
         }
+        // The rules are permanent, so that a machine that cannot run here must not leave any.
+        let admitted = self.confinement.admit(&config);
+        admitted.map_err(LifecycleError::Landlock)?;
         let (prepared, _) = self.received()?;
         *prepared = Some(Box::new(Prepared { config, pc }));
         Ok(memory)

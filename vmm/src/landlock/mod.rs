@@ -55,12 +55,12 @@ pub struct Confinement {
 
 impl Confinement {
     /// If `config` enables Landlock, confines the calling thread, and all threads that it starts from now on, to the
-    /// paths in `config`. Must be called before the machine is created. Booting the same VM again has no effect.
+    /// paths in `config`. Must be called before the machine has threads. Booting the same VM again has no effect.
     ///
     /// # Errors
     /// The kernel has no Landlock, a rule's path cannot be opened, or earlier layers exclude a path.
     pub fn admit(&mut self, config: &VmConfig) -> Result<(), LandlockError> {
-        self.check(&of_config(config))?;
+        self.check_config(config)?;
         if !config.landlock_enable || self.covers_vm {
             return Ok(());
         }
@@ -74,6 +74,14 @@ impl Confinement {
         }
         self.covers_vm = true;
         Ok(())
+    }
+
+    /// Checks everything that `config` names, as [`Confinement::admit`], which leaves rules that cannot be taken back.
+    ///
+    /// # Errors
+    /// As [`Confinement::check`].
+    pub fn check_config(&self, config: &VmConfig) -> Result<(), LandlockError> {
+        self.check(&of_config(config))
     }
 
     /// Checks that the jail of this process shows `needs`, and that every layer allows them. A path that does not exist
