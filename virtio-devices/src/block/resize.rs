@@ -32,8 +32,12 @@ pub enum DiskResizeError {
     },
     /// Only a raw image can get another size.
     #[error(
-        "cannot resize {}: the disk is a {format} image; resize it with \"qemu-img resize\" while no VM uses it",
-        path.display()
+        "cannot resize {}: the disk is a {format} image; {}",
+        path.display(),
+        match format {
+            ImageFormat::Qcow2 => "resize it with \"qemu-img resize\" while no VM uses it",
+            _ => "convert it with \"qemu-img convert -O qcow2\" or \"-O raw\" first",
+        }
     )]
     Format {
         /// The image.

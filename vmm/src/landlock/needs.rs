@@ -12,7 +12,7 @@ use hypervisor::KVM_PATH;
 use landlock::{AccessFs, BitFlags, make_bitflags};
 
 use super::LandlockError;
-use crate::config::NewDevice;
+use crate::config::{NewDevice, image_format};
 use crate::jail::Place;
 
 /// The device that creates taps.
@@ -244,7 +244,7 @@ fn of_disk(disk: &DiskConfig) -> Vec<Need> {
     };
     let mut needs = vec![Need::new(path, access)];
     if disk.backing_files {
-        let backing = virtio_devices::block::backing_files(path);
+        let backing = virtio_devices::block::backing_files(path, image_format(disk));
         needs.extend(backing.iter().map(|path| Need::new(path, READ & OF_FILES)));
     }
     needs

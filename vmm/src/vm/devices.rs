@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use api::VmConfig;
 use api::config::{
-    BalloonConfig, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, ImageType,
-    NumaConfig, PmemConfig, RtcConfig, VsockConfig,
+    BalloonConfig, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NumaConfig,
+    PmemConfig, RtcConfig, VsockConfig,
 };
 use machine::memory::{GuestMemory, HotplugRam, growing_zones};
 use machine::pc::{Assignment, Plug};
@@ -21,7 +21,7 @@ use machine::signals::VmSignals;
 use machine::threads::DeviceKind;
 use virtio_devices::VirtioDevice;
 use virtio_devices::balloon::{Balloon, BalloonHandle, BalloonParams};
-use virtio_devices::block::{Block, BlockParams, DiskHandle, EngineChoice, ImageFormat};
+use virtio_devices::block::{Block, BlockParams, DiskHandle, EngineChoice};
 use virtio_devices::fs::{Fs, FsParams};
 use virtio_devices::iommu::{Iommu, IommuHandle, IommuParams};
 use virtio_devices::mem::{Mem, MemHandle, MemParams, MemRegion};
@@ -35,7 +35,7 @@ use virtio_devices::vsock::{Vsock, VsockParams};
 use virtio_devices::watchdog::{self, Watchdog};
 
 use super::VmError;
-use crate::config::{has_iommu, iommu_address_width_bits};
+use crate::config::{has_iommu, image_format, iommu_address_width_bits};
 use crate::device_ids::{BALLOON_ID, IOMMU_ID, RNG_ID, RTC_ID, WATCHDOG_ID};
 
 /// The place that a device's section asks for.
@@ -106,18 +106,6 @@ pub(super) fn vhost_user_disk(disk: &DiskConfig, socket: &Path) -> Result<Made, 
     Ok(Made::new(id, DeviceKind::VhostUser, place!(disk), device))
 }
 
-/// The format that the configuration names.
-fn image_format(image_type: ImageType) -> Option<ImageFormat> {
-    match image_type {
-        ImageType::FlatVmdk => Some(ImageFormat::Vmdk),
-        ImageType::FixedVhd => Some(ImageFormat::Vhd),
-        ImageType::Qcow2 => Some(ImageFormat::Qcow2),
-        ImageType::Raw => Some(ImageFormat::Raw),
-        ImageType::Vhdx => Some(ImageFormat::Vhdx),
-        ImageType::Unknown => None,
-    }
-}
-
 /// Opens a disk's image.
 pub(super) fn disk(
     disk: &DiskConfig,
@@ -134,7 +122,7 @@ pub(super) fn disk(
         queue_size: disk.queue_size,
         serial: disk.serial.clone(),
         sparse: disk.sparse,
-        format: disk.image_type.and_then(image_format),
+        format: image_format(disk),
         backing_files: disk.backing_files,
         lock_granularity: disk.lock_granularity,
         engine: match (disk.disable_io_uring, disk.disable_aio) {

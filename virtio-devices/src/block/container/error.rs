@@ -179,7 +179,9 @@ pub enum VhdError {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum VmdkError {
     /// Sparse, compressed or on a device.
-    #[error("only flat VMDKs are supported; convert it with \"qemu-img convert -O qcow2\"")]
+    #[error(
+        "only flat VMDKs are supported (extents of the types FLAT, VMFS and ZERO); convert it with \"qemu-img convert -O qcow2\""
+    )]
     NotFlat,
     /// It would be written.
     #[error(
@@ -187,7 +189,9 @@ pub enum VmdkError {
     )]
     Writable,
     /// The difference to another image.
-    #[error("the VMDK is a snapshot of another image, which is not supported")]
+    #[error(
+        "the VMDK is a snapshot of another image, which is not supported; convert it with \"qemu-img convert -O qcow2\""
+    )]
     Parent,
     /// A file of this size is no descriptor.
     #[error("a VMDK descriptor of {bytes} bytes is larger than supported ({max} bytes)")]
@@ -203,7 +207,10 @@ pub enum VmdkError {
     /// A line, from 1 on, that has no meaning.
     #[error("line {0} of the VMDK descriptor is damaged")]
     Line(usize),
-    /// Another version than 1 to 3; 0 if absent.
+    /// The descriptor states no version.
+    #[error("the VMDK descriptor has no version")]
+    NoVersion,
+    /// Another version than 1 to 3.
     #[error("VMDK version {0} is not supported (only 1 to 3 are)")]
     Version(u32),
     /// The disk has no part.
@@ -218,7 +225,7 @@ pub enum VmdkError {
     /// A descriptor could name any file of the host.
     #[error("the VMDK extent {0:?} is not a file name; extents must be in the folder of the image")]
     ExtentName(String),
-    /// The file has not the size that the descriptor states.
+    /// The file does not have the size that the descriptor states.
     #[error(
         "the file is too short for a VMDK extent: it has {actual} bytes, and its descriptor needs {needed}"
     )]

@@ -109,8 +109,10 @@ impl Container {
             }
             let file = open_backing(params, path, &mut backing)?;
             extent.check(&file)?;
+            let size = file.try_clone();
             let file = ImagoFile::from_open_file(file, options());
-            files.push(file.map_err(|error| rejected(path, ContainerError::Imago(error)))?);
+            let both = file.and_then(|file| Ok((file, size?)));
+            files.push(both.map_err(|error| rejected(path, ContainerError::Imago(error)))?);
         }
         let disk: Arc<dyn DynStorage> = Arc::new(FlatVmdk::new(extents, files));
         let disk = Raw::builder(disk).open(DenyImplicitOpenGate::default());
@@ -373,11 +375,18 @@ impl Drop for Container {
     }
 }
 
-/// The files that the image at `path` refers to. None if one of them cannot be read: opening the image reports that.
-pub fn backing_files(path: &Path) -> Vec<PathBuf> {
-    if let Ok(extents) = vmdk::extents(path) {
+/// The files that the image at `path` refers to. None if one of them cannot be read: opening the image reports that. Images
+/// of other formats than qcow2 and VMDK refer to none, whatever their guests have written to them.
+pub fn backing_files(path: &Path, format: Option<ImageFormat>) -> Vec<PathBuf> {
+    let is = |one| format.is_none() || format == Some(one);
+    if is(ImageFormat::Vmdk)
+        && let Ok(extents) = vmdk::extents(path)
+    {
         let paths = extents.iter().filter_map(|extent| extent.path());
         return paths.map(Path::to_path_buf).collect();
+    }
+    if !is(ImageFormat::Qcow2) {
+        return Vec::new();
     }
     let layers = chain::of(path, true, false).unwrap_or_default();
     layers.into_iter().skip(1).map(|layer| layer.path).collect()

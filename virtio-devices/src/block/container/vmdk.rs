@@ -25,7 +25,9 @@ use crate::block::{BlockError, ImageFormat, SECTOR_BYTES, format};
 
 /// Maximum number of files of one disk, each of which stays open. VMware's have 2 GiB.
 const EXTENTS_MAX: usize = 256;
-/// Enough for so many extents with names of 255 bytes.
+/// The longest name of a file that Linux file systems have (`NAME_MAX`).
+const NAME_BYTES_MAX: usize = 255;
+/// Enough for so many extents with such names.
 const DESCRIPTOR_BYTES_MAX: u64 = 128 << 10;
 /// At the front of a sparse extent, in which a descriptor may be embedded.
 const SPARSE_MAGIC: &[u8] = b"KDMV";
@@ -118,7 +120,8 @@ fn parse(text: &str, folder: &Path) -> Result<Vec<Extent>, VmdkError> {
     }
     match version {
         Some(version) if VERSIONS.contains(&version) => {}
-        _ => return Err(VmdkError::Version(version.unwrap_or(0))),
+        Some(version) => return Err(VmdkError::Version(version)),
+        None => return Err(VmdkError::NoVersion),
     }
     match extents.is_empty() {
         true => Err(VmdkError::NoExtents),
@@ -126,7 +129,8 @@ fn parse(text: &str, folder: &Path) -> Result<Vec<Extent>, VmdkError> {
     }
 }
 
-/// `RW 4192256 FLAT "disk-f001.vmdk" 0` or `RW 2048 ZERO`, with numbers of sectors; `None` for anything else.
+/// `RW 4192256 FLAT "disk-f001.vmdk" 0`, `RW 2048 VMFS "disk-flat.vmdk"` or `RW 2048 ZERO`, with numbers of sectors; `None`
+/// for anything else. FLAT and VMFS differ in the file system on which VMware creates them.
 fn parse_extent(line: &str, start: u64, folder: &Path) -> Result<Option<Extent>, VmdkError> {
     let (head, named) = match line.split_once('"') {
         Some((head, rest)) => (head, rest.rsplit_once('"')),
@@ -136,7 +140,7 @@ fn parse_extent(line: &str, start: u64, folder: &Path) -> Result<Option<Extent>,
     let &[access, sectors, kind] = words.as_slice() else {
         return Ok(None);
     };
-    if !matches!(kind, "FLAT" | "ZERO") || access == "NOACCESS" {
+    if !matches!(kind, "FLAT" | "VMFS" | "ZERO") || access == "NOACCESS" {
         return Err(VmdkError::NotFlat);
     }
     let bytes = |sectors: &str| sectors.parse::<u64>().ok()?.checked_mul(SECTOR_BYTES);
@@ -149,8 +153,12 @@ fn parse_extent(line: &str, start: u64, folder: &Path) -> Result<Option<Extent>,
     };
     let file = match (kind, named) {
         ("ZERO", None) => None,
-        ("FLAT", Some((name, offset))) => {
-            if name.contains('/') || matches!(name, "" | "." | "..") {
+        (_, Some((name, offset))) if kind != "ZERO" => {
+            if name.len() > NAME_BYTES_MAX {
+                return Ok(None);
+            }
+            let is_path = name.contains('/') || matches!(name, "" | "." | "..");
+            if is_path || name.contains(char::is_control) {
                 return Err(VmdkError::ExtentName(name.to_owned()));
             }
             let offset = offset.trim();
@@ -174,11 +182,21 @@ impl Extent {
         self.file.as_ref().map(|(path, _)| path.as_path())
     }
 
-    /// Whether `file`, at its path, has all of its bytes.
+    /// Whether `file`, at its path, is a regular file that has all of its bytes.
     pub(super) fn check(&self, file: &File) -> Result<(), BlockError> {
         let Some((path, offset)) = &self.file else {
             return Ok(());
         };
+        let is_file = file.metadata().map(|stat| stat.is_file());
+        if !is_file.map_err(|source| BlockError::Inspect {
+            path: path.clone(),
+            source,
+        })? {
+            return Err(BlockError::Container {
+                path: path.clone(),
+                source: ContainerError::NotAFile,
+            });
+        }
         let actual = file_bytes(file).map_err(|source| BlockError::Inspect {
             path: path.clone(),
             source,
@@ -204,19 +222,38 @@ pub(super) struct FlatVmdk {
 #[derive(Debug)]
 struct Part {
     disk: Range<u64>,
-    /// Its bytes begin at this offset; zeroes without a file.
-    file: Option<(ImagoFile, u64)>,
+    /// Zeroes without a file.
+    file: Option<Data>,
+}
+
+#[derive(Debug)]
+struct Data {
+    file: ImagoFile,
+    /// The same file, for its size: imago reads zeroes behind the end of a file.
+    size: File,
+    /// Where the part begins in the file.
+    start: u64,
+}
+
+impl Data {
+    fn read(&self, into: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
+        let start = self.start + offset;
+        if self.size.metadata()?.len() < start + into.len() {
+            return Err(io::Error::other("an extent has become shorter"));
+        }
+        self.file.readv(into, start)
+    }
 }
 
 impl FlatVmdk {
-    /// `files`: of each extent that has one.
-    pub(super) fn new(extents: Vec<Extent>, files: Vec<ImagoFile>) -> Self {
+    /// `files`: of each extent that has one, twice.
+    pub(super) fn new(extents: Vec<Extent>, files: Vec<(ImagoFile, File)>) -> Self {
         let mut files = files.into_iter();
         let parts = extents.into_iter().map(|extent| Part {
             disk: extent.disk,
-            file: extent.file.map(|(_, offset)| {
-                let file = files.next().expect("each extent's file is opened");
-                (file, offset)
+            file: extent.file.map(|(_, start)| {
+                let (file, size) = files.next().expect("each extent's file is opened");
+                Data { file, size, start }
             }),
         });
         Self {
@@ -247,7 +284,7 @@ impl Storage for FlatVmdk {
             let (mut piece, rest) = into.split_at(bytes);
             into = rest;
             match file {
-                Some((file, start)) => file.readv(piece, start + (offset - disk.start))?,
+                Some(data) => data.read(piece, offset - disk.start)?,
                 None => piece.fill(0),
             }
             offset = disk.end;
@@ -292,7 +329,7 @@ mod tests {
     #[test]
     fn extents_follow_one_another() {
         let text = "encoding=\"windows-1252\"\r\nCID=12\r\nparentCID=FFFFFFFF\r\n\
-                    RW 8 FLAT \"a disk.vmdk\" 2\r\nRW 2 ZERO\r\nRDONLY 1 FLAT \"b\"\r\n\
+                    RW 8 FLAT \"a disk.vmdk\" 2\r\nRW 2 ZERO\r\nRDONLY 1 VMFS \"b\"\r\n\
                     ddb.adapterType = \"ide\"\r\n";
         let file = |name: &str, offset| Some((Path::new("/images").join(name), offset));
         let expected = [
@@ -306,7 +343,16 @@ mod tests {
 
     #[test]
     fn names_outside_the_folder_are_rejected() {
-        for name in ["/etc/shadow", "../disk", "a/../../b", "..", ".", ""] {
+        for name in [
+            "/etc/shadow",
+            "../disk",
+            "a/../../b",
+            "..",
+            ".",
+            "",
+            "a\0b",
+            "\x1b[2J",
+        ] {
             let line = format!("RW 8 FLAT \"{name}\" 0");
             assert_eq!(parsed(&line), Err(VmdkError::ExtentName(name.to_owned())));
         }
@@ -328,24 +374,23 @@ mod tests {
             "RW 8 FLAT \"a\" 36028797018963967",
             "RW 36028797018963967 FLAT \"a\" 0",
             "a line without a value",
+            "RW 8 VMFS",
         ] {
             assert_eq!(parsed(line), Err(VmdkError::Line(3)), "{line}");
         }
+        let long = format!("RW 8 FLAT \"{}\" 0", "a".repeat(NAME_BYTES_MAX + 1));
+        assert_eq!(parsed(&long), Err(VmdkError::Line(3)));
         // The sum of both is too large for a file.
         let sum = "RW 18014398509481982 ZERO\nRW 2 ZERO";
         assert_eq!(parsed(sum), Err(VmdkError::Line(4)));
-        for line in [
-            "RW 8 SPARSE \"a\"",
-            "RW 8 VMFS \"a\"",
-            "NOACCESS 8 FLAT \"a\" 0",
-        ] {
+        for line in ["RW 8 SPARSE \"a\"", "NOACCESS 8 FLAT \"a\" 0"] {
             assert_eq!(parsed(line), Err(VmdkError::NotFlat), "{line}");
         }
         for line in ["parentCID=1234abcd\n", "parentFileNameHint=\"x\"\n"] {
             assert_eq!(parsed(&format!("{line}{FLAT}")), Err(VmdkError::Parent));
         }
         assert_eq!(parsed("CID=1"), Err(VmdkError::NoExtents));
-        assert_eq!(parse(FLAT, Path::new("")), Err(VmdkError::Version(0)));
+        assert_eq!(parse(FLAT, Path::new("")), Err(VmdkError::NoVersion));
         assert_eq!(
             parsed(&format!("version=4\n{FLAT}")),
             Err(VmdkError::Version(4))

@@ -205,7 +205,7 @@ fn backing_files_show_through_and_stay_as_they_are() {
         assert!(std::fs::read(images.path(name)).unwrap() == before);
     }
     assert_eq!(
-        backing_files(&images.path("top.qcow2")),
+        backing_files(&images.path("top.qcow2"), Some(ImageFormat::Qcow2)),
         [images.path("mid.qcow2"), images.path("base.raw")]
     );
 }
@@ -376,7 +376,7 @@ fn flat_vmdks_are_read_as_qemu_does() {
             }
         }
         let paths: Vec<_> = extents.iter().map(|name| images.path(name)).collect();
-        assert_eq!(backing_files(&images.path(name)), paths);
+        assert_eq!(backing_files(&images.path(name), None), paths);
     }
 }
 
@@ -453,6 +453,31 @@ fn vmdks_that_cannot_be_used_are_named_with_the_reason() {
         ..images.params("base.raw")
     });
     assert!(raw.contains("the file is not a vmdk image"), "{raw}");
+}
+
+#[test]
+fn extent_that_was_truncated_is_read_with_errors() {
+    let Some(images) = Images::new(SECTORS) else {
+        return;
+    };
+    images.qemu_img("convert -O vmdk -o subformat=monolithicFlat base.raw a.vmdk");
+    let block = Block::new(BlockParams {
+        readonly: true,
+        ..images.params("a.vmdk")
+    });
+    let block = block.unwrap();
+    let features = block.features();
+    let mut rig = Rig::with_features(block, features);
+    let extent = std::fs::OpenOptions::new()
+        .write(true)
+        .open(images.path("a-flat.vmdk"))
+        .unwrap();
+    extent.set_len(8 * 512).unwrap();
+    assert_eq!(rig.read(0, 8 * 512).0, S_OK);
+    for first in [7, 8] {
+        assert_eq!(rig.read(first, 2 * 512).0, S_IOERR);
+    }
+    assert_eq!(rig.counter("io_errors"), 2);
 }
 
 #[test]
@@ -835,5 +860,5 @@ fn image_with_large_clusters_costs_bounded_memory() {
     let error = images.refused(images.params("b.qcow2"));
     assert!(error.contains("need more than 512 MiB"), "{error}");
     let path = Path::new("/nonexistent");
-    assert!(backing_files(path).is_empty());
+    assert!(backing_files(path, None).is_empty());
 }
