@@ -10,7 +10,8 @@ use crate::linux::Machine;
 use crate::mappings::{Mapping, beside_guest_ram};
 
 const GUEST_BYTES: u64 = 512 << 20;
-const DISK_BYTES: u64 = 64 << 20;
+/// Size of the disk.
+pub const DISK_BYTES: u64 = 64 << 20;
 
 /// A sparse disk of 64 MiB and its option; the folder must outlive the guest.
 ///

@@ -7,9 +7,10 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use crate::size;
+use crate::{size, sys};
 
-const USAGE: &str = "usage: guest-mem net-bench send|receive|ask ADDRESS:PORT --amount N";
+const USAGE: &str =
+    "usage: guest-mem net-bench send|receive|ask ADDRESS:PORT|vsock:PORT --amount N";
 
 /// Bytes per read or write of a stream.
 const CHUNK_BYTES: usize = 64 << 10;
@@ -31,8 +32,7 @@ pub(crate) fn run(arguments: &[&str]) -> Result<(), String> {
         _ => return Err(USAGE.into()),
     };
     let with_address = |error: std::io::Error| format!("{kind} {address}: {error}");
-    let mut stream = TcpStream::connect(*address).map_err(with_address)?;
-    stream.set_nodelay(true).map_err(with_address)?;
+    let mut stream = connect(address).map_err(with_address)?;
     stream
         .set_read_timeout(Some(SILENCE_MAX))
         .map_err(with_address)?;
@@ -46,6 +46,17 @@ pub(crate) fn run(arguments: &[&str]) -> Result<(), String> {
         .map_err(with_address)?;
     println!("ok net-bench {} ns", begin.elapsed().as_nanos());
     Ok(())
+}
+
+/// The type of a TCP stream also serves for the other family: its methods that are used here work with any socket.
+fn connect(address: &str) -> std::io::Result<TcpStream> {
+    if let Some(port) = address.strip_prefix("vsock:") {
+        let port = port.parse().map_err(std::io::Error::other)?;
+        return sys::vsock_connect(port).map(TcpStream::from);
+    }
+    let stream = TcpStream::connect(address)?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
 }
 
 fn send(stream: &mut TcpStream, bytes: u64) -> std::io::Result<()> {
@@ -126,6 +137,8 @@ mod tests {
             "send",
             "jump 127.0.0.1:1 --amount 1",
             "ask 127.0.0.1:1 --amount 1",
+            "ask vsock:1 --amount 1",
+            "ask vsock:-1 --amount 1",
         ] {
             let words: Vec<&str> = line.split_ascii_whitespace().collect();
             assert!(run(&words).is_err(), "{line}");

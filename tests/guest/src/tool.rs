@@ -15,7 +15,7 @@ const USAGE: &str = "usage:
   guest-mem stress --seconds N --seed N --bytes SIZE [--threads N] [--without NAME]…
   guest-mem dirty --bytes SIZE --per-second SIZE
   guest-mem disk-bench read|write PATH --block SIZE --requests N [--threads N] [--random SEED]
-  guest-mem net-bench send|receive|ask ADDRESS:PORT --amount N
+  guest-mem net-bench send|receive|ask ADDRESS:PORT|vsock:PORT --amount N
   guest-mem vsock listen PORT | connect PORT --bytes SIZE --seed SEED";
 
 /// Runs one subcommand.

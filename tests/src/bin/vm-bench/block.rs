@@ -1,6 +1,10 @@
-//! Throughput of a disk: direct I/O of the guest on an image in TMPDIR, which is in memory in an emulated host.
+//! Throughput of a raw and a qcow2 disk: direct I/O of the guest on images in TMPDIR, which is in memory in an emulated
+//! host.
 
-use anyhow::Result;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
 use integration_tests::MIB;
 use integration_tests::linux::Machine;
 use serde_json::{Value, json};
@@ -8,7 +12,7 @@ use serde_json::{Value, json};
 use crate::cases::Cases;
 use crate::subject::Subject;
 use crate::timed_work::TimedWork;
-use integration_tests::overhead::disk_image;
+use integration_tests::overhead::{DISK_BYTES, disk_image};
 
 /// Number of turns per VMM when two are compared.
 pub(crate) const TURNS: usize = 3;
@@ -38,34 +42,53 @@ const WORKLOADS: [Workload; 6] = [
     ),
 ];
 
+/// Prefixes of the cases, and the disk of each in the guest.
+const DISKS: [(&str, &str); 2] = [("", "/dev/vda"), ("qcow2_", "/dev/vdb")];
+
 /// Runs all workloads with a guest of one VMM.
 pub(crate) fn measure(subject: &Subject) -> Result<Value> {
-    let (_folder, disk) = disk_image()?;
+    let (folder, raw) = disk_image()?;
+    let qcow2 = qcow2_image(folder.path())?;
     let boot = || {
         Machine {
             vmm: Some(&subject.program),
-            arguments: &["--disk", &disk],
+            arguments: &["--disk", &raw, &qcow2],
             ..Machine::default()
         }
         .serve()
     };
     let mut cases = Cases::new("block", subject, &boot);
-    for (name, kind, bytes, requests, more) in WORKLOADS {
-        cases.run(name, |guest| {
-            let mut run = |requests: u64| {
-                let words = format!(
-                    "disk-bench {kind} /dev/vda --block {bytes} --requests {requests} {more}"
-                );
-                TimedWork::by(guest, words.trim_end())
-            };
-            let nothing = run(0)?;
-            let taken = run(requests)?.beyond(&nothing);
-            Ok(json!({
-                "mib_per_s": taken.per_second(requests * bytes / MIB),
-                "requests_per_s": taken.per_second(requests),
-                "each_request": taken.each(requests),
-            }))
-        })?;
+    for (prefix, disk) in DISKS {
+        for (name, kind, bytes, requests, more) in WORKLOADS {
+            cases.run(&format!("{prefix}{name}"), |guest| {
+                let mut run = |requests: u64| {
+                    let words = format!(
+                        "disk-bench {kind} {disk} --block {bytes} --requests {requests} {more}"
+                    );
+                    TimedWork::by(guest, words.trim_end())
+                };
+                let nothing = run(0)?;
+                let taken = run(requests)?.beyond(&nothing);
+                Ok(json!({
+                    "mib_per_s": taken.per_second(requests * bytes / MIB),
+                    "requests_per_s": taken.per_second(requests),
+                    "each_request": taken.each(requests),
+                }))
+            })?;
+        }
     }
     cases.finish()
+}
+
+/// An empty qcow2 image of the size of the raw one, and its option.
+fn qcow2_image(folder: &Path) -> Result<String> {
+    let path = folder.join("disk.qcow2");
+    let created = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2"])
+        .arg(&path)
+        .arg(DISK_BYTES.to_string())
+        .status()
+        .context("qemu-img, which `cargo xtask test-tools` installs")?;
+    ensure!(created.success(), "qemu-img: {created}");
+    Ok(format!("path={},image_type=qcow2", path.display()))
 }
