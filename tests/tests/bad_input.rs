@@ -588,7 +588,11 @@ fn bad_configurations_over_the_api_are_refused_at_boot_and_leave_nothing() -> Re
         ),
     ];
     let mut vmm = Vmm::start(&[])?;
-    let before = vmm.possessions()?;
+    // A thread has its creator's name until it has run for the first time.
+    let before = wait_for("the name of the control thread", PROCESS_DEADLINE, || {
+        let now = vmm.possessions()?;
+        Ok(now.1.contains("vmm").then_some(now))
+    })?;
     for (status, config) in cases {
         vmm.put("vm.create", Some(&config.to_string()))?;
         for _ in 0..2 {
