@@ -1,10 +1,10 @@
 //! The files of a qcow2 image: the image itself, its backing file, the backing file of that file, and so on.
 
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::error::{ContainerError, Qcow2Error};
+use super::inspect;
 use super::qcow2::Header;
 use crate::block::BlockError;
 use crate::block::image_file::{file_bytes, signature};
@@ -101,28 +101,13 @@ pub(super) fn of(top: &Path, is_allowed: bool, writable: bool) -> Result<Vec<Lay
 }
 
 fn read(path: &Path, writable: bool) -> Result<Header, BlockError> {
-    let inspect = |source| BlockError::Inspect {
-        path: path.to_path_buf(),
-        source,
-    };
-    let rejected = |source| BlockError::Container {
-        path: path.to_path_buf(),
-        source,
-    };
-    let open = |source| BlockError::Open {
-        path: path.to_path_buf(),
-        source,
-    };
-    // Opening something else than a file, a FIFO for example, may not return.
-    if !std::fs::metadata(path).map_err(open)?.is_file() {
-        return Err(rejected(ContainerError::NotAFile));
-    }
-    let file = File::open(path).map_err(open)?;
-    let bytes = file_bytes(&file).map_err(inspect)?;
-    let (front, _) = signature(&file, bytes).map_err(inspect)?;
-    if format::detect(&front) != ImageFormat::Qcow2 {
-        return Err(rejected(ContainerError::OtherFormat(ImageFormat::Qcow2)));
-    }
-    let header = Header::read(&file, bytes, writable).map_err(inspect)?;
-    header.map_err(|error| rejected(error.into()))
+    inspect(path, |file| {
+        let bytes = file_bytes(file)?;
+        let (front, _) = signature(file, bytes)?;
+        if format::detect(&front) != ImageFormat::Qcow2 {
+            return Ok(Err(ContainerError::OtherFormat(ImageFormat::Qcow2)));
+        }
+        let header = Header::read(file, bytes, writable)?;
+        Ok(header.map_err(ContainerError::from))
+    })
 }

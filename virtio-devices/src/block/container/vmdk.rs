@@ -20,6 +20,7 @@ use imago::storage::drivers::CommonStorageHelper;
 use imago::{Storage, StorageExt as _};
 
 use super::error::{ContainerError, VmdkError};
+use super::inspect;
 use crate::block::image_file::{file_bytes, read_up_to, signature};
 use crate::block::{BlockError, ImageFormat, SECTOR_BYTES, format};
 
@@ -46,26 +47,11 @@ pub(super) struct Extent {
 
 /// Reads the descriptor at `path`: the parts of the disk, in their order and without gaps.
 pub(super) fn extents(path: &Path) -> Result<Vec<Extent>, BlockError> {
-    let rejected = |source: ContainerError| BlockError::Container {
-        path: path.to_path_buf(),
-        source,
-    };
-    let open = |source| BlockError::Open {
-        path: path.to_path_buf(),
-        source,
-    };
-    // Opening something else than a file, a FIFO for example, may not return.
-    if !std::fs::metadata(path).map_err(open)?.is_file() {
-        return Err(rejected(ContainerError::NotAFile));
-    }
-    let file = File::open(path).map_err(open)?;
-    let text = read_text(&file).map_err(|source| BlockError::Inspect {
-        path: path.to_path_buf(),
-        source,
-    })?;
     let folder = path.parent().unwrap_or(Path::new(""));
-    let extents = text.and_then(|text| Ok(parse(&text, folder)?));
-    extents.map_err(rejected)
+    inspect(path, |file| {
+        let text = read_text(file)?;
+        Ok(text.and_then(|text| Ok(parse(&text, folder)?)))
+    })
 }
 
 fn read_text(file: &File) -> io::Result<Result<String, ContainerError>> {
