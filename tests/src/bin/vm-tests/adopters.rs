@@ -721,8 +721,10 @@ fn ubicloud_boots(
     let mut vmm = Vmm::spawn_with(&arguments, |_| ())?;
     vmm.wait_api()?;
     let vsock = json!({"cid": 3, "socket": folder.join("vsock.sock")});
+    // The API answers before the machine of the command line is created.
     wait_for("a running guest", PROCESS_DEADLINE, || {
-        Ok((state(&vmm)? == "Running").then_some(()))
+        let runs = state(&vmm).is_ok_and(|state| state == "Running");
+        Ok(runs.then_some(()))
     })?;
     vmm.put("vm.add-vsock", Some(&vsock.to_string()))?;
     let stream = wait_for("agent in the guest", BOOT_DEADLINE, || {
