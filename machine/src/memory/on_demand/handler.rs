@@ -23,6 +23,9 @@ const TOKEN_ORDERS: u64 = 1;
 /// Pause after a discard has been read, because the thread that discards may not have continued yet.
 const DISCARD_PAUSE_MS: i32 = 1;
 const FOR_EVER: i32 = -1;
+/// Pause of the background fill after a demand. A guest that wakes up has the next one soon, and would wait for the chunk
+/// that is being read. A guest can delay the fill by one pause for each of its pages.
+const QUIET_MS: i32 = 5;
 /// Time for a machine to end if its RAM cannot be filled. A thread that waits for a page cannot be stopped.
 const END_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -40,6 +43,10 @@ pub(super) struct Handler {
     loaded: Option<usize>,
     /// Addresses that threads wait for: at most one per thread, so these are few.
     faults: VecDeque<u64>,
+    /// The background fill makes room for demands.
+    yields: bool,
+    /// A page has been filled in on demand since the background fill did anything.
+    is_demanded: bool,
     /// Chunks and pages that the background fill fills in first.
     first: VecDeque<(usize, usize)>,
     /// The guest's pages that were filled in on demand.
@@ -78,6 +85,8 @@ impl Handler {
             buffer: vec![0; CHUNK_BYTES + PAGE],
             loaded: None,
             faults: VecDeque::new(),
+            yields: false,
+            is_demanded: false,
             first: VecDeque::new(),
             touched: Vec::new(),
             next: 0,
@@ -92,6 +101,12 @@ impl Handler {
     /// Has the background fill begin with these pages.
     pub(super) fn beginning_with(mut self, first: VecDeque<(usize, usize)>) -> Self {
         self.first = first;
+        self
+    }
+
+    /// Has the background fill pause after each demand, if `yields`.
+    pub(super) fn yielding(mut self, yields: bool) -> Self {
+        self.yields = yields;
         self
     }
 
@@ -129,19 +144,30 @@ impl Handler {
                 return Ok(());
             }
             let fills = self.orders.fills.load(Ordering::Acquire);
-            // The background fill may have recorded faults.
-            let waits = !fills && self.faults.is_empty();
-            let reported = self.wait(if waits { FOR_EVER } else { 0 });
+            let timeout_ms = match self.faults.is_empty() {
+                // The background fill may have recorded faults.
+                false => 0,
+                true if !fills => FOR_EVER,
+                true if self.is_demanded && self.yields => QUIET_MS,
+                true => 0,
+            };
+            let reported = self.wait(timeout_ms);
             let reported = reported.map_err(FillError::Faults)?;
             if reported {
                 self.take_reports().map_err(FillError::Faults)?;
             }
             match self.faults.pop_front() {
-                Some(address) => self.answer(address)?,
-                None if fills && !reported => match self.first.pop_front() {
-                    Some((at, page)) => self.fill_page(at, page)?,
-                    None => self.fill_next()?,
-                },
+                Some(address) => {
+                    self.answer(address)?;
+                    self.is_demanded = true;
+                }
+                None if fills && !reported => {
+                    self.is_demanded = false;
+                    match self.first.pop_front() {
+                        Some((at, page)) => self.fill_page(at, page)?,
+                        None => self.fill_next()?,
+                    }
+                }
                 None => {}
             }
         }

@@ -63,7 +63,8 @@ impl Faults {
 pub enum Background {
     /// From the start.
     AtOnce,
-    /// From [`OnDemand::begin`] on: until then, the machine that is being restored has the host's processors.
+    /// From [`OnDemand::begin`] on: until then, the machine that is being restored has the host's processors. It also pauses
+    /// after each demand.
     Later,
     /// Only if all pages are needed.
     Never,
@@ -125,7 +126,8 @@ impl OnDemand {
         let handler = Handler::new(memory, uffd, watched, chunks, Arc::clone(&orders), owner);
         let handler = handler
             .map_err(OnDemandError::Thread)?
-            .beginning_with(first);
+            .beginning_with(first)
+            .yielding(background == Background::Later);
         let thread_start = Arc::clone(thread_start);
         let thread = thread::Builder::new().name(FILL_THREAD.to_owned());
         let thread = thread.spawn(move || {
