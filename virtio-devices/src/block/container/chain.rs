@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::error::{ContainerError, Qcow2Error};
-use super::inspect;
+use super::inspect::inspect;
 use super::qcow2::Header;
 use crate::block::BlockError;
 use crate::block::image_file::{file_bytes, signature};

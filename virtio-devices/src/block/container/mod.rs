@@ -10,6 +10,7 @@
 mod big_endian;
 mod chain;
 mod error;
+mod inspect;
 mod layer_file;
 mod qcow2;
 mod vhd;
@@ -390,31 +391,6 @@ pub fn backing_files(path: &Path, format: Option<ImageFormat>) -> Vec<PathBuf> {
     }
     let layers = chain::of(path, true, false).unwrap_or_default();
     layers.into_iter().skip(1).map(|layer| layer.path).collect()
-}
-
-/// What `read` finds in the file at `path`.
-fn inspect<T>(
-    path: &Path,
-    read: impl FnOnce(&File) -> io::Result<Result<T, ContainerError>>,
-) -> Result<T, BlockError> {
-    let rejected = |source| BlockError::Container {
-        path: path.to_path_buf(),
-        source,
-    };
-    let open = |source| BlockError::Open {
-        path: path.to_path_buf(),
-        source,
-    };
-    // Opening something else than a file, a FIFO for example, may not return.
-    if !std::fs::metadata(path).map_err(open)?.is_file() {
-        return Err(rejected(ContainerError::NotAFile));
-    }
-    let file = File::open(path).map_err(open)?;
-    let found = read(&file).map_err(|source| BlockError::Inspect {
-        path: path.to_path_buf(),
-        source,
-    })?;
-    found.map_err(rejected)
 }
 
 fn open_backing(

@@ -20,7 +20,7 @@ use imago::storage::drivers::CommonStorageHelper;
 use imago::{Storage, StorageExt as _};
 
 use super::error::{ContainerError, VmdkError};
-use super::inspect;
+use super::inspect::inspect;
 use crate::block::image_file::{file_bytes, read_up_to, signature};
 use crate::block::{BlockError, ImageFormat, SECTOR_BYTES, format};
 
