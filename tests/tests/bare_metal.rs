@@ -479,8 +479,11 @@ fn reboots_leave_no_descriptor_and_no_thread_behind() -> Result<()> {
         Ok(info.filter(|info| info["state"] == "Running"))
     })?;
     vmm.put("vm.reboot", None)?;
-    let before = wait_for("the vCPU's thread", Duration::from_secs(60), || {
-        Ok(Some(vmm.possessions()?).filter(|(_, threads)| threads.contains("vcpu0")))
+    // A thread has its creator's name until it has run for the first time.
+    let named = ["vmm", "vcpu0", "__rng", "__balloon"];
+    let before = wait_for("the threads' names", Duration::from_secs(60), || {
+        let now = Some(vmm.possessions()?);
+        Ok(now.filter(|(_, threads)| named.iter().all(|name| threads.contains(*name))))
     })?;
     for _ in 0..4 {
         vmm.put("vm.reboot", None)?;
