@@ -105,11 +105,8 @@ fn has_first_two(cpus: &str) -> bool {
             || rest.starts_with(",1,"))
 }
 
-#[test]
-fn affinity_pins_each_vcpu_and_nothing_else() -> Result<()> {
-    if !kvm_opens() {
-        return Ok(());
-    }
+/// The CPUs of a vCPU that is not pinned. `None`, which skips the test, if CPUs 0 and 1 are not among them.
+fn usable_cpus() -> Result<Option<String>> {
     let free = start_spinning(&["--cpus", "boot=2"])?;
     let everywhere = of_named_threads(&free, "Cpus_allowed_list", &["vcpu0"])?["vcpu0"].clone();
     end(free)?;
@@ -117,8 +114,19 @@ fn affinity_pins_each_vcpu_and_nothing_else() -> Result<()> {
         test_skip::skip(format!(
             "CPUs 0 and 1 are not both usable, only {everywhere}"
         ));
+        return Ok(None);
+    }
+    Ok(Some(everywhere))
+}
+
+#[test]
+fn affinity_pins_each_vcpu_and_nothing_else() -> Result<()> {
+    if !kvm_opens() {
         return Ok(());
     }
+    let Some(everywhere) = usable_cpus()? else {
+        return Ok(());
+    };
     let vmm = start_spinning(&["--cpus", "boot=3,affinity=[0@[1],1@[0]]"])?;
     for _ in 0..2 {
         let threads = of_named_threads(&vmm, "Cpus_allowed_list", &["vcpu0", "vcpu1", "vcpu2"])?;
@@ -138,15 +146,9 @@ fn queue_affinity_pins_each_queue_of_its_disk_and_nothing_else() -> Result<()> {
     if !kvm_opens() {
         return Ok(());
     }
-    let free = start_spinning(&[])?;
-    let everywhere = of_named_threads(&free, "Cpus_allowed_list", &["vcpu0"])?["vcpu0"].clone();
-    end(free)?;
-    if !has_first_two(&everywhere) {
-        test_skip::skip(format!(
-            "CPUs 0 and 1 are not both usable, only {everywhere}"
-        ));
+    let Some(everywhere) = usable_cpus()? else {
         return Ok(());
-    }
+    };
     let folder = tempfile::tempdir()?;
     let file = |name: &str| -> Result<String> {
         let path = folder.path().join(name);
