@@ -8,7 +8,8 @@
 //! (read, not changed)                                                    (files emptied, sockets made)
 //! ```
 //! When a snapshot is restored, the machine without devices is created first, with KVM. RAM gets the saved content instead
-//! of a payload, after the machine's vCPUs have been compared with the saved ones. Each device gets its state when it is plugged into the bus.
+//! of a payload, after the machine's vCPUs have been compared with the saved ones. Each device gets its state when it is
+//! plugged into the bus.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

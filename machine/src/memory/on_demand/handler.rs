@@ -45,8 +45,8 @@ pub(super) struct Handler {
     faults: VecDeque<u64>,
     /// The background fill makes room for demands.
     yields: bool,
-    /// A page has been filled in on demand since the background fill did anything.
-    is_demanded: bool,
+    /// It does so now: a page has been filled in on demand since it did anything.
+    pauses: bool,
     /// Chunks and pages that the background fill fills in first.
     first: VecDeque<(usize, usize)>,
     /// The guest's pages that were filled in on demand.
@@ -86,7 +86,7 @@ impl Handler {
             loaded: None,
             faults: VecDeque::new(),
             yields: false,
-            is_demanded: false,
+            pauses: false,
             first: VecDeque::new(),
             touched: Vec::new(),
             next: 0,
@@ -148,7 +148,7 @@ impl Handler {
                 // The background fill may have recorded faults.
                 false => 0,
                 true if !fills => FOR_EVER,
-                true if self.is_demanded && self.yields => QUIET_MS,
+                true if self.pauses => QUIET_MS,
                 true => 0,
             };
             let reported = self.wait(timeout_ms);
@@ -159,10 +159,10 @@ impl Handler {
             match self.faults.pop_front() {
                 Some(address) => {
                     self.answer(address)?;
-                    self.is_demanded = true;
+                    self.pauses = self.yields;
                 }
                 None if fills && !reported => {
-                    self.is_demanded = false;
+                    self.pauses = false;
                     match self.first.pop_front() {
                         Some((at, page)) => self.fill_page(at, page)?,
                         None => self.fill_next()?,
