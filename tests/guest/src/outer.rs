@@ -109,6 +109,8 @@ struct Plan {
     /// `/guest` has copies in memory instead of links: while the clock counts instructions, reading through 9p would
     /// add the host's delays to the count.
     copy_guest: bool,
+    /// Files, and links as `PATH=TARGET`, of the host to be copied to the same place in memory, for the same reason.
+    libraries: Vec<String>,
     /// Seconds since 1970 and random bytes: a machine that was saved has old ones.
     time: Option<i64>,
     seed: Vec<u8>,
@@ -137,6 +139,7 @@ impl Plan {
                 "bins" => plan.bins = list(),
                 "guest" => plan.guest = list(),
                 "copy-guest" => plan.copy_guest = true,
+                "libraries" => plan.libraries = list(),
                 "time" => plan.time = Some(text.parse().map_err(|_| wrong())?),
                 "end" => return Ok(plan),
                 _ => return Err(wrong()),
@@ -215,6 +218,19 @@ fn fill_root(plan: &Plan) -> io::Result<()> {
         let name = Path::new(bin).file_name().unwrap_or_default();
         let target = Path::new(&bin_dir).join(name);
         step(bin, fs::copy(format!("/lower{bin}"), target))?;
+    }
+    for item in &plan.libraries {
+        match item.split_once('=') {
+            Some((path, target)) => {
+                let path = format!("{ROOT}{path}");
+                step(item, fs::remove_file(&path))?;
+                step(item, std::os::unix::fs::symlink(target, path))?;
+            }
+            None => {
+                let copied = fs::copy(format!("/lower{item}"), format!("{ROOT}{item}"));
+                step(item, copied).map(drop)?;
+            }
+        }
     }
     for link in &plan.guest {
         if let Some((name, path)) = link.split_once('=') {
