@@ -9,6 +9,9 @@ const FILE_MODE_MASK: libc::mode_t = 0o077;
 /// increase memory use permanently.
 const MMAP_THRESHOLD_BYTES: libc::c_int = 64 << 10;
 
+/// A VM with a few devices has fewer descriptors. The table takes 8 bytes for each.
+const DESCRIPTORS: libc::c_int = 512;
+
 /// Sets the file mode mask and configures the allocator for low memory use instead of speed: one heap for all threads,
 /// and no retained free memory. The VMM allocates little while a guest runs.
 pub(crate) fn configure() {
@@ -20,6 +23,19 @@ pub(crate) fn configure() {
         libc::mallopt(libc::M_TRIM_THRESHOLD, MMAP_THRESHOLD_BYTES);
     }
     open_as_many_files_as_allowed();
+    reserve_descriptors();
+}
+
+/// Gives the table of file descriptors its final size. If it grows while other threads use it, the kernel waits until no
+/// processor reads the old one, which takes several milliseconds (`expand_fdtable` in `fs/file.c`).
+fn reserve_descriptors() {
+    // SAFETY: the first call creates a descriptor, or fails; the second closes it.
+    unsafe {
+        let last = libc::fcntl(libc::STDERR_FILENO, libc::F_DUPFD_CLOEXEC, DESCRIPTORS - 1);
+        if last >= 0 {
+            libc::close(last);
+        }
+    }
 }
 
 /// Raises the limit of open files. Each vsock connection of a guest uses one file descriptor of the VMM, so with the
@@ -41,6 +57,15 @@ fn open_as_many_files_as_allowed() {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn table_of_descriptors_has_its_size_from_the_start() {
+        reserve_descriptors();
+        let status = std::fs::read_to_string("/proc/self/status").expect("proc is mounted");
+        let size = status.lines().find_map(|line| line.strip_prefix("FDSize:"));
+        let size: i32 = size.expect("a line FDSize").trim().parse().expect("digits");
+        assert!(size >= DESCRIPTORS, "{size}");
+    }
 
     #[test]
     fn process_may_open_as_many_files_as_the_hard_limit_allows() {
