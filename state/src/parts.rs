@@ -74,7 +74,7 @@ parts! {
     /// Guest physical memory map.
     MEMORY = "memory-map", 1..=2;
     /// A snapshot: a PC, the operator's settings, and the table of each memory file.
-    SNAPSHOT = "snapshot", 2..=5;
+    SNAPSHOT = "snapshot", 2..=6;
     /// PCI buses: location of each function.
     PCI_BUS = "pci-bus", 1..=2;
     /// A PC: an envelope for each of its parts.

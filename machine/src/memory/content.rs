@@ -12,6 +12,7 @@
 //! Resident pages of private memory are found through the page tables. Shared memory is found through its file, whose
 //! holes read as zeros without becoming resident.
 
+use std::convert::Infallible;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -23,6 +24,7 @@ use vm_memory::{
     Bytes as _, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion,
 };
 
+use super::checksums::{self, PIECE_BYTES, PIECE_PAGES};
 use super::layout::{MIB, PAGE_BYTES};
 use super::{GuestMemory, Zone, backing};
 
@@ -63,12 +65,45 @@ pub struct ChunkState {
     /// out if there are none.
     #[serde(default, skip_serializing_if = "is_empty")]
     pub zeros: Bytes,
-    /// CRC-32 of these pages, one after the other.
-    pub crc32: u32,
+    /// CRC-32 of the pages in each piece of 16 KiB that has some, of 4 bytes each, least significant first. Since version 6.
+    #[serde(default, skip_serializing_if = "is_empty")]
+    pub sums: Bytes,
+    /// CRC-32 of all pages, one after the other. Before version 6.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub crc32: Option<u32>,
 }
 
 fn is_empty(bytes: &Bytes) -> bool {
     bytes.0.is_empty()
+}
+
+impl ChunkState {
+    /// Whether it has all checksums of one version.
+    pub(super) fn has_checksums(&self) -> bool {
+        match self.crc32 {
+            Some(_) => self.sums.0.is_empty(),
+            None => checksums::fit(&self.pages.0, &self.sums),
+        }
+    }
+
+    /// Whether the checksums match its pages, which are at their places in `buffer`.
+    fn matches(&self, buffer: &[u8]) -> bool {
+        let pages = &self.pages.0;
+        let Some(expected) = self.crc32 else {
+            return sums_in_place(pages, buffer) == self.sums;
+        };
+        let mut crc = crc32fast::Hasher::new();
+        let done = each_run(pages, buffer.len() / PAGE, |start, bytes| {
+            crc.update(&buffer[start..start + bytes]);
+            Ok::<_, Infallible>(())
+        });
+        done.is_ok() && crc.finalize() == expected
+    }
+}
+
+/// The checksums of `pages`, which are at their places in `buffer`.
+pub(super) fn sums_in_place(pages: &[u8], buffer: &[u8]) -> Bytes {
+    checksums::sums(pages, |page| &buffer[page * PAGE..(page + 1) * PAGE])
 }
 
 /// Reasons why the content of RAM cannot be saved or loaded.
@@ -299,6 +334,10 @@ pub(super) fn checked_table<'a>(
             let reason = format!("has other pages at {:#x} than the zone", chunk.offset);
             return Err(invalid("chunks", reason));
         }
+        if !saved.has_checksums() {
+            let reason = format!("has other checksums at {:#x} than pages", chunk.offset);
+            return Err(invalid("chunks", reason));
+        }
         table.push((chunk, saved));
     }
     match left.next() {
@@ -311,21 +350,39 @@ pub(super) fn checked_table<'a>(
     }
 }
 
-/// Reads the pages of a chunk to their places in `buffer`, and returns their checksum.
-pub(super) fn read_chunk(file: &File, saved: &ChunkState, buffer: &mut [u8]) -> io::Result<u32> {
-    let mut crc = crc32fast::Hasher::new();
+/// Reads the pages of a chunk to their places in `buffer`.
+pub(super) fn read_chunk(file: &File, saved: &ChunkState, buffer: &mut [u8]) -> io::Result<()> {
     each_run(&saved.pages.0, buffer.len() / PAGE, |start, bytes| {
         let data = &mut buffer[start..start + bytes];
-        file.read_exact_at(data, saved.offset + start as u64)?;
+        file.read_exact_at(data, saved.offset + start as u64)
+    })
+}
+
+/// As [`read_chunk`]. Returns false if a checksum does not match.
+pub(super) fn read_checked(file: &File, saved: &ChunkState, buffer: &mut [u8]) -> io::Result<bool> {
+    read_chunk(file, saved, buffer)?;
+    Ok(saved.matches(buffer))
+}
+
+/// Reads the pages of a piece, if it has some, to their places in `buffer`. Returns false if their checksum does not match.
+pub(super) fn read_piece(
+    file: &File,
+    saved: &ChunkState,
+    piece: usize,
+    buffer: &mut [u8],
+) -> io::Result<bool> {
+    let Some((pages, expected)) = checksums::of_piece(&saved.pages.0, &saved.sums, piece) else {
+        return Ok(true);
+    };
+    let start = saved.offset + (piece * PIECE_BYTES) as u64;
+    let mut crc = crc32fast::Hasher::new();
+    each_run(&[pages], PIECE_PAGES, |at, bytes| {
+        let data = &mut buffer[at..at + bytes];
+        file.read_exact_at(data, start + at as u64)?;
         crc.update(data);
         Ok::<_, io::Error>(())
     })?;
-    Ok(crc.finalize())
-}
-
-/// As [`read_chunk`]. Returns false if the checksum does not match.
-pub(super) fn read_checked(file: &File, saved: &ChunkState, buffer: &mut [u8]) -> io::Result<bool> {
-    Ok(read_chunk(file, saved, buffer)? == saved.crc32)
+    Ok(crc.finalize() == expected)
 }
 
 pub(super) fn in_file(zone: &str, offset: u64) -> impl Fn(io::Error) -> ContentError {

@@ -6,7 +6,8 @@
 //!   snapshot 1   │ A │ a │   │ D │   all pages with data
 //!   zone         │ b │ B │ 0 │ D │
 //! ```
-//! A checksum covers the pages of one chunk in one file. All files of a chunk are verified before a page of it is used.
+//! A checksum covers the pages of one piece, or of one chunk, in one file. All files of a piece are verified before a page
+//! of it is used.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -17,7 +18,7 @@ use state::{Bytes, StateError};
 
 use super::content::{
     CHUNK_BYTES, Chunk, ChunkState, PAGE, PART, checked_table, each_run, in_file, is_set,
-    read_checked,
+    read_checked, read_piece, sums_in_place,
 };
 use super::{ContentError, Zone, ZoneContentState};
 
@@ -121,10 +122,36 @@ impl SavedZone {
         chunk: &SavedChunk,
         buffer: &mut [u8],
     ) -> Result<(), ContentError> {
+        self.each_part(zone, chunk, |file, entry| read_checked(file, entry, buffer))
+    }
+
+    /// As [`SavedZone::read`], for one piece of a chunk that has checksums of pieces.
+    ///
+    /// # Errors
+    /// As for a chunk.
+    pub(super) fn read_piece(
+        &self,
+        zone: &str,
+        chunk: &SavedChunk,
+        piece: usize,
+        buffer: &mut [u8],
+    ) -> Result<(), ContentError> {
+        self.each_part(zone, chunk, |file, entry| {
+            read_piece(file, entry, piece, buffer)
+        })
+    }
+
+    /// Reads from all files of a chunk, the oldest first. `read` returns whether the checksums match.
+    fn each_part(
+        &self,
+        zone: &str,
+        chunk: &SavedChunk,
+        mut read: impl FnMut(&File, &ChunkState) -> io::Result<bool>,
+    ) -> Result<(), ContentError> {
         for (number, entry) in &chunk.parts {
             let of_file = &self.files[*number];
             let name = of_file.name(zone);
-            match read_checked(&of_file.file, entry, buffer) {
+            match read(&of_file.file, entry) {
                 Ok(true) => {}
                 Ok(false) => {
                     return Err(ContentError::Damaged {
@@ -138,7 +165,7 @@ impl SavedZone {
         Ok(())
     }
 
-    /// Reads a page of a chunk that has been verified; `buffer` has its size.
+    /// Reads a page that has been verified; `buffer` has its size.
     ///
     /// # Errors
     /// The file cannot be read.
@@ -194,6 +221,9 @@ impl SavedZone {
                 {
                     return invalid(format!("has other pages at {at:#x} than its base"));
                 }
+                if !entry.has_checksums() {
+                    return invalid(format!("has other checksums at {at:#x} than pages"));
+                }
                 saved.add(number, entry);
             }
         }
@@ -206,18 +236,18 @@ impl SavedZone {
             let count = saved.pages.len() * 8;
             let buffer = &mut buffer[..count * PAGE];
             self.read(zone, &saved, buffer)?;
-            let mut crc = crc32fast::Hasher::new();
             each_run(&saved.pages, count, |start, bytes| {
                 let data = &buffer[start..start + bytes];
-                crc.update(data);
                 target.write_all_at(data, offset + start as u64)
             })
             .map_err(in_target(offset))?;
+            let sums = sums_in_place(&saved.pages, buffer);
             chunks.push(ChunkState {
                 offset,
                 pages: Bytes(saved.pages),
                 zeros: Bytes::default(),
-                crc32: crc.finalize(),
+                sums,
+                crc32: None,
             });
             done(offset.saturating_sub(end));
             end = offset;
@@ -264,6 +294,11 @@ impl SavedChunk {
             *own &= !zero;
         }
         self.parts.push((number, entry.clone()));
+    }
+
+    /// Whether all files have checksums of pieces.
+    pub(super) fn has_sums(&self) -> bool {
+        self.parts.iter().all(|(_, entry)| entry.crc32.is_none())
     }
 
     fn has_pages(&self) -> bool {

@@ -10,6 +10,7 @@
 
 mod backing;
 mod bus_error;
+mod checksums;
 mod content;
 mod copy_on_write;
 mod dimms;

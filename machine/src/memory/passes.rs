@@ -18,7 +18,8 @@ use std::os::unix::fs::FileExt;
 use state::Bytes;
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
-use super::content::{CHUNK_BYTES, ChunkState, PAGE, each_run, in_file, read_chunk};
+use super::checksums;
+use super::content::{CHUNK_BYTES, ChunkState, PAGE, each_run, in_file, read_chunk, sums_in_place};
 use super::transfer::place;
 use super::{ContentError, GuestMemory, PageRun, Pages, Zone, ZoneContentState};
 
@@ -46,7 +47,7 @@ struct Written {
     /// The same for the pages that hold no data any more. Empty unless the file is a difference.
     zeros: Vec<u8>,
     /// `None`: other pages have been written since the first time.
-    crc32: Option<u32>,
+    sums: Option<Bytes>,
 }
 
 impl ContentFiles {
@@ -102,12 +103,17 @@ impl ContentFiles {
         })
         .map_err(in_file(&zone.id, offset))?;
         self.data_bytes += data.len() as u64;
-        let crc32 = crc32fast::hash(data);
+        let mut left = data;
+        let sums = checksums::sums(bits, |_| {
+            let (page, rest) = left.split_at(PAGE);
+            left = rest;
+            page
+        });
         match chunks.get_mut(&offset) {
             Some(written) => {
-                // The checksum of the only pages is known.
+                // The checksums of the only pages are known.
                 let is_first = written.pages.iter().all(|byte| *byte == 0);
-                written.crc32 = is_first.then_some(crc32);
+                written.sums = is_first.then_some(sums);
                 for (own, new) in written.pages.iter_mut().zip(bits) {
                     *own |= new;
                 }
@@ -120,7 +126,7 @@ impl ContentFiles {
                     bytes: chunk_bytes(zone, offset),
                     pages: bits.to_vec(),
                     zeros: self.no_zeros(bits.len()),
-                    crc32: Some(crc32),
+                    sums: Some(sums),
                 };
                 self.zones[number].chunks.insert(offset, written);
             }
@@ -151,7 +157,7 @@ impl ContentFiles {
                 bytes: size,
                 zeros: none.clone(),
                 pages: none,
-                crc32: Some(crc32fast::hash(&[])),
+                sums: Some(Bytes::default()),
             };
             self.zones[number].chunks.insert(start, written);
         }
@@ -172,7 +178,7 @@ impl ContentFiles {
         if !had_data {
             return Ok(());
         }
-        written.crc32 = None;
+        written.sums = None;
         // Readers that map the file need zeros there.
         make_zeros(file, offset, bytes).map_err(in_file(&zone.id, offset))
     }
@@ -208,12 +214,16 @@ impl ContentFiles {
                     offset,
                     pages: Bytes(written.pages),
                     zeros: Bytes(if has_zeros { written.zeros } else { Vec::new() }),
-                    crc32: 0,
+                    sums: Bytes::default(),
+                    crc32: None,
                 };
-                chunk.crc32 = match written.crc32 {
-                    Some(crc32) => crc32,
-                    None => read_chunk(&file, &chunk, &mut buffer[..written.bytes])
-                        .map_err(in_file(&zone.id, offset))?,
+                chunk.sums = match written.sums {
+                    Some(sums) => sums,
+                    None => {
+                        let buffer = &mut buffer[..written.bytes];
+                        read_chunk(&file, &chunk, buffer).map_err(in_file(&zone.id, offset))?;
+                        sums_in_place(&chunk.pages.0, buffer)
+                    }
                 };
                 table.push(chunk);
             }

@@ -22,7 +22,7 @@ const IOMMU_BYTES: u64 = MAPPINGS_MAX as u64 * 34 + (64 << 10);
 /// Content is listed in chunks of this size.
 const CHUNK_BYTES: u64 = 2 << 20;
 /// Maximum length of a chunk's entry.
-const CHUNK_TEXT_BYTES: u64 = 320;
+const CHUNK_TEXT_BYTES: u64 = 1024;
 /// Maximum length of a table without chunks.
 const TABLE_BYTES: u64 = 256;
 
@@ -84,7 +84,8 @@ mod tests {
             offset: u64::MAX,
             pages: state::Bytes(vec![255; 64]),
             zeros: state::Bytes(vec![255; 64]),
-            crc32: u32::MAX,
+            sums: state::Bytes(vec![255; 512]),
+            crc32: Some(u32::MAX),
         };
         let table = ZoneContentState {
             bytes: u64::MAX,

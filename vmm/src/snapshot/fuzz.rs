@@ -139,15 +139,25 @@ fn table(input: &mut Input<'_>, differs: bool) -> Vec<u8> {
             252 => zeros[0] = 255,
             _ => {}
         }
-        let count: u32 = pages.iter().map(|byte| byte.count_ones()).sum();
-        let mut crc = crc32fast::Hasher::new();
-        (0..count).for_each(|_| crc.update(&[7; PAGE_BYTES]));
+        let damage = u32::from(odd == 251);
+        let sum = |count: u32| {
+            let mut crc = crc32fast::Hasher::new();
+            (0..count).for_each(|_| crc.update(&[7; PAGE_BYTES]));
+            crc.finalize() ^ damage
+        };
+        let counts = |byte: &u8| [byte & 15, byte >> 4].map(u8::count_ones);
+        let counts: Vec<u32> = pages.iter().flat_map(counts).collect();
+        // Earlier versions have one checksum.
+        let is_early = odd % 4 == 3;
+        let pieces = counts.iter().filter(|count| !is_early && **count > 0);
+        let sums = pieces.flat_map(|count| sum(*count).to_le_bytes()).collect();
         let has_zeros = differs && zeros.iter().any(|byte| *byte != 0);
         chunks.push(ChunkState {
             offset,
             pages: Bytes(pages),
             zeros: Bytes(if has_zeros { zeros } else { Vec::new() }),
-            crc32: crc.finalize() ^ u32::from(odd == 251),
+            sums: Bytes(sums),
+            crc32: is_early.then(|| sum(counts.iter().sum())),
         });
     }
     let table = ZoneContentState {

@@ -87,12 +87,13 @@ impl State for SnapshotState {
     const PART: Part = parts::SNAPSHOT;
 
     /// In version 2, RAM had the size of the configuration. In version 3, there were no chains. In version 4, only the
-    /// names in the configuration were taken.
+    /// names in the configuration were taken. In version 5, memory had one checksum for each 2 MiB.
     fn upgrade(from: u32, fields: &mut Fields) -> Result<(), StateError> {
         let (new, value) = match from {
             2 => ("memory_size_after_reboot", ().into()),
             3 => ("link", ().into()),
-            _ => ("next_device_number", 0.into()),
+            4 => ("next_device_number", 0.into()),
+            _ => return Ok(()),
         };
         fields.insert(new.to_owned(), value);
         Ok(())

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
+use super::super::checksums::PIECE_PAGES;
 use super::super::content::{self, CHUNK_BYTES, ContentError, PAGE};
 use super::super::layers::SavedChunk;
 use super::super::{AbsentPages, GuestMemory, SavedZone};
@@ -27,8 +28,8 @@ pub(super) struct Chunk {
     saved: SavedChunk,
     /// The pages that were neither filled in nor discarded.
     left: Vec<u8>,
-    /// Single pages can be read: the checksums matched, or there are none.
-    pub(super) is_checked: bool,
+    /// The pieces whose pages can be read one by one, one bit each: their checksums matched, or there are none.
+    checked: u128,
 }
 
 /// The files of a zone.
@@ -64,7 +65,7 @@ impl Chunks {
                 let mut sources = Vec::new();
                 for ((number, zone), saved) in memory.zones().iter().enumerate().zip(saved) {
                     for (chunk, pages) in saved.chunks(zone)? {
-                        all.push(Chunk::new(memory, number, chunk, pages, false));
+                        all.push(Chunk::new(memory, number, chunk, pages, 0));
                     }
                     let id = zone.id.clone();
                     sources.push(Source { id, saved });
@@ -74,7 +75,7 @@ impl Chunks {
             Content::Elsewhere(absent, source) => {
                 let chunk = |it: AbsentPages| {
                     let pages = SavedChunk::outside_files(it.bits);
-                    Chunk::new(memory, it.zone, it.chunk, pages, true)
+                    Chunk::new(memory, it.zone, it.chunk, pages, u128::MAX)
                 };
                 all.extend(absent.into_iter().map(chunk));
                 Origin::Elsewhere(source)
@@ -145,11 +146,36 @@ impl Chunks {
                 chunk.left = come;
             }
         }
-        chunk.is_checked = true;
+        chunk.checked = u128::MAX;
         Ok(())
     }
 
-    /// Reads one page of a chunk that has been checked; `buffer` has its size.
+    /// Reads the piece with `page` into `buffer`, which has its size, and checks it. Returns the place of the page there; none
+    /// if the chunk can only be checked as a whole.
+    ///
+    /// # Errors
+    /// As for [`Chunks::read`].
+    pub(super) fn read_piece(
+        &mut self,
+        at: usize,
+        page: usize,
+        buffer: &mut [u8],
+    ) -> Result<Option<usize>, FillError> {
+        let chunk = &mut self.all[at];
+        let piece = page / PIECE_PAGES;
+        match &self.origin {
+            Origin::Files(zones) if chunk.saved.has_sums() => {
+                let Source { id, saved } = &zones[chunk.zone];
+                let read = saved.read_piece(id, &chunk.saved, piece, buffer);
+                read.map_err(FillError::Content)?;
+            }
+            _ => return Ok(None),
+        }
+        chunk.checked |= 1 << piece;
+        Ok(Some(page % PIECE_PAGES * PAGE))
+    }
+
+    /// Reads one page that has been checked; `buffer` has its size.
     ///
     /// # Errors
     /// As for [`Chunks::read`].
@@ -236,7 +262,7 @@ impl Chunk {
         zone: usize,
         chunk: content::Chunk,
         saved: SavedChunk,
-        is_checked: bool,
+        checked: u128,
     ) -> Self {
         let ram = memory.ram().memory();
         let region = ram.find_region(chunk.guest);
@@ -249,8 +275,13 @@ impl Chunk {
             offset: chunk.offset,
             left: saved.pages.clone(),
             saved,
-            is_checked,
+            checked,
         }
+    }
+
+    /// Whether this page can be read alone.
+    pub(super) fn is_checked(&self, page: usize) -> bool {
+        self.checked & 1 << (page / PIECE_PAGES) != 0
     }
 
     /// Its size.

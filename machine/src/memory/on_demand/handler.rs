@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::super::GuestMemory;
+use super::super::checksums::PIECE_BYTES;
 use super::super::content::{CHUNK_BYTES, PAGE};
 use super::chunks::Chunks;
 use super::error::FillError;
@@ -38,7 +39,7 @@ pub(super) struct Handler {
     chunks: Chunks,
     orders: Arc<Orders>,
     owner: Box<dyn FillOwner>,
-    /// Buffer for a chunk and one more page, and the number of the chunk in it.
+    /// Buffer for a chunk and one more piece, and the number of the chunk in it.
     buffer: Vec<u8>,
     loaded: Option<usize>,
     /// Addresses that threads wait for: at most one per thread, so these are few.
@@ -82,7 +83,7 @@ impl Handler {
             chunks,
             orders,
             owner,
-            buffer: vec![0; CHUNK_BYTES + PAGE],
+            buffer: vec![0; CHUNK_BYTES + PIECE_BYTES],
             loaded: None,
             faults: VecDeque::new(),
             yields: false,
@@ -299,11 +300,15 @@ impl Handler {
 
     /// Reads one page into the buffer; returns its place there.
     fn load_page(&mut self, at: usize, page: usize) -> Result<usize, FillError> {
-        let is_checked = self.chunks.get(at).is_checked;
-        if self.loaded != Some(at) && is_checked {
+        if self.loaded != Some(at) {
             let buffer = &mut self.buffer[CHUNK_BYTES..];
-            let read = self.chunks.read_page(at, page, buffer);
-            return read.map(|()| CHUNK_BYTES);
+            if self.chunks.get(at).is_checked(page) {
+                let read = self.chunks.read_page(at, page, &mut buffer[..PAGE]);
+                return read.map(|()| CHUNK_BYTES);
+            }
+            if let Some(place) = self.chunks.read_piece(at, page, buffer)? {
+                return Ok(CHUNK_BYTES + place);
+            }
         }
         self.load(at)?;
         Ok(page * PAGE)

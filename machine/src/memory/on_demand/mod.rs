@@ -1,7 +1,7 @@
 //! Guest RAM that is filled from files, or from another process, while the guest runs.
 //!
 //! ```text
-//!  guest, KVM, device ── missing page ──► waits ─┐              file: checked by 2 MiB, then page by page
+//!  guest, KVM, device ── missing page ──► waits ─┐              file: checked by 16 KiB, then page by page
 //!  balloon ── discards ──► waits until read ─────┤                 │
 //!                                                ▼                 ▼
 //!                                    thread: forget what is discarded; fill in a page of the file, or zeros

@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 use super::super::content::{CHUNK_BYTES, PAGE, is_set};
 use super::super::layout::{MIB, PAGE_BYTES};
 use super::super::test_memory::{self, address, mark, zones};
-use super::super::{ContentWriter, Pages, SavedZone, ZoneContentState};
+use super::super::{ChunkState, ContentWriter, Pages, SavedZone, ZoneContentState};
 use super::*;
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -314,12 +314,11 @@ fn failure(files: &[(File, ZoneContentState)], page: u64) -> Option<String> {
 }
 
 #[test]
-fn damaged_chunk_is_refused_by_name_before_any_page_of_it_comes() {
-    let files = saved(PAGES);
-    let (file, _) = &files[0];
-    // Of the chunk of pages 512 to 1023.
-    file.write_all_at(&[1], 702 * PAGE_BYTES + 1).unwrap();
-    let Some(told) = failure(&files, 512) else {
+fn damaged_piece_is_refused_by_name_before_any_page_of_it_comes() {
+    let files = saved(512..520);
+    // Pages 516 to 519 are a piece.
+    files[0].0.write_all_at(&[1], 518 * PAGE_BYTES + 1).unwrap();
+    let Some(told) = failure(&files, 516) else {
         return;
     };
     assert_eq!(
@@ -327,7 +326,60 @@ fn damaged_chunk_is_refused_by_name_before_any_page_of_it_comes() {
         "The memory file of zone a is damaged at offset 0x200000"
     );
     let it = restored(&files, false).unwrap();
-    assert_eq!(read(&it.memory, 511), mark(511), "others are sound");
+    assert_eq!(read(&it.memory, 515), mark(515), "others are sound");
+}
+
+/// Replaces the checksums by those of versions before 6.
+fn make_early(files: &mut [(File, ZoneContentState)]) {
+    for (file, table) in files {
+        for chunk in &mut table.chunks {
+            let mut crc = crc32fast::Hasher::new();
+            for page in (0..512).filter(|page| is_set(&chunk.pages.0, *page)) {
+                let mut data = [0; PAGE];
+                let at = chunk.offset + (page * PAGE) as u64;
+                file.read_exact_at(&mut data, at).unwrap();
+                crc.update(&data);
+            }
+            chunk.sums.0.clear();
+            chunk.crc32 = Some(crc.finalize());
+        }
+    }
+}
+
+#[test]
+fn damaged_chunk_of_an_early_version_is_refused_as_a_whole() {
+    let mut files = saved(512..520);
+    make_early(&mut files);
+    let Some(it) = restored(&files, false) else {
+        return;
+    };
+    assert_eq!(read(&it.memory, 512), mark(512));
+    assert_eq!(read(&it.memory, 519), mark(519));
+    drop(it);
+    files[0].0.write_all_at(&[1], 518 * PAGE_BYTES + 1).unwrap();
+    assert_eq!(
+        failure(&files, 512).unwrap(),
+        "The memory file of zone a is damaged at offset 0x200000"
+    );
+}
+
+#[test]
+fn table_with_other_checksums_than_pages_is_refused_by_name() {
+    for change in [
+        |chunk: &mut ChunkState| chunk.sums.0.truncate(4),
+        |chunk: &mut ChunkState| chunk.sums.0.push(0),
+        |chunk: &mut ChunkState| chunk.crc32 = Some(1),
+    ] {
+        let mut files = saved(512..520);
+        change(&mut files[0].1.chunks[0]);
+        let memory = memory(false);
+        let chunks = Chunks::new(&memory, Content::Files(copies(&files)));
+        let told = chunks.unwrap_err().to_string();
+        assert!(
+            told.contains("other checksums at 0x200000 than pages"),
+            "{told}"
+        );
+    }
 }
 
 #[test]
