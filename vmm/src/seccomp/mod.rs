@@ -7,6 +7,7 @@ mod calls;
 #[cfg(test)]
 mod document;
 mod ioctls;
+mod program;
 mod sigsys;
 #[cfg(test)]
 mod tests;
@@ -14,15 +15,12 @@ mod tests;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
-use hypervisor::kick;
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch,
-};
+use seccompiler::{BpfProgram, SeccompAction};
 use virtio_devices::Unpoisoned;
 
 use crate::threads::{ThreadKind, ThreadStart};
-use calls::{Condition, Test};
+use calls::Condition;
+use program::program;
 
 /// The effect of a forbidden call.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -41,15 +39,6 @@ pub enum SeccompMode {
 /// Errors of creating or installing a filter.
 #[derive(Debug, thiserror::Error)]
 pub enum SeccompError {
-    /// A list cannot be turned into a filter.
-    #[error("Cannot compile the seccomp filter of {kind:?} threads")]
-    Compile {
-        /// The kind of thread.
-        kind: ThreadKind,
-        /// The reason.
-        #[source]
-        source: seccompiler::BackendError,
-    },
     /// The kernel rejects the filter.
     #[error("Cannot install the seccomp filter of {kind:?} threads")]
     Apply {
@@ -96,29 +85,25 @@ impl Seccomp {
     /// Installs the filter of `kind` on the calling thread, irrevocably.
     ///
     /// # Errors
-    /// The filter cannot be created, or the kernel rejects it.
+    /// The kernel rejects the filter.
     pub fn apply(&self, kind: ThreadKind) -> Result<(), SeccompError> {
         match &self.on_mismatch {
-            Some(on_mismatch) => seccompiler::apply_filter(&self.filter(kind, on_mismatch)?)
+            Some(on_mismatch) => seccompiler::apply_filter(&self.filter(kind, on_mismatch))
                 .map_err(|source| SeccompError::Apply { kind, source }),
             None => Ok(()),
         }
     }
 
-    fn filter(
-        &self,
-        kind: ThreadKind,
-        on_mismatch: &SeccompAction,
-    ) -> Result<Arc<BpfProgram>, SeccompError> {
+    fn filter(&self, kind: ThreadKind, on_mismatch: &SeccompAction) -> Arc<BpfProgram> {
         let known = self.filters.lock().unpoisoned().get(&kind).cloned();
         if let Some(filter) = known {
-            return Ok(filter);
+            return filter;
         }
         // Threads of the same kind that start at the same time create the same filter.
-        let filter = Arc::new(compile(kind, on_mismatch.clone())?);
+        let filter = Arc::new(program(&allowed(kind), on_mismatch));
         let mut filters = self.filters.lock().unpoisoned();
         filters.insert(kind, Arc::clone(&filter));
-        Ok(filter)
+        filter
     }
 
     /// The first call of every thread. A thread that cannot be confined must not run, and the process must not continue
@@ -138,14 +123,6 @@ impl Seccomp {
 /// arguments.
 type Allowed = BTreeMap<i64, Vec<Vec<Condition>>>;
 
-fn compile(kind: ThreadKind, on_mismatch: SeccompAction) -> Result<BpfProgram, SeccompError> {
-    let fail = |source| SeccompError::Compile { kind, source };
-    let rules = rules(allowed(kind)).map_err(fail)?;
-    SeccompFilter::new(rules, on_mismatch, SeccompAction::Allow, TargetArch::x86_64)
-        .and_then(BpfProgram::try_from)
-        .map_err(fail)
-}
-
 fn allowed(kind: ThreadKind) -> Allowed {
     let mut allowed = Allowed::new();
     let mut allow = |number, conditions: Vec<Condition>| {
@@ -163,36 +140,6 @@ fn allowed(kind: ThreadKind) -> Allowed {
         }
     }
     allowed
-}
-
-fn rules(allowed: Allowed) -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompiler::BackendError> {
-    let rule = |conditions: Vec<Condition>| {
-        SeccompRule::new(conditions.iter().map(condition).collect::<Result<_, _>>()?)
-    };
-    let chain = |alternatives: Vec<Vec<Condition>>| {
-        // For seccompiler, an empty list of rules means any arguments.
-        if alternatives.iter().any(Vec::is_empty) {
-            return Ok(Vec::new());
-        }
-        alternatives.into_iter().map(rule).collect()
-    };
-    let rules = allowed.into_iter();
-    rules
-        .map(|(number, alternatives)| Ok((number, chain(alternatives)?)))
-        .collect()
-}
-
-fn condition(condition: &Condition) -> Result<SeccompCondition, seccompiler::BackendError> {
-    let (operator, value) = match condition.test {
-        Test::Is(value) => (SeccompCmpOp::Eq, value),
-        Test::IsNot(value) => (SeccompCmpOp::Ne, value),
-        Test::Without(bits) => (SeccompCmpOp::MaskedEq(bits), 0),
-        Test::With(bits) => (SeccompCmpOp::MaskedEq(bits), bits),
-        Test::OwnProcess => (SeccompCmpOp::Eq, u64::from(std::process::id())),
-        Test::KickSignal => (SeccompCmpOp::Eq, u64::from(kick::signal().unsigned_abs())),
-    };
-    // The kernel uses only the lower half of the argument.
-    SeccompCondition::new(condition.argument, SeccompCmpArgLen::Dword, operator, value)
 }
 
 /// The kind and all kinds that it starts, directly or indirectly.

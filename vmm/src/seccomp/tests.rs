@@ -4,12 +4,17 @@
 
 use std::process::{Command, Output};
 
+use hypervisor::kick;
 use machine::serial::{Endpoint, EndpointMode, SerialManager};
 use machine::threads::{DeviceKind, MachineThread};
+use seccompiler::{
+    SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
+};
 use virtio_devices::reclaim::{DiscardEngine, Expected, GuestRange, ResidencyProbe};
 use virtio_devices::{GuestRam, ListeningSocket};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
+use super::calls::Test;
 use super::*;
 use crate::threads::EVENT_THREAD;
 
@@ -20,7 +25,7 @@ const BPF_INSTRUCTIONS_MAX: usize = 4096;
 fn filters_of_every_kind_fit_the_kernels_limit() {
     for kind in ThreadKind::all() {
         for action in [SeccompAction::Trap, SeccompAction::Log] {
-            let filter = compile(kind, action).unwrap();
+            let filter = program(&allowed(kind), &action);
             assert!(
                 (50..BPF_INSTRUCTIONS_MAX).contains(&filter.len()),
                 "{kind:?}: {}",
@@ -35,11 +40,123 @@ fn filter_is_created_once_when_its_thread_starts() {
     let seccomp = Seccomp::new(SeccompMode::Log).unwrap();
     let created = || seccomp.filters.lock().unpoisoned().len();
     assert_eq!(created(), 0);
-    let filter = |kind| seccomp.filter(kind, &SeccompAction::Log).unwrap();
+    let filter = |kind| seccomp.filter(kind, &SeccompAction::Log);
     let first = filter(ThreadKind::Main);
     assert!(Arc::ptr_eq(&first, &filter(ThreadKind::Main)));
     filter(ThreadKind::Control);
     assert_eq!(created(), 2);
+}
+
+/// The same filter, from another compiler.
+fn reference(allowed: Allowed, on_mismatch: SeccompAction) -> BpfProgram {
+    let condition = |condition: &Condition| {
+        let (operator, value) = match condition.test {
+            Test::Is(value) => (SeccompCmpOp::Eq, value),
+            Test::IsNot(value) => (SeccompCmpOp::Ne, value),
+            Test::Without(bits) => (SeccompCmpOp::MaskedEq(bits), 0),
+            Test::With(bits) => (SeccompCmpOp::MaskedEq(bits), bits),
+            Test::OwnProcess => (SeccompCmpOp::Eq, u64::from(std::process::id())),
+            Test::KickSignal => (SeccompCmpOp::Eq, u64::from(kick::signal().unsigned_abs())),
+        };
+        let length = SeccompCmpArgLen::Dword;
+        SeccompCondition::new(condition.argument, length, operator, value).unwrap()
+    };
+    let rules = allowed.into_iter().map(|(number, alternatives)| {
+        // An empty list of rules means any arguments.
+        let is_free = alternatives.iter().any(Vec::is_empty);
+        let alternatives = alternatives.iter().filter(|_| !is_free);
+        let rule = |it: &Vec<Condition>| SeccompRule::new(it.iter().map(condition).collect());
+        (number, alternatives.map(|it| rule(it).unwrap()).collect())
+    });
+    let target = TargetArch::x86_64;
+    SeccompFilter::new(rules.collect(), on_mismatch, SeccompAction::Allow, target)
+        .unwrap()
+        .try_into()
+        .unwrap()
+}
+
+/// The answer of a program to a call, as the kernel finds it.
+fn answer(program: &BpfProgram, architecture: u32, number: u32, arguments: [u32; 6]) -> u32 {
+    let (mut at, mut value) = (0, 0);
+    loop {
+        let it = &program[at];
+        at += 1;
+        match it.code {
+            0x20 => {
+                value = match it.k {
+                    0 => number,
+                    4 => architecture,
+                    // Offsets of the lower halves.
+                    offset => arguments[(offset as usize - 16) / 8],
+                }
+            }
+            0x54 => value &= it.k,
+            0x05 => at += it.k as usize,
+            0x15 if value == it.k => at += usize::from(it.jt),
+            0x35 if value >= it.k => at += usize::from(it.jt),
+            0x15 | 0x35 => at += usize::from(it.jf),
+            0x06 => return it.k,
+            other => panic!("instruction {other:#x}"),
+        }
+    }
+}
+
+/// Arguments on both sides of each condition of a call.
+fn interesting(alternatives: &[Vec<Condition>]) -> Vec<[u32; 6]> {
+    let mut all = vec![[0; 6], [u32::MAX; 6]];
+    for conditions in alternatives {
+        // One combination for each alternative, then one in which each single condition is changed.
+        let mut arguments = [0; 6];
+        for condition in conditions {
+            let own = u64::from(std::process::id());
+            let value = match condition.test {
+                Test::Is(value) | Test::With(value) => value,
+                Test::IsNot(value) => value + 1,
+                Test::Without(bits) => !bits,
+                Test::OwnProcess => own,
+                Test::KickSignal => u64::from(kick::signal().unsigned_abs()),
+            };
+            arguments[usize::from(condition.argument)] = value as u32;
+        }
+        all.push(arguments);
+        for condition in conditions {
+            for bit in 0..32 {
+                let mut other = arguments;
+                other[usize::from(condition.argument)] ^= 1 << bit;
+                all.push(other);
+            }
+            let mut other = arguments;
+            let at = usize::from(condition.argument);
+            for changed in [other[at].wrapping_add(1), other[at].wrapping_sub(1)] {
+                other[at] = changed;
+                all.push(other);
+            }
+        }
+    }
+    all
+}
+
+#[test]
+fn filters_answer_like_those_of_another_compiler_and_are_shorter() {
+    const X86_64: u32 = 0xc000_003e;
+    for kind in ThreadKind::all() {
+        let calls = allowed(kind);
+        let own = program(&calls, &SeccompAction::Trap);
+        let other = reference(calls.clone(), SeccompAction::Trap);
+        assert!(own.len() * 3 < other.len() * 2, "{kind:?}: {}", own.len());
+        let numbers = (0..600).chain([1 << 30, 1 << 30 | 1, u32::MAX - 1, u32::MAX]);
+        for number in numbers {
+            let known = calls.get(&i64::from(number));
+            for arguments in interesting(known.map_or(&[], |it| it)) {
+                let [found, expected] =
+                    [&own, &other].map(|it| answer(it, X86_64, number, arguments));
+                assert_eq!(found, expected, "{kind:?}: call {number} {arguments:x?}");
+            }
+        }
+        // Programs of 32 bits.
+        let killed = answer(&own, 0x4000_0003, 0, [0; 6]);
+        assert_eq!(killed, u32::from(SeccompAction::KillProcess));
+    }
 }
 
 #[test]
