@@ -18,7 +18,7 @@ use virtio_devices::Unpoisoned;
 
 use super::adapt::set_prefault;
 use super::chain::{self, Admit};
-use super::on_demand::{Filling, Received, RestoreContext};
+use super::on_demand::{Filling, Received, Record, RestoreContext};
 use super::pass::write_pass;
 use super::saveable::require_content_is_ours;
 use super::saved_files::{CONFIG, STATE, SavedFiles, memory_name};
@@ -391,13 +391,17 @@ impl Snapshot {
         let id = self.state.link.as_ref().map(|link| link.id.clone());
         let folder = self.folder.as_deref();
         let order = folder.and_then(|folder| read_order(folder, id.as_deref()));
-        let record = self.folder.clone().filter(|_| order.is_none());
-        let owner = context.owner(progress, record.map(|it| (it, id)));
+        let first = order.unwrap_or_default();
+        let record = folder.map(|folder| Record {
+            folder: folder.to_owned(),
+            id,
+            known: first.clone(),
+        });
+        let owner = context.owner(progress, record);
         let files = self.memory.iter().map(SavedZone::try_clone);
         let files: Vec<_> = files
             .collect::<io::Result<_>>()
             .map_err(|error| SnapshotError::OnDemand(OnDemandError::Thread(error)))?;
-        let first = order.unwrap_or_default();
         let content = Content::Files(files);
         let background = match background {
             true => Background::Later,

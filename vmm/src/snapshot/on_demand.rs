@@ -13,7 +13,7 @@ use machine::pc::BarePc;
 use machine::signals::VmSignals;
 use machine::threads::MachineThreadStart;
 
-use super::touched::write_order;
+use super::touched::{extended, write_order};
 use super::{Progress, SnapshotError};
 use crate::events::{EventKind, EventSink};
 
@@ -82,11 +82,7 @@ pub struct RestoreContext {
 virtio_devices::debug_fields!(RestoreContext { signals });
 
 impl RestoreContext {
-    pub(super) fn owner(
-        &self,
-        progress: Progress,
-        record: Option<(PathBuf, Option<String>)>,
-    ) -> Owner {
+    pub(super) fn owner(&self, progress: Progress, record: Option<Record>) -> Owner {
         Owner {
             progress,
             events: Arc::clone(&self.events),
@@ -116,8 +112,18 @@ pub(super) struct Owner {
     progress: Progress,
     events: EventSink,
     signals: Arc<VmSignals>,
-    /// Where the order of the first demands is recorded, unless it is known: the snapshot's folder, and its id.
-    record: Option<(PathBuf, Option<String>)>,
+    /// None if the content comes from no snapshot.
+    record: Option<Record>,
+}
+
+/// Where the order is recorded in which pages are demanded.
+pub(super) struct Record {
+    /// The snapshot's folder.
+    pub(super) folder: PathBuf,
+    /// Its id.
+    pub(super) id: Option<String>,
+    /// What an earlier machine has recorded.
+    pub(super) known: Vec<u32>,
 }
 
 impl FillOwner for Owner {
@@ -141,10 +147,13 @@ impl FillOwner for Owner {
     }
 
     fn touched(&self, pages: &[u32]) {
-        let Some((folder, id)) = self.record.as_ref().filter(|_| !pages.is_empty()) else {
+        let Some(Record { folder, id, known }) = &self.record else {
             return;
         };
-        if let Err(error) = write_order(folder, id.as_deref(), pages) {
+        let Some(order) = extended(known, pages) else {
+            return;
+        };
+        if let Err(error) = write_order(folder, id.as_deref(), &order) {
             let folder = folder.display();
             log::info!("The order in which RAM was touched is not recorded in {folder}: {error}");
         }

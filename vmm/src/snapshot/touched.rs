@@ -3,6 +3,7 @@
 //!
 //! The file is only a hint. If it is missing or damaged, RAM is loaded in the order of addresses.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -17,8 +18,10 @@ use super::read::read;
 use super::state_file::checksum_line;
 
 const TOUCHED: &str = "touched.json";
+/// Pages that earlier programs have recorded.
+const EARLIER_MAX: usize = 1 << 16;
 /// Four bytes for each page in base 64, the id of the snapshot, and the checksum.
-const BYTES_MAX: u64 = TOUCHED_MAX as u64 * 4 * 4 / 3 + 512;
+const BYTES_MAX: u64 = EARLIER_MAX as u64 * 4 * 4 / 3 + 512;
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -56,9 +59,21 @@ fn parse(text: &str, snapshot: Option<&str>) -> Option<Vec<u32>> {
     let numbers = bytes.chunks_exact(4);
     let is_valid = found.as_deref() == snapshot
         && numbers.remainder().is_empty()
-        && numbers.len() <= TOUCHED_MAX;
+        && numbers.len() <= EARLIER_MAX;
     let number = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().expect("four bytes"));
-    is_valid.then(|| numbers.map(number).collect())
+    is_valid.then(|| numbers.take(TOUCHED_MAX).map(number).collect())
+}
+
+/// The order with further pages that were demanded although the `known` ones had been loaded. None if these are few: an
+/// earlier machine that hardly ran has recorded too little, others enough.
+pub(super) fn extended(known: &[u32], demanded: &[u32]) -> Option<Vec<u32>> {
+    if demanded.len() <= known.len() {
+        return None;
+    }
+    let is_known: HashSet<&u32> = known.iter().collect();
+    let new = demanded.iter().filter(|page| !is_known.contains(page));
+    let order = known.iter().chain(new).take(TOUCHED_MAX);
+    Some(order.copied().collect())
 }
 
 /// Writes the order into the folder of the snapshot with this id: all of it, or nothing.
@@ -121,6 +136,22 @@ mod tests {
         fs::remove_file(&path).expect("removed");
         let many = vec![1; TOUCHED_MAX];
         write_order(folder.path(), None, &many).expect("written");
-        assert_eq!(read(None), Some(many));
+        assert_eq!(read(None), Some(many.clone()));
+        write_order(folder.path(), None, &vec![1; EARLIER_MAX]).expect("written");
+        assert_eq!(
+            read(None),
+            Some(many),
+            "the first ones of an earlier record"
+        );
+    }
+
+    #[test]
+    fn record_of_a_machine_that_hardly_ran_is_extended_and_a_good_one_stays() {
+        assert_eq!(extended(&[], &[]), None);
+        assert_eq!(extended(&[], &[7, 3]), Some(vec![7, 3]));
+        assert_eq!(extended(&[7], &[3, 7, 9]), Some(vec![7, 3, 9]));
+        assert_eq!(extended(&[7, 3], &[9, 1]), None);
+        let many: Vec<u32> = (1..=TOUCHED_MAX as u32).collect();
+        assert_eq!(extended(&[0], &many).map(|it| it.len()), Some(TOUCHED_MAX));
     }
 }

@@ -108,6 +108,8 @@ impl Handler {
     /// Has the background fill pause after each demand, if `yields`.
     pub(super) fn yielding(mut self, yields: bool) -> Self {
         self.yields = yields;
+        // The guest has its first demand before it does anything.
+        self.pauses = yields;
         self
     }
 
@@ -160,7 +162,8 @@ impl Handler {
             match self.faults.pop_front() {
                 Some(address) => {
                     self.answer(address)?;
-                    self.pauses = self.yields;
+                    // The pages that are known to be needed are better in memory before the guest demands them.
+                    self.pauses = self.yields && self.first.is_empty();
                 }
                 None if fills && !reported => {
                     self.pauses = false;
