@@ -3,11 +3,12 @@
 
 use state::Bytes;
 
-use super::content::PAGE;
+use super::layout::PAGE_BYTES;
 
 /// Pages of a piece; two pieces have a byte of the bitmap.
 pub(super) const PIECE_PAGES: usize = 4;
 pub(super) const PIECE_BYTES: usize = PIECE_PAGES * PAGE;
+const PAGE: usize = PAGE_BYTES as usize;
 const SUM_BYTES: usize = 4;
 
 /// The pieces that have pages in the bitmap `pages`, in ascending order, and these pages: one bit each, the first in bit 0.

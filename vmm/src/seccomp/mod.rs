@@ -20,7 +20,7 @@ use virtio_devices::Unpoisoned;
 
 use crate::threads::{ThreadKind, ThreadStart};
 use calls::Condition;
-use program::program;
+use program::{Allowed, program};
 
 /// The effect of a forbidden call.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -118,10 +118,6 @@ impl Seccomp {
         })
     }
 }
-
-/// The alternatives for each system call. All conditions of an alternative must hold; one without conditions allows any
-/// arguments.
-type Allowed = BTreeMap<i64, Vec<Vec<Condition>>>;
 
 fn allowed(kind: ThreadKind) -> Allowed {
     let mut allowed = Allowed::new();

@@ -10,12 +10,17 @@
 //!                                                    └► any other ────────────► the effect of a forbidden call
 //! ```
 
+use std::collections::BTreeMap;
+
 use seccompiler::{BpfProgram, SeccompAction, sock_filter};
 
 use hypervisor::kick;
 
-use super::Allowed;
 use super::calls::{Condition, Test};
+
+/// The alternatives for each system call. All conditions of an alternative must hold; one without conditions allows any
+/// arguments.
+pub(super) type Allowed = BTreeMap<i64, Vec<Vec<Condition>>>;
 
 /// Calls that are compared one by one.
 const GROUP: usize = 8;
