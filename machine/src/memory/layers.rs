@@ -150,16 +150,13 @@ impl SavedZone {
     ) -> Result<(), ContentError> {
         for (number, entry) in &chunk.parts {
             let of_file = &self.files[*number];
-            let name = of_file.name(zone);
-            match read(&of_file.file, entry) {
-                Ok(true) => {}
-                Ok(false) => {
-                    return Err(ContentError::Damaged {
-                        zone: name,
-                        offset: entry.offset,
-                    });
-                }
-                Err(error) => return Err(in_file(&name, entry.offset)(error)),
+            let matches = read(&of_file.file, entry)
+                .map_err(|error| in_file(&of_file.name(zone), entry.offset)(error))?;
+            if !matches {
+                return Err(ContentError::Damaged {
+                    zone: of_file.name(zone),
+                    offset: entry.offset,
+                });
             }
         }
         Ok(())
