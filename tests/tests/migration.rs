@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Command;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::bare_metal::{expect_all_passed, kvm_opens, start};
@@ -63,6 +63,38 @@ fn guest_at_work_moves_over_several_connections_and_loses_nothing() -> Result<()
     }
     let (first, _image) = guest_at_work("size=256M")?;
     moves_and_loses_nothing(first, 4, &json!({"connections": 4}))
+}
+
+/// A slow machine only makes the move longer; without the limit, it takes some milliseconds.
+#[test]
+fn guest_at_work_moves_no_faster_than_its_limit() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let (source, _image) = guest_at_work("size=256M")?;
+    let resident = source.get("vm.reclaim-stats")?["resident_bytes"].as_u64();
+    let limit = resident.context("resident_bytes")? / 2;
+    // The guest writes faster, so the move ends by its time.
+    let settings = json!({"bytes_per_second_max": limit, "connections": 2, "timeout_s": 1, "timeout_strategy": "Ignore"});
+    let target = target()?;
+    let url = format!("unix:{}", target.folder().join("move").display());
+    let begun = Instant::now();
+    let (status, body) = while_receiving(&target, &url, || send_with(&source, &url, &settings))?;
+    ensure!(status == 204, "{status} {body}");
+    let took = begun.elapsed();
+    let report = wait_event(&source, "migration-finished")?;
+    println!("     {limit} bytes per second, {took:?}: {report}");
+    let sent: f64 = report["wire_bytes"]
+        .as_str()
+        .context("wire_bytes")?
+        .parse()?;
+    // The part that is sent while the guest is paused is not limited.
+    ensure!(
+        sent / 2.0 <= took.as_secs_f64() * limit as f64,
+        "{sent} bytes in {took:?}"
+    );
+    let now = wait_rounds(&source, "serial", 0)?;
+    wait_rounds(&source, "serial", now).map(drop)
 }
 
 /// Forwards connections, each at about 3 MB/s to the target, until `end` is dropped.
