@@ -33,7 +33,7 @@ pub(crate) fn require_in_all(dir: &Path, bytes: u64, task: &str) -> Result<()> {
 }
 
 /// As reported by df(1): the space that this user may still write.
-fn free_bytes(dir: &Path) -> Result<u64> {
+pub(crate) fn free_bytes(dir: &Path) -> Result<u64> {
     let text = ask("df", &["--output=avail", "-B1"], dir)?;
     let number = text
         .lines()

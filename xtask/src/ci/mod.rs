@@ -21,9 +21,11 @@ use anyhow::Result;
 use parking_lot::Mutex;
 
 use count::Counts;
-use step::{Ended, Kind, STEPS, Step, runs_beside};
+use step::{Ended, FUZZ, Kind, STEPS, Step, runs_beside};
 use tests_seen::TestsSeen;
 
+use crate::fuzz::remove_programs;
+use crate::progress::note;
 use crate::{cargo, disk, paths};
 
 #[derive(Debug, clap::Args)]
@@ -43,7 +45,12 @@ pub(crate) struct Options {
 }
 
 /// Size of a target folder after all steps, as measured, rounded up.
-const TARGET_BYTES: u64 = 12 << 30;
+const TARGET_BYTES: u64 = 6 << 30;
+/// What incremental compilation adds to it.
+const INCREMENTAL_BYTES: u64 = 6 << 30;
+
+/// What the steps after `fuzz` write, as measured, rounded up.
+const LATER_BYTES: u64 = 3 << 30;
 
 /// The result of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,7 +95,8 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         println!("\n{}", Counts::default());
         return Ok(ExitCode::SUCCESS);
     }
-    disk::require_in_all(&paths::target(), TARGET_BYTES, "building everything")?;
+    let bytes = target_bytes(std::env::var("CARGO_INCREMENTAL").ok().as_deref());
+    disk::require_in_all(&paths::target(), bytes, "building everything")?;
     let mut seen = TestsSeen::default();
     for line in compiled_before() {
         println!("{line}");
@@ -97,6 +105,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let mut results: Vec<Record> = Vec::new();
     for group in chosen.chunk_by(|one, next| runs_beside(one, next)) {
         run_group(group, &mut results, &mut seen);
+        if group.iter().any(|step| step.name == FUZZ) {
+            make_room()?;
+        }
     }
     let good = summary(&results, seen);
     Ok(if good {
@@ -104,6 +115,23 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// Size of a target folder after all steps, with this value of `CARGO_INCREMENTAL`.
+fn target_bytes(incremental: Option<&str>) -> u64 {
+    match incremental {
+        Some("0") => TARGET_BYTES,
+        _ => TARGET_BYTES + INCREMENTAL_BYTES,
+    }
+}
+
+/// Removes the largest files that no later step needs, if the later steps may lack the space.
+fn make_room() -> Result<()> {
+    if disk::free_bytes(&paths::target())? < LATER_BYTES {
+        note("Removing the fuzz programs, because later steps need the space");
+        remove_programs()?;
+    }
+    Ok(())
 }
 
 /// Number of concurrent steps, where steps may run concurrently.

@@ -96,6 +96,9 @@ const FUZZED: &[Part] = &[Shared, Vmm, Fleet, Fuzz, Xtask];
 /// Steps that measure guests without a fleet agent.
 const MEASURED: &[Part] = &[Shared, Vmm, GuestPatches, Tests, Xtask];
 
+/// The step that runs the fuzz programs, which no later step needs.
+pub(super) const FUZZ: &str = "fuzz";
+
 /// The steps in order. Concurrent steps are adjacent, the longest first, so that they end at about the same time.
 pub(crate) const STEPS: &[Step] = &[
     host("format", &[], CODE, "cargo fmt --all --check"),
@@ -160,7 +163,7 @@ pub(crate) const STEPS: &[Step] = &[
     // The canary of each target, then the target, from the committed inputs and a fixed seed: no commit fails by
     // chance. A failing input is kept in target/fuzz.
     beside(host(
-        "fuzz",
+        FUZZ,
         &["fuzz programs"],
         FUZZED,
         "cargo xtask fuzz --seconds 8 --seed 1",

@@ -1,6 +1,7 @@
 //! Builds the fuzz targets, and names the folder of their inputs.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, ensure};
@@ -33,6 +34,17 @@ pub(super) fn build<'a>(
     ensure!(status.success(), "the fuzz targets do not build");
     let profile = if optimize { "release" } else { "debug" };
     Ok(folder.join(TRIPLE).join(profile))
+}
+
+/// Removes what was compiled for the targets in `target/fuzz`; inputs stay.
+pub(crate) fn remove_programs() -> Result<()> {
+    let folder = paths::target().join("fuzz").join(TRIPLE);
+    match fs::remove_dir_all(&folder) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("removing {}", folder.display()))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The folder with the inputs that runs on this machine have found.

@@ -21,6 +21,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::apt::{self, Need};
 use crate::paths;
+pub(crate) use build::remove_programs;
 use build::{build, corpus};
 use targets::{TARGETS, Target};
 
