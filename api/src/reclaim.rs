@@ -89,6 +89,10 @@ pub struct ReclaimStats {
     /// Age of that measurement, ms.
     #[serde(default)]
     pub resident_age_ms: u64,
+    /// Why no memory that the guest gives back is returned to the host now: `assigned_device`, `memory_export` (snapshot,
+    /// migration, dump) or `memory_import` (restore, migration); absent if it is returned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inhibited: Option<String>,
     /// Whether the guest reports free pages, and if not, why.
     #[serde(default)]
     pub reporting: ReportingStatus,

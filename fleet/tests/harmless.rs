@@ -43,6 +43,45 @@ fn reason(plan: &Plan, name: &str) -> Reason {
         .reason
 }
 
+/// Its balloon would take memory from the guest and return none to the host.
+#[test]
+fn vm_whose_memory_is_pinned_gives_nothing_and_is_not_called_a_liar() {
+    let config = Config::default();
+    let mut memory = PlannerMemory::default();
+    let mut named = 0;
+    for now_ms in (0..120_000).step_by(PLAN_MS as usize) {
+        let is_pinned = now_ms < 60_000;
+        let at_ms = now_ms / SAMPLE_MS * SAMPLE_MS;
+        // All of it is resident, with what the balloon held before the device came.
+        let mut pinned = sample(at_ms, Bytes::gib(1), Bytes::gib(1), Bytes::gib(5));
+        pinned.resident = Bytes::gib(8);
+        pinned.reclaim = Some(ReclaimFigures {
+            inhibited: is_pinned,
+            policy_in_effect: true,
+            ..ReclaimFigures::default()
+        });
+        if !is_pinned {
+            pinned.resident = Bytes::gib(7);
+        }
+        let facts = vm("pinned", PriorityClass::Batch, pinned);
+        let plan = plan(
+            &inventory(now_ms, Bytes::gib(4), vec![facts]),
+            &config,
+            &memory,
+        );
+        let given = asked(&plan, "pinned").filter(|(from, to)| to > from);
+        if is_pinned {
+            assert_eq!(plan.actions, [], "at {now_ms}");
+            named += u32::from(reason(&plan, "pinned") == Reason::Inhibited);
+        } else if given.is_some() {
+            assert!(named > 0);
+            return;
+        }
+        memory = plan.memory;
+    }
+    panic!("a VM whose device is gone gives again");
+}
+
 #[test]
 fn balloon_that_refuses_requests_is_stuck_and_others_give() {
     let config = Config::default();

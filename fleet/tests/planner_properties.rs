@@ -76,6 +76,7 @@ fn vm(
             }),
             reclaim: Some(ReclaimFigures {
                 reporting_active: true,
+                inhibited: false,
                 ..ReclaimFigures::default()
             }),
         }),

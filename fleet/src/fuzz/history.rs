@@ -254,6 +254,7 @@ impl Vm {
             }),
             reclaim: (choice >> 5 != 0).then(|| ReclaimFigures {
                 reporting_active: choice >> 5 != 1,
+                inhibited: choice >> 5 == 2,
                 policy_in_effect: choice >> 5 > 4,
                 reported: figure(input),
                 discarded: figure(input),

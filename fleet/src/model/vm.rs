@@ -182,6 +182,9 @@ pub struct GuestClaims {
 pub struct ReclaimFigures {
     /// Whether free page reporting is active.
     pub reporting_active: bool,
+    /// Whether the host gets nothing that the guest gives back, because a device has guest memory pinned or it is copied.
+    #[serde(default)]
+    pub inhibited: bool,
     /// Whether the guest follows a reporting policy.
     pub policy_in_effect: bool,
     /// Bytes reported as free.

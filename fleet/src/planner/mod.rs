@@ -344,6 +344,7 @@ fn explain_untouched(views: &mut [View<'_>], now_ms: u64, config: &Config) {
             .or_else(|| view.stale(now_ms, &config.control).then_some(Reason::Stale));
         view.reason = match blocked {
             Some(reason) => reason,
+            None if view.is_inhibited() => Reason::Inhibited,
             None if view.memory.stuck => Reason::Stuck,
             None if view.memory.distrusted => Reason::Lying,
             None => Reason::NoNeed,

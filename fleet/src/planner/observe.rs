@@ -277,7 +277,12 @@ fn trust(facts: &VmFacts, sample: &VmSample, memory: &mut VmMemory, control: &Co
 /// Maximum resident memory if the guest's claim about its balloon is true. The tolerance covers the VMM's own memory
 /// and figures that are read at different times.
 pub(super) fn possible(facts: &VmFacts, sample: &VmSample) -> Bytes {
-    facts.configured - sample.ballooned + Bytes::mib(64).max(facts.configured.scale(0.02))
+    let returned = match sample.reclaim {
+        // The balloon's pages stay resident.
+        Some(reclaim) if reclaim.inhibited => Bytes::ZERO,
+        _ => sample.ballooned,
+    };
+    facts.configured - returned + Bytes::mib(64).max(facts.configured.scale(0.02))
 }
 
 /// Whether a balloon that should grow does so, and its rate.

@@ -261,6 +261,8 @@ pub enum Reason {
     Interlock,
     /// No balloon, or one that must not be changed.
     Unmanaged,
+    /// Nothing that its guest gives back reaches the host: an assigned device has its memory pinned, or it is copied.
+    Inhibited,
     /// Memory is never taken from this class.
     Critical,
     /// The host is short of memory.

@@ -15,7 +15,7 @@ pub(super) fn lever(view: &View<'_>, state: HostState, config: &Config) -> Optio
     let free = view.facts.level >= FeatureLevel::L2
         && view.facts.policy.reporting
         && view.facts.interlock.is_none();
-    if !free || !reclaim.policy_in_effect {
+    if !free || !reclaim.policy_in_effect || reclaim.inhibited {
         return None;
     }
     let way = if state > HostState::Green {

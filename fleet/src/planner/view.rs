@@ -87,6 +87,11 @@ impl<'a> View<'a> {
         }
     }
 
+    /// Whether the host gets nothing that the guest gives back.
+    pub(super) fn is_inhibited(&self) -> bool {
+        self.sample.reclaim.is_some_and(|it| it.inhibited)
+    }
+
     /// [`Interlock::in_other_hands`]
     pub(super) fn in_other_hands(&self) -> bool {
         self.facts.interlock.is_some_and(Interlock::in_other_hands)
@@ -114,6 +119,8 @@ impl<'a> View<'a> {
             Some(reason)
         } else if self.facts.policy.class == PriorityClass::Critical {
             Some(Reason::Critical)
+        } else if self.is_inhibited() {
+            Some(Reason::Inhibited)
         } else if memory.samples < control.samples_min {
             Some(Reason::Fresh)
         } else if self.stale(now_ms, control) {

@@ -551,6 +551,7 @@ fn fill_from_reclaim(reading: &mut VmReading, stats: &ReclaimStats, at_ms: u64) 
         .and_then(|guest| claims(&guest.stats, at_ms.saturating_sub(guest.age_ms)));
     sample.reclaim = Some(ReclaimFigures {
         reporting_active: stats.reporting.active,
+        inhibited: stats.inhibited.is_some(),
         policy_in_effect: false,
         reported: Bytes(stats.report.requested_bytes),
         discarded: sum(|path| path.discarded_bytes),

@@ -331,6 +331,7 @@ fn sample_of(guests: &Guests, i: usize, character: Character, now_ms: u64) -> Vm
         }),
         reclaim: Some(ReclaimFigures {
             reporting_active: character != Character::Hardened,
+            inhibited: false,
             policy_in_effect: true,
             reported: bytes(guests.discarded[i]),
             discarded: bytes(guests.discarded[i]),

@@ -155,7 +155,7 @@ impl Guest {
             13 => self.steer_reporting(input),
             _ => {
                 let inhibit = self.guard.is_none();
-                self.guard = inhibit.then(|| self.handle.inhibit(InhibitReason::PinnedMemory));
+                self.guard = inhibit.then(|| self.handle.inhibit(InhibitReason::AssignedDevice));
             }
         }
     }

@@ -116,6 +116,8 @@ pub struct BalloonSnapshot {
     pub faults: GuestFaults,
     /// Whether reporting works.
     pub reporting: ReportingState,
+    /// Why nothing is discarded, neither reports nor the balloon's pages.
+    pub inhibited: Option<InhibitReason>,
     /// Phase of a reporting pause.
     pub pause: PausePhase,
     /// The latest request for a full report.
@@ -351,6 +353,10 @@ impl BalloonHandle {
             deflated: *shared.ledger.deflate(),
             faults: *shared.ledger.faults(),
             reporting: self.reporting(),
+            inhibited: shared
+                .switch
+                .inhibited()
+                .filter(|reason| *reason != InhibitReason::ReportingPaused),
             pause: shared.control.phase(),
             report_now: self.report_now_status(),
             stats: self.cached_stats(),

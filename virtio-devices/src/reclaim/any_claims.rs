@@ -92,7 +92,7 @@ pub fn run(bytes: &[u8]) -> Seen {
         assert!(smallest.is_none_or(|bytes| bytes >= PAGE as u64));
         let before = held(&probe);
         if options & 4 != 0 {
-            let _guard = switch.inhibit(InhibitReason::PinnedMemory);
+            let _guard = switch.inhibit(InhibitReason::AssignedDevice);
             let outcome = engine.discard(&guarded.ram, &mut claims.clone(), expected);
             assert_eq!(outcome.skipped.total(), outcome.requested.bytes);
             assert_eq!(before, held(&probe));

@@ -15,8 +15,8 @@ use strum::{IntoStaticStr, VariantArray};
 #[strum(serialize_all = "snake_case", const_into_str)]
 #[repr(usize)]
 pub enum InhibitReason {
-    /// A device has guest memory pinned for DMA.
-    PinnedMemory,
+    /// An assigned device has all guest memory pinned for DMA.
+    AssignedDevice,
     /// Guest memory is being written out (snapshot, migration, dump).
     MemoryExport,
     /// Guest memory is still being loaded.
@@ -115,10 +115,10 @@ mod tests {
     #[test]
     fn switch_with_two_holders_opens_when_both_let_go() {
         let switch = Arc::new(DiscardSwitch::default());
-        let first = switch.inhibit(InhibitReason::PinnedMemory);
-        let second = switch.inhibit(InhibitReason::PinnedMemory);
+        let first = switch.inhibit(InhibitReason::AssignedDevice);
+        let second = switch.inhibit(InhibitReason::AssignedDevice);
         drop(first);
-        assert_eq!(switch.inhibited(), Some(InhibitReason::PinnedMemory));
+        assert_eq!(switch.inhibited(), Some(InhibitReason::AssignedDevice));
         drop(second);
         assert_eq!(switch.inhibited(), None);
     }

@@ -21,7 +21,7 @@ pub(super) fn settled(balloon: Option<&BalloonHandle>) -> Result<Option<InhibitG
     let Some(balloon) = balloon else {
         return Ok(None);
     };
-    let guard = balloon.inhibit(InhibitReason::PinnedMemory);
+    let guard = balloon.inhibit(InhibitReason::AssignedDevice);
     let begin = Instant::now();
     while !guard.is_settled() {
         if begin.elapsed() > SETTLE_MAX {
@@ -44,7 +44,7 @@ impl Vm {
     /// The guard that keeps this balloon from discarding, if RAM is pinned.
     pub(super) fn pin_of(&self, balloon: Option<&BalloonHandle>) -> Option<InhibitGuard> {
         let balloon = balloon.filter(|_| self.pc.has_pinned_memory());
-        balloon.map(|balloon| balloon.inhibit(InhibitReason::PinnedMemory))
+        balloon.map(|balloon| balloon.inhibit(InhibitReason::AssignedDevice))
     }
 
     /// After a device was added or removed. Discarding resumes when no device has RAM pinned.

@@ -96,6 +96,7 @@ pub(super) fn reclaim_stats(
             stats.repopulated_bytes = repopulated_bytes(&stats);
             stats.repopulated_method = "discarded-minus-absent".to_owned();
         }
+        stats.inhibited = balloon.inhibited.map(|reason| reason.name().to_owned());
         stats.reporting = requests::status(balloon.reporting, balloon.pause, balloon.report_now);
         stats.guest = balloon.stats.as_ref().map(|sample| GuestSample {
             stats: sample.stats,

@@ -64,7 +64,7 @@ fn come_and_go([first, second]: [&Path; 2], other: &Path) -> Result<()> {
     let mut guest = boot_with(KERNEL, "size=512M")?;
     let discards_stop = |guest: &Guest| -> Result<bool> {
         let stats = guest.vmm.get("vm.reclaim-stats")?;
-        Ok(stats.to_string().contains("pinned_memory"))
+        Ok(stats["inhibited"] == "assigned_device")
     };
 
     // A device of the group is in use by the host, which is named.

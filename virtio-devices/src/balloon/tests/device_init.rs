@@ -96,7 +96,7 @@ fn report_that_is_not_discarded_has_no_length() {
     let mut rig = rig(None);
     // What an earlier batch discarded does not count.
     assert_eq!(reported(&mut rig, &[range(0, 4)]), 4);
-    let guard = rig.handle.inhibit(InhibitReason::PinnedMemory);
+    let guard = rig.handle.inhibit(InhibitReason::AssignedDevice);
     assert_eq!(reported(&mut rig, &[range(0, 4)]), 0);
     drop(guard);
     rig.handle.pause_reporting().unwrap();

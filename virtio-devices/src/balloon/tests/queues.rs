@@ -259,7 +259,7 @@ fn report_of_a_guest_that_zeroes_its_free_pages_is_discarded() {
 fn inhibited_balloon_answers_and_tells_why_it_keeps_the_memory() {
     let mut rig = Rig::new();
     rig.dirty(FREE_PFN, 4);
-    let guard = rig.handle.inhibit(InhibitReason::PinnedMemory);
+    let guard = rig.handle.inhibit(InhibitReason::AssignedDevice);
     assert!(guard.is_settled());
     rig.send(REPORTING, &[free_range(0, 4)]);
     rig.send(INFLATE, &[Segment::Readable(&pfns([FREE_PFN]))]);
@@ -267,14 +267,19 @@ fn inhibited_balloon_answers_and_tells_why_it_keeps_the_memory() {
     let snapshot = rig.snapshot();
     assert_eq!(
         snapshot.reporting,
-        ReportingState::Inhibited(InhibitReason::PinnedMemory)
+        ReportingState::Inhibited(InhibitReason::AssignedDevice)
     );
+    assert_eq!(snapshot.inhibited, Some(InhibitReason::AssignedDevice));
     assert_eq!(snapshot.report.skipped.get(SkipReason::Inhibited), 4 * PAGE);
     assert_eq!(snapshot.inflate.skipped.get(SkipReason::Inhibited), PAGE);
     drop(guard);
     rig.send(REPORTING, &[free_range(0, 4)]);
     assert_eq!(rig.gone(FREE_PFN, 4).len(), 4);
     assert!(rig.handle.reporting().is_active());
+    assert_eq!(rig.snapshot().inhibited, None);
+    // An operator's pause of reporting does not affect the balloon.
+    let _guard = rig.handle.inhibit(InhibitReason::ReportingPaused);
+    assert_eq!(rig.snapshot().inhibited, None);
 }
 
 #[test]

@@ -257,7 +257,7 @@ fn inhibited_engine_discards_nothing_until_the_guard_goes() {
     let switch = Arc::<DiscardSwitch>::default();
     let mut engine = DiscardEngine::new(Arc::clone(&switch));
     let guarded = GuardedRam::new(&[area(0, 4, Kind::Anonymous)]);
-    let guard = switch.inhibit(InhibitReason::PinnedMemory);
+    let guard = switch.inhibit(InhibitReason::AssignedDevice);
     let outcome = engine.discard(&guarded.ram, &mut [pages(0, 4)], Expected::Zeros);
     assert_eq!(outcome.skipped.get(SkipReason::Inhibited), 4 * PAGE_BYTES);
     assert_eq!((outcome.syscalls, guarded.discarded()), (0, vec![]));

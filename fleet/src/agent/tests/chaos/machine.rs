@@ -474,6 +474,7 @@ impl Machine {
         };
         let reclaim = (self.character.level == FeatureLevel::L2).then(|| ReclaimFigures {
             reporting_active: true,
+            inhibited: false,
             policy_in_effect: true,
             reported: Bytes(self.requested),
             discarded: Bytes(self.discarded),
