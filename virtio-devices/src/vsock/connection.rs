@@ -17,7 +17,7 @@ use std::os::unix::net::UnixStream;
 use super::packet::{Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 
 /// Maximum number of bytes of one connection in transit to the host, which is the buffer size reported to the guest.
-pub(super) const BUFFER_BYTES: u32 = 64 << 10;
+pub(super) const BUFFER_BYTES: u32 = 256 << 10;
 /// The guest is notified of free buffer space if the space it knows of is smaller than this.
 const ROOM_KNOWN_MIN: u32 = BUFFER_BYTES / 2;
 
@@ -69,6 +69,9 @@ pub(super) struct Connection {
     readable: bool,
     /// The stream has ended.
     at_end: bool,
+    /// Bytes that were read from the stream and not yet sent. Linux has buffers of 4 KiB, and a read for each would take
+    /// longer than the data.
+    ahead: VecDeque<u8>,
     sent: u32,
     guest_buf_alloc: u32,
     guest_fwd_cnt: u32,
@@ -116,6 +119,7 @@ impl Connection {
             owed: Owed::default(),
             readable: true,
             at_end: false,
+            ahead: VecDeque::new(),
             sent: 0,
             guest_buf_alloc: 0,
             guest_fwd_cnt: 0,
@@ -156,14 +160,12 @@ impl Connection {
     pub(super) fn host_writable(&mut self) -> usize {
         let before = self.forwarded;
         while !self.backlog.is_empty() && !self.host_closed {
-            let (front, _) = self.backlog.as_slices();
-            match self.stream.write(front) {
+            match self.write(self.backlog.as_slices().0) {
+                Ok(0) => break,
                 Ok(count) => {
                     self.backlog.drain(..count);
                     self.passed_on(count);
                 }
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(_) => self.host_gone(),
             }
         }
@@ -173,6 +175,17 @@ impl Connection {
             self.pass_on_end();
         }
         self.forwarded.wrapping_sub(before) as usize
+    }
+
+    /// Number of bytes that the stream accepts now.
+    fn write(&self, data: &[u8]) -> io::Result<usize> {
+        loop {
+            match (&self.stream).write(data) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(0),
+                done => return done,
+            }
+        }
     }
 
     /// Whether the guest has sent everything, but part of it is not yet delivered to the host.
@@ -220,8 +233,24 @@ impl Connection {
             self.passed_on(data.len());
             return Ok(());
         }
-        self.backlog.extend(data);
-        self.host_writable();
+        let written = if self.backlog.is_empty() {
+            self.write(data)
+        } else {
+            Ok(0)
+        };
+        match written {
+            Ok(count) => {
+                self.passed_on(count);
+                self.backlog.extend(&data[count..]);
+            }
+            Err(_) => {
+                self.passed_on(data.len());
+                self.host_gone();
+            }
+        }
+        if !self.backlog.is_empty() {
+            self.host_writable();
+        }
         Ok(())
     }
 
@@ -239,8 +268,8 @@ impl Connection {
         Ok(())
     }
 
-    /// The next packet for the guest, with data in `buffer`; `None` if there is none now.
-    pub(super) fn next(&mut self, buffer: &mut [u8]) -> Option<Outgoing> {
+    /// The next packet for the guest, with at most `room` bytes of data in `buffer`; `None` if there is none now.
+    pub(super) fn next(&mut self, buffer: &mut [u8], room: usize) -> Option<Outgoing> {
         let bare = |op| Outgoing {
             op,
             flags: 0,
@@ -254,7 +283,7 @@ impl Connection {
             return None;
         } else if std::mem::take(&mut self.owed.response) {
             bare(Op::Response)
-        } else if let Some(outgoing) = self.next_data(buffer) {
+        } else if let Some(outgoing) = self.next_data(buffer, room) {
             outgoing
         } else if let Some(flags) = self.next_shutdown() {
             Outgoing {
@@ -271,9 +300,12 @@ impl Connection {
         Some(outgoing)
     }
 
-    fn next_data(&mut self, buffer: &mut [u8]) -> Option<Outgoing> {
-        let unwanted = self.shutdown_received & SHUTDOWN_RECEIVE != 0;
-        if !self.readable || self.at_end || unwanted {
+    fn next_data(&mut self, buffer: &mut [u8], room: usize) -> Option<Outgoing> {
+        if self.shutdown_received & SHUTDOWN_RECEIVE != 0 {
+            self.ahead = VecDeque::new();
+            return None;
+        }
+        if self.ahead.is_empty() && (!self.readable || self.at_end) {
             return None;
         }
         let unread = self.sent.wrapping_sub(self.guest_fwd_cnt);
@@ -286,24 +318,41 @@ impl Connection {
                 len: 0,
             });
         }
-        let room = buffer.len().min(credit);
-        match self.read(&mut buffer[..room]) {
+        let len = self.take(buffer, room.min(credit))?;
+        // At most the size of a buffer.
+        self.sent = self.sent.wrapping_add(len as u32);
+        self.credit_requested = false;
+        Some(Outgoing {
+            op: Op::Data,
+            flags: 0,
+            len,
+        })
+    }
+
+    /// Takes the next bytes of the stream, at most `room`, into `buffer`; the rest that fits there is read ahead. Returns
+    /// their number, or `None` if there are none now.
+    fn take(&mut self, buffer: &mut [u8], room: usize) -> Option<usize> {
+        let (ahead, _) = self.ahead.as_slices();
+        if !ahead.is_empty() {
+            let len = ahead.len().min(room);
+            buffer[..len].copy_from_slice(&ahead[..len]);
+            self.ahead.drain(..len);
+            return Some(len);
+        }
+        match self.read(buffer) {
             Ok(0) => {
                 self.at_end = true;
                 None
             }
-            Ok(len) => {
-                // At most the size of a buffer.
-                self.sent = self.sent.wrapping_add(len as u32);
-                self.credit_requested = false;
-                Some(Outgoing {
-                    op: Op::Data,
-                    flags: 0,
-                    len,
-                })
+            Ok(count) => {
+                let len = count.min(room);
+                self.ahead.extend(&buffer[len..count]);
+                Some(len)
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 self.readable = false;
+                // A stream that waits for its program holds no memory.
+                self.ahead = VecDeque::new();
                 None
             }
             Err(_) => {

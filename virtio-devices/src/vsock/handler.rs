@@ -125,7 +125,7 @@ impl VsockHandler {
     /// Writes the next packet. Returns its length; `None` if there is none.
     fn fill(&mut self, buffers: &GuestBuffers, turn: &mut Turn) -> Option<u32> {
         let room = (buffers.bytes() - HEADER_BYTES).min(DATA_BYTES_MAX);
-        let header = self.muxer.next_packet(&mut self.data[..room], turn)?;
+        let header = self.muxer.next_packet(&mut self.data, room, turn)?;
         let len = header.len as usize;
         buffers.copy_in(&header.to_bytes());
         buffers.copy_in_at(HEADER_BYTES, &self.data[..len]);

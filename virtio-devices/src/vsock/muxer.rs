@@ -475,8 +475,13 @@ impl Muxer {
         !self.resets.is_empty() || !self.ready.is_empty()
     }
 
-    /// The next packet for the guest: its header, and data in `buffer`. `None` if there is none.
-    pub(super) fn next_packet(&mut self, buffer: &mut [u8], turn: &mut Turn) -> Option<Header> {
+    /// The next packet for the guest: its header, and at most `room` bytes of data in `buffer`. `None` if there is none.
+    pub(super) fn next_packet(
+        &mut self,
+        buffer: &mut [u8],
+        room: usize,
+        turn: &mut Turn,
+    ) -> Option<Header> {
         if let Some(ports) = self.resets.pop_front() {
             let reset = Outgoing {
                 op: Op::Reset,
@@ -493,7 +498,7 @@ impl Muxer {
             };
             turn.charge_call(1, 0);
             let ports = connection.ports;
-            let Some(outgoing) = connection.next(buffer) else {
+            let Some(outgoing) = connection.next(buffer, room) else {
                 *queued = false;
                 // The caller will continue with the others.
                 if turn.is_called() {

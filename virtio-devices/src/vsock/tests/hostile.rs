@@ -1,7 +1,6 @@
 //! Tests that a guest which violates the protocol is contained and counted.
 
 use super::super::CONNECTIONS_MAX;
-use super::super::connection::BUFFER_BYTES;
 use super::super::packet::SHUTDOWN_BOTH;
 use super::*;
 
@@ -122,7 +121,7 @@ fn data_before_the_connection_is_open_resets_it() {
 fn data_beyond_the_credit_resets_the_connection_and_is_not_kept() {
     let mut rig = Rig::new(8);
     let (_stream, header) = rig.connect_to_guest(52);
-    let chunk = vec![7; BUFFER_BYTES as usize];
+    let chunk = vec![7; 64 << 10];
     // The host does not read. Its socket and the device's buffer accept a bounded amount.
     for _ in 0..64 {
         rig.send(data_of(header, &chunk), &chunk);
