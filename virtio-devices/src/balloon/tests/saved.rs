@@ -117,6 +117,27 @@ fn balloon_saved_in_the_middle_of_everything_goes_on() {
     assert!(!driver.needs_reset());
 }
 
+#[test]
+fn report_that_the_guest_owes_is_owed_after_a_restore() {
+    let ram = TestRam::new(RAM_BYTES);
+    let (device, handle) = balloon(&ram);
+    let mut driver = MockPciDriver::new(device, &ram);
+    driver.start(u64::MAX);
+    handle.report_now(true).unwrap();
+    let owed = handle.report_now_status();
+    assert!(owed.pending);
+    let mut config = [0; 0x60];
+    driver.device_config(0, &mut config);
+
+    let (saved, moving) = driver.save();
+    let (device, handle) = balloon(&ram);
+    let mut driver = moving.restore(device, &saved).unwrap();
+    assert_eq!(handle.report_now_status(), owed);
+    let mut restored_config = [0; 0x60];
+    driver.device_config(0, &mut restored_config);
+    assert_eq!(restored_config, config);
+}
+
 /// Found by fuzzing: the state of such a balloon could be saved but not restored.
 #[test]
 fn statistics_buffer_that_the_ring_does_not_have_is_not_part_of_the_state() {

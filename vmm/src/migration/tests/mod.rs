@@ -203,6 +203,7 @@ struct Source {
     /// Pages that the guest writes in each pass.
     busy_pages: u64,
     downtime: Duration,
+    timeout: Duration,
     /// Hands over its memory files; otherwise its writes are tracked.
     local: bool,
     connections: u32,
@@ -233,6 +234,7 @@ impl Source {
             refuses_commit: false,
             busy_pages: 0,
             downtime: Duration::from_millis(300),
+            timeout: Duration::from_secs(30),
             local: false,
             connections: 1,
             postpones: false,
@@ -272,7 +274,7 @@ impl Source {
             postpones: self.postpones,
             convergence: Convergence {
                 downtime: self.downtime,
-                timeout: Duration::from_secs(30),
+                timeout: self.timeout,
                 pauses_at_timeout: false,
             },
             brake: None,
@@ -476,6 +478,25 @@ fn both_sides_can_be_cancelled_while_they_wait() {
         matches!(end, SourceEnd::Failed(MigrationError::Cancelled)),
         "{end:?}"
     );
+}
+
+#[test]
+fn guest_that_writes_too_fast_for_its_time_stays_where_it_is() {
+    let Some(kvm) = open_kvm() else {
+        return;
+    };
+    let mut source = Source::new(&kvm);
+    source.busy_pages = 1500;
+    source.downtime = Duration::from_nanos(1);
+    source.timeout = Duration::ZERO;
+    let (received, address, _) = receive(&local(), "");
+    let (sent, steps, _) = source.send(address);
+    let error = expect_failure(&sent, DEADLINE);
+    assert!(error.contains("timed out after 0 s"), "{error}");
+    let received = received.recv_timeout(DEADLINE).unwrap();
+    assert!(received.error.is_some() && !received.runs);
+    let steps = steps.lock().unwrap();
+    assert!(!steps.iter().any(|step| step == "pause"), "{steps:?}");
 }
 
 const HEADER: usize = 16;

@@ -312,6 +312,12 @@ fn difference_needs_the_last_recorded_snapshot_beside_it_and_a_chain_has_eight()
         values(&machine.memory)
     );
     assert_eq!(folders(&last, &|_| Ok(())).unwrap().len(), CHAIN_MAX);
+    let merged = machine.new_folder("merged");
+    merge(&last, &merged, &|_| Ok(())).unwrap();
+    assert_eq!(
+        restored(&merged, Filling::Before).unwrap(),
+        values(&machine.memory)
+    );
     // The base changes after it was saved.
     std::fs::remove_dir_all(&last).unwrap();
     assert!(Recorder::base(Some(&recorder), &last, &machine.path("a")).is_err());
