@@ -63,7 +63,9 @@ fn vm_whose_memory_is_pinned_gives_nothing_and_is_not_called_a_liar() {
         if !is_pinned {
             pinned.resident = Bytes::gib(7);
         }
-        let facts = vm("pinned", PriorityClass::Batch, pinned);
+        let mut facts = vm("pinned", PriorityClass::Batch, pinned);
+        // Its balloon is smaller than its policy asks for.
+        facts.policy.max = Bytes::gib(6);
         let plan = plan(
             &inventory(now_ms, Bytes::gib(4), vec![facts]),
             &config,

@@ -84,6 +84,7 @@ fn apply(
         Step::MemoryHigh | Step::Swap => lowest.min(PriorityClass::High),
         Step::Pause | Step::Kill => PriorityClass::Batch,
     };
+    let throttles = matches!(step, Step::MemoryHigh | Step::Swap);
     let mut chosen: Vec<usize> = (0..views.len())
         .filter(|&index| {
             let view = &views[index];
@@ -91,6 +92,8 @@ fn apply(
                 && view.facts.sample.is_some()
                 && !view.memory.squeezed.killed
                 && !view.in_other_hands()
+                // Pinned memory can be neither reclaimed nor swapped.
+                && !(throttles && view.is_inhibited())
                 && (view.facts.interlock.is_none() || view.memory.squeezed.paused)
         })
         .collect();

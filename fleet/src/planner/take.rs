@@ -174,7 +174,8 @@ fn explain_rest(view: &mut View<'_>, demand: &Demand, control: &ControlConfig) {
 /// Grows a balloon that is smaller than the VM's maximum requires. The operator's limit applies without a shortage.
 pub(super) fn hold_to_maximum(view: &mut View<'_>, now_ms: u64, control: &ControlConfig) {
     let known = view.off_limits().is_none() && !view.stale(now_ms, control);
-    let moves = !view.memory.stuck && view.memory.turns_ms.len() < TURNS_MAX;
+    let moves =
+        !view.memory.stuck && !view.is_inhibited() && view.memory.turns_ms.len() < TURNS_MAX;
     // One step per sample: the next sample shows how the guest reacted.
     let seen = view.sample.at_ms > view.memory.asked_at_ms;
     if view.target < view.low && known && moves && seen {

@@ -203,7 +203,11 @@ impl<'a> View<'a> {
     pub(super) fn pending_gain(&self, control: &ControlConfig) -> Bytes {
         let missing = self.target - self.sample.ballooned;
         let memory = &self.memory;
-        if !control.safety.has(SafetyRule::PendingCounts) || memory.stuck || memory.distrusted {
+        if !control.safety.has(SafetyRule::PendingCounts)
+            || memory.stuck
+            || memory.distrusted
+            || self.is_inhibited()
+        {
             return Bytes::ZERO;
         }
         let asked = memory.target - memory.asked_from;
