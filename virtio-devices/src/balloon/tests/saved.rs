@@ -131,7 +131,7 @@ fn report_that_the_guest_owes_is_owed_after_a_restore() {
 
     let (saved, moving) = driver.save();
     let (device, handle) = balloon(&ram);
-    let mut driver = moving.restore(device, &saved).unwrap();
+    let driver = moving.restore(device, &saved).unwrap();
     assert_eq!(handle.report_now_status(), owed);
     let mut restored_config = [0; 0x60];
     driver.device_config(0, &mut restored_config);
